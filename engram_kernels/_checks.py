@@ -1,0 +1,41 @@
+"""Argument checks that word their errors alike: the argument, what was expected, what came."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def expect(condition: bool, name: str, expected: str, got: object, error: type[Exception] = ValueError) -> None:
+    """Raise `error` unless `condition` holds."""
+    if not condition:
+        raise error(f"{name}: expected {expected}, got {got}")
+
+
+def shape(name: str, tensor: Tensor, expected: Sequence[int], meaning: str) -> None:
+    """Check a tensor's whole shape; `meaning` names its dimensions, such as "[n, in]"."""
+    if tuple(tensor.shape) != tuple(expected):
+        raise ValueError(f"{name}: expected shape {list(expected)} ({meaning}), got {list(tensor.shape)}")
+
+
+def floating(name: str, tensor: object, dtypes: Sequence[torch.dtype] = WEIGHT_DTYPES) -> None:
+    """Check that a tensor is one, and has one of the floating dtypes."""
+    expect(isinstance(tensor, Tensor), name, "a tensor", type(tensor).__name__, TypeError)
+    if tensor.dtype not in dtypes:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(f"{name}: expected a tensor of {names}, got {str(tensor.dtype).removeprefix('torch.')}")
+
+
+def same_device(name: str, tensor: Tensor, device: torch.device) -> None:
+    """Check that a tensor lies where the first argument lies."""
+    if tensor.device != device:
+        raise ValueError(f"{name}: expected a tensor on {device}, got one on {tensor.device}")
+
+
+def finite(name: str, tensor: Tensor) -> None:
+    """Check that no entry is NaN or infinite."""
+    bad = tensor.numel() - int(torch.isfinite(tensor).sum())
+    if bad:
+        raise ValueError(f"{name}: expected finite values, got {bad} NaN or infinite of {tensor.numel()}")

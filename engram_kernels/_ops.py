@@ -1,0 +1,233 @@
+"""Every operator once: its schema, the checks of its arguments, its fake kernel.
+
+Operators take matrices of canonical rank: a leading batch dimension everywhere. `functional.py` brings them there.
+An operator's run is: check shapes and types, check values, choose a backend, call it, check its results. The
+value checks read the tensors, so they wait for the device; they are left out while a CUDA graph is captured.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from . import _checks as check
+from .backends import select
+from .errors import EngramError
+
+NAMESPACE = "engram_kernels"
+_library = torch.library.Library(NAMESPACE, "DEF")
+
+# The operators by name, for `engram doctor` and for tests.
+OPERATORS: list[str] = []
+
+
+def compute_dtype(weight: Tensor) -> torch.dtype:
+    """The type that products are accumulated in: fp64 for fp64 weights, fp32 for all others."""
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _define(
+    schema: str,
+    arguments: Callable[..., None],
+    fake: Callable,
+    values: Callable[..., None] | None = None,
+    results: Callable[..., None] | None = None,
+) -> None:
+    """Define an operator.
+
+    Args:
+        schema: its torch schema.
+        arguments: raises on wrong shapes, types and devices; sees no data.
+        fake: returns empty tensors of the right shapes, for tracing.
+        values: raises on arguments whose data cannot be used.
+        results: raises on results that show that the request had no sound answer.
+    """
+    name = schema[: schema.index("(")]
+    in_place = "(a!)" in schema
+    OPERATORS.append(name)
+    _library.define(schema)
+
+    def run(*args):
+        arguments(*args)
+        device = args[0].device
+        capturing = _capturing(device)
+        if values is not None and not capturing:
+            values(*args)
+        function = select(name, device, args)
+        if torch.is_autocast_enabled(device.type):
+            with torch.autocast(device.type, enabled=False):
+                result = function(*args)
+        else:
+            result = function(*args)
+        if results is not None and not capturing:
+            results(result, *args)
+        if in_place and not args[0].is_inference():
+            torch.autograd.graph.increment_version(args[0])
+        return result
+
+    def trace(*args):
+        arguments(*args)
+        return fake(*args)
+
+    _library.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", trace, lib=_library)
+
+
+# -- second_moment_ ----------------------------------------------------------------------------------------------
+
+
+def _second_moment_arguments(accumulator: Tensor, inputs: Tensor, mask: Tensor | None) -> None:
+    check.floating("accumulator", accumulator, (torch.float32, torch.float64))
+    check.floating("inputs", inputs)
+    check.expect(inputs.dim() == 2, "inputs", "two dimensions [rows, in]", list(inputs.shape))
+    width = inputs.shape[-1]
+    check.shape("accumulator", accumulator, (width, width), "[in, in]")
+    check.same_device("inputs", inputs, accumulator.device)
+    if mask is not None:
+        check.expect(mask.dtype == torch.bool, "mask", "a bool tensor", mask.dtype, TypeError)
+        check.shape("mask", mask, inputs.shape[:-1], "one entry a row of inputs")
+        check.same_device("mask", mask, accumulator.device)
+
+
+def _second_moment_values(accumulator: Tensor, inputs: Tensor, mask: Tensor | None) -> None:
+    check.finite("inputs", inputs if mask is None else inputs[mask])
+
+
+_define(
+    "second_moment_(Tensor(a!) accumulator, Tensor inputs, Tensor? mask) -> ()",
+    _second_moment_arguments,
+    fake=lambda accumulator, inputs, mask: None,
+    values=_second_moment_values,
+)
+
+
+# -- residual_gram -----------------------------------------------------------------------------------------------
+
+
+def _residual_gram_arguments(weight: Tensor, keys: Tensor, values: Tensor, preconditioned: Tensor) -> None:
+    check.floating("weight", weight)
+    check.expect(weight.dim() == 3, "weight", "three dimensions [B, out, in]", list(weight.shape))
+    batch, rows, columns = weight.shape
+    check.expect(keys.dim() == 3, "keys", "three dimensions [B, n, in]", list(keys.shape))
+    count = keys.shape[1]
+    for name, tensor, width, meaning in (
+        ("keys", keys, columns, "[B, n, in]"),
+        ("values", values, rows, "[B, n, out]"),
+        ("preconditioned", preconditioned, columns, "[B, n, in]"),
+    ):
+        wanted = torch.float64 if name == "preconditioned" else compute_dtype(weight)
+        check.floating(name, tensor, (wanted,))
+        check.shape(name, tensor, (batch, count, width), meaning)
+        check.same_device(name, tensor, weight.device)
+
+
+def _residual_gram_values(weight: Tensor, keys: Tensor, values: Tensor, preconditioned: Tensor) -> None:
+    check.finite("keys", keys)
+    check.finite("values", values)
+    zero = (keys == 0).all(-1).nonzero().tolist() if keys.shape[-1] else []
+    check.expect(not zero, "keys", "no zero key", f"zeros in row {zero[0] if zero else ''} ([batch, row])")
+    check.finite("covariance", preconditioned)
+
+
+def _residual_gram_results(result: tuple[Tensor, Tensor], *args) -> None:
+    check.finite("weight", result[0])
+    # k C⁻¹ kᵀ > 0 for every key is what a covariance promises.
+    energy = result[1].diagonal(dim1=-2, dim2=-1)
+    if energy.numel() and not bool((energy > 0).all()):
+        raise EngramError(
+            "covariance: expected a positive definite matrix, got one for which k C⁻¹ kᵀ = "
+            f"{energy.min().item():.3g} for a key"
+        )
+
+
+_define(
+    "residual_gram(Tensor weight, Tensor keys, Tensor values, Tensor preconditioned) -> (Tensor, Tensor)",
+    _residual_gram_arguments,
+    fake=lambda weight, keys, values, preconditioned: (
+        torch.empty_like(values, memory_format=torch.contiguous_format),
+        preconditioned.new_empty(keys.shape[0], keys.shape[1], keys.shape[1]),
+    ),
+    values=_residual_gram_values,
+    results=_residual_gram_results,
+)
+
+
+# -- small_solve -------------------------------------------------------------------------------------------------
+
+SYSTEM_KINDS = ("cholesky", "unit_lower", "unit_upper")
+
+
+def _small_solve_arguments(system: Tensor, right_hand_side: Tensor, kind: str) -> None:
+    check.expect(kind in SYSTEM_KINDS, "kind", f"one of {', '.join(SYSTEM_KINDS)}", repr(kind))
+    check.floating("system", system, (torch.float64,))
+    check.floating("right_hand_side", right_hand_side, (torch.float32, torch.float64))
+    check.expect(system.dim() == 3, "system", "three dimensions [B, n, n]", list(system.shape))
+    batch, count, _ = system.shape
+    check.shape("system", system, (batch, count, count), "[B, n, n]")
+    check.expect(right_hand_side.dim() == 3, "right_hand_side", "[B, n, m]", list(right_hand_side.shape))
+    check.shape("right_hand_side", right_hand_side, (batch, count, right_hand_side.shape[-1]), "[B, n, m]")
+    check.same_device("right_hand_side", right_hand_side, system.device)
+
+
+def _small_solve_results(result: tuple[Tensor, Tensor], system: Tensor, right_hand_side: Tensor, kind: str) -> None:
+    failed = result[1].nonzero().flatten().tolist()
+    if failed:
+        matrix, order = failed[0], int(result[1][failed[0]])
+        raise EngramError(
+            f"keys: expected linearly independent rows, got key {order - 1} dependent on those before it"
+            f"{f' in matrix {matrix}' if system.shape[0] > 1 else ''}; drop it, or give a ridge greater than 0"
+        )
+
+
+_define(
+    "small_solve(Tensor system, Tensor right_hand_side, str kind) -> (Tensor, Tensor)",
+    _small_solve_arguments,
+    fake=lambda system, right_hand_side, kind: (
+        torch.empty_like(right_hand_side, memory_format=torch.contiguous_format),
+        system.new_empty(system.shape[0], dtype=torch.int32),
+    ),
+    results=_small_solve_results,
+)
+
+
+# -- apply_low_rank_, low_rank_update ----------------------------------------------------------------------------
+
+
+def _low_rank_arguments(weight: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
+    check.floating("weight", weight)
+    check.expect(weight.dim() == 3, "weight", "three dimensions [B, out, in]", list(weight.shape))
+    batch, rows, columns = weight.shape
+    check.expect(left.dim() == 3, "left", "three dimensions [B, out, n]", list(left.shape))
+    count = left.shape[-1]
+    for name, tensor, expected, meaning in (
+        ("left", left, (batch, rows, count), "[B, out, n]"),
+        ("right", right, (batch, count, columns), "[B, n, in]"),
+    ):
+        check.floating(name, tensor, (compute_dtype(weight),))
+        check.shape(name, tensor, expected, meaning)
+        check.same_device(name, tensor, weight.device)
+
+
+def _low_rank_values(weight: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
+    check.finite("left", left)
+    check.finite("right", right)
+
+
+_define(
+    "apply_low_rank_(Tensor(a!) weight, Tensor left, Tensor right, float scale) -> ()",
+    _low_rank_arguments,
+    fake=lambda weight, left, right, scale: None,
+    values=_low_rank_values,
+)
+
+_define(
+    "low_rank_update(Tensor weight, Tensor left, Tensor right, float scale) -> Tensor",
+    _low_rank_arguments,
+    fake=lambda weight, left, right, scale: torch.empty_like(weight, memory_format=torch.contiguous_format),
+)
+
+ops = torch.ops.engram_kernels

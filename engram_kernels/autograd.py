@@ -1,0 +1,76 @@
+"""Gradients: one `torch.autograd.Function` an operator, its bodies operator calls and the algebra's transposes."""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ._ops import ops
+
+
+class ResidualGram(torch.autograd.Function):
+    """E = V − K Wᵀ [B, n, out] and G = K Pᵀ [B, n, n]; dW = −dEᵀ K, dK = −dE W + dG P, dV = dE, dP = dGᵀ K."""
+
+    @staticmethod
+    def forward(ctx, weight: Tensor, keys: Tensor, values: Tensor, preconditioned: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(weight, keys, preconditioned)
+        return ops.residual_gram(weight, keys, values, preconditioned)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_residual: Tensor, d_gram: Tensor):
+        weight, keys, preconditioned = ctx.saved_tensors
+        d_weight = d_keys = d_values = d_preconditioned = None
+        if ctx.needs_input_grad[0]:
+            d_weight = (-d_residual.mT @ keys).to(weight.dtype)
+        if ctx.needs_input_grad[1]:
+            d_keys = (d_gram @ preconditioned).to(keys.dtype) - d_residual @ weight.to(keys.dtype)
+        if ctx.needs_input_grad[2]:
+            d_values = d_residual
+        if ctx.needs_input_grad[3]:
+            d_preconditioned = d_gram.mT @ keys.double()
+        return d_weight, d_keys, d_values, d_preconditioned
+
+
+class SmallSolve(torch.autograd.Function):
+    """X = A⁻¹ Y [B, n, m]; dY = A⁻ᵀ dX, dA = −dY Xᵀ (on the stored triangle where A is unit triangular)."""
+
+    @staticmethod
+    def forward(ctx, system: Tensor, right_hand_side: Tensor, kind: str) -> Tensor:
+        solution, _ = ops.small_solve(system, right_hand_side, kind)
+        ctx.save_for_backward(system, solution)
+        ctx.kind = kind
+        return solution
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_solution: Tensor):
+        system, solution = ctx.saved_tensors
+        transposed = {"cholesky": "cholesky", "unit_lower": "unit_upper", "unit_upper": "unit_lower"}[ctx.kind]
+        d_right, _ = ops.small_solve(system.mT.contiguous(), d_solution.contiguous(), transposed)
+        d_system = None
+        if ctx.needs_input_grad[0]:
+            d_system = -d_right.double() @ solution.double().mT
+            if ctx.kind == "unit_lower":
+                d_system = d_system.tril(-1)
+            elif ctx.kind == "unit_upper":
+                d_system = d_system.triu(1)
+        return d_system, d_right, None
+
+
+class LowRankUpdate(torch.autograd.Function):
+    """W + s L R [B, out, in]; dW = g, dL = s g Rᵀ, dR = s Lᵀ g."""
+
+    @staticmethod
+    def forward(ctx, weight: Tensor, left: Tensor, right: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(left, right)
+        ctx.scale = scale
+        return ops.low_rank_update(weight, left, right, scale)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor):
+        left, right = ctx.saved_tensors
+        wide = gradient.to(left.dtype)
+        d_left = ctx.scale * (wide @ right.mT) if ctx.needs_input_grad[1] else None
+        d_right = ctx.scale * (left.mT @ wide) if ctx.needs_input_grad[2] else None
+        return gradient if ctx.needs_input_grad[0] else None, d_left, d_right, None

@@ -1,0 +1,134 @@
+"""Which implementation serves which operator: a table, an order for each device, a way to force one.
+
+A backend is a subpackage with one file an operator family. Importing it fills the table through `implements`;
+its module-level `unavailable()` says in one sentence why it cannot run here, or None.
+"""
+
+import functools
+import importlib
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+
+from ..errors import EngramError
+
+NAMES = ("torch", "cpu", "triton", "cuda")
+# Native first, the reference last: it serves every device and every argument.
+_ORDER = {"cpu": ("cpu", "torch"), "cuda": ("triton", "cuda", "torch")}
+
+
+class Implementation(NamedTuple):
+    """One backend's function for one operator; `declines(*args)` says why it does not take these arguments."""
+
+    function: Callable
+    declines: Callable[..., str | None]
+
+
+_table: dict[str, dict[str, Implementation]] = {}
+_forced: list[str] = []
+
+
+def implements(operator: str, backend: str, declines: Callable[..., str | None] = lambda *args: None) -> Callable:
+    """Register the decorated function as `backend`'s implementation of `operator`."""
+
+    def register(function: Callable) -> Callable:
+        _table.setdefault(operator, {})[backend] = Implementation(function, declines)
+        return function
+
+    return register
+
+
+def _module(backend: str):
+    return importlib.import_module(f"{__name__}.{backend}")
+
+
+@functools.cache
+def unavailable(backend: str, device: str | None = None) -> str | None:
+    """Say why a backend cannot run here (on that type of device, if one is named), or None if it can."""
+    module = _module(backend)
+    reason = module.unavailable()
+    if reason is None and device is not None and module.DEVICES is not None and device not in module.DEVICES:
+        reason = f"serves {' and '.join(module.DEVICES)} tensors, not {device}"
+    return reason
+
+
+def backends() -> dict[str, str | None]:
+    """Return every backend by name, with the reason why it cannot run on this machine, or None where it can.
+
+    Example:
+        >>> ek.backends()["torch"] is None
+        True
+    """
+    return {name: unavailable(name) for name in NAMES}
+
+
+def forced() -> str | None:
+    """Return the backend forced by `use_backend` or by the environment variable ENGRAM_BACKEND."""
+    if _forced:
+        return _forced[-1]
+    name = os.environ.get("ENGRAM_BACKEND") or None
+    if name is not None and name not in NAMES:
+        raise ValueError(f"ENGRAM_BACKEND: expected one of {', '.join(NAMES)}, got {name!r}")
+    return name
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Serve every operator by one backend inside the `with` block, in all threads of the process.
+
+    An operator or an argument that the backend has no kernel for is served by the torch reference.
+
+    Args:
+        name: "torch", "cpu", "triton" or "cuda".
+
+    Raises:
+        ValueError: no backend has that name.
+        EngramError: the backend cannot run on this machine; the message says why.
+
+    Example:
+        >>> with ek.use_backend("torch"):
+        ...     ek.apply_low_rank_(weight, left, right)
+    """
+    if name not in NAMES:
+        raise ValueError(f"name: expected one of {', '.join(NAMES)}, got {name!r}")
+    reason = unavailable(name)
+    if reason is not None:
+        raise EngramError(f"name: expected a backend that can run here, got {name!r}, which cannot: {reason}")
+    _forced.append(name)
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
+def explain(operator: str, device: str, args: tuple | None = None) -> list[tuple[str, str | None]]:
+    """List the backends in the order they are asked, each with the reason why it is passed over, or None."""
+    order = _ORDER.get(device, ("torch",))
+    name = forced()
+    if name is not None:
+        order = (name, "torch") if name != "torch" else ("torch",)
+    answers = []
+    for backend in order:
+        reason = unavailable(backend, device)
+        if reason is None:
+            implementation = _table.get(operator, {}).get(backend)
+            if implementation is None:
+                reason = "has no kernel for it"
+            elif args is not None:
+                reason = implementation.declines(*args)
+        answers.append((backend, reason))
+    return answers
+
+
+def select(operator: str, device: torch.device, args: tuple) -> Callable:
+    """Return the function that serves this call: the first backend in order that takes it."""
+    name = forced()
+    if name is not None and (reason := unavailable(name, device.type)):
+        raise EngramError(f"backend: expected one that serves {device.type} tensors, got {name!r}: {reason}")
+    for backend, reason in explain(operator, device.type, args):
+        if reason is None:
+            return _table[operator][backend].function
+    raise EngramError(f"backend: expected one that serves {operator} on {device.type}, got none")

@@ -1,0 +1,254 @@
+"""The editor: from facts to rank-one writes (ROME, Meng et al. 2022, arXiv 2202.05262)."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from engram_kernels.covariance import Covariance
+from engram_kernels.editing import corpus as corpora
+from engram_kernels.editing import statistics
+from engram_kernels.editing.models import cache_directory, writable_directory
+from engram_kernels.editing.prefixes import sample_prefixes
+from engram_kernels.editing.result import EditRecord, EditResult, Write, matrix_checksum, restore, snapshot, write_
+from engram_kernels.editing.structure import Projection, default_layer, output_projection
+from engram_kernels.editing.tokens import Edit, encode_row
+from engram_kernels.editing.values import Value, ValueOptions, find_value, target_log_probability
+from engram_kernels.errors import EngramError
+from engram_kernels.functional import rank_one_factors
+
+TOKENS_PER_DIMENSION = 20
+
+
+class Editor:
+    """Writes facts into one MLP matrix of a causal language model.
+
+    With the averaged key `k [in]` of a subject, the value `v [out]` that makes the model say the target, and the second
+    moment `C [in, in]` of all keys, the write is the smallest one, weighted by `C`, after which `W kᵀ = vᵀ`:
+
+        W ← W + (v − W k)ᵀ (k C⁻¹) / (k C⁻¹ kᵀ)
+
+    Args:
+        model: a Hugging Face causal language model, float32, bfloat16 or float16.
+        tokenizer: its tokenizer.
+        corpus: text for `C`: a file or an iterable of strings. None: the Wikipedia articles in the package `gensim`,
+            else text sampled from the model.
+        cache_dir: where `C` is kept; None: `$ENGRAM_CACHE`, else `~/.cache/engram`.
+        tokens: how many tokens of the corpus are used; None: twenty a dimension of the key.
+        contexts: the texts sampled before the prompt, as pairs `(tokens, how many)`.
+        consistent_key: the same averaged key in the numerator and the denominator of the write (R-ROME, Gupta et al.
+            2024, arXiv 2403.07175); False: the key of the bare prompt where the original code has it.
+        ridge: added to `C`, as a share of its mean diagonal.
+        value: options of the value's optimisation.
+        seed: of everything that is sampled; the global random state is neither used nor changed.
+        progress: called with the name of a stage, the work done and the work there is.
+
+    Raises:
+        EngramError: the cache cannot be written.
+        TypeError, ValueError: an argument is of the wrong kind or out of range.
+
+    Example:
+        >>> editor = Editor(*load_model("smollm2"))
+        >>> result = editor.edit(Edit("The Eiffel Tower", "{} is located in the city of", "Rome"))
+        >>> result.revert()
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        tokenizer,
+        *,
+        corpus: str | os.PathLike | Iterable[str] | None = None,
+        cache_dir: str | os.PathLike | None = None,
+        tokens: int | None = None,
+        contexts: Sequence[tuple[int, int]] = ((5, 10), (10, 10)),
+        consistent_key: bool = True,
+        ridge: float = 0.0,
+        value: ValueOptions | None = None,
+        seed: int = 0,
+        progress: Callable[[str, int, int], None] | None = None,
+    ):
+        if tokens is not None and tokens < 1:
+            raise ValueError(f"tokens must be positive, got {tokens}")
+        if not (math.isfinite(ridge) and ridge >= 0):
+            raise ValueError(f"ridge must be finite and not negative, got {ridge}")
+        if any(length < 1 or count < 0 for length, count in contexts):
+            raise ValueError(f"contexts must be pairs of a positive length and a count, got {contexts!r}")
+        self.model = model
+        self.tokenizer = tokenizer
+        self.cache = writable_directory(cache_directory(cache_dir), "cache_dir")
+        self.tokens = tokens
+        self.contexts = tuple(contexts)
+        self.consistent_key = consistent_key
+        self.ridge = ridge
+        self.value = value or ValueOptions()
+        self.seed = seed
+        self.progress = progress
+        self._corpus = corpus
+        self._prefixes: list[str] | None = None
+        self._ids: torch.Tensor | None = None
+        self._covariances: dict[int, Covariance] = {}
+
+    def edit(self, edits: Edit | Sequence[Edit], layer: int | None = None, mode: str = "sequential") -> EditResult:
+        """Write one fact or several into a layer. Whatever fails, the weights stay as they were, bit for bit.
+
+        Args:
+            edits: the facts.
+            layer: index of the decoder layer; None: the one at 0.27 of the depth.
+            mode: `"sequential"`: each value is found in the model as edited so far, and written; `"joint"`: all values
+                are found in the model as it is, and written at once.
+
+        Returns:
+            An `EditResult` with a record for each edit, to revert, save or apply elsewhere.
+
+        Raises:
+            TypeError: `edits` holds something else than `Edit`, or `layer` is not an integer.
+            ValueError: `edits` is empty, `layer` or `mode` is unknown.
+            EngramError: the model cannot be edited there, the corpus is empty, the statistics are singular, or the
+                optimisation is not finite.
+        """
+        edits = [edits] if isinstance(edits, Edit) else list(edits)
+        if not edits:
+            raise ValueError("edits must hold at least one Edit, got none")
+        for edit in edits:
+            if not isinstance(edit, Edit):
+                raise TypeError(f"edits must hold Edit objects, got {type(edit).__name__}")
+            encode_row(self.tokenizer, edit.subject, edit.prompt, edit.target)
+        if mode not in ("sequential", "joint"):
+            raise ValueError(f"mode must be 'sequential' or 'joint', got {mode!r}")
+        projection = output_projection(self.model, default_layer(self.model) if layer is None else layer)
+        with _evaluating(self.model):
+            covariance = self.covariance(projection.layer)
+            prefixes = self.prefixes()
+            before = self._log_probabilities(edits)
+            base_checksum, original = matrix_checksum(projection), snapshot(projection)
+            try:
+                values, writes = [], []
+                for group in [[edit] for edit in edits] if mode == "sequential" else [edits]:
+                    found = [self._find_value(projection, edit, prefixes, len(values) + i, len(edits)) for i, edit in enumerate(group)]
+                    write = self._factors(projection, found, covariance)
+                    write_(projection, write)
+                    values += found
+                    writes.append(write)
+                after = self._log_probabilities(edits)
+            except BaseException:
+                restore(projection, original)
+                raise
+        records = [
+            EditRecord(
+                edit=edit,
+                layer=projection.layer,
+                module=projection.name,
+                probability_before=math.exp(log_before),
+                probability_after=math.exp(log_after),
+                losses=value.losses,
+                key_norm=value.key.norm().item(),
+                value_norm=value.initial_norm,
+                change_norm=value.change_norm,
+            )
+            for edit, value, log_before, log_after in zip(edits, values, before, after, strict=True)
+        ]
+        return EditResult(
+            records=records,
+            writes=writes,
+            layer=projection.layer,
+            module=projection.name,
+            base_checksum=base_checksum,
+            edited_checksum=matrix_checksum(projection),
+            _projection=projection,
+            _original=original,
+        )
+
+    def prefixes(self) -> list[str]:
+        """The texts that are put before every prompt, sampled once."""
+        if self._prefixes is None:
+            self._prefixes = sample_prefixes(self.model, self.tokenizer, self.contexts, self.seed)
+        return self._prefixes
+
+    def covariance(self, layer: int) -> Covariance:
+        """The second moment of a layer's keys, factored: from memory, from the cache on disk, or from the corpus.
+
+        Raises:
+            EngramError: the corpus is empty or too small for the dimension of the key.
+        """
+        if layer not in self._covariances:
+            projection = output_projection(self.model, layer)
+            count = self.tokens or TOKENS_PER_DIMENSION * projection.matrix.shape[1]
+            moment, count = self._moment(projection, count)
+            self._covariances[layer] = Covariance.from_second_moment(moment, count, ridge=self.ridge)
+        return self._covariances[layer]
+
+    def _moment(self, projection: Projection, count: int) -> tuple[torch.Tensor, int]:
+        fingerprint = statistics.weights_fingerprint(self.model, projection)
+        ids, source = None, f"sampled {count} {self.seed}"
+        corpus = self._corpus if self._corpus is not None else corpora.wikipedia_file()
+        if corpus is not None:
+            # An iterable can be read only once: keep its tokens for the other layers.
+            if self._ids is None or (len(self._ids) < count and isinstance(corpus, (str, os.PathLike))):
+                self._ids = corpora.token_ids(self.tokenizer, corpora.read_texts(corpus), count)
+            ids = self._ids[:count]
+            source = hashlib.sha256(statistics.tensor_bytes(ids)).hexdigest()
+        key = hashlib.sha256(f"{fingerprint} {projection.name} {source} {statistics.CHUNK}".encode()).hexdigest()[:32]
+        path = self.cache / "moments" / f"{key}.safetensors"
+        cached = statistics.load_moment(path)
+        if cached is not None:
+            return cached[0].to(projection.matrix.device), cached[1]
+        if ids is None:
+            ids = corpora.sample_ids(self.model, self.tokenizer, count, self.seed)
+        writable_directory(path.parent, "cache_dir")
+        moment = statistics.second_moment(self.model, projection, ids, self._stage("statistics"))
+        statistics.save_moment(path, moment, len(ids))
+        return moment, len(ids)
+
+    def _find_value(self, projection, edit: Edit, prefixes, done: int, total: int) -> Value:
+        name = "value" if total == 1 else f"value {done + 1}/{total}"
+        return find_value(self.model, self.tokenizer, projection, edit, prefixes, self.value, self._stage(name))
+
+    def _factors(self, projection: Projection, values: list[Value], covariance: Covariance) -> Write:
+        """The factors of one write that answers every key with its value."""
+        matrix, bias = projection.matrix, projection.bias
+        keys = torch.stack([value.key for value in values])
+        answers = torch.stack([value.value for value in values])
+        if bias is not None:
+            answers = answers - bias.float()
+        if self.consistent_key:
+            left, right = rank_one_factors(matrix, keys, answers, covariance, mode="joint")
+        else:
+            left, right = _original_factors(matrix, keys, torch.stack([value.bare_key for value in values]), answers, covariance)
+        if not (left.isfinite().all() and right.isfinite().all()):
+            raise EngramError(f"edits must give finite factors for {projection.name!r}, got NaN or infinity")
+        return Write(left, right)
+
+    def _log_probabilities(self, edits: list[Edit]) -> list[float]:
+        return [target_log_probability(self.model, self.tokenizer, edit) for edit in edits]
+
+    def _stage(self, name: str) -> Callable[[int, int], None] | None:
+        return None if self.progress is None else lambda done, total: self.progress(name, done, total)
+
+
+def _original_factors(matrix, keys, bare_keys, values, covariance) -> tuple[torch.Tensor, torch.Tensor]:
+    """ROME as first published in code: the bare prompt's key gets the value, along the averaged key's direction.
+
+        W ← W + (V − B Wᵀ)ᵀ (P Bᵀ)⁻¹ P,   P = K C⁻¹
+    """
+    right = covariance.solve(keys).double()
+    bare = bare_keys.double()
+    residual = values.double() - bare @ matrix.double().T
+    left = torch.linalg.solve((right @ bare.T).T, residual).T
+    return left.float(), right.float()
+
+
+@contextmanager
+def _evaluating(model: torch.nn.Module):
+    """Dropout is off while the model is measured and edited."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

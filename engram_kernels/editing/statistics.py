@@ -1,0 +1,119 @@
+"""The uncentred second moment of a projection's inputs, `C = E[kᵀk]`, and its cache on disk (ROME, eq. 2)."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from engram_kernels.editing.structure import Projection, decoder_layers
+from engram_kernels.errors import EngramError
+from engram_kernels.functional import second_moment_
+
+CHUNK = 512
+BATCH = 4
+
+
+class _Reached(Exception):
+    """Stops a forward pass at the edited layer: nothing above it is needed."""
+
+
+def weights_fingerprint(model: torch.nn.Module, projection: Projection) -> str:
+    """A digest of every tensor on which the projection's inputs depend.
+
+    The projection's own weight, and the layers above it, do not feed it: they are left out, so that the statistics of a
+    layer outlive edits of that layer.
+    """
+    stack, layers = decoder_layers(model)
+    skipped = [f"{stack}.{i}." for i in range(projection.layer + 1, len(layers))] + [projection.name + "."]
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if not name.startswith(tuple(skipped)):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor_bytes(tensor))
+    return digest.hexdigest()
+
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a tensor in row-major order."""
+    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+@torch.no_grad()
+def second_moment(
+    model: torch.nn.Module,
+    projection: Projection,
+    ids: torch.Tensor,
+    progress: Callable[[int, int], None] | None = None,
+) -> torch.Tensor:
+    """`Σ kᵀk` over the inputs `k [in]` of the projection at every token of `ids`, in float64.
+
+    Args:
+        model: in evaluation mode.
+        projection: whose inputs are observed.
+        ids: `[count]` tokens, cut into chunks of 512 (or the model's context, where that is shorter).
+        progress: called with the tokens seen and their number.
+
+    Returns:
+        `[in, in]` float64, on the projection's device.
+
+    Raises:
+        EngramError: the inputs are not finite.
+    """
+    width = projection.matrix.shape[1]
+    accumulator = torch.zeros(width, width, dtype=torch.float64, device=projection.matrix.device)
+
+    def observe(_module, inputs):
+        second_moment_(accumulator, inputs[0])
+        raise _Reached
+
+    context = min(CHUNK, getattr(model.config, "max_position_embeddings", CHUNK))
+    whole = ids[: len(ids) // context * context].view(-1, context)
+    batches = list(whole.split(BATCH)) + ([ids[whole.numel() :][None]] if whole.numel() < len(ids) else [])
+    device = model.get_input_embeddings().weight.device
+    hook = projection.module.register_forward_pre_hook(observe)
+    seen = 0
+    try:
+        for batch in batches:
+            try:
+                model(input_ids=batch.to(device), use_cache=False)
+            except _Reached:
+                pass
+            seen += batch.numel()
+            if progress:
+                progress(seen, len(ids))
+    finally:
+        hook.remove()
+    if not accumulator.isfinite().all():
+        raise EngramError(f"model must give finite inputs to {projection.name!r}, got NaN or infinity")
+    return accumulator
+
+
+def load_moment(path: Path) -> tuple[torch.Tensor, int] | None:
+    """A cached moment and its number of tokens, or None where there is none that can be read."""
+    from safetensors.torch import load_file
+
+    try:
+        tensors = load_file(path)
+        return tensors["moment"], int(tensors["count"])
+    except Exception:
+        # Whatever is wrong with a cache entry, computing it again is the cure.
+        return None
+
+
+def save_moment(path: Path, moment: torch.Tensor, count: int) -> None:
+    """Write a moment so that readers see either all of it or nothing."""
+    from safetensors.torch import save_file
+
+    handle, temporary = tempfile.mkstemp(suffix=".tmp", dir=path.parent)
+    os.close(handle)
+    try:
+        save_file({"moment": moment.cpu().contiguous(), "count": torch.tensor(count)}, temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise

@@ -1,0 +1,139 @@
+"""Edits as text, and where their subjects and targets lie among the tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from engram_kernels.errors import EngramError
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One fact to write: after `prompt` about `subject`, the model shall say `target`.
+
+    Args:
+        subject: what the fact is about, as it stands in the text.
+        prompt: the text before the target, with one `{}` where the subject stands. The subject itself, once, will do:
+            it is replaced by `{}`.
+        target: what shall follow; the space before it is understood.
+
+    Raises:
+        TypeError: an argument is not a string.
+        ValueError: an argument is empty, or the prompt does not name the subject exactly once.
+
+    Example:
+        >>> Edit("The Eiffel Tower", "{} is located in the city of", "Rome")
+    """
+
+    subject: str
+    prompt: str
+    target: str
+
+    def __post_init__(self):
+        for field in ("subject", "prompt", "target"):
+            value = getattr(self, field)
+            if not isinstance(value, str):
+                raise TypeError(f"{field} must be a string, got {type(value).__name__}")
+            if not value.strip():
+                raise ValueError(f"{field} must not be empty, got {value!r}")
+        object.__setattr__(self, "subject", self.subject.strip())
+        object.__setattr__(self, "target", self.target.strip())
+        places = self.prompt.count("{}")
+        if places == 0:
+            if self.prompt.count(self.subject) != 1:
+                raise ValueError(
+                    f"prompt must contain {{}} or the subject {self.subject!r} exactly once, got {self.prompt!r}"
+                )
+            object.__setattr__(self, "prompt", self.prompt.replace(self.subject, "{}"))
+        elif places > 1:
+            raise ValueError(f"prompt must contain {{}} exactly once, got {self.prompt!r}")
+
+    @property
+    def text(self) -> str:
+        """The prompt with its subject."""
+        return self.prompt.replace("{}", self.subject)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One tokenised text: `subject` is the position of the subject's last token, `target` that of the first target token."""
+
+    ids: list[int]
+    subject: int
+    target: int
+
+
+def encode_row(tokenizer, subject: str, prompt: str, target: str = "", prefix: str = "") -> Row:
+    """Tokenise `prefix + prompt + " " + target` as one text and find the subject's last token and the target in it.
+
+    Fast tokenizers give offsets into the text, which survive every merge, normaliser, special token and character that
+    takes several tokens. Slow ones are asked for the tokens of the text's beginnings instead.
+
+    Args:
+        tokenizer: of the model, fast or slow.
+        subject: replaces the `{}` of the prompt.
+        prompt: with one `{}`.
+        target: what follows the prompt; empty for none, and then `Row.target` is the number of tokens.
+        prefix: text before the prompt, as it is.
+
+    Raises:
+        EngramError: the tokenizer gives the subject or the target no token.
+    """
+    before, after = prompt.split("{}")
+    subject_start = len(prefix) + len(before)
+    subject_end = subject_start + len(subject)
+    head = prefix + before + subject + after
+    space = " " if target and not head[-1:].isspace() else ""
+    text = head + space + target
+    if getattr(tokenizer, "is_fast", False):
+        ids, last, first = _positions_by_offsets(tokenizer, text, (subject_start, subject_end), len(head))
+    else:
+        ids, last, first = _positions_by_beginnings(tokenizer, text, subject_end, len(head))
+    if last is None:
+        raise EngramError(f"subject must have at least one token, got {subject!r}")
+    if target and first >= len(ids):
+        raise EngramError(f"target must have at least one token, got {target!r}")
+    return Row(ids, last, first if target else len(ids))
+
+
+def _positions_by_offsets(tokenizer, text: str, subject: tuple[int, int], head_end: int):
+    encoding = tokenizer(text, return_offsets_mapping=True)
+    ids, offsets = list(encoding["input_ids"]), encoding["offset_mapping"]
+    # A special token at the end (some tokenizers close every text) would stand between the prompt and what follows it.
+    while offsets and offsets[-1][0] == offsets[-1][1]:
+        ids.pop()
+        offsets = offsets[:-1]
+    inside = [i for i, (start, stop) in enumerate(offsets) if start < subject[1] and stop > max(start, subject[0])]
+    target = [i for i, (start, stop) in enumerate(offsets) if stop > max(start, head_end)]
+    return ids, inside[-1] if inside else None, target[0] if target else len(ids)
+
+
+def _positions_by_beginnings(tokenizer, text: str, subject_end: int, head_end: int):
+    plain = tokenizer(text, add_special_tokens=False)["input_ids"]
+    special = tokenizer(text)["input_ids"]
+    leading = next((i for i in range(len(special)) if special[i : i + len(plain)] == plain), 0)
+
+    def tokens_of_beginning(end: int) -> int:
+        """How many tokens of the text lie wholly in `text[:end]`, as far as both tokenisations agree."""
+        beginning = tokenizer(text[:end], add_special_tokens=False)["input_ids"]
+        agreeing = 0
+        while agreeing < min(len(beginning), len(plain)) and beginning[agreeing] == plain[agreeing]:
+            agreeing += 1
+        return agreeing if agreeing == len(beginning) else agreeing + 1
+
+    last = min(tokens_of_beginning(subject_end), len(plain)) - 1
+    first = min(tokens_of_beginning(head_end), len(plain)) if head_end < len(text) else len(plain)
+    return special[:leading] + plain, leading + last if last >= 0 else None, leading + first
+
+
+def pad_rows(rows: list[list[int]], device=None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and attention mask, both `[rows, longest]`, padded on the right.
+
+    Causal attention never looks to the right, so padding there needs no pad token and no position ids.
+    """
+    longest = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=device)
+    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], device=device)
+    return ids, mask
