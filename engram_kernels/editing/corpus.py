@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from engram_kernels.editing.models import package_file
-from engram_kernels.errors import EngramError
+from .models import package_file
+from ..errors import EngramError
 
 WIKIPEDIA_IN_GENSIM = "test/test_data/enwiki-latest-pages-articles1.xml-*-shortened.bz2"
 
@@ -35,13 +35,13 @@ def read_texts(corpus: str | os.PathLike | Iterable[str]) -> Iterator[str]:
             yield from wikipedia_articles(path) if path.suffix == ".bz2" else _paragraphs(path)
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or error
-            raise EngramError(f"corpus must be a text file that can be read, got {str(path)!r} ({reason})") from error
+            raise EngramError(f"corpus: expected a text file that can be read, got {str(path)!r} ({reason})") from error
         return
     if not isinstance(corpus, Iterable):
-        raise TypeError(f"corpus must be a path or an iterable of strings, got {type(corpus).__name__}")
+        raise TypeError(f"corpus: expected a path or an iterable of strings, got {type(corpus).__name__}")
     for text in corpus:
         if not isinstance(text, str):
-            raise TypeError(f"corpus must hold strings, got {type(text).__name__}")
+            raise TypeError(f"corpus: expected strings, got {type(text).__name__}")
         yield text
 
 
@@ -60,7 +60,7 @@ def token_ids(tokenizer, texts: Iterable[str], limit: int) -> torch.Tensor:
         if len(ids) >= limit:
             break
     if len(ids) <= len(separator):
-        raise EngramError("corpus must hold some text, got none")
+        raise EngramError("corpus: expected some text, got none")
     return torch.tensor(ids[:limit])
 
 

@@ -10,17 +10,17 @@ from contextlib import contextmanager
 
 import torch
 
-from engram_kernels.covariance import Covariance
-from engram_kernels.editing import corpus as corpora
-from engram_kernels.editing import statistics
-from engram_kernels.editing.models import cache_directory, writable_directory
-from engram_kernels.editing.prefixes import sample_prefixes
-from engram_kernels.editing.result import EditRecord, EditResult, Write, matrix_checksum, restore, snapshot, write_
-from engram_kernels.editing.structure import Projection, default_layer, output_projection
-from engram_kernels.editing.tokens import Edit, encode_row
-from engram_kernels.editing.values import Value, ValueOptions, find_value, target_log_probability
-from engram_kernels.errors import EngramError
-from engram_kernels.functional import rank_one_factors
+from ..covariance import Covariance
+from . import corpus as corpora
+from . import statistics
+from .models import cache_directory, writable_directory
+from .prefixes import sample_prefixes
+from .result import EditRecord, EditResult, Write, matrix_checksum, restore, snapshot, write_
+from .structure import Projection, default_layer, output_projection
+from .tokens import Edit, encode_row
+from .values import Value, ValueOptions, find_value, target_log_probability
+from ..errors import EngramError
+from ..functional import rank_one_factors
 
 TOKENS_PER_DIMENSION = 20
 
@@ -74,11 +74,11 @@ class Editor:
         progress: Callable[[str, int, int], None] | None = None,
     ):
         if tokens is not None and tokens < 1:
-            raise ValueError(f"tokens must be positive, got {tokens}")
+            raise ValueError(f"tokens: expected positive, got {tokens}")
         if not (math.isfinite(ridge) and ridge >= 0):
-            raise ValueError(f"ridge must be finite and not negative, got {ridge}")
+            raise ValueError(f"ridge: expected finite and not negative, got {ridge}")
         if any(length < 1 or count < 0 for length, count in contexts):
-            raise ValueError(f"contexts must be pairs of a positive length and a count, got {contexts!r}")
+            raise ValueError(f"contexts: expected pairs of a positive length and a count, got {contexts!r}")
         self.model = model
         self.tokenizer = tokenizer
         self.cache = writable_directory(cache_directory(cache_dir), "cache_dir")
@@ -114,13 +114,13 @@ class Editor:
         """
         edits = [edits] if isinstance(edits, Edit) else list(edits)
         if not edits:
-            raise ValueError("edits must hold at least one Edit, got none")
+            raise ValueError("edits: expected at least one Edit, got none")
         for edit in edits:
             if not isinstance(edit, Edit):
-                raise TypeError(f"edits must hold Edit objects, got {type(edit).__name__}")
+                raise TypeError(f"edits: expected Edit objects, got {type(edit).__name__}")
             encode_row(self.tokenizer, edit.subject, edit.prompt, edit.target)
         if mode not in ("sequential", "joint"):
-            raise ValueError(f"mode must be 'sequential' or 'joint', got {mode!r}")
+            raise ValueError(f"mode: expected 'sequential' or 'joint', got {mode!r}")
         projection = output_projection(self.model, default_layer(self.model) if layer is None else layer)
         with _evaluating(self.model):
             covariance = self.covariance(projection.layer)
@@ -221,7 +221,7 @@ class Editor:
         else:
             left, right = _original_factors(matrix, keys, torch.stack([value.bare_key for value in values]), answers, covariance)
         if not (left.isfinite().all() and right.isfinite().all()):
-            raise EngramError(f"edits must give finite factors for {projection.name!r}, got NaN or infinity")
+            raise EngramError(f"edits: expected finite factors for {projection.name!r}, got NaN or infinity")
         return Write(left, right)
 
     def _log_probabilities(self, edits: list[Edit]) -> list[float]:

@@ -6,11 +6,12 @@ import importlib.util
 import os
 import shutil
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-from engram_kernels.errors import EngramError
+from ..errors import EngramError
 
 DEMO_MODEL = "smollm2"
 
@@ -33,7 +34,7 @@ def writable_directory(path: str | os.PathLike, argument: str) -> Path:
             pass
     except OSError as error:
         raise EngramError(
-            f"{argument} must be a directory that can be written, got {str(path)!r} ({error.strerror})"
+            f"{argument}: expected a directory that can be written, got {str(path)!r} ({error.strerror})"
         ) from error
     return path
 
@@ -73,16 +74,17 @@ def load_model(name_or_dir: str | os.PathLike, dtype: torch.dtype = torch.float3
         >>> model, tokenizer = load_model("smollm2", dtype=torch.bfloat16)
     """
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"dtype must be torch.float32, torch.bfloat16 or torch.float16, got {dtype}")
+        raise ValueError(f"dtype: expected torch.float32, torch.bfloat16 or torch.float16, got {dtype}")
     transformers = import_transformers()
     source = demo_model_directory() if str(name_or_dir) == DEMO_MODEL else name_or_dir
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+        with _without_progress_bars(transformers):
+            model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split()).split(". ")[0]
         raise EngramError(
-            f"name_or_dir must be {DEMO_MODEL!r}, a directory or a Hub name of a causal language model, "
+            f"name_or_dir: expected {DEMO_MODEL!r}, a directory or a Hub name of a causal language model, "
             f"got {str(name_or_dir)!r} ({reason})"
         ) from error
     return (model if device is None else model.to(device)).eval(), tokenizer
@@ -115,11 +117,16 @@ def demo_model_directory() -> Path:
     parent = writable_directory(target.parent, "the cache ($ENGRAM_CACHE)")
     work = Path(tempfile.mkdtemp(prefix=".converting-", dir=parent))
     try:
-        # The 4-bit values are exact in float16 scales, not in bfloat16: store float32 so that every dtype starts from the same numbers.
         source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
-        model = transformers.AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-        model.save_pretrained(work)
-        transformers.AutoTokenizer.from_pretrained(**source).save_pretrained(work)
+        # float32 holds the 4-bit values and their scales exactly, so every dtype starts from the same numbers.
+        with _without_progress_bars(transformers):
+            model = transformers.AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+            # The weights are plain now; without this transformers takes them for quantised and refuses to save.
+            model.hf_quantizer = None
+            if hasattr(model.config, "quantization_config"):
+                del model.config.quantization_config
+            model.save_pretrained(work)
+            transformers.AutoTokenizer.from_pretrained(**source).save_pretrained(work)
         os.chmod(work, 0o755)
         try:
             work.rename(target)
@@ -130,3 +137,16 @@ def demo_model_directory() -> Path:
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return target
+
+
+@contextmanager
+def _without_progress_bars(transformers):
+    """Loading a small local model takes seconds; its bars would break into the caller's own."""
+    logging = transformers.utils.logging
+    enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            logging.enable_progress_bar()

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from engram_kernels.editing.tokens import pad_rows
+from .tokens import pad_rows
 
 # Common first words, which every tokenizer knows; a beginning-of-text token alone makes chat models open a dialogue.
 FIRST_WORDS = ("The", "Therefore", "Because", "I", "You")

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 
-from engram_kernels.editing.statistics import tensor_bytes
-from engram_kernels.editing.structure import Projection, output_projection
-from engram_kernels.editing.tokens import Edit
-from engram_kernels.errors import EngramError
-from engram_kernels.functional import apply_low_rank_
+from .statistics import tensor_bytes
+from .structure import Projection, output_projection
+from .tokens import Edit
+from ..errors import EngramError
+from ..functional import apply_low_rank_
 
 FORMAT = 1
 
@@ -113,7 +113,7 @@ class EditResult:
             return
         if not force and matrix_checksum(self._projection) != self.edited_checksum:
             raise EngramError(
-                f"force must be True to revert {self.module!r}: it was changed after this edit (revert later edits first)"
+                f"model: expected {self.module!r} as this edit left it, got it changed since: revert later edits first, or force=True"
             )
         restore(self._projection, self._original)
         self._projection = self._original = None
@@ -132,16 +132,16 @@ class EditResult:
             EngramError: the model's matrix is another one, or this result stands in a model already.
         """
         if self.applied:
-            raise EngramError("model must be given to a result that is not applied, got one that is: revert it first")
+            raise EngramError("model: expected one for a result that is not applied, got a result that is: revert it first")
         projection = output_projection(model, self.layer)
         shape, expected = tuple(projection.matrix.shape), (self.writes[0].left.shape[0], self.writes[0].right.shape[1])
         if projection.name != self.module or shape != expected:
             raise EngramError(
-                f"model must have a matrix {list(expected)} in {self.module!r}, got {list(shape)} in {projection.name!r}"
+                f"model: expected a matrix {list(expected)} in {self.module!r}, got {list(shape)} in {projection.name!r}"
             )
         if not force and matrix_checksum(projection) != self.base_checksum:
             raise EngramError(
-                f"model must have in {self.module!r} the weights that the edit was made for (or force=True), got others"
+                f"model: expected in {self.module!r} the weights that the edit was made for (or force=True), got others"
             )
         original = snapshot(projection)
         try:
@@ -173,7 +173,7 @@ class EditResult:
         temporary = None
         try:
             if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-                raise EngramError(f"directory must be new or empty, got {str(directory)!r}")
+                raise EngramError(f"directory: expected new or empty, got {str(directory)!r}")
             directory.parent.mkdir(parents=True, exist_ok=True)
             temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
             os.chmod(temporary, 0o755)
@@ -193,7 +193,7 @@ class EditResult:
             temporary.rename(directory)
         except OSError as error:
             reason = error.strerror or error
-            raise EngramError(f"directory must be one that can be written, got {str(directory)!r} ({reason})") from error
+            raise EngramError(f"directory: expected one that can be written, got {str(directory)!r} ({reason})") from error
         finally:
             if temporary is not None:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -212,14 +212,14 @@ class EditResult:
         try:
             report = json.loads((directory / "edit.json").read_text(encoding="utf-8"))
             if report["format"] != FORMAT:
-                raise EngramError(f"directory must hold an edit of format {FORMAT}, got format {report['format']}")
+                raise EngramError(f"directory: expected an edit of format {FORMAT}, got format {report['format']}")
             tensors = load_file(directory / "factors.safetensors")
             writes = [Write(tensors[f"{i}.left"], tensors[f"{i}.right"]) for i in range(len(tensors) // 2)]
             records = [EditRecord(**{**record, "edit": Edit(**record["edit"])}) for record in report["records"]]
             fields = {name: report[name] for name in ("layer", "module", "base_checksum", "edited_checksum")}
             return cls(records, writes, **fields)
         except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
-            raise EngramError(f"directory must hold a saved edit, got {str(directory)!r} ({error})") from error
+            raise EngramError(f"directory: expected a saved edit, got {str(directory)!r} ({error})") from error
 
 
 def write_(projection: Projection, write: Write) -> None:

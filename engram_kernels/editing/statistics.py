@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-from engram_kernels.editing.structure import Projection, decoder_layers
-from engram_kernels.errors import EngramError
-from engram_kernels.functional import second_moment_
+from .structure import Projection, decoder_layers
+from ..errors import EngramError
+from ..functional import second_moment_
 
 CHUNK = 512
 BATCH = 4
@@ -89,7 +89,7 @@ def second_moment(
     finally:
         hook.remove()
     if not accumulator.isfinite().all():
-        raise EngramError(f"model must give finite inputs to {projection.name!r}, got NaN or infinity")
+        raise EngramError(f"model: expected finite inputs to {projection.name!r}, got NaN or infinity")
     return accumulator
 
 

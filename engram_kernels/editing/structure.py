@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from engram_kernels.errors import EngramError
+from ..errors import EngramError
 
 EDITABLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -49,7 +49,7 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
         if isinstance(module, nn.ModuleList) and len(module) > 0 and len({type(block) for block in module}) == 1
     ]
     if not stacks:
-        raise EngramError("model must hold its decoder layers in an nn.ModuleList of blocks of one class, got none")
+        raise EngramError("model: expected its decoder layers in an nn.ModuleList of blocks of one class, got none")
     _, name, layers = max(stacks, key=lambda stack: stack[0])
     return name, layers
 
@@ -77,18 +77,18 @@ def output_projection(model: nn.Module, layer: int) -> Projection:
             be edited soundly (quantised, on the meta device, shared with another module).
     """
     if isinstance(layer, bool) or not isinstance(layer, int):
-        raise TypeError(f"layer must be an integer, got {type(layer).__name__}")
+        raise TypeError(f"layer: expected an integer, got {type(layer).__name__}")
     stack, layers = decoder_layers(model)
     if not 0 <= layer < len(layers):
-        raise ValueError(f"layer must be from 0 to {len(layers) - 1} for this model, got {layer}")
+        raise ValueError(f"layer: expected from 0 to {len(layers) - 1} for this model, got {layer}")
     block = layers[layer]
     for name, module in block.named_modules():
         if hasattr(module, "base_layer"):
             raise EngramError(
-                f"model must have plain weights in layer {layer}, got an adapter on {name!r}: merge or remove it first"
+                f"model: expected plain weights in layer {layer}, got an adapter on {name!r}: merge or remove it first"
             )
         if hasattr(module, "qweight") or any(_is_packed(weight) for weight in module.parameters(recurse=False)):
-            raise EngramError(f"model must have floating-point weights in layer {layer}, got quantised ones in {name!r}")
+            raise EngramError(f"model: expected floating-point weights in layer {layer}, got quantised ones in {name!r}")
     hidden = model.get_input_embeddings().weight.shape[-1]
     intermediate = getattr(model.config, "intermediate_size", None)
     found = [
@@ -98,7 +98,7 @@ def output_projection(model: nn.Module, layer: int) -> Projection:
     ]
     if len(found) != 1:
         got = ", ".join(name for name, _ in found) or "none"
-        raise EngramError(f"model must have one MLP of plain linear maps in layer {layer}, got {got}")
+        raise EngramError(f"model: expected one MLP of plain linear maps in layer {layer}, got {got}")
     name, module = found[0]
     projection = Projection(layer, f"{stack}.{layer}.{name}", module, _is_transposed(module))
     _check_editable(model, projection)
@@ -142,13 +142,13 @@ def _is_packed(weight: torch.Tensor) -> bool:
 def _check_editable(model: nn.Module, projection: Projection) -> None:
     weight = projection.module.weight
     if weight.dtype not in EDITABLE_DTYPES:
-        raise EngramError(f"model must have float32, bfloat16 or float16 weights, got {weight.dtype} in {projection.name!r}")
+        raise EngramError(f"model: expected float32, bfloat16 or float16 weights, got {weight.dtype} in {projection.name!r}")
     if weight.is_meta:
-        raise EngramError(f"model must hold its weights in memory, got {projection.name!r} on the meta device (offloaded)")
+        raise EngramError(f"model: expected its weights in memory, got {projection.name!r} on the meta device (offloaded)")
     sharing = [
         name
         for name, module in model.named_modules()
         if module is not projection.module and getattr(module, "weight", None) is weight
     ]
     if sharing:
-        raise EngramError(f"model must not share the weight of {projection.name!r}, got it also in {sharing[0]!r}")
+        raise EngramError(f"model: expected {projection.name!r} to have a weight of its own, got one shared with {sharing[0]!r}")

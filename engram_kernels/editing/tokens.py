@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from engram_kernels.errors import EngramError
+from ..errors import EngramError
 
 
 @dataclass(frozen=True)
@@ -35,20 +35,20 @@ class Edit:
         for field in ("subject", "prompt", "target"):
             value = getattr(self, field)
             if not isinstance(value, str):
-                raise TypeError(f"{field} must be a string, got {type(value).__name__}")
+                raise TypeError(f"{field}: expected a string, got {type(value).__name__}")
             if not value.strip():
-                raise ValueError(f"{field} must not be empty, got {value!r}")
+                raise ValueError(f"{field}: expected some text, got {value!r}")
         object.__setattr__(self, "subject", self.subject.strip())
         object.__setattr__(self, "target", self.target.strip())
         places = self.prompt.count("{}")
         if places == 0:
             if self.prompt.count(self.subject) != 1:
                 raise ValueError(
-                    f"prompt must contain {{}} or the subject {self.subject!r} exactly once, got {self.prompt!r}"
+                    f"prompt: expected {{}} or the subject {self.subject!r} exactly once, got {self.prompt!r}"
                 )
             object.__setattr__(self, "prompt", self.prompt.replace(self.subject, "{}"))
         elif places > 1:
-            raise ValueError(f"prompt must contain {{}} exactly once, got {self.prompt!r}")
+            raise ValueError(f"prompt: expected {{}} exactly once, got {self.prompt!r}")
 
     @property
     def text(self) -> str:
@@ -92,9 +92,9 @@ def encode_row(tokenizer, subject: str, prompt: str, target: str = "", prefix: s
     else:
         ids, last, first = _positions_by_beginnings(tokenizer, text, subject_end, len(head))
     if last is None:
-        raise EngramError(f"subject must have at least one token, got {subject!r}")
+        raise EngramError(f"subject: expected at least one token, got {subject!r}")
     if target and first >= len(ids):
-        raise EngramError(f"target must have at least one token, got {target!r}")
+        raise EngramError(f"target: expected at least one token, got {target!r}")
     return Row(ids, last, first if target else len(ids))
 
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
-from engram_kernels.editing.structure import Projection
-from engram_kernels.editing.tokens import Edit, Row, encode_row, pad_rows
-from engram_kernels.errors import EngramError
+from .structure import Projection
+from .tokens import Edit, Row, encode_row, pad_rows
+from ..errors import EngramError
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,10 @@ class ValueOptions:
     def __post_init__(self):
         for name in ("steps", "learning_rate", "clamp"):
             if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)!r}")
+                raise ValueError(f"{name}: expected positive, got {getattr(self, name)!r}")
         for name in ("weight_decay", "kl_weight"):
             if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)!r}")
+                raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)!r}")
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def find_value(
                 loss = nll + options.kl_weight * kl.to(nll.device) + options.weight_decay * decay.to(nll.device)
                 losses.append(loss.item())
                 if not torch.isfinite(loss):
-                    raise EngramError(f"model must give a finite loss for {edit.text!r}, got {losses[-1]} in step {step}")
+                    raise EngramError(f"model: expected a finite loss for {edit.text!r}, got {losses[-1]} in step {step}")
                 if progress:
                     progress(step + 1, options.steps)
                 if losses[-1] < options.stop_loss or step == options.steps - 1:

@@ -1,0 +1,152 @@
+// The 16-bit types, their conversions, and accesses of 16 bytes. No toolkit header: the same types exist on a host.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "block.cuh"
+#include "engram/rank_one.h"
+
+namespace engram::cuda {
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+struct Half {
+  uint16_t bits;
+};
+
+ENGRAM_DEVICE float widen(float value) { return value; }
+ENGRAM_DEVICE double widen(double value) { return value; }
+ENGRAM_DEVICE void narrow(float value, float& result) { result = value; }
+ENGRAM_DEVICE void narrow(double value, double& result) { result = value; }
+
+#ifdef __CUDACC__
+
+ENGRAM_DEVICE float widen(BFloat16 value) { return __uint_as_float(static_cast<uint32_t>(value.bits) << 16); }
+
+ENGRAM_DEVICE float widen(Half value) {
+  float result;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(value.bits));
+  return result;
+}
+
+ENGRAM_DEVICE void narrow(float value, BFloat16& result) {
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(result.bits) : "f"(value));
+}
+
+ENGRAM_DEVICE void narrow(float value, Half& result) {
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(result.bits) : "f"(value));
+}
+
+#else
+
+inline uint32_t bits_of(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+inline float float_of(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+inline float widen(BFloat16 value) { return float_of(static_cast<uint32_t>(value.bits) << 16); }
+
+inline float widen(Half value) {
+  const uint32_t exponent = value.bits >> 10 & 31, mantissa = value.bits & 1023;
+  float magnitude = std::ldexp(static_cast<float>(mantissa), -24);
+  if (exponent == 31)
+    magnitude = float_of(0x7f800000u | mantissa << 13);
+  else if (exponent > 0)
+    magnitude = float_of((exponent + 112) << 23 | mantissa << 13);
+  return value.bits & 0x8000 ? -magnitude : magnitude;
+}
+
+inline void narrow(float value, BFloat16& result) {
+  const uint32_t bits = bits_of(value);
+  result.bits = std::isnan(value) ? 0x7fff : static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+inline void narrow(float value, Half& result) {
+  const float magnitude = std::fabs(value);
+  const uint32_t bits = bits_of(magnitude);
+  uint32_t rounded = ((bits + 0xfff + (bits >> 13 & 1)) >> 13) - (112u << 10);
+  if (std::isnan(value))
+    rounded = 0x7fff;
+  else if (magnitude >= 65520.0f)
+    rounded = 0x7c00;
+  else if (magnitude < 0x1p-14f)
+    rounded = static_cast<uint32_t>(std::nearbyint(magnitude * 0x1p24f));
+  result.bits = static_cast<uint16_t>(rounded | (std::signbit(value) ? 0x8000u : 0u));
+}
+
+#endif
+
+// The type that products with a weight of type T are accumulated in.
+template <typename T>
+struct ComputeType {
+  using type = float;
+};
+template <>
+struct ComputeType<double> {
+  using type = double;
+};
+template <typename T>
+using Compute = typename ComputeType<T>::type;
+
+// N neighbours in memory, moved by accesses of up to 16 bytes.
+template <typename T, int N>
+struct alignas(N * sizeof(T) < 16 ? N * sizeof(T) : 16) Pack {
+  T at[N];
+};
+
+// How many elements of T one 16-byte access moves.
+template <typename T>
+constexpr int kVector = 16 / static_cast<int>(sizeof(T));
+
+// Weights pass through once: they are read and written ahead of what the caches should keep.
+template <typename T>
+ENGRAM_DEVICE T load_streaming(const T* from) {
+#ifdef __CUDACC__
+  if constexpr (sizeof(T) == 16) {
+    const uint4 bits = __ldcs(reinterpret_cast<const uint4*>(from));
+    T value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+  }
+#endif
+  return *from;
+}
+
+template <typename T>
+ENGRAM_DEVICE void store_streaming(T* to, const T& value) {
+#ifdef __CUDACC__
+  if constexpr (sizeof(T) == 16) {
+    uint4 bits;
+    memcpy(&bits, &value, sizeof bits);
+    __stcs(reinterpret_cast<uint4*>(to), bits);
+    return;
+  }
+#endif
+  *to = value;
+}
+
+inline int64_t ceil_divide(int64_t amount, int64_t size) { return (amount + size - 1) / size; }
+
+inline bool aligned(const void* pointer, uintptr_t bytes) {
+  return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
+}
+
+// Whether every row of every matrix begins at a multiple of 16 bytes.
+template <typename T>
+bool rows_aligned(const T* weight, const WeightShape& shape) {
+  return aligned(weight, 16) && (shape.rows < 2 || shape.row_stride % kVector<T> == 0) &&
+         (shape.batch < 2 || shape.batch_stride % kVector<T> == 0);
+}
+
+}  // namespace engram::cuda

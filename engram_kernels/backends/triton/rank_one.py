@@ -1,0 +1,176 @@
+"""The associative write on GPUs, in Triton: the residual against W and the low-rank update of W.
+
+Both are bound by the bytes of W while the number of keys is small, so W is read once, in its own type, and never
+held in another. Dots are of fp32 operands and say their precision: "tf32x3" carries fp32's digits on the tensor
+cores; the single "tf32" would lose them.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import implements
+from ..native import decline_strided_columns
+
+PRECISION = "tf32x3"
+_HALVES_AND_FLOAT = (torch.float32, torch.bfloat16, torch.float16)
+
+
+# The largest tile that compiles without spills in fp32 for sm_80, sm_90 and sm_100.
+UPDATE_LAUNCH = {"BLOCK_ROWS": 32, "BLOCK_COLS": 128, "BLOCK_RANK": 16, "num_warps": 4, "num_stages": 2}
+
+
+def residual_launch(count: int) -> dict[str, int]:
+    """Return the launch configuration of the residual for a number of keys."""
+    # Few rows of W a program: 4,096 rows must still fill 132 multiprocessors.
+    block_keys = 16 if count <= 16 else 32
+    return {"BLOCK_KEYS": block_keys, "BLOCK_ROWS": 32, "BLOCK_COLS": 64, "num_warps": 4, "num_stages": 3}
+
+
+@triton.jit
+def _apply_low_rank_kernel(
+    weight,
+    left,
+    right,
+    rows,
+    cols,
+    rank,
+    batch_stride,
+    row_stride,
+    scale,
+    PRECISION: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+    BLOCK_RANK: tl.constexpr,
+):
+    """W[b] += scale · L[b] R[b]; one program a tile of one W."""
+    row_tiles = tl.cdiv(rows, BLOCK_ROWS)
+    col_tiles = tl.cdiv(cols, BLOCK_COLS)
+    program = tl.program_id(0)
+    col_tile = program % col_tiles
+    row_tile = (program // col_tiles) % row_tiles
+    b = (program // (col_tiles * row_tiles)).to(tl.int64)
+
+    i = row_tile.to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)  # [BLOCK_ROWS]
+    j = col_tile.to(tl.int64) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)  # [BLOCK_COLS]
+    inside = (i < rows)[:, None] & (j < cols)[None, :]
+    tile = weight + b * batch_stride + i[:, None] * row_stride + j[None, :]
+    left += b * rows * rank
+    right += b * rank * cols
+
+    old = tl.load(tile, mask=inside, other=0.0)  # asked for before the dots, so that it travels under them
+    product = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
+    for start in range(0, rank, BLOCK_RANK):
+        r = start + tl.arange(0, BLOCK_RANK)  # [BLOCK_RANK]
+        a = tl.load(left + i[:, None] * rank + r[None, :], mask=(i < rows)[:, None] & (r < rank)[None, :], other=0.0)
+        c = tl.load(
+            right + r[:, None].to(tl.int64) * cols + j[None, :],
+            mask=(r < rank)[:, None] & (j < cols)[None, :],
+            other=0.0,
+        )
+        product = tl.dot(a, c, product, input_precision=PRECISION)
+    new = old.to(tl.float32) + scale * product
+    tl.store(tile, new.to(weight.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _residual_kernel(
+    weight,
+    keys,
+    values,
+    residual,
+    rows,
+    cols,
+    count,
+    batch_stride,
+    row_stride,
+    PRECISION: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+):
+    """E[b] = V[b] − K[b] W[b]ᵀ; one program some rows of one W and a block of keys."""
+    row_tiles = tl.cdiv(rows, BLOCK_ROWS)
+    key_tiles = tl.cdiv(count, BLOCK_KEYS)
+    program = tl.program_id(0)
+    key_tile = program % key_tiles
+    row_tile = (program // key_tiles) % row_tiles
+    b = (program // (key_tiles * row_tiles)).to(tl.int64)
+
+    n = key_tile.to(tl.int64) * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)  # [BLOCK_KEYS]
+    i = row_tile.to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)  # [BLOCK_ROWS]
+    weight += b * batch_stride
+    keys += b * count * cols
+
+    product = tl.zeros((BLOCK_KEYS, BLOCK_ROWS), tl.float32)
+    for start in range(0, cols, BLOCK_COLS):
+        j = start + tl.arange(0, BLOCK_COLS)  # [BLOCK_COLS]
+        k = tl.load(keys + n[:, None] * cols + j[None, :], mask=(n < count)[:, None] & (j < cols)[None, :], other=0.0)
+        w = tl.load(
+            weight + i[:, None] * row_stride + j[None, :], mask=(i < rows)[:, None] & (j < cols)[None, :], other=0.0
+        )
+        product = tl.dot(k, tl.trans(w.to(tl.float32)), product, input_precision=PRECISION)
+    place = b * count * rows + n[:, None] * rows + i[None, :]
+    inside = (n < count)[:, None] & (i < rows)[None, :]
+    wanted = tl.load(values + place, mask=inside, other=0.0)
+    tl.store(residual + place, wanted - product, mask=inside)
+
+
+def _declines(weight: Tensor, *args) -> str | None:
+    if weight.dtype not in _HALVES_AND_FLOAT:
+        return f"takes fp32, bf16 and fp16 weights, not {str(weight.dtype).removeprefix('torch.')}"
+    return decline_strided_columns(weight)
+
+
+def _on_device(tensor: Tensor):
+    # -1 is "no device to switch to": CPU tensors under the interpreter.
+    return torch.cuda.device(tensor.device if tensor.is_cuda else -1)
+
+
+@implements("apply_low_rank_", "triton", _declines)
+def apply_low_rank_(weight: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
+    batch, rows, cols = weight.shape
+    tiles = batch * triton.cdiv(rows, UPDATE_LAUNCH["BLOCK_ROWS"]) * triton.cdiv(cols, UPDATE_LAUNCH["BLOCK_COLS"])
+    if tiles == 0:
+        return
+    with _on_device(weight):
+        _apply_low_rank_kernel[(tiles,)](
+            weight,
+            left.contiguous(),
+            right.contiguous(),
+            rows,
+            cols,
+            left.shape[-1],
+            weight.stride(0),
+            weight.stride(1),
+            scale,
+            PRECISION=PRECISION,
+            **UPDATE_LAUNCH,
+        )
+
+
+@implements("residual_gram", "triton", _declines)
+def residual_gram(weight: Tensor, keys: Tensor, values: Tensor, preconditioned: Tensor) -> tuple[Tensor, Tensor]:
+    batch, rows, cols = weight.shape
+    count = keys.shape[1]
+    residual = torch.empty_like(values, memory_format=torch.contiguous_format)
+    launch = residual_launch(count)
+    tiles = batch * triton.cdiv(rows, launch["BLOCK_ROWS"]) * triton.cdiv(count, launch["BLOCK_KEYS"])
+    if tiles:
+        with _on_device(weight):
+            _residual_kernel[(tiles,)](
+                weight,
+                keys.contiguous(),
+                values.contiguous(),
+                residual,
+                rows,
+                cols,
+                count,
+                weight.stride(0),
+                weight.stride(1),
+                PRECISION=PRECISION,
+                **launch,
+            )
+    # The Gram matrix is n × n in fp64: a plain GEMM, so it is the library's.
+    return residual, keys.double() @ preconditioned.mT
