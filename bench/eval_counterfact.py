@@ -1,11 +1,11 @@
 """Measure edits on CounterFact rows: do they hold, do they generalise, do they leave other facts alone.
 
-Each row is edited, measured and reverted by itself. Each figure is the fraction of rows in which the mean log-probability
-of the whole right answer exceeds that of the other one:
+Each row is edited, measured and reverted by itself. Each figure is the fraction of rows in which the mean
+log-probability of the whole right answer exceeds that of the other one:
 
     efficacy     target_new over ground_truth on the edited prompt, after the edit
     paraphrase   the same on the paraphrase
-    locality     locality_ground_truth over target_new on a prompt about another subject, after the edit and before
+    locality     locality_ground_truth over target_new on a prompt about another subject, before and after
 
     python bench/eval_counterfact.py --rows 20
 """
@@ -58,7 +58,10 @@ def main() -> int:
     for number, row in enumerate(rows, arguments.start):
         outcomes.append(evaluate(editor, row, arguments.layer))
         marks = " ".join(f"{name} {'yes' if outcomes[-1]['after'][name] > 0 else 'no '}" for name in MEASURES)
-        console.print(f"{number:5d}  {outcomes[-1]['seconds']:5.1f} s  {marks}  {row['prompt']} → {row['target_new']}", soft_wrap=True)
+        console.print(
+            f"{number:5d}  {outcomes[-1]['seconds']:5.1f} s  {marks}  {row['prompt']} → {row['target_new']}",
+            soft_wrap=True,
+        )
     summary = summarise(outcomes)
     report(console, summary, outcomes)
     if arguments.json:
@@ -69,7 +72,9 @@ def main() -> int:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", type=int, default=20, help="how many rows")
     parser.add_argument("--start", type=int, default=0, help="the first row")
     parser.add_argument("--data", help=f"folder of {FILE} (default $ENGRAM_DATA, else ../shared/data)")
@@ -120,8 +125,10 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 @torch.no_grad()
 def margins(model, tokenizer, row: dict) -> dict[str, float]:
-    """By how much the mean log-probability of the right answer exceeds that of the other one, for each measure."""
-    pairs = [(row[prompt], row[answer]) for prompt, right, other in MEASURES.values() for answer in (right, other)]
+    """By how much the mean log-probability of the right answer exceeds the other's, for each measure."""
+    pairs = [
+        (row[prompt], row[answer]) for prompt, right, other in MEASURES.values() for answer in (right, other)
+    ]
     encoded = [encode_row(tokenizer, prompt, "{}", answer) for prompt, answer in pairs]
     ids, mask = pad_rows([row.ids for row in encoded], model.get_input_embeddings().weight.device)
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float().log_softmax(-1).cpu()
@@ -148,7 +155,9 @@ def summarise(outcomes: list[dict]) -> dict:
 
 
 def report(console: Console, summary: dict, outcomes: list[dict]) -> None:
-    table = Table(title=f"CounterFact, {summary['rows']} rows, {summary['median_seconds']:.1f} s an edit (median)")
+    table = Table(
+        title=f"CounterFact, {summary['rows']} rows, {summary['median_seconds']:.1f} s an edit (median)"
+    )
     for column in ("measure", "unedited", "edited"):
         table.add_column(column, justify="left" if column == "measure" else "right")
     for name in MEASURES:

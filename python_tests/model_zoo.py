@@ -38,7 +38,9 @@ def metaspace_tokenizer(vocabulary: int = 400):
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
     tokenizer.decoder = decoders.Metaspace(prepend_scheme="first")
-    trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False
+    )
     tokenizer.train_from_iterator(TEXTS, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return _fast(tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
@@ -67,11 +69,14 @@ def slow_tokenizer():
     from transformers import PreTrainedTokenizer
 
     class SlowTokenizer(PreTrainedTokenizer):
-        model_input_names = ["input_ids", "attention_mask"]
-
         def __init__(self, **kwargs):
             characters = sorted({character for text in TEXTS for character in text})
-            pieces = ["<s>", "<unk>", *characters, *(a + b for a in characters for b in characters if a.isalpha())]
+            pieces = [
+                "<s>",
+                "<unk>",
+                *characters,
+                *(a + b for a in characters for b in characters if a.isalpha()),
+            ]
             self.pieces = {piece: i for i, piece in enumerate(pieces)}
             self.names = pieces
             super().__init__(bos_token="<s>", unk_token="<unk>", **kwargs)
@@ -114,12 +119,20 @@ TOKENIZERS = {
 }
 
 
-def small_model(family: str = "llama", vocabulary: int = 400, dtype: torch.dtype = torch.float32, seed: int = 0):
-    """A random causal language model of four layers, hidden size 32, intermediate size 64 where the family allows."""
+def small_model(
+    family: str = "llama", vocabulary: int = 400, dtype: torch.dtype = torch.float32, seed: int = 0
+):
+    """A random causal language model of four layers, hidden size 32, intermediate size 64."""
     import transformers as hf
 
     common = {"vocab_size": vocabulary, "max_position_embeddings": 128}
-    llama = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, **common}
+    llama = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        **common,
+    }
     ids = {"pad_token_id": None, "bos_token_id": 0, "eos_token_id": 0}
     grouped = {"num_key_value_heads": 2}
     configurations = {
@@ -131,7 +144,13 @@ def small_model(family: str = "llama", vocabulary: int = 400, dtype: torch.dtype
             vocab_size=vocabulary, n_positions=128, n_embd=32, n_layer=4, n_head=4, n_inner=64, **ids
         ),
         "opt": lambda: hf.OPTConfig(
-            hidden_size=32, ffn_dim=64, num_hidden_layers=4, num_attention_heads=4, word_embed_proj_dim=32, **common, **ids
+            hidden_size=32,
+            ffn_dim=64,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            word_embed_proj_dim=32,
+            **common,
+            **ids,
         ),
         "mixtral": lambda: hf.MixtralConfig(**llama, **grouped, **ids, num_local_experts=2),
     }

@@ -1,8 +1,9 @@
 // weight[b] += scale * left[b] @ right[b], rounded once.
 //
-// The floor is reading and writing the weight. A thread block owns a tile of it; a thread owns kRows rows of one
-// 16-byte vector, all read before anything else so that they are on their way while the factors are fetched. Sum
-// and weight meet only at the end: an update is often far smaller than the weight that it is added to.
+// The floor is reading and writing the weight. A thread block owns a tile of it; a thread owns one 16-byte
+// vector of kRows rows, all read before anything else, so that they are on their way while the factors are
+// fetched. Sum and weight meet only at the end: an update is often far smaller than the weight that it is
+// added to.
 #pragma once
 
 #include "numeric.cuh"
@@ -13,11 +14,14 @@ template <typename Weight>
 struct LowRankUpdate {
   using Sum = Compute<Weight>;
   static constexpr int kVec = kVector<Weight>;
-  static constexpr int kRows = 8;
-  static constexpr int kDepth = 16;  // ranks a step
-  static constexpr int kTileRows = kWarps * kRows;
-  static constexpr int kTileCols = kWarp * kVec;
   static constexpr int kQuad = kVector<Sum>;
+  static constexpr int kDepth = 16;  // ranks a step
+  // Half a warp spans the columns, so that two threads share each fetch of `right` and the tile is nearer
+  // square.
+  static constexpr int kLanes = kWarp / 2;
+  static constexpr int kRows = 4;
+  static constexpr int kTileRows = kThreads / kLanes * kRows;
+  static constexpr int kTileCols = kLanes * kVec;
 
   struct Shared {
     Pack<Sum, kTileCols> right[kDepth];
@@ -52,101 +56,104 @@ struct LowRankUpdate {
 
   int64_t blocks() const { return rank > 0 ? shape.batch * row_tiles * column_tiles : 0; }
 
-  // Where a lane finds its kVec columns of `right` in shared memory: split in 16-byte pieces, so that the warp's
-  // accesses are contiguous and no bank is asked twice.
-  static ENGRAM_DEVICE int slot(int column) {
-    const int lane = column / kVec, element = column % kVec;
-    return element / kQuad * (kWarp * kQuad) + lane * kQuad + element % kQuad;
-  }
-
   template <typename Block>
   ENGRAM_DEVICE void run(Block& block, int64_t index, Shared& shared) const {
     const int64_t b = index / (row_tiles * column_tiles);
-    const int64_t first_row = index / column_tiles % row_tiles * kTileRows;
-    const int64_t first_column = index % column_tiles * kTileCols;
+    const int64_t row = index / column_tiles % row_tiles * kTileRows;
+    const int64_t column = index % column_tiles * kTileCols;
+    const int rows = smaller(shape.rows - row, kTileRows);
+    const int columns = smaller(shape.cols - column, kTileCols);
+    Weight* const tile = weight + b * shape.batch_stride + row * shape.row_stride + column;
 
-    block.step([&](int thread, Registers& mine) { load_weight(b, first_row, first_column, thread, mine); });
+    block.step([&](int thread, Registers& mine) {
+      visit(tile, rows, columns, thread, [&](int r, const Weight* from, int valid) {
+        if (vector && valid >= kVec)
+          mine.weight[r] = load_streaming(reinterpret_cast<const Pack<Weight, kVec>*>(from));
+      });
+#pragma unroll
+      for (int i = 0; i < kRows * kVec; ++i) mine.sum[i / kVec][i % kVec] = 0;
+    });
     for (int64_t k = 0; k < rank; k += kDepth) {
-      const int depth = static_cast<int>(rank - k < kDepth ? rank - k : kDepth);
+      const int depth = smaller(rank - k, kDepth);
       block.step([&](int thread, Registers&) {
-        for (int i = thread; i < depth * kTileRows; i += kThreads) {
-          const int row = i / depth, d = i % depth;
-          shared.left[d].at[row] = first_row + row < shape.rows
-                                       ? left[(b * shape.rows + first_row + row) * rank + k + d]
-                                       : Sum(0);
-        }
-#pragma unroll 4
-        for (int i = thread; i < depth * kTileCols; i += kThreads) {
-          const int d = i / kTileCols, column = i % kTileCols;
-          shared.right[d].at[slot(column)] =
-              first_column + column < shape.cols
-                  ? right[(b * rank + k + d) * shape.cols + first_column + column]
-                  : Sum(0);
+        stage_left(left + (b * shape.rows + row) * rank + k, rows, depth, thread, shared);
+        stage_right(right + (b * rank + k) * shape.cols + column, columns, depth, thread, shared);
+      });
+      block.step([&](int thread, Registers& mine) {
+#pragma unroll 1
+        for (int d = 0; d < depth; ++d) accumulate(shared, d, thread, mine);
+      });
+    }
+    block.step([&](int thread, Registers& mine) {
+      visit(tile, rows, columns, thread, [&](int r, Weight* to, int valid) {
+        if (vector && valid >= kVec) {
+#pragma unroll
+          for (int v = 0; v < kVec; ++v)
+            narrow(widen(mine.weight[r].at[v]) + scale * mine.sum[r][v], mine.weight[r].at[v]);
+          store_streaming(reinterpret_cast<Pack<Weight, kVec>*>(to), mine.weight[r]);
+        } else {
+#pragma unroll
+          for (int v = 0; v < kVec; ++v)
+            if (v < valid) narrow(widen(to[v]) + scale * mine.sum[r][v], to[v]);
         }
       });
-      block.step([&](int thread, Registers& mine) { accumulate(shared, depth, thread, mine); });
-    }
-    block.step([&](int thread, Registers& mine) { store_weight(b, first_row, first_column, thread, mine); });
+    });
   }
 
  private:
-  ENGRAM_DEVICE Weight* position(int64_t b, int64_t row, int64_t column) const {
-    return weight + b * shape.batch_stride + row * shape.row_stride + column;
+  static ENGRAM_DEVICE int smaller(int64_t amount, int limit) {
+    return amount < limit ? static_cast<int>(amount) : limit;
   }
 
-  ENGRAM_DEVICE void load_weight(int64_t b, int64_t row, int64_t column, int thread, Registers& mine) const {
-    row += thread / kWarp * kRows;
-    column += thread % kWarp * kVec;
-    const bool whole = vector && column + kVec <= shape.cols;
+  // Calls access(r, address, columns from there to the tile's end) for each of the thread's rows in the tile.
+  template <typename Access>
+  ENGRAM_DEVICE void visit(Weight* tile, int rows, int columns, int thread, const Access& access) const {
+    const int row = thread / kLanes * kRows, column = thread % kLanes * kVec;
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-#pragma unroll
-      for (int v = 0; v < kVec; ++v) mine.sum[r][v] = 0;
-      if (row + r >= shape.rows) continue;
-      const Weight* from = position(b, row + r, column);
-      if (whole) {
-        mine.weight[r] = load_streaming(reinterpret_cast<const Pack<Weight, kVec>*>(from));
-      } else {
-#pragma unroll
-        for (int v = 0; v < kVec; ++v)
-          if (column + v < shape.cols) mine.weight[r].at[v] = from[v];
-      }
-    }
+    for (int r = 0; r < kRows; ++r)
+      if (row + r < rows && column < columns)
+        access(r, tile + (row + r) * shape.row_stride + column, columns - column);
   }
 
-  ENGRAM_DEVICE void accumulate(const Shared& shared, int depth, int thread, Registers& mine) const {
-    const int row = thread / kWarp * kRows, lane = thread % kWarp;
-    for (int d = 0; d < depth; ++d) {
-      const auto& l = *reinterpret_cast<const Pack<Sum, kRows>*>(shared.left[d].at + row);
-      Pack<Sum, kQuad> r[kVec / kQuad];
+  // All fetches of a stage come before its first store: one fetch takes hundreds of cycles, several little
+  // more.
+  ENGRAM_DEVICE void stage_left(const Sum* from, int rows, int depth, int thread, Shared& shared) const {
+    constexpr int kStep = kThreads / kDepth, kCount = kTileRows / kStep;
+    const int row = thread / kDepth, d = thread % kDepth;
+    Sum fetched[kCount];
 #pragma unroll
-      for (int q = 0; q < kVec / kQuad; ++q)
-        r[q] = *reinterpret_cast<const Pack<Sum, kQuad>*>(shared.right[d].at + (q * kWarp + lane) * kQuad);
+    for (int i = 0; i < kCount; ++i)
+      fetched[i] = d < depth && row + i * kStep < rows ? from[(row + i * kStep) * rank + d] : Sum(0);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) shared.left[d].at[row + i * kStep] = fetched[i];
+  }
+
+  // A thread's columns are split in 16-byte pieces, those of neighbouring threads side by side, so that no
+  // bank is asked twice.
+  ENGRAM_DEVICE void stage_right(const Sum* from, int columns, int depth, int thread, Shared& shared) const {
+    constexpr int kStep = kThreads / kTileCols, kCount = kDepth / kStep;
+    const int d = thread / kTileCols, column = thread % kTileCols;
+    const int slot = (column % kVec / kQuad * kLanes + column / kVec) * kQuad + column % kQuad;
+    Sum fetched[kCount];
+#pragma unroll
+    for (int i = 0; i < kCount; ++i)
+      fetched[i] =
+          d + i * kStep < depth && column < columns ? from[(d + i * kStep) * shape.cols + column] : Sum(0);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) shared.right[d + i * kStep].at[slot] = fetched[i];
+  }
+
+  ENGRAM_DEVICE void accumulate(const Shared& shared, int d, int thread, Registers& mine) const {
+    using Piece = Pack<Sum, kQuad>;
+    const int row = thread / kLanes * kRows, lane = thread % kLanes;
+    const auto l = *reinterpret_cast<const Pack<Sum, kRows>*>(shared.left[d].at + row);
+#pragma unroll
+    for (int q = 0; q < kVec / kQuad; ++q) {
+      const auto r = *reinterpret_cast<const Piece*>(shared.right[d].at + (q * kLanes + lane) * kQuad);
 #pragma unroll
       for (int i = 0; i < kRows; ++i)
 #pragma unroll
-        for (int v = 0; v < kVec; ++v) mine.sum[i][v] += l.at[i] * r[v / kQuad].at[v % kQuad];
-    }
-  }
-
-  ENGRAM_DEVICE void store_weight(int64_t b, int64_t row, int64_t column, int thread, Registers& mine) const {
-    row += thread / kWarp * kRows;
-    column += thread % kWarp * kVec;
-    const bool whole = vector && column + kVec <= shape.cols;
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      if (row + r >= shape.rows) continue;
-      Weight* to = position(b, row + r, column);
-#pragma unroll
-      for (int v = 0; v < kVec; ++v)
-        narrow(widen(mine.weight[r].at[v]) + scale * mine.sum[r][v], mine.weight[r].at[v]);
-      if (whole) {
-        store_streaming(reinterpret_cast<Pack<Weight, kVec>*>(to), mine.weight[r]);
-      } else {
-#pragma unroll
-        for (int v = 0; v < kVec; ++v)
-          if (column + v < shape.cols) to[v] = mine.weight[r].at[v];
-      }
+        for (int v = 0; v < kQuad; ++v) mine.sum[i][q * kQuad + v] += l.at[i] * r.at[v];
     }
   }
 };

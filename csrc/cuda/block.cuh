@@ -1,10 +1,10 @@
 // How a thread block's work is written, so that the same code runs on a GPU and, thread by thread, on a host.
 //
 // A block's program is a function of a `Block`. `block.step(f)` runs f(thread, registers) on every thread and
-// then waits for all; what a thread keeps from one step to the next lives in its `Registers`, what threads share
-// lives in shared memory. Between steps the program may read shared memory, but must take the same way in every
-// thread. A host test gives it a Block whose steps run the threads in any order: a missing barrier then shows as
-// a result that depends on that order.
+// then waits for all; what a thread keeps from one step to the next lives in its `Registers`, what threads
+// share lives in shared memory. Between steps the program may read shared memory, but must take the same way
+// in every thread. A host test gives it a Block whose steps run the threads in any order: a missing barrier
+// then shows as a result that depends on that order.
 #pragma once
 
 #ifdef __CUDACC__
@@ -30,12 +30,13 @@ struct DeviceBlock {
     __syncthreads();
   }
 
-  // Every lane's select(registers) becomes the sum over its warp, added in an order that never varies.
-  template <typename Select>
+  // Every thread's select(registers) becomes the sum over its kLanes neighbours, in an order that never
+  // varies.
+  template <int kLanes, typename Select>
   ENGRAM_DEVICE void warp_sum(const Select& select) {
     auto& value = select(registers);
 #pragma unroll
-    for (int distance = kWarp / 2; distance > 0; distance /= 2)
+    for (int distance = kLanes / 2; distance > 0; distance /= 2)
       value += __shfl_xor_sync(0xffffffffu, value, distance);
   }
 };

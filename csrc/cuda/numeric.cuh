@@ -1,9 +1,11 @@
-// The 16-bit types, their conversions, and accesses of 16 bytes. No toolkit header: the same types exist on a host.
+// The 16-bit types, their conversions, and accesses of 16 bytes. No toolkit header: the same types exist on a
+// host.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "block.cuh"
 #include "engram/rank_one.h"
@@ -109,12 +111,13 @@ struct alignas(N * sizeof(T) < 16 ? N * sizeof(T) : 16) Pack {
 template <typename T>
 constexpr int kVector = 16 / static_cast<int>(sizeof(T));
 
-// Weights pass through once: they are read and written ahead of what the caches should keep.
+// Weights pass through once: they are read and written so that the caches keep other data before them.
 template <typename T>
 ENGRAM_DEVICE T load_streaming(const T* from) {
 #ifdef __CUDACC__
-  if constexpr (sizeof(T) == 16) {
-    const uint4 bits = __ldcs(reinterpret_cast<const uint4*>(from));
+  if constexpr (sizeof(T) >= 8) {
+    using Bits = std::conditional_t<sizeof(T) == 16, uint4, uint2>;
+    const Bits bits = __ldcs(reinterpret_cast<const Bits*>(from));
     T value;
     memcpy(&value, &bits, sizeof value);
     return value;
@@ -126,10 +129,11 @@ ENGRAM_DEVICE T load_streaming(const T* from) {
 template <typename T>
 ENGRAM_DEVICE void store_streaming(T* to, const T& value) {
 #ifdef __CUDACC__
-  if constexpr (sizeof(T) == 16) {
-    uint4 bits;
+  if constexpr (sizeof(T) >= 8) {
+    using Bits = std::conditional_t<sizeof(T) == 16, uint4, uint2>;
+    Bits bits;
     memcpy(&bits, &value, sizeof bits);
-    __stcs(reinterpret_cast<uint4*>(to), bits);
+    __stcs(reinterpret_cast<Bits*>(to), bits);
     return;
   }
 #endif

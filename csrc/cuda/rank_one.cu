@@ -1,4 +1,5 @@
-// Launchers of the associative write's kernels: they choose types, and launch grids that depend on shapes alone.
+// Launchers of the associative write's kernels: they choose types, and launch grids that depend on shapes
+// alone.
 #include <cuda_runtime.h>
 
 #include <climits>
@@ -20,7 +21,8 @@ __global__ void __launch_bounds__(kThreads, 2) apply_low_rank_kernel(LowRankUpda
 
 // The few blocks of the Gram matrix come first: they take longest.
 template <typename Residual, typename Gram>
-__global__ void __launch_bounds__(kThreads, 2) residual_gram_kernel(Residual residual, Gram gram, int gram_blocks) {
+__global__ void __launch_bounds__(kThreads, 2)
+    residual_gram_kernel(Residual residual, Gram gram, int gram_blocks) {
   __shared__ union {
     typename Residual::Shared residual;
     typename Gram::Shared gram;
@@ -45,15 +47,15 @@ __global__ void __launch_bounds__(kThreads, 2) small_solve_kernel(SmallSolve<Val
 static_assert(SmallSolve<double>::shared_bytes(SmallSolve<double>::kLimit) <= 99 * 1024);
 
 template <typename... Parameters, typename... Arguments>
-int launch(void (*kernel)(Parameters...), int64_t blocks, int64_t shared, void* stream, Arguments... arguments) {
+int launch(void (*kernel)(Parameters...), int64_t blocks, int64_t shared, void* stream,
+           Arguments... arguments) {
   if (blocks == 0) return cudaSuccess;
   if (blocks > INT_MAX) return cudaErrorInvalidConfiguration;
-  if (shared > 48 * 1024) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
-    if (error != cudaSuccess) return error;
-  }
-  kernel<<<static_cast<unsigned>(blocks), kThreads, shared, static_cast<cudaStream_t>(stream)>>>(arguments...);
+  if (shared > 48 * 1024 && cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                 static_cast<int>(shared)) != cudaSuccess)
+    return cudaGetLastError();
+  kernel<<<static_cast<unsigned>(blocks), kThreads, shared, static_cast<cudaStream_t>(stream)>>>(
+      arguments...);
   return cudaGetLastError();
 }
 
@@ -75,14 +77,14 @@ int with_type(DType dtype, const Function& function) {
 
 template <typename Value>
 int solve(const SmallSolve<Value>& arguments, void* stream) {
-  return launch(small_solve_kernel<Value>, arguments.blocks(), SmallSolve<Value>::shared_bytes(arguments.n), stream,
-                arguments, static_cast<int>(arguments.tiles()));
+  return launch(small_solve_kernel<Value>, arguments.blocks(), SmallSolve<Value>::shared_bytes(arguments.n),
+                stream, arguments, static_cast<int>(arguments.tiles()));
 }
 
 }  // namespace
 
-int apply_low_rank(void* weight, DType dtype, WeightShape shape, const void* left, const void* right, int64_t rank,
-                   double scale, void* stream) {
+int apply_low_rank(void* weight, DType dtype, WeightShape shape, const void* left, const void* right,
+                   int64_t rank, double scale, void* stream) {
   return with_type(dtype, [&](auto* type) {
     using Weight = std::remove_pointer_t<decltype(type)>;
     using Factor = Compute<Weight>;
@@ -110,8 +112,8 @@ int residual_gram(const void* weight, DType dtype, WeightShape shape, const void
   });
 }
 
-int small_solve(const double* system, const void* rhs, bool rhs_is_double, SystemKind kind, int64_t batch, int64_t n,
-                int64_t columns, void* solution, int32_t* info, void* stream) {
+int small_solve(const double* system, const void* rhs, bool rhs_is_double, SystemKind kind, int64_t batch,
+                int64_t n, int64_t columns, void* solution, int32_t* info, void* stream) {
   if (n > small_solve_limit()) return cudaErrorInvalidValue;
   const int order = static_cast<int>(n);
   if (rhs_is_double)

@@ -1,9 +1,10 @@
 // residual[b] = values[b] - keys[b] @ weight[b]^T, and gram[b] = keys[b] @ preconditioned[b]^T in fp64.
 //
-// Both are dots of a matrix's rows with keys, written [keys, rows]. The floor of the first is reading the weight
-// once. A warp takes kRows rows at a time, so that a key fetched from the first-level cache serves kRows products:
-// that cache, not memory, would otherwise be the limit. The warps of a block read the same keys at nearly the same
-// time; staging them in shared memory would put a barrier between a block and its next loads from the weight.
+// Both are dots of a matrix's rows with keys, written [keys, rows]. The floor of the first is reading the
+// weight once. A thread takes kRows rows at a time, so that a key fetched from the first-level cache serves
+// kRows products: that cache, not memory, would otherwise be the limit. The warps of a block read the same
+// keys at nearly the same time; staging them in shared memory would put a barrier between a block and its
+// next loads from the weight.
 #pragma once
 
 #include "numeric.cuh"
@@ -12,14 +13,20 @@ namespace engram::cuda {
 
 template <typename Matrix, typename Key, typename Sum>
 struct RowDots {
-  static constexpr int kVec = kVector<Matrix>;
-  static constexpr int kRows = 4;
-  static constexpr int kKeys = 64 / (kRows * static_cast<int>(sizeof(Sum) / 4) * (sizeof(Sum) / 4));
-  static constexpr int kDots = kRows * kKeys;
+  // In fp64 a tile of sums as large would not fit the registers; and where the Gram matrix of a few keys is
+  // the work of a few blocks, each must have more loads on their way.
+  static constexpr bool kWide = sizeof(Sum) == 8;
+  static constexpr int kVec = kVector<Key> < kVector<Matrix> ? kVector<Key> : kVector<Matrix>;
+  static constexpr int kLanes =
+      kWide ? kWarp : kWarp / 2;  // threads that share rows, each every kLanes-th vector
+  static constexpr int kRows = kWide ? 2 : 4;
+  static constexpr int kKeys = kWide ? 4 : 8;
+  static constexpr int kAhead = kWide ? 4 : 2;
+  static constexpr int kWarpRows = kWarp / kLanes * kRows;
   static constexpr int64_t kEnoughBlocks = 256;  // about two for each multiprocessor of the largest devices
 
   struct Shared {
-    Sum dot[kWarps][kDots];
+    Sum dot[kWarps][kWarpRows][kKeys];
   };
 
   struct Registers {
@@ -33,7 +40,7 @@ struct RowDots {
   Sum* result;
   int64_t count;
   bool vector;
-  int slices;  // warps that share kRows rows, each a part of the columns: more of them where rows are few
+  int slices;  // warps that share rows, each a part of the columns: more of them where rows are few
   int tile_rows;
   int64_t row_tiles, key_tiles;
 
@@ -48,7 +55,7 @@ struct RowDots {
         vector(rows_aligned(matrix, shape) && shape.cols % kVec == 0 &&
                aligned(keys, alignof(Pack<Key, kVec>))),
         slices(1),
-        tile_rows(kWarps * kRows),
+        tile_rows(kWarps * kWarpRows),
         row_tiles(ceil_divide(shape.rows, tile_rows)),
         key_tiles(ceil_divide(count, kKeys)) {
     while (slices < kWarps && blocks() < kEnoughBlocks) {
@@ -67,37 +74,46 @@ struct RowDots {
     const int64_t first_row = index / key_tiles % row_tiles * tile_rows;
     const int64_t first_key = index % key_tiles * kKeys;
     const int active = static_cast<int>(count - first_key < kKeys ? count - first_key : kKeys);
-    const Key* key = keys + (b * count + first_key) * shape.cols;
 
     block.step([&](int thread, Registers& mine) {
+      const Matrix* rows[kRows];
 #pragma unroll
-      for (int r = 0; r < kRows; ++r)
+      for (int r = 0; r < kRows; ++r) {  // a row past the end stands for the last one, and is not written
+        const int64_t row =
+            first_row + thread / kWarp / slices * kWarpRows + thread % kWarp / kLanes * kRows + r;
+        rows[r] =
+            matrix + b * shape.batch_stride + (row < shape.rows ? row : shape.rows - 1) * shape.row_stride;
 #pragma unroll
         for (int j = 0; j < kKeys; ++j) mine.dot[r][j] = 0;
-      if (vector)
-        accumulate<kVec>(b, first_row, key, active, thread, mine);
-      else
-        accumulate<1>(b, first_row, key, active, thread, mine);
+      }
+      const Key* key = keys + (b * count + first_key) * shape.cols;
+      int64_t vectors = thread / kWarp % slices * kLanes + thread % kLanes;
+      if (vector) {
+        vectors = accumulate<kVec, kAhead>(rows, key, active, vectors, mine);
+        accumulate<kVec, 1>(rows, key, active, vectors, mine);
+      } else {
+        accumulate<1, 1>(rows, key, active, vectors, mine);
+      }
     });
 #pragma unroll
     for (int j = 0; j < kKeys; ++j)
-      if (j < active) {
+      if (j < active)
 #pragma unroll
         for (int r = 0; r < kRows; ++r)
-          block.warp_sum([=](Registers& mine) -> Sum& { return mine.dot[r][j]; });
-      }
+          block.template warp_sum<kLanes>([=](Registers& mine) -> Sum& { return mine.dot[r][j]; });
     block.step([&](int thread, Registers& mine) {
 #pragma unroll
-      for (int i = 0; i < kDots; ++i)
-        if (thread % kWarp == i % kWarp) shared.dot[thread / kWarp][i] = mine.dot[i / kKeys][i % kKeys];
+      for (int i = 0; i < kRows * kKeys; ++i)
+        if (thread % kLanes == i % kLanes)
+          shared.dot[thread / kWarp][thread % kWarp / kLanes * kRows + i / kKeys][i % kKeys] =
+              mine.dot[i / kKeys][i % kKeys];
     });
     block.step([&](int thread, Registers&) {
       for (int i = thread; i < tile_rows * active; i += kThreads) {
         const int row = i % tile_rows, j = i / tile_rows;
         if (first_row + row >= shape.rows) continue;
         Sum dot = 0;
-        for (int s = 0; s < slices; ++s)
-          dot += shared.dot[row / kRows * slices + s][row % kRows * kKeys + j];
+        for (int s = 0; s < slices; ++s) dot += shared.dot[row / kWarpRows * slices + s][row % kWarpRows][j];
         const int64_t at = (b * count + first_key + j) * shape.rows + first_row + row;
         result[at] = values ? values[at] - dot : dot;
       }
@@ -105,31 +121,34 @@ struct RowDots {
   }
 
  private:
-  template <int N>
-  ENGRAM_DEVICE void accumulate(int64_t b, int64_t row, const Key* key, int active, int thread,
-                                Registers& mine) const {
-    const int warp = thread / kWarp, lane = thread % kWarp;
-    row += warp / slices * kRows;
-    const Matrix* rows[kRows];
+  // Adds the products of every (kLanes * slices)-th vector of N columns from number `at` on, `Ahead` of them
+  // at once as long as that many are left. Returns the number of the first vector that it leaves.
+  template <int N, int Ahead>
+  ENGRAM_DEVICE int64_t accumulate(const Matrix* const (&rows)[kRows], const Key* key, int active, int64_t at,
+                                   Registers& mine) const {
+    const int64_t stride = kLanes * slices;
+    for (; (at + (Ahead - 1) * stride) * N < shape.cols; at += Ahead * stride) {
+      Pack<Matrix, N> m[Ahead][kRows];
 #pragma unroll
-    for (int r = 0; r < kRows; ++r)  // rows past the end repeat the last one, and are not written
-      rows[r] = matrix + b * shape.batch_stride + (row + r < shape.rows ? row + r : shape.rows - 1) * shape.row_stride;
-    for (int64_t c = (warp % slices * kWarp + lane) * N; c < shape.cols; c += slices * kWarp * N) {
-      Pack<Matrix, N> m[kRows];
+      for (int a = 0; a < Ahead; ++a)
 #pragma unroll
-      for (int r = 0; r < kRows; ++r)
-        m[r] = load_streaming(reinterpret_cast<const Pack<Matrix, N>*>(rows[r] + c));
+        for (int r = 0; r < kRows; ++r)
+          m[a][r] = load_streaming(reinterpret_cast<const Pack<Matrix, N>*>(rows[r] + (at + a * stride) * N));
 #pragma unroll
       for (int j = 0; j < kKeys; ++j) {
-        if (j >= active) continue;
-        const auto k = *reinterpret_cast<const Pack<Key, N>*>(key + j * shape.cols + c);
+        if (j > 0 && j >= active) continue;
 #pragma unroll
-        for (int v = 0; v < N; ++v)
+        for (int a = 0; a < Ahead; ++a) {
+          const auto k = *reinterpret_cast<const Pack<Key, N>*>(key + j * shape.cols + (at + a * stride) * N);
 #pragma unroll
-          for (int r = 0; r < kRows; ++r)
-            mine.dot[r][j] += static_cast<Sum>(widen(m[r].at[v])) * static_cast<Sum>(k.at[v]);
+          for (int v = 0; v < N; ++v)
+#pragma unroll
+            for (int r = 0; r < kRows; ++r)
+              mine.dot[r][j] += static_cast<Sum>(widen(m[a][r].at[v])) * static_cast<Sum>(k.at[v]);
+        }
       }
     }
+    return at;
   }
 };
 

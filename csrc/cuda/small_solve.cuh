@@ -1,15 +1,15 @@
 // solution[b] = system[b]^-1 @ rhs[b] for systems that fit in shared memory, in fp64.
 //
-// A symmetric system is eliminated as L D L^T, its columns left as L D: no step scales what another thread reads,
-// so that each pivot costs one barrier. The right-hand side is eliminated along with it.
+// A symmetric system is eliminated as L D L^T, its columns left as L D: no step scales what another thread
+// reads, so that each pivot costs one barrier. The right-hand side is eliminated along with it.
 #pragma once
 
 #include "numeric.cuh"
 
 namespace engram::cuda {
 
-// Every block factors its system again: the factorisation is as cheap as the solution of a tile of columns, and
-// a second launch, which would have to wait for a first, is not.
+// Every block factors its system again: the factorisation is as cheap as the solution of a tile of columns,
+// and a second launch, which would have to wait for a first, is not.
 template <typename Value>
 struct SmallSolve {
   static constexpr int kTileCols = kWarp;
@@ -29,8 +29,8 @@ struct SmallSolve {
   int64_t tiles() const { return columns > 0 ? ceil_divide(columns, kTileCols) : 1; }
   int64_t blocks() const { return batch * tiles(); }
 
-  // Packed rows of the triangle, then the tile of columns. The packing also spreads a column of the triangle over
-  // the banks: i (i + 1) / 2 takes every value modulo 16 in any 16 neighbouring rows.
+  // Packed rows of the triangle, then the tile of columns. The packing also spreads a column of the triangle
+  // over the banks: i (i + 1) / 2 takes every value modulo 16 in any 16 neighbouring rows.
   static constexpr int64_t shared_bytes(int64_t n) { return (n * (n + 1) / 2 + n * kTileCols) * 8; }
 
   static ENGRAM_DEVICE int packed(int i, int j) { return i * (i + 1) / 2 + j; }

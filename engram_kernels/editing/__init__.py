@@ -1,4 +1,4 @@
-"""Edit facts in Hugging Face causal language models by rank-one writes (ROME, Meng et al. 2022, arXiv 2202.05262)."""
+"""Edit facts in Hugging Face language models by rank-one writes (ROME, Meng et al. 2022, 2202.05262)."""
 
 from .editor import Editor
 from .models import load_model

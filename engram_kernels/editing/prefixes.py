@@ -1,4 +1,4 @@
-"""Text before a prompt, sampled from the model, so that an edit holds wherever its subject stands (ROME, section 3.1)."""
+"""Text before a prompt, sampled from the model, so that an edit holds wherever its subject stands."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 from .tokens import pad_rows
 
-# Common first words, which every tokenizer knows; a beginning-of-text token alone makes chat models open a dialogue.
+# Common first words; after a beginning-of-text token alone a chat model opens a dialogue.
 FIRST_WORDS = ("The", "Therefore", "Because", "I", "You")
 TOP_K = 5
 
@@ -39,7 +39,12 @@ def sample_prefixes(model, tokenizer, lengths: Sequence[tuple[int, int]], seed: 
         ids, mask = pad_rows([rows[i] for i in growing], device)
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
         last = torch.tensor([len(rows[i]) - 1 for i in growing], device=logits.device)
-        top = logits[torch.arange(len(growing), device=logits.device), last].float().cpu().topk(min(TOP_K, logits.shape[-1]))
+        top = (
+            logits[torch.arange(len(growing), device=logits.device), last]
+            .float()
+            .cpu()
+            .topk(min(TOP_K, logits.shape[-1]))
+        )
         choice = torch.multinomial(top.values.softmax(-1), 1, generator=generator)
         for i, token in zip(growing, top.indices.gather(-1, choice).flatten().tolist(), strict=True):
             rows[i].append(token)

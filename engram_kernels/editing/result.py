@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 
+from ..errors import EngramError
+from ..functional import apply_low_rank_
 from .statistics import tensor_bytes
 from .structure import Projection, output_projection
 from .tokens import Edit
-from ..errors import EngramError
-from ..functional import apply_low_rank_
 
 FORMAT = 1
 
@@ -50,7 +50,7 @@ class EditRecord:
 
 @dataclass(frozen=True)
 class Write:
-    """One rank-n write, `weight += left @ right`, as it was done: `left [out, n]`, `right [n, in]`, both float32."""
+    """One rank-n write as it was done: `weight += left @ right`, float32 `[out, n]` and `[n, in]`."""
 
     left: torch.Tensor
     right: torch.Tensor
@@ -104,7 +104,7 @@ class EditResult:
         """Put the overwritten matrix back, bit for bit. Nothing happens where nothing is applied.
 
         Args:
-            force: put it back even if the matrix is no longer as these edits left it; what changed it since is lost.
+            force: put it back even if the matrix was changed since; what changed it is lost.
 
         Raises:
             EngramError: the matrix was changed since, by a later edit for instance, and `force` is False.
@@ -113,13 +113,14 @@ class EditResult:
             return
         if not force and matrix_checksum(self._projection) != self.edited_checksum:
             raise EngramError(
-                f"model: expected {self.module!r} as this edit left it, got it changed since: revert later edits first, or force=True"
+                f"model: expected {self.module!r} as this edit left it, got it changed since: "
+                "revert later edits first, or give force=True"
             )
         restore(self._projection, self._original)
         self._projection = self._original = None
 
     def apply(self, model: torch.nn.Module, force: bool = False) -> EditResult:
-        """Do the same writes on a model; on the weights they were made for, the outcome is the same bit for bit.
+        """Do the same writes on a model: on the weights they were made for, bit for bit.
 
         Args:
             model: with the layer these edits were made for.
@@ -132,16 +133,23 @@ class EditResult:
             EngramError: the model's matrix is another one, or this result stands in a model already.
         """
         if self.applied:
-            raise EngramError("model: expected one for a result that is not applied, got a result that is: revert it first")
+            raise EngramError(
+                "model: expected one for a result that is not applied, got a result that is: revert it first"
+            )
         projection = output_projection(model, self.layer)
-        shape, expected = tuple(projection.matrix.shape), (self.writes[0].left.shape[0], self.writes[0].right.shape[1])
+        shape, expected = (
+            tuple(projection.matrix.shape),
+            (self.writes[0].left.shape[0], self.writes[0].right.shape[1]),
+        )
         if projection.name != self.module or shape != expected:
             raise EngramError(
-                f"model: expected a matrix {list(expected)} in {self.module!r}, got {list(shape)} in {projection.name!r}"
+                f"model: expected a matrix {list(expected)} in {self.module!r}, "
+                f"got {list(shape)} in {projection.name!r}"
             )
         if not force and matrix_checksum(projection) != self.base_checksum:
             raise EngramError(
-                f"model: expected in {self.module!r} the weights that the edit was made for (or force=True), got others"
+                f"model: expected in {self.module!r} the weights that the edit was made for, got others "
+                "(force=True edits them all the same)"
             )
         original = snapshot(projection)
         try:
@@ -173,7 +181,7 @@ class EditResult:
         temporary = None
         try:
             if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-                raise EngramError(f"directory: expected new or empty, got {str(directory)!r}")
+                raise EngramError(f"directory: expected a new or empty one, got {str(directory)!r}")
             directory.parent.mkdir(parents=True, exist_ok=True)
             temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
             os.chmod(temporary, 0o755)
@@ -185,15 +193,22 @@ class EditResult:
                 "edited_checksum": self.edited_checksum,
                 "records": [asdict(record) for record in self.records],
             }
-            (temporary / "edit.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            (temporary / "edit.json").write_text(
+                json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+            )
             tensors = {}
             for i, write in enumerate(self.writes):
-                tensors |= {f"{i}.left": write.left.cpu().contiguous(), f"{i}.right": write.right.cpu().contiguous()}
+                tensors |= {
+                    f"{i}.left": write.left.cpu().contiguous(),
+                    f"{i}.right": write.right.cpu().contiguous(),
+                }
             save_file(tensors, temporary / "factors.safetensors")
             temporary.rename(directory)
         except OSError as error:
             reason = error.strerror or error
-            raise EngramError(f"directory: expected one that can be written, got {str(directory)!r} ({reason})") from error
+            raise EngramError(
+                f"directory: expected one that can be written, got {str(directory)!r} ({reason})"
+            ) from error
         finally:
             if temporary is not None:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -212,14 +227,20 @@ class EditResult:
         try:
             report = json.loads((directory / "edit.json").read_text(encoding="utf-8"))
             if report["format"] != FORMAT:
-                raise EngramError(f"directory: expected an edit of format {FORMAT}, got format {report['format']}")
+                raise EngramError(
+                    f"directory: expected an edit of format {FORMAT}, got format {report['format']}"
+                )
             tensors = load_file(directory / "factors.safetensors")
             writes = [Write(tensors[f"{i}.left"], tensors[f"{i}.right"]) for i in range(len(tensors) // 2)]
-            records = [EditRecord(**{**record, "edit": Edit(**record["edit"])}) for record in report["records"]]
+            records = [
+                EditRecord(**{**record, "edit": Edit(**record["edit"])}) for record in report["records"]
+            ]
             fields = {name: report[name] for name in ("layer", "module", "base_checksum", "edited_checksum")}
             return cls(records, writes, **fields)
         except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
-            raise EngramError(f"directory: expected a saved edit, got {str(directory)!r} ({error})") from error
+            raise EngramError(
+                f"directory: expected a saved edit, got {str(directory)!r} ({error})"
+            ) from error
 
 
 def write_(projection: Projection, write: Write) -> None:

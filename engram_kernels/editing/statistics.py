@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import tempfile
 from collections.abc import Callable
@@ -10,9 +11,9 @@ from pathlib import Path
 
 import torch
 
-from .structure import Projection, decoder_layers
 from ..errors import EngramError
 from ..functional import second_moment_
+from .structure import Projection, decoder_layers
 
 CHUNK = 512
 BATCH = 4
@@ -23,14 +24,17 @@ class _Reached(Exception):
 
 
 def weights_fingerprint(model: torch.nn.Module, projection: Projection) -> str:
-    """A digest of every tensor on which the projection's inputs depend.
+    """A digest of the configuration and of every tensor on which the projection's inputs depend.
 
-    The projection's own weight, and the layers above it, do not feed it: they are left out, so that the statistics of a
-    layer outlive edits of that layer.
+    The projection's own weight, and the layers above it, do not feed it: they are left out, so that the
+    statistics of a layer outlive edits of that layer.
     """
     stack, layers = decoder_layers(model)
     skipped = [f"{stack}.{i}." for i in range(projection.layer + 1, len(layers))] + [projection.name + "."]
-    digest = hashlib.sha256()
+    # Where a model came from, and by which version, says nothing about what it computes.
+    irrelevant = ("_name_or_path", "transformers_version")
+    settings = {name: value for name, value in model.config.to_dict().items() if name not in irrelevant}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):
         if not name.startswith(tuple(skipped)):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -72,8 +76,9 @@ def second_moment(
         raise _Reached
 
     context = min(CHUNK, getattr(model.config, "max_position_embeddings", CHUNK))
-    whole = ids[: len(ids) // context * context].view(-1, context)
-    batches = list(whole.split(BATCH)) + ([ids[whole.numel() :][None]] if whole.numel() < len(ids) else [])
+    end = len(ids) // context * context
+    whole, rest = ids[:end].view(-1, context), ids[end:].view(1, -1)
+    batches = [batch for batch in (*whole.split(BATCH), rest) if batch.numel()]
     device = model.get_input_embeddings().weight.device
     hook = projection.module.register_forward_pre_hook(observe)
     seen = 0

@@ -1,4 +1,4 @@
-"""Find, by structure and not by name, the matrix that an edit writes: the output projection of a layer's MLP."""
+"""Find by structure, not by name, the matrix that an edit writes: the output projection of an MLP."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DEFAULT_DEPTH = 0.27
 
 @dataclass(frozen=True)
 class Projection:
-    """The output projection of one decoder layer's MLP: an associative memory from keys `[in]` to values `[out]`."""
+    """The output projection of a layer's MLP: an associative memory from keys `[in]` to values `[out]`."""
 
     layer: int
     name: str
@@ -38,7 +38,7 @@ class Projection:
 
 
 def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The stack of decoder layers and its name: the `ModuleList` of blocks of one class that holds most parameters.
+    """The stack of decoder layers and its name: the largest `ModuleList` of blocks of one class.
 
     Raises:
         EngramError: the model has no such list.
@@ -46,10 +46,14 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     stacks = [
         (sum(parameter.numel() for parameter in module.parameters()), name, module)
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) > 0 and len({type(block) for block in module}) == 1
+        if isinstance(module, nn.ModuleList)
+        and len(module) > 0
+        and len({type(block) for block in module}) == 1
     ]
     if not stacks:
-        raise EngramError("model: expected its decoder layers in an nn.ModuleList of blocks of one class, got none")
+        raise EngramError(
+            "model: expected its decoder layers in an nn.ModuleList of blocks of one class, got none"
+        )
     _, name, layers = max(stacks, key=lambda stack: stack[0])
     return name, layers
 
@@ -62,9 +66,9 @@ def default_layer(model: nn.Module) -> int:
 def output_projection(model: nn.Module, layer: int) -> Projection:
     """The output projection of the MLP of decoder layer `layer`.
 
-    Among the linear maps that are children of one module, an MLP has one or two that read the hidden size and write the
-    intermediate size (or twice that, where gate and up are fused), and then one that maps back; attention has three or
-    a fused one of another width. The layer must hold exactly one MLP.
+    Among the linear maps that are children of one module, an MLP has one or two that read the hidden size and
+    write the intermediate size (or twice that, where gate and up are fused), and then one that maps back;
+    attention has three or a fused one of another width. The layer must hold exactly one MLP.
 
     Args:
         model: a causal language model.
@@ -73,8 +77,8 @@ def output_projection(model: nn.Module, layer: int) -> Projection:
     Raises:
         TypeError: `layer` is not an integer.
         ValueError: `layer` is out of range.
-        EngramError: the layer has no MLP of plain linear maps, or several (a mixture of experts), or its matrix cannot
-            be edited soundly (quantised, on the meta device, shared with another module).
+        EngramError: the layer has no MLP of plain linear maps, or several (a mixture of experts), or its
+            matrix cannot be edited soundly (quantised, on the meta device, shared with another module).
     """
     if isinstance(layer, bool) or not isinstance(layer, int):
         raise TypeError(f"layer: expected an integer, got {type(layer).__name__}")
@@ -85,17 +89,24 @@ def output_projection(model: nn.Module, layer: int) -> Projection:
     for name, module in block.named_modules():
         if hasattr(module, "base_layer"):
             raise EngramError(
-                f"model: expected plain weights in layer {layer}, got an adapter on {name!r}: merge or remove it first"
+                f"model: expected plain weights in layer {layer}, got an adapter on {name!r}: merge it first"
             )
-        if hasattr(module, "qweight") or any(_is_packed(weight) for weight in module.parameters(recurse=False)):
-            raise EngramError(f"model: expected floating-point weights in layer {layer}, got quantised ones in {name!r}")
+        if hasattr(module, "qweight") or any(
+            _is_packed(weight) for weight in module.parameters(recurse=False)
+        ):
+            raise EngramError(
+                f"model: expected floating-point weights in layer {layer}, got quantised ones in {name!r}"
+            )
     hidden = model.get_input_embeddings().weight.shape[-1]
-    intermediate = getattr(model.config, "intermediate_size", None)
     found = [
         (f"{name}.{child}" if name else child, module)
         for name, parent in block.named_modules()
-        for child, module in _mlp_outputs(parent, hidden, intermediate)
+        for child, module in _mlp_outputs(parent, hidden)
     ]
+    if len(found) > 1:
+        # A fused attention of unusual width can look like an MLP: a width in the configuration decides.
+        width = getattr(model.config, "intermediate_size", None)
+        found = [(name, module) for name, module in found if _shape(module)[0] == width] or found
     if len(found) != 1:
         got = ", ".join(name for name, _ in found) or "none"
         raise EngramError(f"model: expected one MLP of plain linear maps in layer {layer}, got {got}")
@@ -105,17 +116,18 @@ def output_projection(model: nn.Module, layer: int) -> Projection:
     return projection
 
 
-def _mlp_outputs(parent: nn.Module, hidden: int, intermediate: int | None) -> list[tuple[str, nn.Module]]:
+def _mlp_outputs(parent: nn.Module, hidden: int) -> list[tuple[str, nn.Module]]:
     """The last child of `parent` that closes an MLP, as a list of at most one `(name, module)`."""
     linear = [(name, child, *_shape(child)) for name, child in parent.named_children() if _is_linear(child)]
-    writes = [width_out for _, _, width_in, width_out in linear if width_in == hidden and width_out != hidden]
+    opening = [width_out for _, _, width_in, width_out in linear if width_in == hidden]
+    if len(opening) not in (1, 2):
+        return []
     closing = [
         (name, child)
         for name, child, width_in, width_out in linear
         if width_out == hidden
         and width_in != hidden
-        and len(writes) in (1, 2)
-        and all(width in (width_in, 2 * width_in) for width in writes)
+        and all(width in (width_in, 2 * width_in) for width in opening)
     ]
     return closing[-1:]
 
@@ -142,13 +154,19 @@ def _is_packed(weight: torch.Tensor) -> bool:
 def _check_editable(model: nn.Module, projection: Projection) -> None:
     weight = projection.module.weight
     if weight.dtype not in EDITABLE_DTYPES:
-        raise EngramError(f"model: expected float32, bfloat16 or float16 weights, got {weight.dtype} in {projection.name!r}")
+        raise EngramError(
+            f"model: expected float32, bfloat16 or float16 weights, got {weight.dtype} in {projection.name!r}"
+        )
     if weight.is_meta:
-        raise EngramError(f"model: expected its weights in memory, got {projection.name!r} on the meta device (offloaded)")
+        raise EngramError(
+            f"model: expected its weights in memory, got {projection.name!r} on the meta device (offloaded)"
+        )
     sharing = [
         name
         for name, module in model.named_modules()
         if module is not projection.module and getattr(module, "weight", None) is weight
     ]
     if sharing:
-        raise EngramError(f"model: expected {projection.name!r} to have a weight of its own, got one shared with {sharing[0]!r}")
+        raise EngramError(
+            f"model: expected a weight of its own in {projection.name!r}, got one shared with {sharing[0]!r}"
+        )

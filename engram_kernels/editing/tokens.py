@@ -15,8 +15,8 @@ class Edit:
 
     Args:
         subject: what the fact is about, as it stands in the text.
-        prompt: the text before the target, with one `{}` where the subject stands. The subject itself, once, will do:
-            it is replaced by `{}`.
+        prompt: the text before the target, with one `{}` where the subject stands. The subject itself, once,
+            will do: it is replaced by `{}`.
         target: what shall follow; the space before it is understood.
 
     Raises:
@@ -58,7 +58,7 @@ class Edit:
 
 @dataclass(frozen=True)
 class Row:
-    """One tokenised text: `subject` is the position of the subject's last token, `target` that of the first target token."""
+    """One tokenised text: the positions of the subject's last token and of the target's first."""
 
     ids: list[int]
     subject: int
@@ -66,10 +66,10 @@ class Row:
 
 
 def encode_row(tokenizer, subject: str, prompt: str, target: str = "", prefix: str = "") -> Row:
-    """Tokenise `prefix + prompt + " " + target` as one text and find the subject's last token and the target in it.
+    """Tokenise `prefix + prompt + " " + target` as one text, and find subject and target in it.
 
-    Fast tokenizers give offsets into the text, which survive every merge, normaliser, special token and character that
-    takes several tokens. Slow ones are asked for the tokens of the text's beginnings instead.
+    Fast tokenizers give offsets into the text, which survive every merge, normaliser, special token and
+    character that takes several tokens. Slow ones are asked for the tokens of the text's beginnings instead.
 
     Args:
         tokenizer: of the model, fast or slow.
@@ -101,11 +101,13 @@ def encode_row(tokenizer, subject: str, prompt: str, target: str = "", prefix: s
 def _positions_by_offsets(tokenizer, text: str, subject: tuple[int, int], head_end: int):
     encoding = tokenizer(text, return_offsets_mapping=True)
     ids, offsets = list(encoding["input_ids"]), encoding["offset_mapping"]
-    # A special token at the end (some tokenizers close every text) would stand between the prompt and what follows it.
+    # Some tokenizers close every text with a special token, which would stand between prompt and answer.
     while offsets and offsets[-1][0] == offsets[-1][1]:
         ids.pop()
         offsets = offsets[:-1]
-    inside = [i for i, (start, stop) in enumerate(offsets) if start < subject[1] and stop > max(start, subject[0])]
+    inside = [
+        i for i, (start, stop) in enumerate(offsets) if start < subject[1] and stop > max(start, subject[0])
+    ]
     target = [i for i, (start, stop) in enumerate(offsets) if stop > max(start, head_end)]
     return ids, inside[-1] if inside else None, target[0] if target else len(ids)
 

@@ -1,16 +1,18 @@
-"""Find the key and the value of an edit: what the layer shall see, and what it shall answer (ROME, eq. 3 and 4)."""
+"""The key and the value of an edit: what the layer sees, and what it shall answer (ROME, eq. 3 and 4)."""
 
 from __future__ import annotations
 
+import inspect
+import math
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
+from ..errors import EngramError
 from .structure import Projection
 from .tokens import Edit, Row, encode_row, pad_rows
-from ..errors import EngramError
 
 
 @dataclass(frozen=True)
@@ -39,10 +41,10 @@ class ValueOptions:
     def __post_init__(self):
         for name in ("steps", "learning_rate", "clamp"):
             if not getattr(self, name) > 0:
-                raise ValueError(f"{name}: expected positive, got {getattr(self, name)!r}")
+                raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)!r}")
         for name in ("weight_decay", "kl_weight"):
             if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)!r}")
+                raise ValueError(f"{name}: expected a number of at least 0, got {getattr(self, name)!r}")
 
 
 @dataclass(frozen=True)
@@ -50,19 +52,18 @@ class Value:
     """The outcome of the optimisation.
 
     Attributes:
-        key: `[in]` float32, the input of the projection at the subject's last token, averaged over all contexts.
+        key: `[in]` float32, the input of the projection at the subject's last token, averaged over all
+            contexts.
         bare_key: `[in]` float32, the same in the prompt without context.
-        value: `[out]` float32, what the projection shall answer (bias included).
-        initial_norm: of the value that it answered before.
-        change_norm: of the difference between the two.
+        change: `[out]` float32, `δ`: by how much the projection's answer to the key shall change.
+        initial_norm: of its answer `v₀` to the bare key.
         losses: of every step.
     """
 
     key: torch.Tensor
     bare_key: torch.Tensor
-    value: torch.Tensor
+    change: torch.Tensor
     initial_norm: float
-    change_norm: float
     losses: list[float]
 
 
@@ -77,8 +78,8 @@ def find_value(
 ) -> Value:
     """Optimise the value of one edit; the model stays as it is.
 
-    `δ` is added to the projection's output at the subject's last token, in the prompt itself, in the prompt after each
-    prefix, and in "{subject} is a". It minimises (Meng et al. 2022, eq. 4, and their code)
+    `δ` is added to the projection's output at the subject's last token, in the prompt itself, in the prompt
+    after each prefix, and in "{subject} is a". It minimises (Meng et al. 2022, eq. 4, and their code)
 
         mean −log p(target) + kl_weight · KL(p₀ ‖ p) + weight_decay · ‖δ‖ / ‖v₀‖²
 
@@ -95,26 +96,30 @@ def find_value(
         EngramError: the loss is not finite, or the subject or target has no token.
     """
     rewriting = [encode_row(tokenizer, edit.subject, edit.prompt, edit.target)]
-    rewriting += [encode_row(tokenizer, edit.subject, edit.prompt, edit.target, f"{prefix}. ") for prefix in prefixes]
+    rewriting += [
+        encode_row(tokenizer, edit.subject, edit.prompt, edit.target, f"{prefix}. ") for prefix in prefixes
+    ]
     essence = encode_row(tokenizer, edit.subject, "{} is a")
     batch = _Batch(rewriting, essence, model.get_input_embeddings().weight.device)
     device = projection.matrix.device
-    rows = torch.arange(len(batch.subjects), device=device)
     subjects = batch.subjects.to(device)
     delta = torch.zeros(projection.matrix.shape[0], dtype=torch.float32, device=device, requires_grad=True)
     seen: dict[str, torch.Tensor] = {}
 
     def add_delta(_module, inputs, output):
+        # Some models (OPT) flatten [rows, longest, width] before their MLP.
+        flat = output.reshape(-1, output.shape[-1])
         if not seen:
-            seen["keys"] = inputs[0][rows, subjects].detach().float()
-            seen["value"] = output[0, subjects[0]].detach().float()
-        # Out of place: the output may be needed as it was by the backward pass.
-        return output.index_put((rows, subjects), delta.to(output.dtype).expand(len(rows), -1), accumulate=True)
+            seen["keys"] = inputs[0].reshape(-1, inputs[0].shape[-1])[subjects].detach().float()
+            seen["value"] = flat[subjects[0]].detach().float()
+        # Out of place: the backward pass may need the output as it was.
+        change = delta.to(output.dtype).expand(len(subjects), -1)
+        return flat.index_put((subjects,), change, accumulate=True).view_as(output)
 
     optimizer = torch.optim.Adam([delta], lr=options.learning_rate)
     losses: list[float] = []
     unedited: torch.Tensor | None = None
-    with _only_delta_learns(model), torch.inference_mode(False), torch.enable_grad():
+    with _only_delta_learns(model), torch.enable_grad():
         hook = projection.module.register_forward_hook(add_delta)
         try:
             for step in range(options.steps):
@@ -123,12 +128,14 @@ def find_value(
                     unedited = essence_log_probabilities.detach()
                 initial_norm = seen["value"].norm()
                 nll = -target_log_probabilities.mean()
-                kl = torch.nn.functional.kl_div(essence_log_probabilities, unedited, log_target=True, reduction="sum")
+                kl = torch.nn.functional.kl_div(
+                    essence_log_probabilities, unedited, log_target=True, reduction="sum"
+                )
                 decay = delta.norm() / initial_norm**2
-                loss = nll + options.kl_weight * kl.to(nll.device) + options.weight_decay * decay.to(nll.device)
+                loss = nll + options.kl_weight * kl + options.weight_decay * decay.to(nll.device)
                 losses.append(loss.item())
                 if not torch.isfinite(loss):
-                    raise EngramError(f"model: expected a finite loss for {edit.text!r}, got {losses[-1]} in step {step}")
+                    raise EngramError(f"model: expected a finite loss after {edit.text!r}, got {losses[-1]}")
                 if progress:
                     progress(step + 1, options.steps)
                 if losses[-1] < options.stop_loss or step == options.steps - 1:
@@ -142,9 +149,8 @@ def find_value(
     return Value(
         key=seen["keys"][: len(rewriting)].mean(0),
         bare_key=seen["keys"][0],
-        value=seen["value"] + delta.detach(),
+        change=delta.detach(),
         initial_norm=initial_norm.item(),
-        change_norm=delta.detach().norm().item(),
         losses=losses,
     )
 
@@ -155,24 +161,42 @@ class _Batch:
     def __init__(self, rewriting: list[Row], essence: Row, device):
         rows = [*rewriting, essence]
         self.ids, self.mask = pad_rows([row.ids for row in rows], device)
-        self.subjects = torch.tensor([row.subject for row in rows])
+        # Positions among all tokens of the batch, row after row.
+        self.subjects = torch.tensor([i * self.ids.shape[1] + row.subject for i, row in enumerate(rows)])
         # A token is predicted one position earlier.
-        places = [(i, position - 1) for i, row in enumerate(rewriting) for position in range(row.target, len(row.ids))]
+        places = [
+            (i, position - 1)
+            for i, row in enumerate(rewriting)
+            for position in range(row.target, len(row.ids))
+        ]
         self.labels = torch.tensor([rewriting[i].ids[position + 1] for i, position in places], device=device)
-        self.shares = torch.tensor([1.0 / (len(rewriting[i].ids) - rewriting[i].target) for i, _ in places], device=device)
+        self.shares = torch.tensor(
+            [1.0 / (len(rewriting[i].ids) - rewriting[i].target) for i, _ in places], device=device
+        )
         places.append((len(rewriting), len(essence.ids) - 1))
         self.rows = torch.tensor([row for row, _ in places], device=device)
         self.kept = torch.tensor(sorted({position for _, position in places}), device=device)
-        self.places = torch.searchsorted(self.kept, torch.tensor([position for _, position in places], device=device))
+        self.places = torch.searchsorted(
+            self.kept, torch.tensor([position for _, position in places], device=device)
+        )
         self.count = len(rewriting)
 
     def log_probabilities(self, model) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean log-probability of the target's tokens in each rewriting row `[rows]`, and of every token after the essence `[vocabulary]`."""
-        logits = model(input_ids=self.ids, attention_mask=self.mask, use_cache=False, logits_to_keep=self.kept).logits
-        logits = logits[self.rows.to(logits.device), self.places.to(logits.device)].float().log_softmax(-1)
-        chosen = logits[:-1].gather(-1, self.labels.to(logits.device)[:, None])[:, 0] * self.shares.to(logits.device)
-        means = torch.zeros(self.count, device=logits.device).index_add(0, self.rows[:-1].to(logits.device), chosen)
-        return means, logits[-1]
+        """Log-probability of the target, a mean over its tokens `[rows]`, and of all tokens after the essence."""
+        keep = (
+            {"logits_to_keep": self.kept}
+            if "logits_to_keep" in inspect.signature(model.forward).parameters
+            else {}
+        )
+        logits = model(input_ids=self.ids, attention_mask=self.mask, use_cache=False, **keep).logits.to(
+            self.ids.device
+        )
+        if not keep:
+            logits = logits[:, self.kept]
+        predictions = logits[self.rows, self.places].float().log_softmax(-1)
+        chosen = predictions[:-1].gather(-1, self.labels[:, None])[:, 0] * self.shares
+        means = torch.zeros(self.count, device=chosen.device).index_add(0, self.rows[:-1], chosen)
+        return means, predictions[-1]
 
 
 @contextmanager
@@ -190,10 +214,17 @@ def _only_delta_learns(model: torch.nn.Module):
 
 @torch.no_grad()
 def target_log_probability(model: torch.nn.Module, tokenizer, edit: Edit) -> float:
-    """`log p(target | prompt)`, the sum over the target's tokens."""
+    """`log p(target | prompt)`, the sum over the target's tokens.
+
+    Raises:
+        EngramError: the model predicts NaN.
+    """
     row = encode_row(tokenizer, edit.subject, edit.prompt, edit.target)
     device = model.get_input_embeddings().weight.device
     ids, mask = pad_rows([row.ids], device)
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[0, row.target - 1 : -1].float()
     labels = ids[0, row.target :].to(logits.device)
-    return logits.log_softmax(-1).gather(-1, labels[:, None]).sum().item()
+    total = logits.log_softmax(-1).gather(-1, labels[:, None]).sum().item()
+    if math.isnan(total):
+        raise EngramError(f"model: expected finite predictions after {edit.text!r}, got NaN")
+    return total

@@ -1,0 +1,43 @@
+"""What the tests share: the backends that exist here, seeds, and outputs poisoned with NaN."""
+
+import pytest
+import torch
+
+import engram_kernels as ek
+
+# Interpreted kernels need a process of their own (test_triton_interpreter.py), which asks for "triton" alone.
+_INTERPRETED = ek.backends()["triton"] is None and not torch.cuda.is_available()
+
+
+def devices_of(backend: str) -> list[str]:
+    """The devices on which a backend can be tested here."""
+    if backend == "torch":
+        return ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    if ek.backends()[backend] is not None:
+        return []
+    return ["cpu"] if backend == "cpu" or _INTERPRETED else ["cuda"]
+
+
+CASES = [(backend, device) for backend in ("torch", "cpu", "triton", "cuda") for device in devices_of(backend)]
+
+
+@pytest.fixture(params=CASES, ids=lambda case: f"{case[0]}-{case[1]}")
+def device(request):
+    """Force each backend that can run here, and give the device that it serves."""
+    backend, device = request.param
+    with ek.use_backend(backend):
+        yield torch.device(device)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def poisoned():
+    """Fill every `torch.empty` with NaN, so that an element that a kernel leaves out shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)

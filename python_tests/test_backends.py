@@ -1,0 +1,62 @@
+"""The choice of a backend."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import engram_kernels as ek
+from engram_kernels.backends import explain, forced
+
+
+def test_every_backend_is_listed_with_a_reason():
+    listed = ek.backends()
+    assert list(listed) == ["torch", "cpu", "triton", "cuda"]
+    assert listed["torch"] is None
+    for reason in listed.values():
+        assert reason is None or (isinstance(reason, str) and reason)
+
+
+def test_use_backend_nests_and_ends_on_errors():
+    assert forced() is None
+    with pytest.raises(RuntimeError, match="inside"):
+        with ek.use_backend("torch"):
+            assert forced() == "torch"
+            raise RuntimeError("inside")
+    assert forced() is None
+
+
+def test_unknown_backend():
+    with pytest.raises(ValueError, match="name: expected one of torch, cpu, triton, cuda, got 'mps'"):
+        with ek.use_backend("mps"):
+            pass
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_backend_that_cannot_run_says_why():
+    with pytest.raises(ek.EngramError, match="'cuda'.*CUDA|'cuda'.*not built"):
+        with ek.use_backend("cuda"):
+            pass
+
+
+def test_the_native_kernel_serves_what_it_takes_and_the_reference_the_rest():
+    if ek.backends()["cpu"] is not None:
+        pytest.skip(f"no C++ kernels here: {ek.backends()['cpu']}")
+    weight = torch.zeros(1, 4, 6)
+    narrow = (weight, torch.zeros(1, 4, 2), torch.zeros(1, 2, 6), 1.0)
+    wide = (weight, torch.zeros(1, 4, 1000), torch.zeros(1, 1000, 6), 1.0)
+    assert explain("apply_low_rank_", "cpu", narrow)[0] == ("cpu", None)
+    (first, reason), second = explain("apply_low_rank_", "cpu", wide)
+    assert first == "cpu" and "rank 1000" in reason and second == ("torch", None)
+
+
+@pytest.mark.parametrize(("value", "status"), [("torch", 0), ("", 0), ("gpu", 1)])
+def test_environment_variable(value, status):
+    program = "import torch, engram_kernels as ek; ek.apply_low_rank_(torch.ones(2, 2), torch.ones(2, 1), torch.ones(1, 2))"
+    environment = {**os.environ, "ENGRAM_BACKEND": value}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert done.returncode == status, done.stderr
+    if status:
+        assert "ENGRAM_BACKEND: expected one of torch, cpu, triton, cuda, got 'gpu'" in done.stderr

