@@ -86,7 +86,7 @@ def jobs() -> int:
 
 
 class CMakeBuild(build_ext):
-    """Build every module in one CMake tree, which stays under build/ so that a second build is incremental."""
+    """Build every module in one CMake tree, which stays under build/: a second build is incremental."""
 
     def build_extensions(self) -> None:
         names = [extension.name.rpartition(".")[2] for extension in self.extensions]
@@ -115,8 +115,8 @@ class CMakeBuild(build_ext):
             "ENGRAM_JOBS": jobs(),
         }
         arguments = [f"-D{key}={value}" for key, value in options.items() if value is not None]
-        # CMake keeps what it once found: a tree configured otherwise (another compiler, the temporary directory
-        # of a build isolated by pip) starts afresh.
+        # CMake keeps what it once found: a tree configured otherwise (another compiler, the temporary
+        # directory of a build that pip isolates) starts afresh.
         record = tree / "configuration.json"
         same = record.exists() and record.read_text() == json.dumps(arguments)
         record.unlink(missing_ok=True)
@@ -135,7 +135,7 @@ class CMakeBuild(build_ext):
             kind, switch = ("CUDA", "ENGRAM_CUDA") if module == "_cuda" else ("C++", "ENGRAM_CPU")
             tail = "\n".join(f"    {line[:200]}" for line in done.stdout.strip().splitlines()[-15:])
             fail(
-                f"building the {kind} kernels failed. The last lines of {' '.join(command[:2])}:\n\n{tail}\n\n"
+                f"building the {kind} kernels failed; the last lines of the build:\n\n{tail}\n\n"
                 f"Set {switch}=off to install without them: the operators then run on another backend."
             )
 

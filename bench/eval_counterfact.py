@@ -52,7 +52,7 @@ def main() -> int:
     value = ValueOptions(**{name: option for name, option in options.items() if option is not None})
     editor = Editor(
         model, tokenizer, corpus=arguments.corpus, tokens=arguments.tokens, seed=arguments.seed,
-        consistent_key=not arguments.original_key, value=value,
+        bare_share=arguments.bare_share, consistent_key=not arguments.original_key, value=value,
     )  # fmt: skip
     outcomes = []
     for number, row in enumerate(rows, arguments.start):
@@ -89,6 +89,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--clamp", type=float)
     parser.add_argument("--stop-loss", type=float)
     parser.add_argument("--original-key", action="store_true", help="ROME as first published, not R-ROME")
+    parser.add_argument("--bare-share", type=float, default=0.5, help="share of the bare prompt's key")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", help="write settings, summary and rows to this file")
     return parser.parse_args()

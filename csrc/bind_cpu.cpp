@@ -34,32 +34,24 @@ PYBIND11_MODULE(_cpu, module) {
   module.doc() = "C++ kernels for CPUs.";
   module.def("build_info", build_info);
 
-  module.def(
-      "apply_low_rank",
-      [](uintptr_t weight, int dtype, int64_t batch, int64_t rows, int64_t cols, int64_t batch_stride,
-         int64_t row_stride, uintptr_t left, uintptr_t right, int64_t rank, double scale, int threads) {
-        py::gil_scoped_release release;
-        engram::cpu::apply_low_rank(pointer<void>(weight), static_cast<DType>(dtype),
-                                    WeightShape{batch, rows, cols, batch_stride, row_stride},
-                                    pointer<const void>(left), pointer<const void>(right), rank, scale, threads);
-      },
-      py::arg("weight"), py::arg("dtype"), py::arg("batch"), py::arg("rows"), py::arg("cols"),
-      py::arg("batch_stride"), py::arg("row_stride"), py::arg("left"), py::arg("right"), py::arg("rank"),
-      py::arg("scale"), py::arg("threads"));
+  module.def("apply_low_rank", [](uintptr_t weight, int dtype, int64_t batch, int64_t rows, int64_t cols,
+                                  int64_t batch_stride, int64_t row_stride, uintptr_t left, uintptr_t right,
+                                  int64_t rank, double scale, int threads) {
+    py::gil_scoped_release release;
+    engram::cpu::apply_low_rank(pointer<void>(weight), static_cast<DType>(dtype),
+                                WeightShape{batch, rows, cols, batch_stride, row_stride},
+                                pointer<const void>(left), pointer<const void>(right), rank, scale, threads);
+  });
 
-  module.def(
-      "residual_gram",
-      [](uintptr_t weight, int dtype, int64_t batch, int64_t rows, int64_t cols, int64_t batch_stride,
-         int64_t row_stride, uintptr_t keys, uintptr_t values, uintptr_t preconditioned, int64_t count,
-         uintptr_t residual, uintptr_t gram, int threads) {
-        py::gil_scoped_release release;
-        engram::cpu::residual_gram(pointer<const void>(weight), static_cast<DType>(dtype),
-                                   WeightShape{batch, rows, cols, batch_stride, row_stride},
-                                   pointer<const void>(keys), pointer<const void>(values),
-                                   pointer<const double>(preconditioned), count, pointer<void>(residual),
-                                   pointer<double>(gram), threads);
-      },
-      py::arg("weight"), py::arg("dtype"), py::arg("batch"), py::arg("rows"), py::arg("cols"),
-      py::arg("batch_stride"), py::arg("row_stride"), py::arg("keys"), py::arg("values"),
-      py::arg("preconditioned"), py::arg("count"), py::arg("residual"), py::arg("gram"), py::arg("threads"));
+  module.def("residual_gram",
+             [](uintptr_t weight, int dtype, int64_t batch, int64_t rows, int64_t cols, int64_t batch_stride,
+                int64_t row_stride, uintptr_t keys, uintptr_t values, uintptr_t preconditioned, int64_t count,
+                uintptr_t residual, uintptr_t gram, int threads) {
+               py::gil_scoped_release release;
+               engram::cpu::residual_gram(pointer<const void>(weight), static_cast<DType>(dtype),
+                                          WeightShape{batch, rows, cols, batch_stride, row_stride},
+                                          pointer<const void>(keys), pointer<const void>(values),
+                                          pointer<const double>(preconditioned), count,
+                                          pointer<void>(residual), pointer<double>(gram), threads);
+             });
 }

@@ -8,7 +8,9 @@ from torch import Tensor
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def expect(condition: bool, name: str, expected: str, got: object, error: type[Exception] = ValueError) -> None:
+def expect(
+    condition: bool, name: str, expected: str, got: object, error: type[Exception] = ValueError
+) -> None:
     """Raise `error` unless `condition` holds."""
     if not condition:
         raise error(f"{name}: expected {expected}, got {got}")
@@ -25,7 +27,9 @@ def floating(name: str, tensor: object, dtypes: Sequence[torch.dtype] = WEIGHT_D
     expect(isinstance(tensor, Tensor), name, "a tensor", type(tensor).__name__, TypeError)
     if tensor.dtype not in dtypes:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        raise TypeError(f"{name}: expected a tensor of {names}, got {str(tensor.dtype).removeprefix('torch.')}")
+        raise TypeError(
+            f"{name}: expected a tensor of {names}, got {str(tensor.dtype).removeprefix('torch.')}"
+        )
 
 
 def same_device(name: str, tensor: Tensor, device: torch.device) -> None:

@@ -1,8 +1,9 @@
 """Every operator once: its schema, the checks of its arguments, its fake kernel.
 
-Operators take matrices of canonical rank: a leading batch dimension everywhere. `functional.py` brings them there.
-An operator's run is: check shapes and types, check values, choose a backend, call it, check its results. The
-value checks read the tensors, so they wait for the device; they are left out while a CUDA graph is captured.
+Operators take matrices of canonical rank: a leading batch dimension everywhere. `functional.py` brings them
+there. An operator's run is: check shapes and types, check values, choose a backend, call it, check its
+results. The value checks read the tensors, so they wait for the device; they are left out while a CUDA graph
+is captured.
 """
 
 from collections.abc import Callable
@@ -77,7 +78,7 @@ def _define(
     torch.library.register_fake(f"{NAMESPACE}::{name}", trace, lib=_library)
 
 
-# -- second_moment_ ----------------------------------------------------------------------------------------------
+# -- second_moment_ ------------------------------------------------------------------------------------------
 
 
 def _second_moment_arguments(accumulator: Tensor, inputs: Tensor, mask: Tensor | None) -> None:
@@ -105,7 +106,7 @@ _define(
 )
 
 
-# -- residual_gram -----------------------------------------------------------------------------------------------
+# -- residual_gram -------------------------------------------------------------------------------------------
 
 
 def _residual_gram_arguments(weight: Tensor, keys: Tensor, values: Tensor, preconditioned: Tensor) -> None:
@@ -156,7 +157,7 @@ _define(
 )
 
 
-# -- small_solve -------------------------------------------------------------------------------------------------
+# -- small_solve ---------------------------------------------------------------------------------------------
 
 SYSTEM_KINDS = ("cholesky", "unit_lower", "unit_upper")
 
@@ -173,13 +174,15 @@ def _small_solve_arguments(system: Tensor, right_hand_side: Tensor, kind: str) -
     check.same_device("right_hand_side", right_hand_side, system.device)
 
 
-def _small_solve_results(result: tuple[Tensor, Tensor], system: Tensor, right_hand_side: Tensor, kind: str) -> None:
+def _small_solve_results(
+    result: tuple[Tensor, Tensor], system: Tensor, right_hand_side: Tensor, kind: str
+) -> None:
     failed = result[1].nonzero().flatten().tolist()
     if failed:
         matrix, order = failed[0], int(result[1][failed[0]])
         raise EngramError(
             f"keys: expected linearly independent rows, got key {order - 1} dependent on those before it"
-            f"{f' in matrix {matrix}' if system.shape[0] > 1 else ''}; drop it, or give a ridge greater than 0"
+            f"{f' in matrix {matrix}' if system.shape[0] > 1 else ''}; drop it, or give a ridge above 0"
         )
 
 
@@ -194,7 +197,7 @@ _define(
 )
 
 
-# -- apply_low_rank_, low_rank_update ----------------------------------------------------------------------------
+# -- apply_low_rank_, low_rank_update ------------------------------------------------------------------------
 
 
 def _low_rank_arguments(weight: Tensor, left: Tensor, right: Tensor, scale: float) -> None:

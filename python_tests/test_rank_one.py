@@ -1,7 +1,7 @@
 """The associative write on every backend that exists here, against fp64.
 
-The rule of every comparison: an error of at most twice that of the eager formula in the same type, both against
-fp64. No tolerance is tuned.
+The rule of every comparison: an error of at most twice that of the eager formula in the same type, both
+against fp64. No tolerance is tuned.
 """
 
 import functools
@@ -21,7 +21,9 @@ MODES = ["joint", "sequential", "independent"]
 
 def wide(tensor) -> np.ndarray:
     """A tensor as an extended-precision array: the truth must have more digits than fp64 results."""
-    return np.asarray(torch.as_tensor(tensor).double().cpu() if torch.is_tensor(tensor) else tensor, np.longdouble)
+    return np.asarray(
+        torch.as_tensor(tensor).double().cpu() if torch.is_tensor(tensor) else tensor, np.longdouble
+    )
 
 
 def error(got, truth) -> float:
@@ -70,7 +72,7 @@ def truncates(device: torch.device, dtype: torch.dtype) -> bool:
     return forced() == "triton" and device.type == "cpu" and dtype == torch.bfloat16
 
 
-# -- rank_one_update ---------------------------------------------------------------------------------------------
+# -- rank_one_update -----------------------------------------------------------------------------------------
 
 SHAPES = [(33, 65, 0), (33, 65, 1), (31, 97, 7), (33, 129, 64), (9, 1031, 1000)]
 
@@ -85,9 +87,13 @@ def test_write_against_dense_fp64(device, mode, shape, condition):
         weight, keys, values, covariance = problem(*shape, condition)
         weight = weight.to(dtype).double()
         ridge = 0.5 if mode == "joint" and shape[2] == 1000 else 0.0
-        truth = oracle.write(mode, *(x.numpy() for x in (weight, keys.float().double(), values, covariance)), ridge)
+        truth = oracle.write(
+            mode, *(x.numpy() for x in (weight, keys.float().double(), values, covariance)), ridge
+        )
         inverse = torch.linalg.inv(covariance)
-        eager = eager_write(mode, weight.to(dtype), keys.float(), values.to(compute_dtype(weight)), inverse, ridge)
+        eager = eager_write(
+            mode, weight.to(dtype), keys.float(), values.to(compute_dtype(weight)), inverse, ridge
+        )
         factored = ek.Covariance.from_second_moment(covariance.to(device) * 10, 10)
         for given in (factored, inverse.to(device)):
             got = ek.rank_one_update(
@@ -163,7 +169,10 @@ def test_gradients_of_low_precision_weights(device, dtype):
     direction = direction.to(dtype).double()
 
     def gradients(function, types):
-        leaves = [x.detach().clone().to(t).requires_grad_() for x, t in zip((weight, keys, values), types, strict=True)]
+        leaves = [
+            x.detach().clone().to(t).requires_grad_()
+            for x, t in zip((weight, keys, values), types, strict=True)
+        ]
         function(*leaves).backward(direction.to(types[0]))
         return [leaf.grad for leaf in leaves]
 
@@ -187,7 +196,10 @@ def test_gradients_of_low_precision_weights(device, dtype):
 def test_compiles_whole_with_dynamic_count(device, mode):
     covariance = ek.Covariance.from_second_moment(covariance_of(9, 10.0).to(device), 1)
     compiled = torch.compile(
-        lambda w, k, v: ek.rank_one_update(w, k, v, covariance, mode), fullgraph=True, dynamic=True, backend="aot_eager"
+        lambda w, k, v: ek.rank_one_update(w, k, v, covariance, mode),
+        fullgraph=True,
+        dynamic=True,
+        backend="aot_eager",
     )
     for count in (2, 3, 5):
         weight = torch.randn(7, 9, device=device, requires_grad=True)
@@ -195,7 +207,9 @@ def test_compiles_whole_with_dynamic_count(device, mode):
         got = compiled(weight, keys, values)
         torch.testing.assert_close(got, ek.rank_one_update(weight, keys, values, covariance, mode))
         (gradient,) = torch.autograd.grad(got.sum(), weight)
-        (expected,) = torch.autograd.grad(ek.rank_one_update(weight, keys, values, covariance, mode).sum(), weight)
+        (expected,) = torch.autograd.grad(
+            ek.rank_one_update(weight, keys, values, covariance, mode).sum(), weight
+        )
         torch.testing.assert_close(gradient, expected)
 
 
@@ -207,7 +221,7 @@ def test_autocast_changes_nothing():
         assert torch.equal(ek.rank_one_update(weight, keys, values, inverse), plain)
 
 
-# -- the operators -----------------------------------------------------------------------------------------------
+# -- the operators -------------------------------------------------------------------------------------------
 
 LAYOUTS = {
     "contiguous": lambda w: w,
@@ -219,7 +233,9 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (1, 33, 71, 5), (3, 64, 128, 16), (2, 7, 300, 40), (1, 5, 9, 100)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1, 1), (1, 33, 71, 5), (3, 64, 128, 16), (2, 7, 300, 40), (1, 5, 9, 100)], ids=str
+)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_apply_low_rank(device, dtype, shape, layout):
     if truncates(device, dtype):
@@ -227,7 +243,10 @@ def test_apply_low_rank(device, dtype, shape, layout):
     batch, rows, cols, count = shape
     start = torch.randn(batch, rows, cols).to(dtype)
     compute = compute_dtype(start)
-    left, right = torch.randn(batch, rows, count, dtype=compute), torch.randn(batch, count, cols, dtype=compute)
+    left, right = (
+        torch.randn(batch, rows, count, dtype=compute),
+        torch.randn(batch, count, cols, dtype=compute),
+    )
     truth = wide(start) + np.longdouble(0.7) * (wide(left) @ wide(right))
     eager = (start.to(compute) + 0.7 * (left @ right)).to(dtype)
     weight = LAYOUTS[layout](start.to(device))
@@ -241,7 +260,9 @@ def test_apply_low_rank(device, dtype, shape, layout):
 def test_apply_low_rank_leaves_the_rest_of_the_storage(device):
     storage = torch.randn(40, 100, device=device)
     before = storage.clone()
-    ek.apply_low_rank_(storage[3:20, 10:75], torch.randn(17, 4, device=device), torch.randn(4, 65, device=device))
+    ek.apply_low_rank_(
+        storage[3:20, 10:75], torch.randn(17, 4, device=device), torch.randn(4, 65, device=device)
+    )
     inside = torch.zeros_like(storage, dtype=torch.bool)
     inside[3:20, 10:75] = True
     assert torch.equal(storage[~inside], before[~inside])
@@ -267,17 +288,25 @@ def test_empty(device, shape):
     batch, rows, cols, count = shape
     weight = torch.randn(batch, rows, cols, device=device)
     before = weight.clone()
-    left, right = torch.randn(batch, rows, count, device=device), torch.randn(batch, count, cols, device=device)
+    left, right = (
+        torch.randn(batch, rows, count, device=device),
+        torch.randn(batch, count, cols, device=device),
+    )
     assert torch.equal(ek.apply_low_rank_(weight, left, right), before)
     keys = torch.randn(batch, count, cols, device=device)
     values = torch.randn(batch, count, rows, device=device)
     if cols:
         identity = torch.eye(cols, device=device)
         for mode in MODES:
-            assert ek.rank_one_update(weight[:, :, :], keys[:, :1], values[:, :1], identity, mode).shape == weight.shape
+            assert (
+                ek.rank_one_update(weight[:, :, :], keys[:, :1], values[:, :1], identity, mode).shape
+                == weight.shape
+            )
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (1, 33, 71, 5), (3, 64, 256, 16), (1, 65, 2049, 33), (1, 5, 9, 100)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1, 1), (1, 33, 71, 5), (3, 64, 256, 16), (1, 65, 2049, 33), (1, 5, 9, 100)], ids=str
+)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_residual_gram(device, poisoned, dtype, shape, layout):
@@ -294,11 +323,15 @@ def test_residual_gram(device, poisoned, dtype, shape, layout):
     assert residual.dtype == compute and gram.dtype == torch.float64
     assert error(residual, exact) <= max(2 * error(eager, exact), torch.finfo(compute).eps)
     exact = wide(keys) @ wide(preconditioned).swapaxes(1, 2)
-    assert error(gram, exact) <= max(2 * error(keys.double() @ preconditioned.mT, exact), torch.finfo(torch.double).eps)
+    assert error(gram, exact) <= max(
+        2 * error(keys.double() @ preconditioned.mT, exact), torch.finfo(torch.double).eps
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 7, 5), (2, 64, 33), (1, 130, 9), (4, 5, 0), (2, 0, 3)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1), (3, 7, 5), (2, 64, 33), (1, 130, 9), (4, 5, 0), (2, 0, 3)], ids=str
+)
 @pytest.mark.parametrize("kind", ["cholesky", "unit_lower", "unit_upper"])
 def test_small_solve(device, poisoned, kind, shape, dtype):
     batch, count, columns = shape
@@ -347,7 +380,7 @@ def test_in_place_bumps_the_version():
     assert parameter.requires_grad and parameter.grad_fn is None
 
 
-# -- second_moment_ ----------------------------------------------------------------------------------------------
+# -- second_moment_ ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

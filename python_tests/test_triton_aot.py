@@ -22,17 +22,31 @@ WEIGHTS = {"fp32": "*fp32", "bf16": "*bf16", "fp16": "*fp16"}
 
 def _update(weight: str):
     arguments = {
-        "weight": weight, "left": "*fp32", "right": "*fp32", "rows": "i32", "cols": "i32", "rank": "i32",
-        "batch_stride": "i64", "row_stride": "i64", "scale": "fp32",
-    }  # fmt: skip
+        "weight": weight,
+        "left": "*fp32",
+        "right": "*fp32",
+        "rows": "i32",
+        "cols": "i32",
+        "rank": "i32",
+        "batch_stride": "i64",
+        "row_stride": "i64",
+        "scale": "fp32",
+    }
     return rank_one._apply_low_rank_kernel, arguments, rank_one.UPDATE_LAUNCH
 
 
 def _residual(weight: str, launch: dict[str, int]):
     arguments = {
-        "weight": weight, "keys": "*fp32", "values": "*fp32", "residual": "*fp32", "rows": "i32", "cols": "i32",
-        "count": "i32", "batch_stride": "i64", "row_stride": "i64",
-    }  # fmt: skip
+        "weight": weight,
+        "keys": "*fp32",
+        "values": "*fp32",
+        "residual": "*fp32",
+        "rows": "i32",
+        "cols": "i32",
+        "count": "i32",
+        "batch_stride": "i64",
+        "row_stride": "i64",
+    }
     return rank_one._residual_kernel, arguments, launch
 
 

@@ -17,7 +17,17 @@ HERE = Path(__file__).parent
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this is the child process already")
 def test_triton_kernels_interpreted():
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "triton-cpu", HERE / "test_rank_one.py"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        "triton-cpu and not 1000",
+        HERE / "test_rank_one.py",
+    ]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=HERE.parent)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert " passed" in done.stdout

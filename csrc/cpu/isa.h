@@ -1,6 +1,7 @@
-// One source, several instruction sets: `*_kernels.cpp` is compiled once for each level, in a namespace of that
-// level, and ENGRAM_DISPATCH calls the best one that this machine runs. A whole file for a level, rather than
-// target_clones on functions, so that templates, lambdas and the bodies OpenMP outlines all belong to it.
+// One source, several instruction sets: `*_kernels.cpp` is compiled once for each level, in a namespace of
+// that level, and ENGRAM_DISPATCH calls the best one that this machine runs. A whole file for a level, rather
+// than target_clones on functions, so that templates, lambdas and the bodies OpenMP outlines all belong to
+// it.
 #pragma once
 
 namespace engram::cpu {
@@ -13,20 +14,18 @@ const char* isa_name(Isa level);
 
 // For a function declared in namespace engram::cpu, declare its copy at each level.
 #ifdef ENGRAM_X86
-#define ENGRAM_DECLARE_LEVELS(function)               \
-  namespace baseline {                                \
-  decltype(::engram::cpu::function) function;         \
-  }                                                   \
-  namespace avx2 {                                    \
-  decltype(::engram::cpu::function) function;         \
-  }                                                   \
-  namespace avx512 {                                  \
-  decltype(::engram::cpu::function) function;         \
+#define ENGRAM_DECLARE_LEVELS(function)       \
+  namespace baseline {                        \
+  decltype(::engram::cpu::function) function; \
+  }                                           \
+  namespace avx2 {                            \
+  decltype(::engram::cpu::function) function; \
+  }                                           \
+  namespace avx512 {                          \
+  decltype(::engram::cpu::function) function; \
   }
-#define ENGRAM_DISPATCH(function)            \
-  (isa() == Isa::avx512 ? avx512::function   \
-   : isa() == Isa::avx2 ? avx2::function     \
-                        : baseline::function)
+#define ENGRAM_DISPATCH(function) \
+  (isa() == Isa::avx512 ? avx512::function : isa() == Isa::avx2 ? avx2::function : baseline::function)
 #else
 #define ENGRAM_DECLARE_LEVELS(function)       \
   namespace baseline {                        \

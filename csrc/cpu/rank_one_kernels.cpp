@@ -41,14 +41,14 @@ int threads_for(int threads, int64_t work) {
 
 // ---- weight += scale * left @ right
 
-// A register tile of the update: kTileRows x kTileVectors accumulators, beside them one row of `right` and one
-// broadcast element of `left`.
+// A register tile of the update: kTileRows x kTileVectors accumulators, beside them one row of `right` and
+// one broadcast element of `left`.
 constexpr int kTileRows = 6;
 constexpr int kTileVectors = kRegisters == 32 ? 4 : 2;
 // Products are summed in chains of this many: the error grows with the chain, not with the rank.
 constexpr int64_t kChain = 256;
 // Bytes of `right` that a thread keeps packed: a share of the second-level cache.
-constexpr int64_t kPanelBytes = 1 << 16;
+constexpr int64_t kPanelBytes = 1 << 18;
 constexpr int64_t kRowsPerUnit = 48;
 
 // One register tile of kRows rows. `panel` holds its columns of `right`, tile after tile for each k.
@@ -109,7 +109,8 @@ void update_rows(typename Type::Element* weight, int64_t row_stride, const typen
   for (int i = 0; i < kRows; ++i) std::memcpy(weight + i * row_stride + c, edge + i * kTile, bytes);
 }
 
-// Columns [0, columns) of `right`, tile by tile, the last one padded with zeros, in the order of Type's pairs.
+// Columns [0, columns) of `right`, tile by tile, the last one padded with zeros, in the order of Type's
+// pairs.
 template <class Type>
 void pack(const typename Type::Compute* right, int64_t row_stride, int64_t rank, int64_t columns,
           typename Type::Compute* panel) {
@@ -134,8 +135,8 @@ void apply(typename Type::Element* weight, WeightShape shape, const typename Typ
            const typename Type::Compute* right, int64_t rank, double scale, int threads) {
   using T = typename Type::Compute;
   constexpr int64_t kTile = kTileVectors * Type::kLanes;
-  // A unit of work is one block of rows of one panel of columns. Rows run fastest, so that a thread's units are
-  // neighbours and it packs few panels.
+  // A unit of work is one block of rows of one panel of columns. Rows run fastest, so that a thread's units
+  // are neighbours and it packs few panels.
   const int64_t budget = kPanelBytes / (rank * sizeof(T)) / kTile * kTile;
   const int64_t width = smaller(budget < kTile ? kTile : budget, ceil_div(shape.cols, kTile) * kTile);
   const int64_t panels = ceil_div(shape.cols, width);
@@ -180,8 +181,8 @@ constexpr int kKeys = kRegisters == 32 ? 6 : 3;
 
 // sums[j][i] += panel[i] . keys[j] over `columns` columns, lane by lane.
 template <class Type, int kCount>
-void multiply_tile(const typename Type::Compute* panel, const typename Type::Compute* keys, int64_t key_stride,
-                   int64_t columns, typename Type::Compute* sums) {
+void multiply_tile(const typename Type::Compute* panel, const typename Type::Compute* keys,
+                   int64_t key_stride, int64_t columns, typename Type::Compute* sums) {
   using T = typename Type::Compute;
   using V = Vector<T, Type::kLanes>;
   constexpr int kLanes = Type::kLanes;
@@ -276,7 +277,8 @@ void residual_and_gram(const typename Type::Element* weight, WeightShape shape,
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
   for (int thread = 0; thread < threads; ++thread) {
     void* sums = scratch.data() + thread * sums_bytes;
-    for (int64_t unit = weight_panels * thread / threads; unit < weight_panels * (thread + 1) / threads; ++unit) {
+    for (int64_t unit = weight_panels * thread / threads; unit < weight_panels * (thread + 1) / threads;
+         ++unit) {
       const int64_t b = unit / ceil_div(rows, kPanelRows);
       const int64_t first = unit % ceil_div(rows, kPanelRows) * kPanelRows;
       const int64_t origin = b * count * rows + first;

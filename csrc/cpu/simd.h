@@ -1,5 +1,6 @@
 // Vectors of the level this file is compiled for, and the storage types that widen into them.
-// Everything is in the level's namespace: a function shared between levels would be linked once, for any of them.
+// Everything is in the level's namespace: a function shared between levels would be linked once, for any of
+// them.
 #pragma once
 
 #include <cstdint>
@@ -103,15 +104,14 @@ inline Halves float_to_f16(Floats f) {
   const Words nan = ((magnitude >> 13) & 0x3ffu) | 0x7e00u;
   const Words infinity = (magnitude & 0u) | 0x7c00u;
   const Words finite = magnitude < (113u << 23) ? subnormal : normal;
-  const Words value = magnitude > 0x7f800000u    ? nan
-                      : magnitude >= (143u << 23) ? infinity
-                                                  : finite;
+  const Words value = magnitude > 0x7f800000u ? nan : magnitude >= (143u << 23) ? infinity : finite;
   return narrow(value | ((w >> 16) & 0x8000u));
 }
 #endif
 
-// A storage type: elements in memory, widened to the type that is computed in. `load` takes kLanes neighbours;
-// `load_pair` and `store_pair` take 2 kLanes, which where kInterleaved come as the even ones and the odd ones.
+// A storage type: elements in memory, widened to the type that is computed in. `load` takes kLanes
+// neighbours; `load_pair` and `store_pair` take 2 kLanes, which where kInterleaved come as the even ones and
+// the odd ones.
 template <class T>
 struct Plain {
   using Element = T;

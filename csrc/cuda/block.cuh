@@ -7,6 +7,10 @@
 // then shows as a result that depends on that order.
 #pragma once
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+#error "compute capability 8.0 or later is needed: leave older GPUs out of ENGRAM_CUDA_ARCHS"
+#endif
+
 #ifdef __CUDACC__
 #define ENGRAM_DEVICE __device__ __forceinline__
 #else

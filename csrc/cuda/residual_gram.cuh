@@ -17,11 +17,10 @@ struct RowDots {
   // the work of a few blocks, each must have more loads on their way.
   static constexpr bool kWide = sizeof(Sum) == 8;
   static constexpr int kVec = kVector<Key> < kVector<Matrix> ? kVector<Key> : kVector<Matrix>;
-  static constexpr int kLanes =
-      kWide ? kWarp : kWarp / 2;  // threads that share rows, each every kLanes-th vector
-  static constexpr int kRows = kWide ? 2 : 4;
-  static constexpr int kKeys = kWide ? 4 : 8;
-  static constexpr int kAhead = kWide ? 4 : 2;
+  static constexpr int kLanes = kWide ? kWarp : kWarp / 2;  // threads that share rows
+  static constexpr int kRows = kWide ? 2 : 4;               // rows a thread
+  static constexpr int kKeys = kWide ? 4 : 8;               // keys a block
+  static constexpr int kAhead = kWide ? 4 : 2;              // vectors of each row on their way at once
   static constexpr int kWarpRows = kWarp / kLanes * kRows;
   static constexpr int64_t kEnoughBlocks = 256;  // about two for each multiprocessor of the largest devices
 

@@ -21,7 +21,7 @@ _ORDER = {"cpu": ("cpu", "torch"), "cuda": ("triton", "cuda", "torch")}
 
 
 class Implementation(NamedTuple):
-    """One backend's function for one operator; `declines(*args)` says why it does not take these arguments."""
+    """One backend's function for one operator; `declines(*args)` says why it does not take a call."""
 
     function: Callable
     declines: Callable[..., str | None]
@@ -31,7 +31,9 @@ _table: dict[str, dict[str, Implementation]] = {}
 _forced: list[str] = []
 
 
-def implements(operator: str, backend: str, declines: Callable[..., str | None] = lambda *args: None) -> Callable:
+def implements(
+    operator: str, backend: str, declines: Callable[..., str | None] = lambda *args: None
+) -> Callable:
     """Register the decorated function as `backend`'s implementation of `operator`."""
 
     def register(function: Callable) -> Callable:

@@ -17,4 +17,12 @@ def decline_strided_columns(weight: Tensor, *args) -> str | None:
 def weight_arguments(weight: Tensor) -> tuple[int, ...]:
     """Return (pointer, type code, batch, rows, cols, batch stride, row stride) of a weight [B, out, in]."""
     batch, rows, columns = weight.shape
-    return (weight.data_ptr(), DTYPE_CODES[weight.dtype], batch, rows, columns, weight.stride(0), weight.stride(1))
+    return (
+        weight.data_ptr(),
+        DTYPE_CODES[weight.dtype],
+        batch,
+        rows,
+        columns,
+        weight.stride(0),
+        weight.stride(1),
+    )

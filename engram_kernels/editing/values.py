@@ -52,16 +52,14 @@ class Value:
     """The outcome of the optimisation.
 
     Attributes:
-        key: `[in]` float32, the input of the projection at the subject's last token, averaged over all
-            contexts.
-        bare_key: `[in]` float32, the same in the prompt without context.
+        keys: `[contexts, in]` float32, the inputs of the projection at the subject's last token: first in the
+            bare prompt, then after each prefix.
         change: `[out]` float32, `δ`: by how much the projection's answer to the key shall change.
         initial_norm: of its answer `v₀` to the bare key.
         losses: of every step.
     """
 
-    key: torch.Tensor
-    bare_key: torch.Tensor
+    keys: torch.Tensor
     change: torch.Tensor
     initial_norm: float
     losses: list[float]
@@ -147,8 +145,7 @@ def find_value(
         finally:
             hook.remove()
     return Value(
-        key=seen["keys"][: len(rewriting)].mean(0),
-        bare_key=seen["keys"][0],
+        keys=seen["keys"][: len(rewriting)],
         change=delta.detach(),
         initial_norm=initial_norm.item(),
         losses=losses,
@@ -182,7 +179,7 @@ class _Batch:
         self.count = len(rewriting)
 
     def log_probabilities(self, model) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probability of the target, a mean over its tokens `[rows]`, and of all tokens after the essence."""
+        """Log-probability of the target (its tokens' mean) `[rows]`, and of every token after the essence."""
         keep = (
             {"logits_to_keep": self.kept}
             if "logits_to_keep" in inspect.signature(model.forward).parameters

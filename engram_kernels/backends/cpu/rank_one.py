@@ -37,7 +37,9 @@ def apply_low_rank_(weight: Tensor, left: Tensor, right: Tensor, scale: float) -
 
 
 @implements("residual_gram", "cpu", _declines_residual)
-def residual_gram(weight: Tensor, keys: Tensor, values: Tensor, preconditioned: Tensor) -> tuple[Tensor, Tensor]:
+def residual_gram(
+    weight: Tensor, keys: Tensor, values: Tensor, preconditioned: Tensor
+) -> tuple[Tensor, Tensor]:
     keys, values, preconditioned = keys.contiguous(), values.contiguous(), preconditioned.contiguous()
     batch, count, _ = keys.shape
     residual = torch.empty_like(values)

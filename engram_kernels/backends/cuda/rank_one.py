@@ -32,7 +32,11 @@ def _declines_residual(weight: Tensor, keys: Tensor, *args) -> str | None:
 
 def _declines_solve(system: Tensor, right_hand_side: Tensor, kind: str) -> str | None:
     limit = _cuda.small_solve_limit()
-    return f"leaves systems of order {system.shape[-1]} > {limit} to the library" if system.shape[-1] > limit else None
+    return (
+        f"leaves systems of order {system.shape[-1]} > {limit} to the library"
+        if system.shape[-1] > limit
+        else None
+    )
 
 
 @implements("apply_low_rank_", "cuda", _declines_update)
@@ -40,12 +44,19 @@ def apply_low_rank_(weight: Tensor, left: Tensor, right: Tensor, scale: float) -
     left, right = left.contiguous(), right.contiguous()
     with torch.cuda.device(weight.device):
         _cuda.apply_low_rank(
-            *weight_arguments(weight), left.data_ptr(), right.data_ptr(), left.shape[-1], scale, _stream(weight)
+            *weight_arguments(weight),
+            left.data_ptr(),
+            right.data_ptr(),
+            left.shape[-1],
+            scale,
+            _stream(weight),
         )
 
 
 @implements("residual_gram", "cuda", _declines_residual)
-def residual_gram(weight: Tensor, keys: Tensor, values: Tensor, preconditioned: Tensor) -> tuple[Tensor, Tensor]:
+def residual_gram(
+    weight: Tensor, keys: Tensor, values: Tensor, preconditioned: Tensor
+) -> tuple[Tensor, Tensor]:
     keys, values, preconditioned = keys.contiguous(), values.contiguous(), preconditioned.contiguous()
     batch, count, _ = keys.shape
     residual = torch.empty_like(values)

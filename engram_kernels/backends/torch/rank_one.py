@@ -19,7 +19,9 @@ def _panels(weight: Tensor) -> Iterator[slice]:
 
 
 @implements("residual_gram", "torch")
-def residual_gram(weight: Tensor, keys: Tensor, values: Tensor, preconditioned: Tensor) -> tuple[Tensor, Tensor]:
+def residual_gram(
+    weight: Tensor, keys: Tensor, values: Tensor, preconditioned: Tensor
+) -> tuple[Tensor, Tensor]:
     """E = V − K Wᵀ and G = K Pᵀ."""
     if weight.dtype == keys.dtype:
         residual = torch.baddbmm(values, keys, weight.mT, alpha=-1)
@@ -48,8 +50,8 @@ def small_solve(system: Tensor, right_hand_side: Tensor, kind: str) -> tuple[Ten
 def lost_pivot(factor: Tensor, matrix: Tensor) -> Tensor:
     """Return the order of the first pivot that is no more than rounding of its diagonal entry, or 0.
 
-    A Cholesky factorisation of a singular matrix need not fail: rounding can leave a tiny positive pivot, and a
-    solution of noise. A pivot under `n · eps` of the entry it came from carries no digit of the matrix.
+    A Cholesky factorisation of a singular matrix need not fail: rounding can leave a tiny positive pivot, and
+    a solution of noise. A pivot under `n · eps` of the entry it came from carries no digit of the matrix.
     """
     pivots = factor.diagonal(dim1=-2, dim2=-1).square()
     entries = matrix.diagonal(dim1=-2, dim2=-1)

@@ -1,4 +1,4 @@
-"""Triton kernels: no compiler at install; on CPU tensors too under Triton's interpreter (TRITON_INTERPRET=1)."""
+"""Triton kernels: no compiler at install; CPU tensors only under TRITON_INTERPRET=1."""
 
 import importlib.util
 import os

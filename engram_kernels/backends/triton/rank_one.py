@@ -1,8 +1,8 @@
 """The associative write on GPUs, in Triton: the residual against W and the low-rank update of W.
 
-Both are bound by the bytes of W while the number of keys is small, so W is read once, in its own type, and never
-held in another. Dots are of fp32 operands and say their precision: "tf32x3" carries fp32's digits on the tensor
-cores; the single "tf32" would lose them.
+Both are bound by the bytes of W while the number of keys is small, so W is read once, in its own type, and
+never held in another. Dots are of fp32 operands and say their precision: "tf32x3" carries fp32's digits on
+the tensor cores; the single "tf32" would lose them.
 """
 
 import torch
@@ -63,7 +63,9 @@ def _apply_low_rank_kernel(
     product = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
     for start in range(0, rank, BLOCK_RANK):
         r = start + tl.arange(0, BLOCK_RANK)  # [BLOCK_RANK]
-        a = tl.load(left + i[:, None] * rank + r[None, :], mask=(i < rows)[:, None] & (r < rank)[None, :], other=0.0)
+        a = tl.load(
+            left + i[:, None] * rank + r[None, :], mask=(i < rows)[:, None] & (r < rank)[None, :], other=0.0
+        )
         c = tl.load(
             right + r[:, None].to(tl.int64) * cols + j[None, :],
             mask=(r < rank)[:, None] & (j < cols)[None, :],
@@ -106,9 +108,13 @@ def _residual_kernel(
     product = tl.zeros((BLOCK_KEYS, BLOCK_ROWS), tl.float32)
     for start in range(0, cols, BLOCK_COLS):
         j = start + tl.arange(0, BLOCK_COLS)  # [BLOCK_COLS]
-        k = tl.load(keys + n[:, None] * cols + j[None, :], mask=(n < count)[:, None] & (j < cols)[None, :], other=0.0)
+        k = tl.load(
+            keys + n[:, None] * cols + j[None, :], mask=(n < count)[:, None] & (j < cols)[None, :], other=0.0
+        )
         w = tl.load(
-            weight + i[:, None] * row_stride + j[None, :], mask=(i < rows)[:, None] & (j < cols)[None, :], other=0.0
+            weight + i[:, None] * row_stride + j[None, :],
+            mask=(i < rows)[:, None] & (j < cols)[None, :],
+            other=0.0,
         )
         product = tl.dot(k, tl.trans(w.to(tl.float32)), product, input_precision=PRECISION)
     place = b * count * rows + n[:, None] * rows + i[None, :]
@@ -131,7 +137,11 @@ def _on_device(tensor: Tensor):
 @implements("apply_low_rank_", "triton", _declines)
 def apply_low_rank_(weight: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
     batch, rows, cols = weight.shape
-    tiles = batch * triton.cdiv(rows, UPDATE_LAUNCH["BLOCK_ROWS"]) * triton.cdiv(cols, UPDATE_LAUNCH["BLOCK_COLS"])
+    tiles = (
+        batch
+        * triton.cdiv(rows, UPDATE_LAUNCH["BLOCK_ROWS"])
+        * triton.cdiv(cols, UPDATE_LAUNCH["BLOCK_COLS"])
+    )
     if tiles == 0:
         return
     with _on_device(weight):
@@ -151,7 +161,9 @@ def apply_low_rank_(weight: Tensor, left: Tensor, right: Tensor, scale: float) -
 
 
 @implements("residual_gram", "triton", _declines)
-def residual_gram(weight: Tensor, keys: Tensor, values: Tensor, preconditioned: Tensor) -> tuple[Tensor, Tensor]:
+def residual_gram(
+    weight: Tensor, keys: Tensor, values: Tensor, preconditioned: Tensor
+) -> tuple[Tensor, Tensor]:
     batch, rows, cols = weight.shape
     count = keys.shape[1]
     residual = torch.empty_like(values, memory_format=torch.contiguous_format)

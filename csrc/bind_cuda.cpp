@@ -1,0 +1,70 @@
+// Python module `_cuda`. Pointers and streams come as integers: tensors, and the checks of their shapes, stay
+// in Python. Nothing here touches the driver before a kernel is launched: the module imports without a GPU.
+#include <cuda_runtime_api.h>
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "cuda/error.h"
+#include "engram/rank_one.h"
+
+namespace py = pybind11;
+using engram::DType;
+using engram::SystemKind;
+using engram::WeightShape;
+
+template <class T>
+static T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+static void check(int code, const char* name) {
+  if (code == 0) return;
+  throw std::runtime_error(std::string(name) + ": the launch failed: " + engram::cuda::error_string(code));
+}
+
+static py::dict build_info() {
+  py::dict info;
+  info["cuda"] = std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10);
+  info["archs"] = ENGRAM_CUDA_ARCHS;
+  info["compiler"] = ENGRAM_COMPILER;
+  return info;
+}
+
+PYBIND11_MODULE(_cuda, module) {
+  module.doc() = "CUDA C++ kernels.";
+  module.def("build_info", build_info);
+  module.def("small_solve_limit", engram::cuda::small_solve_limit);
+
+  module.def("apply_low_rank", [](uintptr_t weight, int dtype, int64_t batch, int64_t rows, int64_t cols,
+                                  int64_t batch_stride, int64_t row_stride, uintptr_t left, uintptr_t right,
+                                  int64_t rank, double scale, uintptr_t stream) {
+    check(engram::cuda::apply_low_rank(pointer<void>(weight), static_cast<DType>(dtype),
+                                       WeightShape{batch, rows, cols, batch_stride, row_stride},
+                                       pointer<const void>(left), pointer<const void>(right), rank, scale,
+                                       pointer<void>(stream)),
+          "apply_low_rank");
+  });
+
+  module.def("residual_gram", [](uintptr_t weight, int dtype, int64_t batch, int64_t rows, int64_t cols,
+                                 int64_t batch_stride, int64_t row_stride, uintptr_t keys, uintptr_t values,
+                                 uintptr_t preconditioned, int64_t count, uintptr_t residual, uintptr_t gram,
+                                 uintptr_t stream) {
+    check(engram::cuda::residual_gram(pointer<const void>(weight), static_cast<DType>(dtype),
+                                      WeightShape{batch, rows, cols, batch_stride, row_stride},
+                                      pointer<const void>(keys), pointer<const void>(values),
+                                      pointer<const double>(preconditioned), count, pointer<void>(residual),
+                                      pointer<double>(gram), pointer<void>(stream)),
+          "residual_gram");
+  });
+
+  module.def("small_solve", [](uintptr_t system, uintptr_t rhs, bool rhs_is_double, int kind, int64_t batch,
+                               int64_t n, int64_t columns, uintptr_t solution, uintptr_t info,
+                               uintptr_t stream) {
+    check(engram::cuda::small_solve(pointer<const double>(system), pointer<const void>(rhs), rhs_is_double,
+                                    static_cast<SystemKind>(kind), batch, n, columns, pointer<void>(solution),
+                                    pointer<int32_t>(info), pointer<void>(stream)),
+          "small_solve");
+  });
+}
