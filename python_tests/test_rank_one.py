@@ -351,6 +351,12 @@ def test_small_solve(device, poisoned, kind, shape, dtype):
     assert error(solution, truth) <= max(2 * error(eager, truth), 1e-12)
 
 
+def test_a_pivot_lost_to_rounding_is_none(device):
+    nearly = torch.tensor([[[1.0, 1.0], [1.0, 1.0 + 2**-52]]], dtype=torch.float64, device=device)
+    with pytest.raises(ek.EngramError, match="key 1 dependent"):
+        ops.small_solve(nearly, torch.ones(1, 2, 1, device=device), "cholesky")
+
+
 def test_operators_keep_their_promises_to_torch():
     """torch.library.opcheck: schemas tell the truth, fakes match, tracing works."""
     weight, keys, values = torch.randn(2, 5, 7), torch.randn(2, 3, 7), torch.randn(2, 3, 5)

@@ -60,7 +60,9 @@ struct SmallSolve {
     int failed = 0;
     for (int k = 0; k < n && !upper; ++k) {
       const double pivot = factor ? triangle[packed(k, k)] : 1.0;
-      if (!(pivot > 0 && pivot < INFINITY)) {
+      // A singular system need not meet a zero: what rounding leaves of a diagonal entry is no pivot either.
+      const double rounding = factor ? n * 0x1p-52 * system[(b * n + k) * n + k] : 0.0;
+      if (!(pivot > rounding && pivot < INFINITY)) {
         failed = k + 1;
         break;
       }

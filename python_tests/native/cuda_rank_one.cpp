@@ -330,6 +330,15 @@ void test_small_solve() {
           right = right && (i / (n * columns) == 1 ? std::isnan(solution[i]) : solution[i] == Value(0.5));
         check(right, "NaN where and only where the system failed");
       }
+
+  // Singular but for rounding: the second pivot is positive, and nothing of it is known.
+  describe("small_solve, singular but for rounding", name_of<Value>(), {1, 2, 1, 0}, Order::forward);
+  const std::vector<double> nearly{1, 0, 1, 1 + 0x1p-52};
+  std::vector<Value> rhs(2, 1), solution(2, 0);
+  std::vector<int32_t> info(1, -1);
+  run_solve<Value>({nearly.data(), rhs.data(), SystemKind::cholesky, 2, 1, 1, solution.data(), info.data()},
+                   Order::forward);
+  check(info[0] == 2 && std::isnan(solution[0]), "a pivot lost to rounding passes");
 }
 
 // Rows and matrices more than 2^31 elements apart, in memory of which only the touched pages exist.

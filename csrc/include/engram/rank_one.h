@@ -3,8 +3,8 @@
 // Row convention: a key or a value is one row. Every matrix is batched by a leading dimension.
 // `weight` may be strided by batch and by row, its columns are contiguous; every other array is contiguous.
 // The factors, keys and values have the compute type: double for f64 weights, float for all others.
-// Preconditioned keys, Gram matrices and small systems are double whatever the weight's type: at a covariance's
-// condition number of 1e8 a Gram matrix rounded to float is no longer positive definite.
+// Preconditioned keys, Gram matrices and small systems are double whatever the weight's type: at a
+// covariance's condition number of 1e8 a Gram matrix rounded to float is no longer positive definite.
 #pragma once
 
 #include <cstdint>
@@ -55,7 +55,8 @@ int residual_gram(const void* weight, DType dtype, WeightShape shape, const void
 
 // solution[b] = system[b]^-1 @ rhs[b], all in one launch; system [B, n, n] double, rhs and solution [B, n, m]
 // float, or double when rhs_is_double. Arithmetic is fp64 in shared memory. info[b] = 0, or i > 0 when the
-// leading minor of order i is not positive definite (then solution[b] is NaN). n is at most small_solve_limit().
+// pivot of order i is not above n * 2^-52 of its diagonal entry: the leading minor of that order is not
+// positive definite but for rounding (then solution[b] is NaN). n is at most small_solve_limit().
 int small_solve(const double* system, const void* rhs, bool rhs_is_double, SystemKind kind, int64_t batch,
                 int64_t n, int64_t columns, void* solution, int32_t* info, void* stream);
 

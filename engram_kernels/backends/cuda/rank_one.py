@@ -10,8 +10,8 @@ from ..native import decline_strided_columns, weight_arguments
 # enum engram::SystemKind
 _KINDS = {"cholesky": 0, "unit_lower": 1, "unit_upper": 2}
 
-# Above this many factors or keys the product is a GEMM, which is cuBLAS's.
-GEMM_RANK = 64
+# Above this many factors or keys the product is a GEMM, which is cuBLAS's. Not yet measured on a GPU.
+GEMM_RANK = 32
 
 
 def _stream(tensor: Tensor) -> int:
