@@ -1,7 +1,88 @@
-"""The command line, in this process, with a small random model on disk."""
+"""The command line, with a small random model on disk."""
 
 import json
-import sys
 
 import pytest
-from model_zoo import *  # noqa: F403
+from model_zoo import TEXTS, byte_level_tokenizer, small_model
+
+from engram_kernels import cli
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A random Llama-like model with its tokenizer, and a corpus, as a user has them on disk."""
+    path = tmp_path_factory.mktemp("model")
+    tokenizer = byte_level_tokenizer()
+    small_model("llama", vocabulary=len(tokenizer)).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    (path / "corpus.txt").write_text("\n\n".join(TEXTS * 4))
+    return path
+
+
+@pytest.fixture
+def engram(monkeypatch, folder, capsys):
+    """Run the command line; return its exit status and what it printed."""
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("ENGRAM_CACHE", str(folder / "cache"))
+
+    def run(*arguments):
+        monkeypatch.setattr("sys.argv", ["engram", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        printed = capsys.readouterr()
+        return ended.value.code or 0, printed.out, printed.err
+
+    return run
+
+
+FACT = ("--subject", "The Eiffel Tower", "--prompt", "{} is located in the city of", "--target", "Rome")
+
+
+def test_doctor_names_every_operator_and_backend(engram):
+    from engram_kernels._ops import OPERATORS
+
+    status, out, _ = engram("doctor")
+    assert status == 0
+    for name in (*OPERATORS, "torch", "cpu", "triton", "cuda"):
+        assert name in out
+
+
+def test_edit_reports_and_saves(engram, folder, tmp_path):
+    report = tmp_path / "report.json"
+    status, out, err = engram(
+        "edit", "--model", folder, "--corpus", folder / "corpus.txt", *FACT,
+        "--paraphrase", "To see {}, go to", "--control", "The Louvre is located in",
+        "--save", tmp_path / "edit", "--report", report, "--device", "cpu",
+    )  # fmt: skip
+    assert status == 0, err
+    assert "The Louvre is located in" in out and "→ Rome" in out
+    content = json.loads(report.read_text())
+    assert [row["kind"] for row in content["answers"]] == ["edited", "paraphrase", "control"]
+    # A random model has no fact to win; the probability must be measured on both sides of the write.
+    assert 0 < content["probability"]["before"] != content["probability"]["after"] < 1
+
+    from engram_kernels.editing import EditResult
+
+    assert EditResult.load(tmp_path / "edit").records[0].edit.target == "Rome"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["edit", "report.json"]
+
+
+BAD = {
+    "subject not in prompt": (("--prompt", "Paris is the capital of"), "prompt: "),
+    "empty target": (("--target", " "), "target: "),
+    "unknown layer": (("--layer", "99"), "layer: expected from 0 to 3 for this model, got 99"),
+    "unknown dtype": (("--dtype", "int4"), "dtype: "),
+    "missing corpus": (("--corpus", "no/such/file"), "corpus: "),
+    "empty corpus": (("--corpus", "/dev/null"), "corpus: "),
+    "paraphrase without subject": (("--paraphrase", "Where is it?"), "prompt: "),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_sentence(engram, folder, case):
+    change, message = BAD[case]
+    status, _, err = engram(
+        "edit", "--model", folder, "--corpus", folder / "corpus.txt", *FACT, "--device", "cpu", *change
+    )
+    assert status == 1
+    assert err.startswith("Error: ") and message in err and err.count("\n") == 1
