@@ -106,14 +106,11 @@ def use_backend(name: str) -> Iterator[None]:
         _forced.pop()
 
 
-def explain(operator: str, device: str, args: tuple | None = None) -> list[tuple[str, str | None]]:
-    """List the backends in the order they are asked, each with the reason why it is passed over, or None."""
-    order = _ORDER.get(device, ("torch",))
+def _candidates(operator: str, device: str, args: tuple | None) -> Iterator[tuple[str, str | None]]:
+    """Yield the backends in the order they are asked, each with the reason why it is passed over, or None."""
     name = forced()
-    if name is not None:
-        order = (name, "torch") if name != "torch" else ("torch",)
-    answers = []
-    for backend in order:
+    order = _ORDER.get(device, ("torch",)) if name is None else (name, "torch")
+    for backend in dict.fromkeys(order):
         reason = unavailable(backend, device)
         if reason is None:
             implementation = _table.get(operator, {}).get(backend)
@@ -121,16 +118,17 @@ def explain(operator: str, device: str, args: tuple | None = None) -> list[tuple
                 reason = "has no kernel for it"
             elif args is not None:
                 reason = implementation.declines(*args)
-        answers.append((backend, reason))
-    return answers
+        elif backend == name:
+            raise EngramError(f"backend: expected one that serves {device} tensors, got {name!r}: {reason}")
+        yield backend, reason
+
+
+def explain(operator: str, device: str, args: tuple | None = None) -> list[tuple[str, str | None]]:
+    """List the backends that are asked to serve an operator, in order, with the reason of each refusal."""
+    return list(_candidates(operator, device, args))
 
 
 def select(operator: str, device: torch.device, args: tuple) -> Callable:
     """Return the function that serves this call: the first backend in order that takes it."""
-    name = forced()
-    if name is not None and (reason := unavailable(name, device.type)):
-        raise EngramError(f"backend: expected one that serves {device.type} tensors, got {name!r}: {reason}")
-    for backend, reason in explain(operator, device.type, args):
-        if reason is None:
-            return _table[operator][backend].function
-    raise EngramError(f"backend: expected one that serves {operator} on {device.type}, got none")
+    backend = next(name for name, reason in _candidates(operator, device.type, args) if reason is None)
+    return _table[operator][backend].function
