@@ -223,7 +223,7 @@ def _check_write(weight, keys, values, covariance, mode: str, ridge: float) -> b
     check.shape("values", values, (*leading, keys.shape[-2], rows), f"[{prefix}n, out]")
     check.same_device("keys", keys, weight.device)
     check.same_device("values", values, weight.device)
-    matrix = covariance.factor if isinstance(covariance, Covariance) else covariance
+    matrix = covariance.inverse() if isinstance(covariance, Covariance) else covariance
     check.expect(
         isinstance(matrix, Tensor),
         "covariance",
@@ -243,10 +243,15 @@ def _check_write(weight, keys, values, covariance, mode: str, ridge: float) -> b
     return batched
 
 
+# Columns of an inverse that are widened to fp64 at a time.
+_PANEL = 1024
+
+
 def _precondition(keys: Tensor, covariance: Covariance | Tensor) -> Tensor:
     """Return `P = K C⁻¹` in fp64, [B, n, in]."""
-    if isinstance(covariance, Covariance):
-        return covariance.solve(keys.double())
-    # An inverse in fp32 holds no more digits than an fp32 product with it: no fp64 copy of in × in.
-    dtype = torch.promote_types(keys.dtype, covariance.dtype)
-    return (keys.to(dtype) @ covariance.to(dtype)).double()
+    inverse = covariance.inverse() if isinstance(covariance, Covariance) else covariance
+    keys = keys.double()
+    if inverse.dtype == torch.float64:
+        return keys @ inverse
+    # Products of an fp32 inverse cancel: in fp64 they keep the digits that it has, without a copy of in × in.
+    return torch.cat([keys @ panel.double() for panel in inverse.split(_PANEL, dim=-1)], dim=-1)

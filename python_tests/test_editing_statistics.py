@@ -59,7 +59,7 @@ def test_forward_stops_at_the_layer():
 def test_cache_serves_the_second_editor(tokenizer, tmp_path, monkeypatch):
     first = editor_of(tokenizer, tmp_path).covariance(1)
     monkeypatch.setattr(statistics, "second_moment", lambda *_: pytest.fail("the cache was not used"))
-    assert torch.equal(editor_of(tokenizer, tmp_path).covariance(1).factor, first.factor)
+    assert torch.equal(editor_of(tokenizer, tmp_path).covariance(1).inverse(), first.inverse())
 
 
 def test_cache_outlives_an_edit_of_its_layer_and_above(tokenizer, tmp_path, monkeypatch):
@@ -88,10 +88,10 @@ def test_cache_tells_apart(tokenizer, tmp_path, monkeypatch, change):
 
 
 def test_broken_cache_entry_is_computed_again(tokenizer, tmp_path):
-    factor = editor_of(tokenizer, tmp_path).covariance(1).factor
+    inverse = editor_of(tokenizer, tmp_path).covariance(1).inverse()
     (entry,) = (tmp_path / "moments").iterdir()
     entry.write_bytes(entry.read_bytes()[:100])
-    assert torch.equal(editor_of(tokenizer, tmp_path).covariance(1).factor, factor)
+    assert torch.equal(editor_of(tokenizer, tmp_path).covariance(1).inverse(), inverse)
     assert [path.name for path in (tmp_path / "moments").iterdir()] == [entry.name]
 
 
@@ -99,7 +99,7 @@ def test_corpus_read_once_serves_two_layers(tokenizer, tmp_path):
     editor = editor_of(tokenizer, tmp_path, corpus=iter(model_zoo.TEXTS))
     listed = editor_of(tokenizer, tmp_path / "other")
     for layer in (1, 2):
-        assert torch.equal(editor.covariance(layer).factor, listed.covariance(layer).factor)
+        assert torch.equal(editor.covariance(layer).inverse(), listed.covariance(layer).inverse())
 
 
 def test_too_small_a_corpus_says_what_would_do(tokenizer, tmp_path):
@@ -113,7 +113,7 @@ def test_without_text_the_model_is_sampled(tokenizer, tmp_path, monkeypatch):
     state = torch.random.get_rng_state()
     first = editor_of(tokenizer, tmp_path, corpus=None).covariance(1)
     second = editor_of(tokenizer, tmp_path / "other", corpus=None).covariance(1)
-    assert torch.equal(first.factor, second.factor)
+    assert torch.equal(first.inverse(), second.inverse())
     assert torch.equal(torch.random.get_rng_state(), state)
 
 

@@ -94,8 +94,8 @@ def test_write_against_dense_fp64(device, mode, shape, condition):
         eager = eager_write(
             mode, weight.to(dtype), keys.float(), values.to(compute_dtype(weight)), inverse, ridge
         )
-        factored = ek.Covariance.from_second_moment(covariance.to(device) * 10, 10)
-        for given in (factored, inverse.to(device)):
+        whole = ek.Covariance.from_second_moment(covariance.to(device) * 10, 10)
+        for given in (whole, inverse.to(device)):
             got = ek.rank_one_update(
                 weight.to(device, dtype), keys.float().to(device), values.to(device), given, mode, ridge
             )

@@ -31,7 +31,7 @@ class Scratch {
   T* data_;
 };
 
-// A thread is worth starting for this many multiply-adds or elements, whichever there are more of.
+// A thread is worth starting for this many multiply-adds.
 constexpr int64_t kWorkPerThread = 1 << 15;
 
 int threads_for(int threads, int64_t work) {
@@ -65,7 +65,7 @@ void update_tile(typename Type::Element* weight, int64_t row_stride, const typen
       for (int v = 0; v < kTileVectors; ++v) r[v] = load<V>(panel + (k * kTileVectors + v) * kLanes);
 #pragma GCC unroll 8
       for (int i = 0; i < kRows; ++i) {
-        const V l = left[i * rank + k] - V{};
+        const V l = left[i * rank + k] - V{};  // broadcast: x - 0 is x, -0 too
 #pragma GCC unroll 8
         for (int v = 0; v < kTileVectors; ++v) into[i][v] += l * r[v];
       }

@@ -189,7 +189,7 @@ class Editor:
         return self._prefixes
 
     def covariance(self, layer: int) -> Covariance:
-        """The second moment of a layer's keys, factored: from memory, the cache on disk, or the corpus.
+        """The second moment of a layer's keys, inverted: from memory, the cache on disk, or the corpus.
 
         Raises:
             EngramError: the corpus is empty or too small for the dimension of the key.

@@ -7,19 +7,27 @@ from ... import _cpu
 from .. import implements
 from ..native import decline_strided_columns, weight_arguments
 
-# Above this many keys or factors the products are GEMMs, and oneDNN's are faster (bench/bench_rank_one.py).
-GEMM_RANK = 64
+_HALF = (torch.bfloat16, torch.float16)
+
+
+def largest_rank(dtype: torch.dtype) -> int:
+    """Return the rank up to which the C++ update beats the library's GEMM (bench/bench_rank_one.py)."""
+    # Half-precision weights spare the conversion to fp32 and back; fp32 weights only gain while bound by memory.
+    return 128 if dtype in _HALF else 8
 
 
 def _declines_update(weight: Tensor, left: Tensor, right: Tensor, scale: float) -> str | None:
-    if left.shape[-1] > GEMM_RANK:
-        return f"leaves rank {left.shape[-1]} > {GEMM_RANK} to the library's GEMM"
+    rank, limit = left.shape[-1], largest_rank(weight.dtype)
+    if rank > limit:
+        return f"leaves rank {rank} > {limit} to the library's GEMM"
     return decline_strided_columns(weight)
 
 
 def _declines_residual(weight: Tensor, keys: Tensor, *args) -> str | None:
-    if keys.shape[1] > GEMM_RANK:
-        return f"leaves {keys.shape[1]} > {GEMM_RANK} keys to the library's GEMM"
+    if weight.dtype not in _HALF:
+        return "leaves weights that need no conversion to the library's GEMM"
+    if keys.shape[1] > 64:
+        return f"leaves {keys.shape[1]} > 64 keys to the library's GEMM"
     return decline_strided_columns(weight)
 
 
