@@ -12,7 +12,7 @@ _HALF = (torch.bfloat16, torch.float16)
 
 def largest_rank(dtype: torch.dtype) -> int:
     """Return the rank up to which the C++ update beats the library's GEMM (bench/bench_rank_one.py)."""
-    # Half-precision weights spare the conversion to fp32 and back; fp32 weights only gain while bound by memory.
+    # Half-precision weights spare the conversion to fp32 and back; fp32 ones gain only while bound by memory.
     return 128 if dtype in _HALF else 8
 
 
