@@ -140,9 +140,7 @@ def edit(
         after = [_answers(network, tokenizer, text) for _, text in prompts]
 
     record = result.records[0]
-    table = Table(
-        "prompt", "before", "after", "", title=f"{model}, {record.module}: {fact.text} → {fact.target}"
-    )
+    table = Table("prompt", "before", "after", "", title=f"{fact.text} → {fact.target}")
     rows = []
     for (kind, text), old, new in zip(prompts, before, after, strict=True):
         good = new[0][0] == old[0][0] if kind == "control" else fact.target.startswith(new[0][0])
@@ -151,7 +149,7 @@ def edit(
         )
         rows.append({"kind": kind, "prompt": text, "before": old, "after": new, "as_wanted": good})
     change = f"{record.probability_before:.4f} → {record.probability_after:.4f}"
-    table.caption = f"p({fact.target}) on the edited prompt: {change}"
+    table.caption = f"{model}, {record.module}: p({fact.target}) on the edited prompt {change}"
     console.print(table)
     if save is not None:
         result.save(save)
