@@ -3,7 +3,7 @@
     make bench                                            everything, on every device there is
     python -m pytest bench/bench_rank_one.py -k update    one of them
 
-Baselines, interleaved in the same run, caches cold: eager PyTorch with the same algebra; `torch.compile` of it;
+Baselines, interleaved in one run, caches cold: eager PyTorch with the same algebra; `torch.compile` of it;
 upstream's algorithm, MEMIT's fp64 solve of the in × in system at every call. Every variant is checked against
 fp64 before it is timed. Traffic counts each input read once and each output written once.
 """

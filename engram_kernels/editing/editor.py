@@ -109,7 +109,7 @@ class Editor:
 
         Args:
             edits: the facts.
-            layer: index of the decoder layer; None: the one at 0.27 of the depth.
+            layer: index of the decoder layer; None: the one at 0.2 of the depth.
             mode: `"sequential"`: each value is found in the model as edited so far, and written; `"joint"`:
                 all values are found in the model as it is, and written at once.
 

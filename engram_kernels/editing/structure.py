@@ -11,8 +11,9 @@ from ..errors import EngramError
 
 EDITABLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# ROME's layers lie at 0.16 (Llama-2-7B, 5 of 32) to 0.36 (GPT-2 XL, 17 of 48) of the depth.
-DEFAULT_DEPTH = 0.27
+# ROME's layers lie at 0.16 (Llama-2-7B, 5 of 32) to 0.36 (GPT-2 XL, 17 of 48) of the depth. On SmolLM2, of layers
+# 4, 6, 8 and 11, layer 6 left most facts about other subjects alone at the same efficacy.
+DEFAULT_DEPTH = 0.2
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 def default_layer(model: nn.Module) -> int:
-    """The layer that is edited when none is asked for: the one at 0.27 of the depth."""
+    """The layer that is edited when none is asked for: the one at 0.2 of the depth."""
     return round(DEFAULT_DEPTH * len(decoder_layers(model)[1]))
 
 
