@@ -11,8 +11,8 @@ from ..errors import EngramError
 
 EDITABLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# ROME's layers lie at 0.16 (Llama-2-7B, 5 of 32) to 0.36 (GPT-2 XL, 17 of 48) of the depth. On SmolLM2, of layers
-# 4, 6, 8 and 11, layer 6 left most facts about other subjects alone at the same efficacy.
+# ROME's layers lie at 0.16 (Llama-2-7B, 5 of 32) to 0.36 (GPT-2 XL, 17 of 48) of the depth. Of SmolLM2's
+# layers 4, 6, 8 and 11, the sixth disturbed facts about other subjects least at the same efficacy.
 DEFAULT_DEPTH = 0.2
 
 
