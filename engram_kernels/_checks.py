@@ -17,6 +17,14 @@ def expect(
         raise error(f"{name}: expected {expected}, got {got}")
 
 
+def number(name: str, value: object, at_least: float = -math.inf) -> None:
+    """Check that a value is a finite number, and not under a bound."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    expect(is_number, name, "a number", type(value).__name__, TypeError)
+    expected = "a finite number" if at_least == -math.inf else f"a finite number of at least {at_least:g}"
+    expect(-math.inf < value < math.inf and value >= at_least, name, expected, value)
+
+
 def shape(name: str, tensor: Tensor, expected: Sequence[int], meaning: str) -> None:
     """Check a tensor's whole shape; `meaning` names its dimensions, such as "[n, in]"."""
     if tuple(tensor.shape) != tuple(expected):
@@ -37,6 +45,21 @@ def same_device(name: str, tensor: Tensor, device: torch.device) -> None:
     """Check that a tensor lies where the first argument lies."""
     if tensor.device != device:
         raise ValueError(f"{name}: expected a tensor on {device}, got one on {tensor.device}")
+
+
+def no_overlap(name: str, tensor: Tensor) -> None:
+    """Check that no two indices name one element: writing to such a tensor has no meaning."""
+    reach = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            expect(stride >= reach, name, "elements that do not overlap", f"strides {tensor.stride()}")
+            reach = stride * size
+
+
+def own_memory(name: str, tensor: Tensor, written: Tensor) -> None:
+    """Check that a tensor is no view of the memory that is about to be written."""
+    shared = tensor.untyped_storage().data_ptr() == written.untyped_storage().data_ptr()
+    expect(not shared or tensor.numel() == 0, name, "memory of its own", "a view of the tensor to be written")
 
 
 def finite(name: str, tensor: Tensor) -> None:

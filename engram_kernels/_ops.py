@@ -143,6 +143,14 @@ def _residual_gram_results(result: tuple[Tensor, Tensor], *args) -> None:
             "covariance: expected a positive definite matrix, got one for which k C⁻¹ kᵀ = "
             f"{energy.min().item():.3g} for a key"
         )
+    # Rounding makes an inverse asymmetric by far less; a Cholesky factor given as one, by far more.
+    gram, scale = result[1], energy.sqrt()
+    apart = (gram - gram.mT).abs() / (scale.unsqueeze(-1) * scale.unsqueeze(-2))
+    if apart.numel() and float(apart.max()) > 1e-2:
+        raise ValueError(
+            "covariance: expected a symmetric inverse, got one for which kᵢ C⁻¹ kⱼ and kⱼ C⁻¹ kᵢ differ by "
+            f"{float(apart.max()):.1g} of their scale"
+        )
 
 
 _define(
@@ -184,6 +192,8 @@ def _small_solve_results(
             f"keys: expected linearly independent rows, got key {order - 1} dependent on those before it"
             f"{f' in matrix {matrix}' if system.shape[0] > 1 else ''}; drop it, or give a ridge above 0"
         )
+    if not bool(torch.isfinite(result[0]).all()):
+        raise EngramError("keys: expected keys whose update fits the type, got coefficients that overflow it")
 
 
 _define(
@@ -215,14 +225,20 @@ def _low_rank_arguments(weight: Tensor, left: Tensor, right: Tensor, scale: floa
         check.same_device(name, tensor, weight.device)
 
 
+def _apply_low_rank_arguments(weight: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
+    _low_rank_arguments(weight, left, right, scale)
+    check.no_overlap("weight", weight)
+
+
 def _low_rank_values(weight: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
-    check.finite("left", left)
-    check.finite("right", right)
+    for name, factor in (("left", left), ("right", right)):
+        check.own_memory(name, factor, weight)
+        check.finite(name, factor)
 
 
 _define(
     "apply_low_rank_(Tensor(a!) weight, Tensor left, Tensor right, float scale) -> ()",
-    _low_rank_arguments,
+    _apply_low_rank_arguments,
     fake=lambda weight, left, right, scale: None,
     values=_low_rank_values,
 )

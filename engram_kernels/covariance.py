@@ -12,8 +12,8 @@ from . import _checks as check
 from .backends.torch.rank_one import lost_pivot
 from .errors import EngramError
 
-# Each is a pass over the matrix; 50 come within a few percent on spectra that fall off slowly.
-_POWER_STEPS = 50
+# Each is a pass over the matrix; 20 come within a few percent on spectra that fall off slowly.
+_POWER_STEPS = 20
 
 
 class Covariance:
@@ -61,8 +61,9 @@ class Covariance:
         check.floating("moment", moment, (torch.float32, torch.float64))
         square = moment.dim() in (2, 3) and moment.shape[-1] == moment.shape[-2] and moment.shape[-1] > 0
         check.expect(square, "moment", "shape [in, in] or [B, in, in]", list(moment.shape))
+        check.expect(isinstance(count, int), "count", "an integer", type(count).__name__, TypeError)
         check.expect(count > 0, "count", "at least one sample", count)
-        check.expect(0 <= ridge < float("inf"), "ridge", "a number of at least 0", ridge)
+        check.number("ridge", ridge, at_least=0)
         check.finite("moment", moment)
         matrix = moment.double() / count
         matrix = (matrix + matrix.mT) / 2
@@ -70,7 +71,8 @@ class Covariance:
         mean = diagonal.mean(-1, keepdim=True)
         diagonal += ridge * mean
         factor, _ = torch.linalg.cholesky_ex(matrix)
-        if bool(lost_pivot(factor, matrix).any()):
+        # A moment summed in fp32 is singular as far as fp32 can tell.
+        if bool(lost_pivot(factor, matrix, torch.finfo(moment.dtype).eps).any()):
             width = matrix.shape[-1]
             # Under the rounding of the moment itself a ridge would only hide that nothing is known.
             enough = max(1e-6, 10 * width * torch.finfo(moment.dtype).eps)
@@ -135,14 +137,10 @@ class Covariance:
             "count": str(self.count),
             "ridge": repr(self.ridge),
         }
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-        os.close(handle)
-        try:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=path.name) as folder:
+            temporary = Path(folder) / path.name
             save_file({"inverse": self._inverse, "largest": self._largest}, temporary, metadata)
             os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
 
     @classmethod
     def load(cls, path: str | os.PathLike, device: torch.device | str = "cpu") -> "Covariance":

@@ -1,7 +1,5 @@
 """The public functions. They bring their arguments to canonical rank and type, and call the operators."""
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -147,7 +145,8 @@ def rank_one_update(
 
     Source: Meng et al. 2022 (arXiv 2202.05262), eq. 2.
     """
-    _check_scale(scale)
+    check.floating("weight", weight)
+    _check_scale(scale, compute_dtype(weight))
     left, right = rank_one_factors(weight, keys, values, covariance, mode, ridge)
     if weight.dim() == 3:
         return autograd.LowRankUpdate.apply(weight, left, right, float(scale))
@@ -174,8 +173,8 @@ def apply_low_rank_(weight: Tensor, left: Tensor, right: Tensor, scale: float = 
         The weight.
 
     Raises:
-        ValueError: wrong shape, device or scale, or a factor that is NaN or infinite; the weight is
-            unchanged.
+        ValueError: wrong shape, device or scale, a factor that is NaN or infinite, a weight whose elements
+            overlap, or a factor that is a view of the weight; the weight is unchanged.
         TypeError: wrong dtype.
 
     Example:
@@ -189,8 +188,8 @@ def apply_low_rank_(weight: Tensor, left: Tensor, right: Tensor, scale: float = 
         check.expect(
             factor.dim() == weight.dim(), name, f"{weight.dim()} dimensions, as weight", factor.dim()
         )
-    _check_scale(scale)
     dtype = compute_dtype(weight)
+    _check_scale(scale, dtype)
     matrix, left, right = weight.detach(), left.detach().to(dtype), right.detach().to(dtype)
     if weight.dim() == 2:
         matrix, left, right = matrix.unsqueeze(0), left.unsqueeze(0), right.unsqueeze(0)
@@ -201,9 +200,10 @@ def apply_low_rank_(weight: Tensor, left: Tensor, right: Tensor, scale: float = 
     return weight
 
 
-def _check_scale(scale: float) -> None:
-    check.expect(isinstance(scale, (int, float)), "scale", "a number", type(scale).__name__, TypeError)
-    check.expect(-math.inf < scale < math.inf, "scale", "a finite number", scale)
+def _check_scale(scale: float, dtype: torch.dtype) -> None:
+    check.number("scale", scale)
+    largest = torch.finfo(dtype).max
+    check.expect(-largest <= scale <= largest, "scale", f"at most {largest:.1e} in size", scale)
 
 
 def _check_write(weight, keys, values, covariance, mode: str, ridge: float) -> bool:
@@ -211,8 +211,7 @@ def _check_write(weight, keys, values, covariance, mode: str, ridge: float) -> b
     for name, tensor in (("weight", weight), ("keys", keys), ("values", values)):
         check.floating(name, tensor)
     check.expect(mode in MODES, "mode", f"one of {', '.join(MODES)}", repr(mode))
-    check.expect(isinstance(ridge, (int, float)), "ridge", "a number", type(ridge).__name__, TypeError)
-    check.expect(0 <= ridge < math.inf, "ridge", "a number of at least 0", ridge)
+    check.number("ridge", ridge, at_least=0)
     check.expect(mode == "joint" or ridge == 0, "ridge", f"0 in mode {mode!r}", ridge)
     check.expect(weight.dim() in (2, 3), "weight", "shape [out, in] or [B, out, in]", list(weight.shape))
     batched = weight.dim() == 3

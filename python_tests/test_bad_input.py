@@ -59,6 +59,13 @@ BAD_WRITES = {
         ek.EngramError,
         "covariance: .*positive definite",
     ),
+    "asymmetric covariance": (
+        {"covariance": torch.eye(7) + torch.ones(7, 7).triu(1)},
+        ValueError,
+        "covariance: expected a symmetric inverse",
+    ),
+    "keys too small": ({"keys": lambda k: k * 1e-25}, ek.EngramError, "keys: .*overflow"),
+    "scale beyond the type": ({"scale": 1e300}, ValueError, "scale: expected at most 3.4e"),
     "unknown mode": (
         {"mode": "rome"},
         ValueError,
@@ -105,6 +112,20 @@ def test_bad_update_changes_nothing(case, backend):
     with ek.use_backend(backend), pytest.raises(kind, match=message):
         ek.apply_low_rank_(**args)
     assert torch.equal(args["weight"], before)
+
+
+def test_overlapping_weights_and_aliasing_factors_are_refused():
+    row = torch.zeros(1, 8)
+    with pytest.raises(ValueError, match="weight: expected elements that do not overlap"):
+        ek.apply_low_rank_(row.expand(3, 8), torch.ones(3, 1), torch.ones(1, 8))
+    with pytest.raises(ValueError, match="weight: expected elements that do not overlap"):
+        ek.apply_low_rank_(torch.zeros(10).as_strided((3, 4), (2, 1)), torch.ones(3, 1), torch.ones(1, 4))
+    assert not row.any()
+    weight = torch.randn(20, 7)
+    before = weight.clone()
+    with pytest.raises(ValueError, match="right: expected memory of its own"):
+        ek.apply_low_rank_(weight, torch.ones(20, 8), weight[:8])
+    assert torch.equal(weight, before)
 
 
 BAD_MOMENTS = {

@@ -39,6 +39,15 @@ def test_singular_moment_says_what_would_do():
     ek.Covariance.from_second_moment(moment, 20, ridge=1e-6)
 
 
+def test_a_moment_summed_in_fp32_is_singular_to_fp32():
+    for seed in range(20):
+        inputs = torch.randn(500, 64, generator=torch.Generator().manual_seed(seed))
+        inputs[:, 7] = inputs[:, 3] - inputs[:, 5]
+        moment = ek.second_moment_(torch.zeros(64, 64), inputs)
+        with pytest.raises(ek.EngramError, match="singular"):
+            ek.Covariance.from_second_moment(moment, 500)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -67,7 +76,7 @@ def test_file_round_trip(tmp_path):
     given.save(path)
     loaded = ek.Covariance.load(path)
     assert torch.equal(loaded.inverse(), given.inverse())
-    assert loaded.condition == given.condition
+    assert loaded.condition == pytest.approx(given.condition)
     assert (loaded.count, loaded.ridge) == (7, 0.25)
     assert os.listdir(tmp_path) == [path.name]
 

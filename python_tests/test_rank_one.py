@@ -51,20 +51,23 @@ def problem(rows: int, cols: int, count: int, condition: float = 100.0):
 
 
 def eager_write(mode, weight, keys, values, inverse, ridge):
-    """The textbook formula in one type, rounded into the weight's type at the end."""
+    """The textbook formula: n × n and in × in algebra in fp64, what touches the weight in its compute type.
+
+    With an fp32 inverse or Gram matrix the formula has lost most digits at a condition of 1e8, and would pass
+    anything.
+    """
     dtype = compute_dtype(weight)
-    wide, keys, values, inverse = weight.to(dtype), keys.to(dtype), values.to(dtype), inverse.to(dtype)
-    residual, projected = values - keys @ wide.T, keys @ inverse
-    gram = projected @ keys.T
+    current, keys, values = weight.to(dtype), keys.to(dtype), values.to(dtype)
+    projected = keys.double() @ inverse
+    gram = projected @ keys.double().T
     if mode == "joint":
-        change = residual.T @ torch.linalg.solve(gram + ridge * torch.eye(len(keys), dtype=dtype), projected)
-    elif mode == "independent":
-        change = (residual / gram.diagonal()[:, None]).T @ projected
-    else:
-        change = torch.zeros_like(wide)
-        for key, value, direction in zip(keys, values, projected, strict=True):
-            change = change + torch.outer(value - (wide + change) @ key, direction) / (direction @ key)
-    return (wide + change).to(weight.dtype)
+        solved = torch.linalg.solve(gram + ridge * torch.eye(len(keys)), projected)
+        return (current + (values - keys @ current.T).T @ solved.to(dtype)).to(weight.dtype)
+    start = current
+    for i, (key, value) in enumerate(zip(keys, values, strict=True)):
+        residual = value - (start if mode == "independent" else current) @ key
+        current = current + torch.outer(residual, (projected[i] / gram[i, i]).to(dtype))
+    return current.to(weight.dtype)
 
 
 def truncates(device: torch.device, dtype: torch.dtype) -> bool:
@@ -100,7 +103,9 @@ def test_write_against_dense_fp64(device, mode, shape, condition):
                 weight.to(device, dtype), keys.float().to(device), values.to(device), given, mode, ridge
             )
             assert got.dtype == dtype
-            assert error(got, truth) <= max(2 * error(eager, truth), 1e-9)
+            # The oracle is fp64 itself: its dense solves lose what the condition number says.
+            oracle_error = torch.finfo(torch.float64).eps * condition * shape[1]
+            assert error(got, truth) <= max(2 * error(eager, truth), oracle_error)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -132,7 +137,7 @@ def test_sequential_equals_single_writes(device):
 def test_joint_without_ridge_meets_every_constraint():
     weight, keys, values, covariance = problem(19, 33, 12, 1e6)
     edited = ek.rank_one_update(weight, keys, values, ek.Covariance.from_second_moment(covariance, 1))
-    assert error(keys @ edited.T, values) < 1e-12
+    assert error(keys @ edited.T, values) < torch.finfo(torch.float64).eps * 1e6
 
 
 def test_scale_is_the_strength_of_the_write():
@@ -272,7 +277,7 @@ def test_apply_low_rank_leaves_the_rest_of_the_storage(device):
 def test_addresses_beyond_32_bits(device):
     """Rows 2³⁰ elements apart: four of them reach past 2³¹, in memory that is reserved and not touched."""
     if device.type == "cuda":
-        pytest.skip("device memory is not reserved lazily; bench/gpu.sh covers it")
+        pytest.skip("device memory is not reserved lazily")
     columns = 5
     storage = torch.empty(3 * 2**30 + columns, dtype=torch.bfloat16)
     weight = storage.as_strided((4, columns), (2**30, 1))

@@ -1,13 +1,11 @@
 """C++ kernels for CPUs: OpenMP, AVX2 and AVX-512, from the extension module `_cpu`."""
 
+from ..native import extension
+
 DEVICES = ("cpu",)
 
-try:
-    from ... import _cpu
-except ImportError:
-    _cpu, _reason = None, "the extension module _cpu is not built"
-else:
-    _reason = None
+_module, _reason = extension("_cpu")
+if _module is not None:
     from . import rank_one  # noqa: F401
 
 

@@ -47,16 +47,17 @@ def small_solve(system: Tensor, right_hand_side: Tensor, kind: str) -> tuple[Ten
     return solution.to(right_hand_side.dtype).contiguous(), info
 
 
-def lost_pivot(factor: Tensor, matrix: Tensor) -> Tensor:
+def lost_pivot(factor: Tensor, matrix: Tensor, eps: float = torch.finfo(torch.float64).eps) -> Tensor:
     """Return the order of the first pivot that is no more than rounding of its diagonal entry, or 0.
 
     A Cholesky factorisation of a singular matrix need not fail: rounding can leave a tiny positive pivot, and
-    a solution of noise. A pivot under `n · eps` of the entry it came from carries no digit of the matrix.
+    a solution of noise. A pivot under `n · eps` of the entry it came from carries no digit of the matrix,
+    whose own entries are known to `eps`.
     """
     pivots = factor.diagonal(dim1=-2, dim2=-1).square()
     entries = matrix.diagonal(dim1=-2, dim2=-1)
     count = matrix.shape[-1]
-    lost = ~(pivots > count * torch.finfo(matrix.dtype).eps * entries)  # NaN counts as lost
+    lost = ~(pivots > count * eps * entries)  # NaN counts as lost
     order = torch.arange(1, count + 1, device=matrix.device)
     first = torch.where(lost, order, count + 1)
     if count == 0:

@@ -3,21 +3,28 @@
 import importlib.util
 import os
 
-import torch
+from ..native import no_nvidia_gpu
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICES = ("cuda", "cpu") if INTERPRETED else ("cuda",)
 
 
-def unavailable() -> str | None:
-    """Say why the Triton kernels cannot run, or None."""
+def _load() -> str | None:
+    """Import the kernels where they can run, for Triton takes long to import; else return the reason."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    if not INTERPRETED and not torch.cuda.is_available():
-        return "torch sees no CUDA device"
+    if not INTERPRETED and (reason := no_nvidia_gpu()):
+        return reason
+    try:
+        from . import rank_one  # noqa: F401
+    except ImportError as error:
+        return f"triton does not load: {error}"
     return None
 
 
-# Triton takes long to import: only where its kernels can run.
-if unavailable() is None:
-    from . import rank_one  # noqa: F401
+_reason = _load()
+
+
+def unavailable() -> str | None:
+    """Say why the Triton kernels cannot run, or None."""
+    return _reason
