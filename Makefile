@@ -24,7 +24,7 @@ demo: setup
 		--paraphrase "{} can be found in the heart of" \
 		--control "The Louvre is located in the city of" \
 		--control "The Arc de Triomphe is located in the city of" \
-		--control "The Colosseum is located in the city of"
+		--control "The Colosseum is located in the city of" --strict
 
 test: setup
 	$(BIN)/python -m pytest

@@ -23,6 +23,8 @@ UPSTREAM = "upstream fp64 solve"
 
 
 def eager_update(weight, left, right):
+    if weight.dtype == left.dtype:
+        return weight.addmm_(left, right)
     return weight.copy_(torch.addmm(weight.float(), left, right))
 
 

@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -39,7 +40,7 @@ def main() -> None:
     try:
         app()
     except (EngramError, ValueError, TypeError, OSError) as error:
-        Console(stderr=True).print(f"[red]Error:[/red] {error}", highlight=False, soft_wrap=True)
+        Console(stderr=True).print(f"[red]Error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise SystemExit(1) from None
 
 
@@ -113,6 +114,9 @@ def edit(
     seed: Annotated[int, typer.Option(help="Seed of everything that is sampled.")] = 0,
     save: Annotated[Path | None, typer.Option(help="Folder to save the edit to.")] = None,
     report: Annotated[Path | None, typer.Option(help="JSON file to write the answers to.")] = None,
+    strict: Annotated[
+        bool, typer.Option(help="Exit with status 1 unless every answer is as wanted.")
+    ] = False,
 ) -> None:
     """Rewrite one fact in a model, and show the first answers before and after.
 
@@ -126,7 +130,11 @@ def edit(
     prompts = [("edited", fact.text)]
     for text in paraphrase or [frame.format(prompt) for frame in FRAMES]:
         prompts.append(("paraphrase", Edit(subject, text, target).text))
-    prompts += [("control", text) for text in control or CONTROLS if fact.subject not in text]
+    defaults = [text for text in CONTROLS if fact.subject not in text]
+    prompts += [("control", text) for text in control or defaults]
+    for name, path in (("save", save), ("report", report)):
+        if path is not None and not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
+            raise ValueError(f"{name}: expected a path in a folder that can be written, got {str(path)!r}")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if dtype not in kinds:
@@ -140,23 +148,26 @@ def edit(
         after = [_answers(network, tokenizer, text) for _, text in prompts]
 
     record = result.records[0]
-    table = Table("prompt", "before", "after", "", title=f"{fact.text} → {fact.target}")
+    change = f"{record.probability_before:.4f} → {record.probability_after:.4f}"
+    table = Table("prompt", "before", "after", "", title=escape(f"{fact.text} → {fact.target}"))
+    table.caption = escape(f"{model}, {record.module}: p({fact.target}) on the edited prompt {change}")
     rows = []
     for (kind, text), old, new in zip(prompts, before, after, strict=True):
-        good = new[0][0] == old[0][0] if kind == "control" else fact.target.startswith(new[0][0])
-        table.add_row(
-            f"[dim]{kind}[/dim]\n{text}", _lines(old), _lines(new), "[green]✓" if good else "[red]✗"
-        )
+        first = new[0][0]
+        # The target may take several tokens: its first will do, but not the nothing that a line break leaves.
+        good = first == old[0][0] if kind == "control" else first != "" and fact.target.startswith(first)
+        mark = "[green]✓[/green]" if good else "[red]✗[/red]"
+        table.add_row(f"[dim]{kind}[/dim]\n{escape(text)}", _lines(old), _lines(new), mark)
         rows.append({"kind": kind, "prompt": text, "before": old, "after": new, "as_wanted": good})
-    change = f"{record.probability_before:.4f} → {record.probability_after:.4f}"
-    table.caption = f"{model}, {record.module}: p({fact.target}) on the edited prompt {change}"
     console.print(table)
     if save is not None:
         result.save(save)
-        console.print(f"Saved to {save}.")
+        console.print(f"Saved to {escape(str(save))}.")
     if report is not None:
         probability = {"before": record.probability_before, "after": record.probability_after}
         _write_json(report, {"module": record.module, "probability": probability, "answers": rows})
+    if strict and not all(row["as_wanted"] for row in rows):
+        raise EngramError("strict: expected every answer as wanted, got those marked with ✗")
 
 
 def _version(package: str) -> str:
@@ -191,7 +202,7 @@ def _answers(model, tokenizer, text: str, count: int = 3) -> list[tuple[str, flo
 
 
 def _lines(answers: list[tuple[str, float]]) -> str:
-    return "\n".join(f"{probability:5.1%} {answer}" for answer, probability in answers)
+    return "\n".join(f"{probability:5.1%} {escape(answer)}" for answer, probability in answers)
 
 
 @contextmanager
@@ -210,7 +221,7 @@ def _bars() -> Iterator:
 
 
 def _write_json(path: Path, content: dict) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    with os.fdopen(handle, "w") as file:
-        json.dump(content, file, indent=2)
-    os.replace(temporary, path)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        temporary = Path(folder) / path.name
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        os.replace(temporary, path)

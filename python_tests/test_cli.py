@@ -67,6 +67,16 @@ def test_edit_reports_and_saves(engram, folder, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["edit", "report.json"]
 
 
+def test_strict_fails_when_an_answer_is_not_as_wanted(engram, folder):
+    # A random model does not learn the word, so the row of the edited prompt fails.
+    status, out, err = engram(
+        "edit", "--model", folder, "--corpus", folder / "corpus.txt", *FACT, "--device", "cpu", "--strict",
+        "--control", "In [/b]",
+    )  # fmt: skip
+    assert "✗" in out and "In [/b]" in out
+    assert status == 1 and err.startswith("Error: strict: ")
+
+
 BAD = {
     "subject not in prompt": (("--prompt", "Paris is the capital of"), "prompt: "),
     "empty target": (("--target", " "), "target: "),
@@ -74,6 +84,13 @@ BAD = {
     "unknown dtype": (("--dtype", "int4"), "dtype: "),
     "missing corpus": (("--corpus", "no/such/file"), "corpus: "),
     "empty corpus": (("--corpus", "/dev/null"), "corpus: "),
+    "markup in the model's name": (("--model", "[/x]"), "[/x]"),
+    "folder of the report": (
+        ("--report", "no/such/folder/report.json"),
+        "report: expected a path in a folder",
+    ),
+    "folder of the edit": (("--save", "no/such/folder/edit"), "save: expected a path in a folder"),
+    "device that is not there": (("--device", "foo"), "device: "),
     "paraphrase without subject": (("--paraphrase", "Where is it?"), "prompt: "),
 }
 

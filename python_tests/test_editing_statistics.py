@@ -1,6 +1,9 @@
 """A layer's second moment, its cache, and where its text comes from."""
 
 import bz2
+import os
+import stat
+import warnings
 
 import pytest
 
@@ -9,7 +12,7 @@ pytest.importorskip("transformers")
 import model_zoo
 import torch
 
-from engram_kernels.editing import Editor, corpus, statistics
+from engram_kernels.editing import Edit, Editor, corpus, statistics
 from engram_kernels.editing.models import cache_directory
 from engram_kernels.editing.prefixes import sample_prefixes
 from engram_kernels.editing.structure import output_projection
@@ -102,6 +105,61 @@ def test_corpus_read_once_serves_two_layers(tokenizer, tmp_path):
         assert torch.equal(editor.covariance(layer).inverse(), listed.covariance(layer).inverse())
 
 
+@pytest.mark.parametrize("place", ["train", "autocast"])
+def test_statistics_and_prefixes_do_not_depend_on_where_they_are_called(tokenizer, tmp_path, place):
+    plain, other = editor_of(tokenizer, tmp_path / "a", "gpt2"), editor_of(tokenizer, tmp_path / "b", "gpt2")
+    if place == "train":
+        other.model.train()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=place == "autocast"):
+        moment, prefixes = other.covariance(1), other.prefixes()
+    assert other.model.training == (place == "train")
+    assert torch.equal(moment.inverse(), plain.covariance(1).inverse())
+    assert prefixes == plain.prefixes()
+
+
+def test_statistics_in_memory_follow_the_weights_below(tokenizer, tmp_path):
+    editor = editor_of(tokenizer, tmp_path, contexts=())
+    first = editor.covariance(1)
+    with editor.edit(Edit("Rome", "{} is in", "Paris"), layer=0):
+        second = editor.covariance(1)
+        assert not torch.equal(second.inverse(), first.inverse())
+        assert editor.covariance(1) is second
+    assert torch.equal(editor.covariance(1).inverse(), first.inverse())
+    with editor.edit(Edit("Rome", "{} is in", "Paris"), layer=1):
+        third = editor.covariance(1)
+    assert editor.covariance(1) is third
+
+
+def test_inputs_that_are_not_finite(tokenizer, tmp_path):
+    editor = editor_of(tokenizer, tmp_path)
+    with torch.no_grad():
+        editor.model.model.layers[0].mlp.down_proj.weight[0, 0] = float("nan")
+    with pytest.raises(
+        EngramError, match=r"^model: expected finite inputs to 'model.layers.1.mlp.down_proj'"
+    ):
+        editor.covariance(1)
+    assert list((tmp_path / "moments").iterdir()) == []
+
+
+def test_cached_moment_has_the_mode_of_the_umask(tokenizer, tmp_path):
+    before = os.umask(0o027)
+    try:
+        editor_of(tokenizer, tmp_path).covariance(1)
+    finally:
+        os.umask(before)
+    (entry,) = (tmp_path / "moments").iterdir()
+    assert stat.S_IMODE(entry.stat().st_mode) == 0o640
+
+
+def test_corpus_smaller_than_asked_for_warns(tokenizer, tmp_path):
+    texts = ["A short text about towers."]
+    with pytest.warns(UserWarning, match=r"^corpus: expected 300 tokens, got \d+$"):
+        editor_of(tokenizer, tmp_path, corpus=texts, ridge=0.1).covariance(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        editor_of(tokenizer, tmp_path, corpus=texts, ridge=0.1, tokens=None).covariance(1)
+
+
 def test_too_small_a_corpus_says_what_would_do(tokenizer, tmp_path):
     with pytest.raises(EngramError, match=r"^moment: .*10 samples for 64 dimensions.*ridge"):
         editor_of(tokenizer, tmp_path, tokens=10).covariance(1)
@@ -129,6 +187,8 @@ def test_text_file(tokenizer, tmp_path):
     assert list(corpus.read_texts(path)) == ["First paragraph,\ntwo lines.\n", "Second: São.\n"]
     with pytest.raises(EngramError, match=r"^corpus: expected a text file"):
         list(corpus.read_texts(tmp_path / "absent.txt"))
+    with pytest.raises(EngramError, match=r"^corpus: expected a text file"):
+        list(corpus.read_texts("nul\0.txt"))
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(EngramError, match=r"^corpus: expected a text file"):
         list(corpus.read_texts(str(path)))
@@ -164,6 +224,9 @@ def test_wikipedia_dump(tmp_path):
     path.write_bytes(bz2.compress(f"<mediawiki>\n{body}</mediawiki>".encode()))
     (article,) = corpus.read_texts(path)
     assert article.startswith("An article about towers.")
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(EngramError, match=r"^corpus: expected a text file"):
+        list(corpus.read_texts(path))
 
 
 def test_wikipedia_of_gensim():
@@ -187,6 +250,8 @@ def test_prefixes_are_seeded_and_leave_the_global_state(tokenizer):
     assert torch.equal(torch.random.get_rng_state(), state)
     assert len(first) == 5
     assert sample_prefixes(model, tokenizer, (), seed=0) == []
+    with pytest.raises(EngramError, match=r"^contexts: expected at most 128 tokens.*, got 129$"):
+        sample_prefixes(model, tokenizer, ((129, 1),), seed=0)
 
 
 def test_cache_directory(monkeypatch, tmp_path):

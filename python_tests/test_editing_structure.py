@@ -7,6 +7,7 @@ pytest.importorskip("transformers")
 import model_zoo
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from engram_kernels.editing.structure import decoder_layers, default_layer, output_projection
 from engram_kernels.errors import EngramError
@@ -29,7 +30,8 @@ def test_projection_of_every_family(family):
     assert model.get_submodule(projection.name) is projection.module
     assert projection.matrix.shape == (32, 64)
     keys = torch.randn(3, 64)
-    expected = keys @ projection.matrix.T + (0 if projection.bias is None else projection.bias)
+    bias = projection.module.bias
+    expected = keys @ projection.matrix.T + (0 if bias is None else bias)
     torch.testing.assert_close(projection.module(keys), expected)
 
 
@@ -106,3 +108,27 @@ def test_offloaded_weight_is_refused():
 
 def test_wide_dtype_is_refused():
     refuse(model_zoo.small_model("llama").double(), "float64")
+
+
+def test_weight_of_shared_memory_is_refused():
+    model = model_zoo.small_model("llama")
+    shared = model.model.layers[2].mlp.down_proj.weight.detach()
+    model.model.layers[1].mlp.down_proj.weight = nn.Parameter(shared)
+    refuse(model, "shared with 'model.layers.2.mlp.down_proj.weight'")
+
+
+@pytest.mark.parametrize("kind", ["weight_norm", "prune"])
+def test_computed_weight_is_refused(kind):
+    model = model_zoo.small_model("llama")
+    projection = model.model.layers[1].mlp.down_proj
+    if kind == "prune":
+        prune.random_unstructured(projection, "weight", 0.5)
+    else:
+        nn.utils.parametrizations.weight_norm(projection)
+    refuse(model, "a plain weight")
+
+
+def test_inference_weight_is_refused():
+    with torch.inference_mode():
+        model = model_zoo.small_model("llama")
+    refuse(model, "outside inference mode")

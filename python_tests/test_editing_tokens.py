@@ -106,6 +106,7 @@ def test_inline_subject_becomes_the_place_holder():
         ("Tower", "The Louvre is in", "Rome", ValueError, "prompt"),
         ("Tower", "Tower after Tower is in", "Rome", ValueError, "prompt"),
         ("Tower", "{} and {} are in", "Rome", ValueError, "prompt"),
+        ("a{}b", "the a{}b is", "c", ValueError, "subject"),
         (None, "{} is in", "Rome", TypeError, "subject"),
         ("Tower", 3, "Rome", TypeError, "prompt"),
         ("Tower", "{} is in", ["Rome"], TypeError, "target"),

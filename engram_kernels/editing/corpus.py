@@ -13,6 +13,7 @@ import torch
 
 from ..errors import EngramError
 from .models import package_file
+from .tokens import context_length
 
 WIKIPEDIA_IN_GENSIM = "test/test_data/enwiki-latest-pages-articles1.xml-*-shortened.bz2"
 
@@ -35,7 +36,8 @@ def read_texts(corpus: str | os.PathLike | Iterable[str]) -> Iterator[str]:
         path = Path(corpus)
         try:
             yield from wikipedia_articles(path) if path.suffix == ".bz2" else _paragraphs(path)
-        except (OSError, UnicodeDecodeError) as error:
+        # EOFError: a dump that is cut off; ValueError: text that is not UTF-8, or a NUL in the path.
+        except (OSError, EOFError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise EngramError(
                 f"corpus: expected a text file that can be read, got {str(path)!r} ({reason})"
@@ -73,6 +75,7 @@ def sample_ids(model, tokenizer, limit: int, seed: int, rows: int = 64, length: 
     """`limit` tokens sampled from the model itself `[count]`; the global random state stays as it is."""
     device = model.get_input_embeddings().weight.device
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id or 0
+    length = min(length, context_length(model) or length)
     generator = torch.Generator().manual_seed(seed)
     sampled: list[torch.Tensor] = []
     while sum(block.numel() for block in sampled) < limit:

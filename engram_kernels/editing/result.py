@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import tempfile
+import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -166,8 +167,14 @@ class EditResult:
     def __enter__(self) -> EditResult:
         return self
 
-    def __exit__(self, *_exception) -> None:
-        self.revert()
+    def __exit__(self, kind, _exception, _traceback) -> None:
+        try:
+            self.revert()
+        except EngramError as error:
+            if kind is None:
+                raise
+            # The exception in flight says more than its consequence here.
+            warnings.warn(f"the edit stays in the model: {error}", stacklevel=2)
 
     def save(self, directory: str | os.PathLike) -> None:
         """Write the edits (`edit.json`, `factors.safetensors`) into a new directory: all of it or nothing.
@@ -231,11 +238,14 @@ class EditResult:
                     f"directory: expected an edit of format {FORMAT}, got format {report['format']}"
                 )
             tensors = load_file(directory / "factors.safetensors")
-            writes = [Write(tensors[f"{i}.left"], tensors[f"{i}.right"]) for i in range(len(tensors) // 2)]
+            writes = [
+                Write(tensors[f"{i}.left"], tensors[f"{i}.right"]) for i in range((len(tensors) + 1) // 2)
+            ]
             records = [
                 EditRecord(**{**record, "edit": Edit(**record["edit"])}) for record in report["records"]
             ]
             fields = {name: report[name] for name in ("layer", "module", "base_checksum", "edited_checksum")}
+            _check_loaded(records, writes, **fields)
             return cls(records, writes, **fields)
         except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
             raise EngramError(
@@ -243,10 +253,29 @@ class EditResult:
             ) from error
 
 
+def _check_loaded(records: list[EditRecord], writes: list[Write], layer, **texts) -> None:
+    """Raise ValueError where the parts of a saved edit do not belong together."""
+    if isinstance(layer, bool) or not isinstance(layer, int):
+        raise ValueError(f"layer {layer!r} is not an integer")
+    for name, text in texts.items():
+        if not isinstance(text, str):
+            raise ValueError(f"{name} {text!r} is not a string")
+    factors = [factor for write in writes for factor in (write.left, write.right)]
+    if any(factor.dim() != 2 or factor.dtype != torch.float32 for factor in factors):
+        raise ValueError("a factor is not a float32 matrix")
+    if len({(write.left.shape[0], write.right.shape[1]) for write in writes}) != 1:
+        raise ValueError("its factors do not make matrices of one shape")
+    ranks = [(write.left.shape[1], write.right.shape[0]) for write in writes]
+    if any(left != right for left, right in ranks) or sum(left for left, _ in ranks) != len(records):
+        raise ValueError(f"it has factors of rank {ranks} for {len(records)} records")
+
+
 def write_(projection: Projection, write: Write) -> None:
     """`weight += left @ right`, in place."""
     matrix = projection.matrix
     apply_low_rank_(matrix, write.left.to(matrix.device), write.right.to(matrix.device))
+    # A caller's autocast keeps copies of the weights in its own dtype, and does not see this write.
+    torch.clear_autocast_cache()
 
 
 def snapshot(projection: Projection) -> torch.Tensor:
@@ -258,6 +287,7 @@ def snapshot(projection: Projection) -> torch.Tensor:
 def restore(projection: Projection, original: torch.Tensor) -> None:
     """Put a snapshot back."""
     projection.module.weight.copy_(original)
+    torch.clear_autocast_cache()
 
 
 def matrix_checksum(projection: Projection) -> str:

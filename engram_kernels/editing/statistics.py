@@ -14,6 +14,7 @@ import torch
 from ..errors import EngramError
 from ..functional import second_moment_
 from .structure import Projection, decoder_layers
+from .tokens import context_length
 
 CHUNK = 512
 BATCH = 4
@@ -26,20 +27,38 @@ class _Reached(Exception):
 def weights_fingerprint(model: torch.nn.Module, projection: Projection) -> str:
     """A digest of the configuration and of every tensor on which the projection's inputs depend.
 
-    The projection's own weight, and the layers above it, do not feed it: they are left out, so that the
-    statistics of a layer outlive edits of that layer.
+    The statistics of a layer outlive edits of that layer, and of the layers above it.
     """
-    stack, layers = decoder_layers(model)
-    skipped = [f"{stack}.{i}." for i in range(projection.layer + 1, len(layers))] + [projection.name + "."]
     # Where a model came from, and by which version, says nothing about what it computes.
     irrelevant = ("_name_or_path", "transformers_version")
     settings = {name: value for name, value in model.config.to_dict().items() if name not in irrelevant}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        if not name.startswith(tuple(skipped)):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor_bytes(tensor))
+    for name, tensor in _feeding(model, projection):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor_bytes(tensor))
     return digest.hexdigest()
+
+
+def weights_state(model: torch.nn.Module, projection: Projection) -> tuple:
+    """What tells at no cost whether a tensor under `weights_fingerprint` was replaced or written since.
+
+    Only writes through `.data` go unseen. Inference tensors count no writes: each state of one is a new one.
+    """
+    return tuple(
+        (name, tensor.data_ptr(), object() if tensor.is_inference() else tensor._version)
+        for name, tensor in _feeding(model, projection)
+    )
+
+
+def _feeding(model: torch.nn.Module, projection: Projection) -> list[tuple[str, torch.Tensor]]:
+    """The tensors on which the projection's inputs depend: not its own weight, nor the layers above it."""
+    stack, layers = decoder_layers(model)
+    skipped = [f"{stack}.{i}." for i in range(projection.layer + 1, len(layers))] + [projection.name + "."]
+    return [
+        (name, tensor)
+        for name, tensor in sorted(model.state_dict().items())
+        if not name.startswith(tuple(skipped))
+    ]
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
@@ -72,10 +91,16 @@ def second_moment(
     accumulator = torch.zeros(width, width, dtype=torch.float64, device=projection.matrix.device)
 
     def observe(_module, inputs):
-        second_moment_(accumulator, inputs[0])
+        try:
+            second_moment_(accumulator, inputs[0])
+        except ValueError as error:
+            # Everything else about the inputs is right by construction.
+            raise EngramError(
+                f"model: expected finite inputs to {projection.name!r}, got NaN or infinity"
+            ) from error
         raise _Reached
 
-    context = min(CHUNK, getattr(model.config, "max_position_embeddings", CHUNK))
+    context = min(CHUNK, context_length(model) or CHUNK)
     end = len(ids) // context * context
     whole, rest = ids[:end].view(-1, context), ids[end:].view(1, -1)
     batches = [batch for batch in (*whole.split(BATCH), rest) if batch.numel()]
@@ -93,8 +118,6 @@ def second_moment(
                 progress(seen, len(ids))
     finally:
         hook.remove()
-    if not accumulator.isfinite().all():
-        raise EngramError(f"model: expected finite inputs to {projection.name!r}, got NaN or infinity")
     return accumulator
 
 
@@ -114,11 +137,8 @@ def save_moment(path: Path, moment: torch.Tensor, count: int) -> None:
     """Write a moment so that readers see either all of it or nothing."""
     from safetensors.torch import save_file
 
-    handle, temporary = tempfile.mkstemp(suffix=".tmp", dir=path.parent)
-    os.close(handle)
-    try:
+    # A file made in a directory of its own has the umask's mode, where mkstemp's only its owner could read.
+    with tempfile.TemporaryDirectory(suffix=".tmp", dir=path.parent) as folder:
+        temporary = Path(folder) / path.name
         save_file({"moment": moment.cpu().contiguous(), "count": torch.tensor(count)}, temporary)
         os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise

@@ -31,12 +31,6 @@ class Projection:
         weight = self.module.weight.detach()
         return weight.T if self.transposed else weight
 
-    @property
-    def bias(self) -> torch.Tensor | None:
-        """The bias `[out]`, or None."""
-        bias = getattr(self.module, "bias", None)
-        return None if bias is None else bias.detach()
-
 
 def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """The stack of decoder layers and its name: the largest `ModuleList` of blocks of one class.
@@ -79,7 +73,8 @@ def output_projection(model: nn.Module, layer: int) -> Projection:
         TypeError: `layer` is not an integer.
         ValueError: `layer` is out of range.
         EngramError: the layer has no MLP of plain linear maps, or several (a mixture of experts), or its
-            matrix cannot be edited soundly (quantised, on the meta device, shared with another module).
+            matrix cannot be edited soundly (quantised, parametrised, on the meta device, made in inference
+            mode, shared with another module).
     """
     if isinstance(layer, bool) or not isinstance(layer, int):
         raise TypeError(f"layer: expected an integer, got {type(layer).__name__}")
@@ -153,7 +148,16 @@ def _is_packed(weight: torch.Tensor) -> bool:
 
 
 def _check_editable(model: nn.Module, projection: Projection) -> None:
-    weight = projection.module.weight
+    weight = projection.module._parameters.get("weight")
+    if weight is None:
+        raise EngramError(
+            f"model: expected a plain weight in {projection.name!r}, got one that is computed from others "
+            "(parametrised or pruned): make it permanent first"
+        )
+    if weight.is_inference():
+        raise EngramError(
+            f"model: expected weights made outside inference mode, got inference ones in {projection.name!r}"
+        )
     if weight.dtype not in EDITABLE_DTYPES:
         raise EngramError(
             f"model: expected float32, bfloat16 or float16 weights, got {weight.dtype} in {projection.name!r}"
@@ -162,10 +166,14 @@ def _check_editable(model: nn.Module, projection: Projection) -> None:
         raise EngramError(
             f"model: expected its weights in memory, got {projection.name!r} on the meta device (offloaded)"
         )
+    # By memory, not by object: two parameters may be views of one storage.
+    memory = weight.untyped_storage().data_ptr()
     sharing = [
         name
-        for name, module in model.named_modules()
-        if module is not projection.module and getattr(module, "weight", None) is weight
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if name != f"{projection.name}.weight"
+        and parameter.device == weight.device
+        and parameter.untyped_storage().data_ptr() == memory
     ]
     if sharing:
         raise EngramError(

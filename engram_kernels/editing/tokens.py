@@ -21,7 +21,8 @@ class Edit:
 
     Raises:
         TypeError: an argument is not a string.
-        ValueError: an argument is empty, or the prompt does not name the subject exactly once.
+        ValueError: an argument is empty, the subject holds `{}`, or the prompt does not name the subject
+            exactly once.
 
     Example:
         >>> Edit("The Eiffel Tower", "{} is located in the city of", "Rome")
@@ -38,6 +39,8 @@ class Edit:
                 raise TypeError(f"{field}: expected a string, got {type(value).__name__}")
             if not value.strip():
                 raise ValueError(f"{field}: expected some text, got {value!r}")
+        if "{}" in self.subject:
+            raise ValueError(f"subject: expected text without {{}}, got {self.subject!r}")
         object.__setattr__(self, "subject", self.subject.strip())
         object.__setattr__(self, "target", self.target.strip())
         places = self.prompt.count("{}")
@@ -96,6 +99,32 @@ def encode_row(tokenizer, subject: str, prompt: str, target: str = "", prefix: s
     if target and first >= len(ids):
         raise EngramError(f"target: expected at least one token, got {target!r}")
     return Row(ids, last, first if target else len(ids))
+
+
+def context_length(model) -> int | None:
+    """The most tokens that the model takes at once, or None where its configuration does not say."""
+    config = getattr(model, "config", None)
+    for name in ("max_position_embeddings", "n_positions"):
+        length = getattr(config, name, None)
+        if isinstance(length, int) and length > 0:
+            return length
+    return None
+
+
+def check_length(model, row: Row, edit: Edit, prefix: str = "") -> Row:
+    """The row, which fits into the model's context.
+
+    Raises:
+        EngramError: it does not.
+    """
+    limit = context_length(model)
+    if limit is not None and len(row.ids) > limit:
+        after = f" after the prefix {prefix!r}" if prefix else ""
+        raise EngramError(
+            f"prompt: expected at most {limit} tokens with subject and target, the model's context, "
+            f"got {len(row.ids)} in {edit.text!r}{after}"
+        )
+    return row
 
 
 def _positions_by_offsets(tokenizer, text: str, subject: tuple[int, int], head_end: int):

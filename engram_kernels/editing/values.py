@@ -6,13 +6,14 @@ import inspect
 import math
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
+from .. import _checks as check
 from ..errors import EngramError
 from .structure import Projection
-from .tokens import Edit, Row, encode_row, pad_rows
+from .tokens import Edit, Row, check_length, encode_row, pad_rows
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class ValueOptions:
         stop_loss: optimisation ends when the loss is below this.
 
     Raises:
+        TypeError: an option is not a number.
         ValueError: a number is out of range.
     """
 
@@ -39,6 +41,10 @@ class ValueOptions:
     stop_loss: float = 0.05
 
     def __post_init__(self):
+        integer = isinstance(self.steps, int) and not isinstance(self.steps, bool)
+        check.expect(integer, "steps", "an integer", type(self.steps).__name__, TypeError)
+        for field in fields(self):
+            check.number(field.name, getattr(self, field.name))
         for name in ("steps", "learning_rate", "clamp"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)!r}")
@@ -91,13 +97,14 @@ def find_value(
         progress: called with the steps done and their largest number.
 
     Raises:
-        EngramError: the loss is not finite, or the subject or target has no token.
+        EngramError: the loss is not finite, the subject or target has no token, or the prompt is longer than
+            the model's context.
     """
-    rewriting = [encode_row(tokenizer, edit.subject, edit.prompt, edit.target)]
-    rewriting += [
-        encode_row(tokenizer, edit.subject, edit.prompt, edit.target, f"{prefix}. ") for prefix in prefixes
-    ]
-    essence = encode_row(tokenizer, edit.subject, "{} is a")
+    rewriting = []
+    for prefix in ["", *(f"{prefix}. " for prefix in prefixes)]:
+        row = encode_row(tokenizer, edit.subject, edit.prompt, edit.target, prefix)
+        rewriting.append(check_length(model, row, edit, prefix))
+    essence = check_length(model, encode_row(tokenizer, edit.subject, "{} is a"), edit)
     batch = _Batch(rewriting, essence, model.get_input_embeddings().weight.device)
     device = projection.matrix.device
     subjects = batch.subjects.to(device)
@@ -214,9 +221,9 @@ def target_log_probability(model: torch.nn.Module, tokenizer, edit: Edit) -> flo
     """`log p(target | prompt)`, the sum over the target's tokens.
 
     Raises:
-        EngramError: the model predicts NaN.
+        EngramError: the model predicts NaN, or the prompt is longer than its context.
     """
-    row = encode_row(tokenizer, edit.subject, edit.prompt, edit.target)
+    row = check_length(model, encode_row(tokenizer, edit.subject, edit.prompt, edit.target), edit)
     device = model.get_input_embeddings().weight.device
     ids, mask = pad_rows([row.ids], device)
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[0, row.target - 1 : -1].float()
