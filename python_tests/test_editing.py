@@ -287,6 +287,7 @@ def test_saved_edit_is_repeated_bit_for_bit(make, tmp_path, dtype, mode):
     assert changed(edited, editor.model) == []
     assert sorted(path.name for path in (tmp_path / "edit").iterdir()) == ["edit.json", "factors.safetensors"]
     assert [path.name for path in tmp_path.iterdir()] == ["edit"]
+    assert len({path.stat().st_mode for path in (tmp_path / "edit").iterdir()}) == 1
 
 
 def test_saved_edit_refuses_another_base(make, tmp_path):

@@ -141,7 +141,10 @@ def demo_model_directory() -> Path:
                 del model.config.quantization_config
             model.save_pretrained(work)
             transformers.AutoTokenizer.from_pretrained(**source).save_pretrained(work)
+        # Others may share the cache.
         os.chmod(work, 0o755)
+        for path in work.iterdir():
+            os.chmod(path, 0o644)
         try:
             work.rename(target)
         except OSError:

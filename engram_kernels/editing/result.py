@@ -182,7 +182,7 @@ class EditResult:
         Raises:
             EngramError: the directory exists and is not empty, or cannot be written.
         """
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         directory = Path(directory)
         temporary = None
@@ -209,7 +209,8 @@ class EditResult:
                     f"{i}.left": write.left.cpu().contiguous(),
                     f"{i}.right": write.right.cpu().contiguous(),
                 }
-            save_file(tensors, temporary / "factors.safetensors")
+            # Not save_file, whose files only their owner may read.
+            (temporary / "factors.safetensors").write_bytes(save(tensors))
             temporary.rename(directory)
         except OSError as error:
             reason = error.strerror or error

@@ -135,10 +135,10 @@ def load_moment(path: Path) -> tuple[torch.Tensor, int] | None:
 
 def save_moment(path: Path, moment: torch.Tensor, count: int) -> None:
     """Write a moment so that readers see either all of it or nothing."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
-    # A file made in a directory of its own has the umask's mode, where mkstemp's only its owner could read.
+    # `open` gives the umask's mode; a file of mkstemp's or save_file's only its owner could read.
     with tempfile.TemporaryDirectory(suffix=".tmp", dir=path.parent) as folder:
         temporary = Path(folder) / path.name
-        save_file({"moment": moment.cpu().contiguous(), "count": torch.tensor(count)}, temporary)
+        temporary.write_bytes(save({"moment": moment.cpu().contiguous(), "count": torch.tensor(count)}))
         os.replace(temporary, path)

@@ -23,7 +23,7 @@ UPDATE_LAUNCH = {"BLOCK_ROWS": 32, "BLOCK_COLS": 128, "BLOCK_RANK": 16, "num_war
 
 def residual_launch(count: int) -> dict[str, int]:
     """Return the launch configuration of the residual for a number of keys."""
-    # Few rows of W a program: 4,096 rows must still fill 132 multiprocessors. Twice the keys, half the columns:
+    # Few rows of W a program: 4,096 rows must still fill 132 multiprocessors. Twice the keys, half the cols:
     # more would spill where the sizes are odd.
     keys, cols = (16, 64) if count <= 16 else (32, 32)
     return {"BLOCK_KEYS": keys, "BLOCK_ROWS": 32, "BLOCK_COLS": cols, "num_warps": 4, "num_stages": 3}
