@@ -140,6 +140,7 @@ class Covariance:
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=path.name) as folder:
             temporary = Path(folder) / path.name
             save_file({"inverse": self._inverse, "largest": self._largest}, temporary, metadata)
+            temporary.chmod(0o644)  # safetensors writes for the owner alone; a cache may be shared
             os.replace(temporary, path)
 
     @classmethod
