@@ -66,19 +66,19 @@ def interleave(
 
 @functools.cache
 def copy_bandwidth(device: str) -> float:
-    """Bytes a second of a large copy, read and written both counted."""
+    """Bytes a second of a large copy at its best, read and written both counted."""
     source = torch.ones(FLUSH_BYTES // 4, device=device)
     target = torch.empty_like(source)
-    best = statistics.median(seconds(lambda: target.copy_(source), device) for _ in range(7))
+    best = min(seconds(lambda: target.copy_(source), device) for _ in range(7))
     return 2 * FLUSH_BYTES / best
 
 
 @functools.cache
 def gemm_rate(device: str, dtype: torch.dtype) -> float:
-    """Operations a second of a large matrix product."""
+    """Operations a second of a large matrix product at its best."""
     size = 2048 if device == "cpu" else 8192
     a = torch.randn(size, size, device=device, dtype=dtype)
-    return 2 * size**3 / statistics.median(seconds(lambda: a @ a, device) for _ in range(3))
+    return 2 * size**3 / min(seconds(lambda: a @ a, device) for _ in range(5))
 
 
 def floor(device: str, traffic: float, work: dict[torch.dtype, float]) -> float:

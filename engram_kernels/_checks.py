@@ -62,12 +62,16 @@ def own_memory(name: str, tensor: Tensor, written: Tensor) -> None:
     expect(not shared or tensor.numel() == 0, name, "memory of its own", "a view of the tensor to be written")
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Return whether no entry is NaN or infinite: one pass, without a mask as large as the tensor."""
+    if tensor.numel() == 0:
+        return True
+    low, high = torch.aminmax(tensor)  # both ends carry any NaN
+    return -math.inf < low.item() <= high.item() < math.inf
+
+
 def finite(name: str, tensor: Tensor) -> None:
     """Check that no entry is NaN or infinite."""
-    if tensor.numel() == 0:
-        return
-    # One pass, without a mask as large as the tensor: both ends carry any NaN.
-    low, high = torch.aminmax(tensor)
-    if not -math.inf < low.item() <= high.item() < math.inf:
+    if not is_finite(tensor):
         bad = tensor.numel() - int(torch.isfinite(tensor).sum())
         raise ValueError(f"{name}: expected finite values, got {bad} NaN or infinite of {tensor.numel()}")

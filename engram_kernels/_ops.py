@@ -126,26 +126,30 @@ def _residual_gram_arguments(weight: Tensor, keys: Tensor, values: Tensor, preco
         check.same_device(name, tensor, weight.device)
 
 
-def _residual_gram_values(weight: Tensor, keys: Tensor, values: Tensor, preconditioned: Tensor) -> None:
-    check.finite("keys", keys)
-    check.finite("values", values)
-    zero = (keys == 0).all(-1).nonzero().tolist() if keys.shape[-1] else []
-    check.expect(not zero, "keys", "no zero key", f"zeros in row {zero[0] if zero else ''} ([batch, row])")
-    check.finite("covariance", preconditioned)
-
-
-def _residual_gram_results(result: tuple[Tensor, Tensor], *args) -> None:
-    check.finite("weight", result[0])
-    # k C⁻¹ kᵀ > 0 for every key is what a covariance promises.
-    energy = result[1].diagonal(dim1=-2, dim2=-1)
-    if energy.numel() and not bool((energy > 0).all()):
+def _residual_gram_results(
+    result: tuple[Tensor, Tensor], weight: Tensor, keys: Tensor, values: Tensor, preconditioned: Tensor
+) -> None:
+    # Whatever is wrong with an argument shows in E or on the diagonal of G, which are small: look there, and
+    # at the arguments only to name the culprit.
+    residual, gram = result
+    energy = gram.diagonal(dim1=-2, dim2=-1)  # k C⁻¹ kᵀ of every key
+    if not (check.is_finite(residual) and check.is_finite(energy) and bool((energy > 0).all())):
+        check.finite("keys", keys)
+        check.finite("values", values)
+        check.finite("covariance", preconditioned)
+        check.finite("weight", residual)
+        zero = (keys == 0).all(-1).nonzero().tolist()
+        if zero:
+            raise ValueError(
+                f"keys: expected no zero key, got zeros in row {zero[0][1]} of matrix {zero[0][0]}"
+            )
         raise EngramError(
             "covariance: expected a positive definite matrix, got one for which k C⁻¹ kᵀ = "
             f"{energy.min().item():.3g} for a key"
         )
     # Rounding makes an inverse asymmetric by far less; a Cholesky factor given as one, by far more.
-    gram, scale = result[1], energy.sqrt()
-    apart = (gram - gram.mT).abs() / (scale.unsqueeze(-1) * scale.unsqueeze(-2))
+    scale = energy.sqrt()
+    apart = (gram - gram.mT).abs_().div_(scale.unsqueeze(-1)).div_(scale.unsqueeze(-2))
     if apart.numel() and float(apart.max()) > 1e-2:
         raise ValueError(
             "covariance: expected a symmetric inverse, got one for which kᵢ C⁻¹ kⱼ and kⱼ C⁻¹ kᵢ differ by "
@@ -160,7 +164,6 @@ _define(
         torch.empty_like(values, memory_format=torch.contiguous_format),
         preconditioned.new_empty(keys.shape[0], keys.shape[1], keys.shape[1]),
     ),
-    values=_residual_gram_values,
     results=_residual_gram_results,
 )
 
@@ -192,7 +195,7 @@ def _small_solve_results(
             f"keys: expected linearly independent rows, got key {order - 1} dependent on those before it"
             f"{f' in matrix {matrix}' if system.shape[0] > 1 else ''}; drop it, or give a ridge above 0"
         )
-    if not bool(torch.isfinite(result[0]).all()):
+    if not check.is_finite(result[0]):
         raise EngramError("keys: expected keys whose update fits the type, got coefficients that overflow it")
 
 

@@ -26,8 +26,8 @@ def _declines_update(weight: Tensor, left: Tensor, right: Tensor, scale: float) 
 def _declines_residual(weight: Tensor, keys: Tensor, *args) -> str | None:
     if weight.dtype not in _HALF:
         return "leaves weights that need no conversion to the library's GEMM"
-    if keys.shape[1] > 64:
-        return f"leaves {keys.shape[1]} > 64 keys to the library's GEMM"
+    if keys.shape[1] > 128:
+        return f"leaves {keys.shape[1]} > 128 keys to the library's GEMM"
     return decline_strided_columns(weight)
 
 
