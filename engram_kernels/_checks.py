@@ -63,10 +63,13 @@ def own_memory(name: str, tensor: Tensor, written: Tensor) -> None:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Return whether no entry is NaN or infinite: one pass, without a mask as large as the tensor."""
+    """Return whether no entry is NaN or infinite, without a mask as large as the tensor."""
     if tensor.numel() == 0:
         return True
-    low, high = torch.aminmax(tensor)  # both ends carry any NaN
+    wide = torch.promote_types(tensor.dtype, torch.float32)
+    if math.isfinite(tensor.sum(dtype=wide).item()):
+        return True
+    low, high = torch.aminmax(tensor)  # finite entries may overflow a sum; both ends carry any NaN
     return -math.inf < low.item() <= high.item() < math.inf
 
 

@@ -13,7 +13,8 @@ _PANEL = 1 << 20
 
 
 def _panels(weight: Tensor) -> Iterator[slice]:
-    rows = max(1, _PANEL // max(1, weight.shape[-1]))
+    # At least this many rows: every panel reads the other factor again.
+    rows = max(256, _PANEL // max(1, weight.shape[-1]))
     for start in range(0, weight.shape[-2], rows):
         yield slice(start, start + rows)
 
