@@ -68,9 +68,12 @@ def backends() -> dict[str, str | None]:
 
 
 def forced() -> str | None:
-    """Return the backend forced by `use_backend` or by the environment variable ENGRAM_BACKEND."""
-    if _forced:
-        return _forced[-1]
+    """Return the backend forced by `use_backend` or by the environment variable ENGRAM_BACKEND, read once."""
+    return _forced[-1] if _forced else _environment()
+
+
+@functools.cache
+def _environment() -> str | None:
     name = os.environ.get("ENGRAM_BACKEND") or None
     if name is not None and name not in NAMES:
         raise ValueError(f"ENGRAM_BACKEND: expected one of {', '.join(NAMES)}, got {name!r}")
@@ -106,29 +109,38 @@ def use_backend(name: str) -> Iterator[None]:
         _forced.pop()
 
 
-def _candidates(operator: str, device: str, args: tuple | None) -> Iterator[tuple[str, str | None]]:
-    """Yield the backends in the order they are asked, each with the reason why it is passed over, or None."""
+def _order(device: str) -> tuple[str, ...]:
+    """Return the backends in the order in which they are asked."""
     name = forced()
-    order = _ORDER.get(device, ("torch",)) if name is None else (name, "torch")
-    for backend in dict.fromkeys(order):
-        reason = unavailable(backend, device)
-        if reason is None:
-            implementation = _table.get(operator, {}).get(backend)
-            if implementation is None:
-                reason = "has no kernel for it"
-            elif args is not None:
-                reason = implementation.declines(*args)
-        elif backend == name:
-            raise EngramError(f"backend: expected one that serves {device} tensors, got {name!r}: {reason}")
-        yield backend, reason
+    if name is None:
+        return _ORDER.get(device, ("torch",))
+    if reason := unavailable(name, device):
+        raise EngramError(f"backend: expected one that serves {device} tensors, got {name!r}: {reason}")
+    return (name,) if name == "torch" else (name, "torch")
+
+
+@functools.cache
+def _implementation(operator: str, backend: str, device: str) -> Implementation | str:
+    """Return a backend's implementation of an operator, or the reason why it has none to offer."""
+    return unavailable(backend, device) or _table.get(operator, {}).get(backend, "has no kernel for it")
 
 
 def explain(operator: str, device: str, args: tuple | None = None) -> list[tuple[str, str | None]]:
     """List the backends that are asked to serve an operator, in order, with the reason of each refusal."""
-    return list(_candidates(operator, device, args))
+    answers = []
+    for backend in _order(device):
+        found = _implementation(operator, backend, device)
+        if isinstance(found, Implementation):
+            answers.append((backend, None if args is None else found.declines(*args)))
+        else:
+            answers.append((backend, found))
+    return answers
 
 
 def select(operator: str, device: torch.device, args: tuple) -> Callable:
     """Return the function that serves this call: the first backend in order that takes it."""
-    backend = next(name for name, reason in _candidates(operator, device.type, args) if reason is None)
-    return _table[operator][backend].function
+    for backend in _order(device.type):
+        found = _implementation(operator, backend, device.type)
+        if isinstance(found, Implementation) and found.declines(*args) is None:
+            return found.function
+    raise AssertionError("the reference takes every call")
