@@ -1,7 +1,12 @@
 // Python module `_cpu`. Pointers come as integers: tensors, and the checks of their shapes, stay in Python.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <vector>
 
 #include "cpu/isa.h"
+#include "engram/graft.h"
 #include "engram/rank_one.h"
 
 namespace py = pybind11;
@@ -11,6 +16,29 @@ using engram::WeightShape;
 template <class T>
 static T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
+}
+
+// (out, pre, ft, logits, base, gradient, size, type) of each tensor
+using GraftRows = std::vector<std::array<int64_t, 8>>;
+
+static std::vector<engram::GraftTensor> graft_tensors(const GraftRows& rows) {
+  std::vector<engram::GraftTensor> tensors;
+  for (const auto& row : rows)
+    tensors.push_back({pointer<void>(row[0]), pointer<const void>(row[1]), pointer<const void>(row[2]),
+                       pointer<float>(row[3]), pointer<const uint8_t>(row[4]), pointer<const void>(row[5]),
+                       row[6], static_cast<DType>(row[7])});
+  return tensors;
+}
+
+// (weight, indices, values, overwritten, count, size, bytes an element) of each tensor
+using SparseRows = std::vector<std::array<int64_t, 7>>;
+
+static std::vector<engram::SparseTensor> sparse_tensors(const SparseRows& rows) {
+  std::vector<engram::SparseTensor> tensors;
+  for (const auto& row : rows)
+    tensors.push_back({pointer<void>(row[0]), pointer<const void>(row[1]), pointer<const void>(row[2]),
+                       pointer<void>(row[3]), row[4], row[5], static_cast<int>(row[6])});
+  return tensors;
 }
 
 static py::dict build_info() {
@@ -54,4 +82,58 @@ PYBIND11_MODULE(_cpu, module) {
                                           pointer<const double>(preconditioned), count,
                                           pointer<void>(residual), pointer<double>(gram), threads);
              });
+
+  module.def("graft_blend", [](const GraftRows& rows, double bias, int threads) {
+    py::gil_scoped_release release;
+    const auto tensors = graft_tensors(rows);
+    engram::cpu::graft_blend(tensors.data(), tensors.size(), bias, threads);
+  });
+
+  module.def("graft_logits_gradient", [](const GraftRows& rows, double bias, int threads) {
+    py::gil_scoped_release release;
+    const auto tensors = graft_tensors(rows);
+    engram::cpu::graft_logits_gradient(tensors.data(), tensors.size(), bias, threads);
+  });
+
+  module.def("graft_mask_step", [](const GraftRows& rows, double bias, double lr, double l1, int threads) {
+    py::gil_scoped_release release;
+    const auto tensors = graft_tensors(rows);
+    engram::cpu::graft_mask_step(tensors.data(), tensors.size(), bias, lr, l1, threads);
+  });
+
+  module.def("pack_mask", [](uintptr_t mask, int64_t size, uintptr_t packed, int threads) {
+    py::gil_scoped_release release;
+    engram::cpu::pack_mask(pointer<const uint8_t>(mask), size, pointer<uint8_t>(packed), threads);
+  });
+
+  module.def("unpack_mask", [](uintptr_t packed, int64_t size, uintptr_t mask, int threads) {
+    py::gil_scoped_release release;
+    engram::cpu::unpack_mask(pointer<const uint8_t>(packed), size, pointer<uint8_t>(mask), threads);
+  });
+
+  module.def("graft_blend_packed", [](uintptr_t pre, uintptr_t ft, uintptr_t mask, int64_t size,
+                                      int element_bytes, uintptr_t out, int threads) {
+    py::gil_scoped_release release;
+    engram::cpu::graft_blend_packed(pointer<const void>(pre), pointer<const void>(ft),
+                                    pointer<const uint8_t>(mask), size, element_bytes, pointer<void>(out),
+                                    threads);
+  });
+
+  module.def("top_k_mask", [](const GraftRows& rows, int64_t k, int threads) {
+    py::gil_scoped_release release;
+    const auto tensors = graft_tensors(rows);
+    return engram::cpu::top_k_mask(tensors.data(), tensors.size(), k, threads);
+  });
+
+  module.def("sparse_faults", [](const SparseRows& rows, bool wide_indices, int threads) {
+    py::gil_scoped_release release;
+    const auto tensors = sparse_tensors(rows);
+    return engram::cpu::sparse_faults(tensors.data(), tensors.size(), wide_indices, threads);
+  });
+
+  module.def("sparse_apply", [](const SparseRows& rows, bool wide_indices, int threads) {
+    py::gil_scoped_release release;
+    const auto tensors = sparse_tensors(rows);
+    engram::cpu::sparse_apply(tensors.data(), tensors.size(), wide_indices, threads);
+  });
 }

@@ -3,7 +3,21 @@
 from .backends import backends, use_backend
 from .covariance import Covariance
 from .errors import EngramError
-from .functional import apply_low_rank_, rank_one_factors, rank_one_update, second_moment_
+from .functional import (
+    apply_low_rank_,
+    graft_blend,
+    graft_blend_all_,
+    graft_blend_packed,
+    graft_mask_step_,
+    graft_top_k,
+    pack_mask,
+    rank_one_factors,
+    rank_one_update,
+    second_moment_,
+    sparse_apply_,
+    top_k_mask,
+    unpack_mask,
+)
 
 __version__ = "0.1.0"
 
@@ -12,8 +26,17 @@ __all__ = [
     "EngramError",
     "apply_low_rank_",
     "backends",
+    "graft_blend",
+    "graft_blend_all_",
+    "graft_blend_packed",
+    "graft_mask_step_",
+    "graft_top_k",
+    "pack_mask",
     "rank_one_factors",
     "rank_one_update",
     "second_moment_",
+    "sparse_apply_",
+    "top_k_mask",
+    "unpack_mask",
     "use_backend",
 ]

@@ -78,3 +78,49 @@ class LowRankUpdate(torch.autograd.Function):
         d_left = ctx.scale * (wide @ right.mT) if ctx.needs_input_grad[1] else None
         d_right = ctx.scale * (left.mT @ wide) if ctx.needs_input_grad[2] else None
         return gradient if ctx.needs_input_grad[0] else None, d_left, d_right, None
+
+
+class GraftBlend(torch.autograd.Function):
+    """θ = pre + γ (ft − pre) [N], γ = σ(s (S − bias)).
+
+    dS = s g (ft − pre) γ (1 − γ), dft = g γ, dpre = g (1 − γ).
+    """
+
+    @staticmethod
+    def forward(ctx, pre: Tensor, ft: Tensor, logits: Tensor, base: Tensor | None, bias: float) -> Tensor:
+        ctx.save_for_backward(pre, ft, logits, base)
+        ctx.bias = bias
+        return ops.graft_blend(pre, ft, logits, base, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor):
+        pre, ft, logits, base = ctx.saved_tensors
+        gradient = gradient.contiguous()
+        d_pre = d_ft = d_logits = None
+        if ctx.needs_input_grad[0]:
+            d_pre = ops.graft_blend(gradient, torch.zeros_like(gradient), logits, base, ctx.bias)
+        if ctx.needs_input_grad[1]:
+            d_ft = ops.graft_blend(torch.zeros_like(gradient), gradient, logits, base, ctx.bias)
+        if ctx.needs_input_grad[2]:
+            d_logits = ops.graft_logits_gradient(gradient, pre, ft, logits, base, ctx.bias)
+        return d_pre, d_ft, d_logits, None, None
+
+
+class GraftBlendPacked(torch.autograd.Function):
+    """θ = ft where the mask's bit is 1, else pre [N]; dft = g there and 0 elsewhere, dpre the reverse."""
+
+    @staticmethod
+    def forward(ctx, pre: Tensor, ft: Tensor, mask: Tensor) -> Tensor:
+        ctx.save_for_backward(mask)
+        return ops.graft_blend_packed(pre, ft, mask)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor):
+        (mask,) = ctx.saved_tensors
+        gradient = gradient.contiguous()
+        zeros = torch.zeros_like(gradient)
+        d_pre = ops.graft_blend_packed(gradient, zeros, mask) if ctx.needs_input_grad[0] else None
+        d_ft = ops.graft_blend_packed(zeros, gradient, mask) if ctx.needs_input_grad[1] else None
+        return d_pre, d_ft, None

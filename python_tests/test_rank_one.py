@@ -362,23 +362,18 @@ def test_a_pivot_lost_to_rounding_is_none(device):
         ops.small_solve(nearly, torch.ones(1, 2, 1, device=device), "cholesky")
 
 
-def test_operators_keep_their_promises_to_torch():
-    """torch.library.opcheck: schemas tell the truth, fakes match, tracing works."""
+def operator_calls() -> dict[str, tuple]:
+    """Arguments of each operator of this family, for test_operators.py."""
     weight, keys, values = torch.randn(2, 5, 7), torch.randn(2, 3, 7), torch.randn(2, 3, 5)
     left, right, preconditioned = values.mT.contiguous(), keys, keys.double()
     system = torch.eye(3, dtype=torch.float64).repeat(2, 1, 1)
-    calls = {
+    return {
         "residual_gram": (weight, keys, values, preconditioned),
         "small_solve": (system, values, "cholesky"),
         "apply_low_rank_": (weight.clone(), left, right, 0.5),
         "low_rank_update": (weight, left, right, 0.5),
         "second_moment_": (torch.zeros(7, 7), torch.randn(4, 7), torch.ones(4, dtype=torch.bool)),
     }
-    from engram_kernels._ops import OPERATORS
-
-    assert sorted(calls) == sorted(OPERATORS)
-    for name, args in calls.items():
-        torch.library.opcheck(getattr(ops, name).default, args)
 
 
 def test_in_place_bumps_the_version():

@@ -3,33 +3,15 @@
 // Each result element is computed by one thread in one order that depends on the shape alone: the results are
 // the same bits for every number of threads.
 #include <cstddef>
-#include <new>
 #include <type_traits>
 
 #include "engram/rank_one.h"
+#include "scratch.h"
 #include "simd.h"
 
 namespace engram::cpu::ENGRAM_ISA {
 
 namespace {
-
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
-// Uninitialised, aligned to cache lines, released at the end of the scope.
-template <class T>
-class Scratch {
- public:
-  explicit Scratch(int64_t count) : data_(static_cast<T*>(::operator new(count * sizeof(T), kAlignment))) {}
-  ~Scratch() { ::operator delete(data_, kAlignment); }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  T* data() { return data_; }
-
- private:
-  static constexpr std::align_val_t kAlignment{64};
-  T* data_;
-};
 
 // A thread is worth starting for this many multiply-adds.
 constexpr int64_t kWorkPerThread = 1 << 15;

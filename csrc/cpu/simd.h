@@ -120,6 +120,7 @@ struct Plain {
   static constexpr int kLanes = kVectorBytes / sizeof(T);
   static constexpr bool kInterleaved = false;
   static V load(const T* from) { return ENGRAM_ISA::load<V>(from); }
+  static void store(T* to, V v) { std::memcpy(to, &v, sizeof(V)); }
   static void load_pair(const T* from, V& first, V& second) {
     first = load(from);
     second = load(from + kLanes);
@@ -142,6 +143,10 @@ struct BF16 {
   static Floats load(const Element* from) {
     return bits<Floats>(widen(ENGRAM_ISA::load<Halves>(from)) << 16);
   }
+  static void store(Element* to, Floats f) {
+    const Halves halves = narrow(round_to_bf16(f) >> 16);
+    std::memcpy(to, &halves, sizeof(halves));
+  }
   static void load_pair(const Element* from, Floats& even, Floats& odd) {
     const Words pairs = ENGRAM_ISA::load<Words>(from);
     even = bits<Floats>(pairs << 16);
@@ -159,6 +164,10 @@ struct F16 {
   static constexpr int kLanes = kFloats;
   static constexpr bool kInterleaved = false;
   static Floats load(const Element* from) { return f16_to_float(ENGRAM_ISA::load<Halves>(from)); }
+  static void store(Element* to, Floats f) {
+    const Halves halves = float_to_f16(f);
+    std::memcpy(to, &halves, sizeof(halves));
+  }
   static void load_pair(const Element* from, Floats& first, Floats& second) {
     first = load(from);
     second = load(from + kLanes);
@@ -185,6 +194,13 @@ inline auto load_some(const typename Type::Element* from, int64_t count) {
   typename Type::Element some[Type::kLanes] = {};
   std::memcpy(some, from, count * sizeof(*from));
   return Type::load(some);
+}
+
+template <class Type, class V>
+inline void store_some(typename Type::Element* to, V v, int64_t count) {
+  typename Type::Element some[Type::kLanes];
+  Type::store(some, v);
+  std::memcpy(to, some, count * sizeof(*to));
 }
 
 }  // namespace engram::cpu::ENGRAM_ISA

@@ -9,9 +9,9 @@
 
 #include <cstdint>
 
-namespace engram {
+#include "engram/dtype.h"
 
-enum class DType : int { f32 = 0, bf16 = 1, f16 = 2, f64 = 3 };
+namespace engram {
 
 struct WeightShape {
   int64_t batch;         // B

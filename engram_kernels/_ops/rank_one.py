@@ -1,110 +1,11 @@
-"""Every operator once: its schema, the checks of its arguments, its fake kernel.
-
-Operators take matrices of canonical rank: a leading batch dimension everywhere. `functional.py` brings them
-there. An operator's run is: check shapes and types, check values, choose a backend, call it, check its
-results. The value checks read the tensors, so they wait for the device; they are left out while a CUDA graph
-is captured.
-"""
-
-from collections.abc import Callable
+"""The associative write: residual and Gram matrix, small systems, low-rank update."""
 
 import torch
 from torch import Tensor
 
-from . import _checks as check
-from .backends import select
-from .errors import EngramError
-
-NAMESPACE = "engram_kernels"
-_library = torch.library.Library(NAMESPACE, "DEF")
-
-# The operators by name, for `engram doctor` and for tests.
-OPERATORS: list[str] = []
-
-
-def compute_dtype(weight: Tensor) -> torch.dtype:
-    """The type that products are accumulated in: fp64 for fp64 weights, fp32 for all others."""
-    return torch.float64 if weight.dtype == torch.float64 else torch.float32
-
-
-def _capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
-def _define(
-    schema: str,
-    arguments: Callable[..., None],
-    fake: Callable,
-    values: Callable[..., None] | None = None,
-    results: Callable[..., None] | None = None,
-) -> None:
-    """Define an operator.
-
-    Args:
-        schema: its torch schema.
-        arguments: raises on wrong shapes, types and devices; sees no data.
-        fake: returns empty tensors of the right shapes, for tracing.
-        values: raises on arguments whose data cannot be used.
-        results: raises on results that show that the request had no sound answer.
-    """
-    name = schema[: schema.index("(")]
-    in_place = "(a!)" in schema
-    OPERATORS.append(name)
-    _library.define(schema)
-
-    def run(*args):
-        arguments(*args)
-        device = args[0].device
-        capturing = _capturing(device)
-        if values is not None and not capturing:
-            values(*args)
-        function = select(name, device, args)
-        if torch.is_autocast_enabled(device.type):
-            with torch.autocast(device.type, enabled=False):
-                result = function(*args)
-        else:
-            result = function(*args)
-        if results is not None and not capturing:
-            results(result, *args)
-        if in_place and not args[0].is_inference():
-            torch.autograd.graph.increment_version(args[0])
-        return result
-
-    def trace(*args):
-        arguments(*args)
-        return fake(*args)
-
-    _library.impl(name, run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{NAMESPACE}::{name}", trace, lib=_library)
-
-
-# -- second_moment_ ------------------------------------------------------------------------------------------
-
-
-def _second_moment_arguments(accumulator: Tensor, inputs: Tensor, mask: Tensor | None) -> None:
-    check.floating("accumulator", accumulator, (torch.float32, torch.float64))
-    check.floating("inputs", inputs)
-    check.expect(inputs.dim() == 2, "inputs", "two dimensions [rows, in]", list(inputs.shape))
-    width = inputs.shape[-1]
-    check.shape("accumulator", accumulator, (width, width), "[in, in]")
-    check.same_device("inputs", inputs, accumulator.device)
-    if mask is not None:
-        check.expect(mask.dtype == torch.bool, "mask", "a bool tensor", mask.dtype, TypeError)
-        check.shape("mask", mask, inputs.shape[:-1], "one entry a row of inputs")
-        check.same_device("mask", mask, accumulator.device)
-
-
-def _second_moment_values(accumulator: Tensor, inputs: Tensor, mask: Tensor | None) -> None:
-    check.finite("inputs", inputs if mask is None else inputs[mask])
-
-
-_define(
-    "second_moment_(Tensor(a!) accumulator, Tensor inputs, Tensor? mask) -> ()",
-    _second_moment_arguments,
-    fake=lambda accumulator, inputs, mask: None,
-    values=_second_moment_values,
-)
-
+from .. import _checks as check
+from ..errors import EngramError
+from .define import compute_dtype, define
 
 # -- residual_gram -------------------------------------------------------------------------------------------
 
@@ -157,7 +58,7 @@ def _residual_gram_results(
         )
 
 
-_define(
+define(
     "residual_gram(Tensor weight, Tensor keys, Tensor values, Tensor preconditioned) -> (Tensor, Tensor)",
     _residual_gram_arguments,
     fake=lambda weight, keys, values, preconditioned: (
@@ -199,7 +100,7 @@ def _small_solve_results(
         raise EngramError("keys: expected keys whose update fits the type, got coefficients that overflow it")
 
 
-_define(
+define(
     "small_solve(Tensor system, Tensor right_hand_side, str kind) -> (Tensor, Tensor)",
     _small_solve_arguments,
     fake=lambda system, right_hand_side, kind: (
@@ -239,17 +140,15 @@ def _low_rank_values(weight: Tensor, left: Tensor, right: Tensor, scale: float) 
         check.finite(name, factor)
 
 
-_define(
+define(
     "apply_low_rank_(Tensor(a!) weight, Tensor left, Tensor right, float scale) -> ()",
     _apply_low_rank_arguments,
     fake=lambda weight, left, right, scale: None,
     values=_low_rank_values,
 )
 
-_define(
+define(
     "low_rank_update(Tensor weight, Tensor left, Tensor right, float scale) -> Tensor",
     _low_rank_arguments,
     fake=lambda weight, left, right, scale: torch.empty_like(weight, memory_format=torch.contiguous_format),
 )
-
-ops = torch.ops.engram_kernels

@@ -1,0 +1,234 @@
+// Packed masks: packing, unpacking, the choice by bits, and the k largest keys. Compiled once for each
+// instruction set (isa.h).
+#include "chunks.h"
+#include "engram/graft.h"
+#include "simd.h"
+
+namespace engram::cpu::ENGRAM_ISA {
+
+namespace {
+
+// Eight bytes of 0 or 1 are one byte of bits, and back: each product moves every bit to its place.
+inline uint8_t pack_eight(const uint8_t* mask) {
+  return static_cast<uint8_t>((load<uint64_t>(mask) * 0x0102040810204080u) >> 56);
+}
+inline uint64_t unpack_eight(uint8_t byte) {
+  const uint64_t bits = (byte * 0x0101010101010101u) & 0x8040201008040201u;
+  return ((bits + 0x7f7f7f7f7f7f7f7fu) >> 7) & 0x0101010101010101u;
+}
+
+struct Flat {
+  int64_t size;
+};
+
+// function(begin, end) over chunks of one flat array.
+template <class Function>
+void for_each_chunk(int64_t size, int threads, const Function& function) {
+  const Flat flat{size};
+  Chunks<Flat>(&flat, 1, &Flat::size).for_each(threads, [&](const Flat&, int64_t begin, int64_t end) {
+    function(begin, end);
+  });
+}
+
+template <class Element>
+void choose(const void* pre, const void* ft, const uint8_t* mask, int64_t size, void* out, int threads) {
+  const auto* a = static_cast<const Element*>(pre);
+  const auto* b = static_cast<const Element*>(ft);
+  auto* to = static_cast<Element*>(out);
+  using V = Vector<Element, 8>;
+  V bit;
+  for (int lane = 0; lane < 8; ++lane) bit[lane] = Element(1) << lane;
+  for_each_chunk(size, threads, [&](int64_t begin, int64_t end) {
+    int64_t i = begin;
+    for (; i + 8 <= end; i += 8) {
+      V first, second;
+      std::memcpy(&first, a + i, sizeof(V));
+      std::memcpy(&second, b + i, sizeof(V));
+      const V chosen = ((V{} + Element(mask[i / 8])) & bit) != 0 ? second : first;
+      std::memcpy(to + i, &chosen, sizeof(V));
+    }
+    for (; i < end; ++i) to[i] = mask[i / 8] >> (i % 8) & 1 ? b[i] : a[i];
+  });
+}
+
+// ---- the k largest keys
+
+// Floats as integers of the same order, the two zeros equal.
+inline Words ordered(Floats f) {
+  const Words w = bits<Words>(f + 0.0f);
+  return w ^ ((w >> 31) != 0u ? Words{} + 0xffffffffu : Words{} + 0x80000000u);
+}
+inline bool finite(uint32_t key) { return key > 0x007fffffu && key < 0xff800000u; }
+
+// The keys of entries begin to end, at most kChunk of them, and room for a whole last vector.
+template <class Type>
+void keys_of(const GraftTensor& tensor, int64_t begin, int64_t end, uint32_t* keys) {
+  using Element = typename Type::Element;
+  const auto* pre = static_cast<const Element*>(tensor.pre);
+  const auto* ft = static_cast<const Element*>(tensor.ft);
+  const auto key = [](Floats a, Floats b) { return ordered(bits<Floats>(bits<Words>(b - a) & 0x7fffffffu)); };
+  int64_t i = begin;
+  for (; i + kFloats <= end; i += kFloats) {
+    const Floats a = Type::load(pre + i);
+    const Words w = ft ? key(a, Type::load(ft + i)) : ordered(a);
+    std::memcpy(keys + (i - begin), &w, sizeof(w));
+  }
+  if (i < end) {
+    const Floats a = load_some<Type>(pre + i, end - i);
+    const Words w = ft ? key(a, load_some<Type>(ft + i, end - i)) : ordered(a);
+    std::memcpy(keys + (i - begin), &w, (end - i) * sizeof(uint32_t));
+  }
+}
+
+constexpr int kMaxBins = 1 << 11;
+
+// A thread's own keys, histogram and count of what is not finite.
+struct Tally {
+  uint32_t keys[kChunk];
+  int64_t histogram[kMaxBins] = {};
+  int64_t invalid = 0;
+};
+
+class Selection {
+ public:
+  Selection(const GraftTensor* tensors, int64_t count, int64_t k, int threads)
+      : chunks_(tensors, count, &GraftTensor::size), remaining_(k), threads_(threads) {}
+
+  // Eleven, eleven and ten bits at a time, from the top: which keys have the prefix of the k-th largest?
+  int64_t find_threshold() {
+    int64_t invalid = 0;
+    while (known_ < 32) {
+      const int width = known_ < 22 ? 11 : 10;
+      const int shift = 32 - known_ - width;
+      const uint32_t bins = 1u << width;
+      int64_t histogram[kMaxBins] = {};
+#pragma omp parallel num_threads(threads_)
+      {
+        Tally tally;
+#pragma omp for schedule(static)
+        for (int64_t chunk = 0; chunk < chunks_.count(); ++chunk) count(chunk, shift, bins, tally);
+#pragma omp critical
+        {
+          invalid += tally.invalid;
+          for (uint32_t bin = 0; bin < bins; ++bin) histogram[bin] += tally.histogram[bin];
+        }
+      }
+      if (invalid) return invalid;
+      uint32_t bin = bins - 1;
+      for (; bin > 0 && histogram[bin] < remaining_; --bin) remaining_ -= histogram[bin];
+      prefix_ = known_ == 0 ? bin : prefix_ << width | bin;
+      known_ += width;
+    }
+    return 0;
+  }
+
+  // The threshold is known: the keys above it, and the first of its equals.
+  void write_masks() {
+    Scratch<int64_t> equal(chunks_.count());
+#pragma omp parallel num_threads(threads_)
+    {
+      Tally tally;
+#pragma omp for schedule(static)
+      for (int64_t chunk = 0; chunk < chunks_.count(); ++chunk) {
+        const int64_t size = fill(chunk, tally.keys);
+        int64_t ties = 0;
+        for (int64_t i = 0; i < size; ++i) ties += tally.keys[i] == prefix_;
+        equal.data()[chunk] = ties;
+      }
+#pragma omp single
+      for (int64_t chunk = 0; chunk < chunks_.count(); ++chunk) {
+        equal.data()[chunk] = smaller(equal.data()[chunk], remaining_);
+        remaining_ -= equal.data()[chunk];
+      }
+#pragma omp for schedule(static)
+      for (int64_t chunk = 0; chunk < chunks_.count(); ++chunk) {
+        int64_t size = fill(chunk, tally.keys), ties = equal.data()[chunk];
+        chunks_.visit(chunk, [&](const GraftTensor& tensor, int64_t begin, int64_t) {
+          auto* mask = static_cast<uint8_t*>(tensor.out) + begin / 8;
+          for (int64_t i = 0; i < size; i += 8)
+            mask[i / 8] = byte(tally.keys + i, smaller(8, size - i), ties);
+        });
+      }
+    }
+  }
+
+ private:
+  int64_t fill(int64_t chunk, uint32_t* keys) const {
+    int64_t size = 0;
+    chunks_.visit(chunk, [&](const GraftTensor& tensor, int64_t begin, int64_t end) {
+      size = end - begin;
+      if (tensor.dtype == DType::f32) keys_of<F32>(tensor, begin, end, keys);
+      if (tensor.dtype == DType::bf16) keys_of<BF16>(tensor, begin, end, keys);
+      if (tensor.dtype == DType::f16) keys_of<F16>(tensor, begin, end, keys);
+    });
+    return size;
+  }
+
+  void count(int64_t chunk, int shift, uint32_t bins, Tally& tally) const {
+    const int64_t size = fill(chunk, tally.keys);
+    for (int64_t i = 0; i < size; ++i) {
+      const uint32_t key = tally.keys[i];
+      if (known_ == 0) {
+        tally.invalid += !finite(key);
+        ++tally.histogram[key >> shift];
+      } else if (key >> (32 - known_) == prefix_) {
+        ++tally.histogram[(key >> shift) & (bins - 1)];
+      }
+    }
+  }
+
+  uint8_t byte(const uint32_t* keys, int64_t size, int64_t& ties) const {
+    uint8_t bits = 0;
+    for (int64_t i = 0; i < size; ++i) {
+      const bool tie = keys[i] == prefix_ && ties > 0;
+      ties -= tie;
+      bits |= static_cast<uint8_t>(keys[i] > prefix_ || tie) << i;
+    }
+    return bits;
+  }
+
+  Chunks<GraftTensor> chunks_;
+  int64_t remaining_;  // how many keys with the present prefix are wanted
+  int threads_;
+  uint32_t prefix_ = 0;
+  int known_ = 0;  // bits of the prefix
+};
+
+}  // namespace
+
+void pack_mask(const uint8_t* mask, int64_t size, uint8_t* packed, int threads) {
+  for_each_chunk(size, threads, [&](int64_t begin, int64_t end) {
+    int64_t i = begin;
+    for (; i + 8 <= end; i += 8) packed[i / 8] = pack_eight(mask + i);
+    if (i < end) {
+      uint8_t last[8] = {};
+      std::memcpy(last, mask + i, end - i);
+      packed[i / 8] = pack_eight(last);
+    }
+  });
+}
+
+void unpack_mask(const uint8_t* packed, int64_t size, uint8_t* mask, int threads) {
+  for_each_chunk(size, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i += 8) {
+      const uint64_t bytes = unpack_eight(packed[i / 8]);
+      std::memcpy(mask + i, &bytes, smaller(8, end - i));
+    }
+  });
+}
+
+void graft_blend_packed(const void* pre, const void* ft, const uint8_t* mask, int64_t size, int element_bytes,
+                        void* out, int threads) {
+  if (element_bytes == 2) choose<uint16_t>(pre, ft, mask, size, out, threads);
+  if (element_bytes == 4) choose<uint32_t>(pre, ft, mask, size, out, threads);
+  if (element_bytes == 8) choose<uint64_t>(pre, ft, mask, size, out, threads);
+}
+
+int64_t top_k_mask(const GraftTensor* tensors, int64_t count, int64_t k, int threads) {
+  Selection selection(tensors, count, k, threads);
+  const int64_t invalid = selection.find_threshold();
+  if (invalid == 0) selection.write_masks();
+  return invalid;
+}
+
+}  // namespace engram::cpu::ENGRAM_ISA

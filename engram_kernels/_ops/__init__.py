@@ -1,0 +1,9 @@
+"""Every operator once, one file a family: its schema, the checks of its arguments, its fake kernel.
+
+Operators take tensors of canonical rank; `functional/` brings them there.
+"""
+
+from . import graft, rank_one, second_moment  # noqa: F401
+from .define import OPERATORS, compute_dtype, ops
+
+__all__ = ["OPERATORS", "compute_dtype", "ops"]

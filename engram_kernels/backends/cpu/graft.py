@@ -1,0 +1,146 @@
+"""Grafting on CPUs, in C++."""
+
+from itertools import repeat
+
+import torch
+from torch import Tensor
+
+from ... import _cpu
+from .. import implements
+from ..native import DTYPE_CODES
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _row(pre, out=None, ft=None, logits=None, base=None, gradient=None) -> tuple[int, ...]:
+    """One `engram::GraftTensor`."""
+    addresses = map(_address, (out, pre, ft, logits, base, gradient))
+    return (*addresses, pre.numel(), DTYPE_CODES[pre.dtype])
+
+
+def _rows(pre: list[Tensor], **others: list[Tensor]) -> list[tuple[int, ...]]:
+    columns = [tensors or repeat(None) for tensors in others.values()]
+    return [
+        _row(tensor, **dict(zip(others, rest, strict=True)))
+        for tensor, *rest in zip(pre, *columns, strict=False)
+    ]
+
+
+def _wide(*tensors: Tensor) -> str | None:
+    return "leaves fp64 to the reference" if any(t.dtype == torch.float64 for t in tensors) else None
+
+
+@implements("graft_blend", "cpu", lambda pre, *rest: _wide(pre))
+def graft_blend(pre: Tensor, ft: Tensor, logits: Tensor, base: Tensor | None, bias: float) -> Tensor:
+    out = torch.empty_like(pre)
+    _cpu.graft_blend([_row(pre, out, ft, logits, base)], bias, torch.get_num_threads())
+    return out
+
+
+@implements("graft_logits_gradient", "cpu", lambda gradient, *rest: _wide(gradient))
+def graft_logits_gradient(
+    gradient: Tensor, pre: Tensor, ft: Tensor, logits: Tensor, base: Tensor | None, bias: float
+) -> Tensor:
+    out = torch.empty_like(logits)
+    _cpu.graft_logits_gradient([_row(pre, out, ft, logits, base, gradient)], bias, torch.get_num_threads())
+    return out
+
+
+@implements("graft_blend_all_", "cpu", lambda out, *rest: _wide(*out))
+def graft_blend_all_(
+    out: list[Tensor],
+    pre: list[Tensor],
+    ft: list[Tensor],
+    logits: list[Tensor],
+    base: list[Tensor],
+    bias: float,
+) -> None:
+    rows = _rows(pre, out=out, ft=ft, logits=logits, base=base)
+    _cpu.graft_blend(rows, bias, torch.get_num_threads())
+
+
+@implements("graft_mask_step_", "cpu", lambda logits, *rest: _wide(*logits))
+def graft_mask_step_(
+    logits: list[Tensor],
+    grads: list[Tensor],
+    pre: list[Tensor],
+    ft: list[Tensor],
+    base: list[Tensor],
+    bias: float,
+    lr: float,
+    l1: float,
+    out: list[Tensor],
+) -> None:
+    rows = _rows(pre, out=out, ft=ft, logits=logits, base=base, gradient=grads)
+    _cpu.graft_mask_step(rows, bias, lr, l1, torch.get_num_threads())
+
+
+@implements("pack_mask", "cpu")
+def pack_mask(mask: Tensor) -> Tensor:
+    packed = mask.new_empty((mask.numel() + 7) // 8, dtype=torch.uint8)
+    _cpu.pack_mask(mask.data_ptr(), mask.numel(), packed.data_ptr(), torch.get_num_threads())
+    return packed
+
+
+@implements("unpack_mask", "cpu")
+def unpack_mask(packed: Tensor, count: int) -> Tensor:
+    mask = packed.new_empty(count, dtype=torch.bool)
+    _cpu.unpack_mask(packed.data_ptr(), count, mask.data_ptr(), torch.get_num_threads())
+    return mask
+
+
+@implements("graft_blend_packed", "cpu")
+def graft_blend_packed(pre: Tensor, ft: Tensor, mask: Tensor) -> Tensor:
+    out = torch.empty_like(pre)
+    _cpu.graft_blend_packed(
+        pre.data_ptr(),
+        ft.data_ptr(),
+        mask.data_ptr(),
+        pre.numel(),
+        pre.element_size(),
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+@implements("top_k_mask", "cpu", lambda scores, *rest: _wide(*scores))
+def top_k_mask(scores: list[Tensor], reference: list[Tensor], k: int) -> tuple[list[Tensor], Tensor]:
+    masks = [score.new_empty((score.numel() + 7) // 8, dtype=torch.uint8) for score in scores]
+    invalid = _cpu.top_k_mask(_rows(scores, out=masks, ft=reference), k, torch.get_num_threads())
+    return masks, torch.tensor(invalid)
+
+
+def _sparse_rows(weights: list[Tensor], indices: list[Tensor], values=None, overwritten=None) -> list[tuple]:
+    """One `engram::SparseTensor` for each weight."""
+    return [
+        (
+            weight.data_ptr(),
+            index.data_ptr(),
+            _address(value),
+            _address(old),
+            index.numel(),
+            weight.numel(),
+            weight.element_size(),
+        )
+        for weight, index, value, old in zip(
+            weights, indices, values or repeat(None), overwritten or repeat(None), strict=False
+        )
+    ]
+
+
+@implements("sparse_faults", "cpu")
+def sparse_faults(weights: list[Tensor], indices: list[Tensor]) -> Tensor:
+    wide = indices[0].dtype == torch.int64
+    faults = _cpu.sparse_faults(_sparse_rows(weights, indices), wide, torch.get_num_threads())
+    return torch.tensor(faults)
+
+
+@implements("sparse_apply_", "cpu")
+def sparse_apply_(
+    weights: list[Tensor], indices: list[Tensor], values: list[Tensor], overwritten: list[Tensor]
+) -> None:
+    wide = indices[0].dtype == torch.int64
+    _cpu.sparse_apply(_sparse_rows(weights, indices, values, overwritten), wide, torch.get_num_threads())
