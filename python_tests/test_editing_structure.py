@@ -9,8 +9,9 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
-from engram_kernels.editing.structure import decoder_layers, default_layer, output_projection
+from engram_kernels.editing.structure import default_layer, output_projection
 from engram_kernels.errors import EngramError
+from engram_kernels.models.layers import decoder_layers
 
 NAMES = {
     "llama": "model.layers.2.mlp.down_proj",

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from ..errors import EngramError
-from .models import package_file
+from ..models.loading import package_file
 from .tokens import context_length
 
 WIKIPEDIA_IN_GENSIM = "test/test_data/enwiki-latest-pages-articles1.xml-*-shortened.bz2"

@@ -14,9 +14,10 @@ import torch
 from ..covariance import Covariance
 from ..errors import EngramError
 from ..functional import rank_one_factors
+from ..models.digest import tensor_bytes
+from ..models.loading import cache_directory, writable_directory
 from . import corpus as corpora
 from . import statistics
-from .models import cache_directory, writable_directory
 from .prefixes import sample_prefixes
 from .result import EditRecord, EditResult, Write, matrix_checksum, restore, snapshot, write_
 from .structure import Projection, default_layer, output_projection
@@ -244,7 +245,7 @@ class Editor:
             ids = self._ids[:count]
             if self.tokens is not None and len(ids) < count:
                 warnings.warn(f"corpus: expected {count} tokens, got {len(ids)}", stacklevel=3)
-            source = hashlib.sha256(statistics.tensor_bytes(ids)).hexdigest()
+            source = hashlib.sha256(tensor_bytes(ids)).hexdigest()
         key = hashlib.sha256(
             f"{fingerprint} {projection.name} {source} {statistics.CHUNK}".encode()
         ).hexdigest()[:32]

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import shutil
-import tempfile
 import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,7 +12,8 @@ import torch
 
 from ..errors import EngramError
 from ..functional import apply_low_rank_
-from .statistics import tensor_bytes
+from ..models.digest import tensor_checksum
+from ..models.files import new_directory
 from .structure import Projection, output_projection
 from .tokens import Edit
 
@@ -184,42 +182,26 @@ class EditResult:
         """
         from safetensors.torch import save
 
-        directory = Path(directory)
-        temporary = None
-        try:
-            if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-                raise EngramError(f"directory: expected a new or empty one, got {str(directory)!r}")
-            directory.parent.mkdir(parents=True, exist_ok=True)
-            temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
-            os.chmod(temporary, 0o755)
-            report = {
-                "format": FORMAT,
-                "layer": self.layer,
-                "module": self.module,
-                "base_checksum": self.base_checksum,
-                "edited_checksum": self.edited_checksum,
-                "records": [asdict(record) for record in self.records],
+        report = {
+            "format": FORMAT,
+            "layer": self.layer,
+            "module": self.module,
+            "base_checksum": self.base_checksum,
+            "edited_checksum": self.edited_checksum,
+            "records": [asdict(record) for record in self.records],
+        }
+        tensors = {}
+        for i, write in enumerate(self.writes):
+            tensors |= {
+                f"{i}.left": write.left.cpu().contiguous(),
+                f"{i}.right": write.right.cpu().contiguous(),
             }
-            (temporary / "edit.json").write_text(
+        with new_directory(directory) as folder:
+            (folder / "edit.json").write_text(
                 json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
             )
-            tensors = {}
-            for i, write in enumerate(self.writes):
-                tensors |= {
-                    f"{i}.left": write.left.cpu().contiguous(),
-                    f"{i}.right": write.right.cpu().contiguous(),
-                }
             # Not save_file, whose files only their owner may read.
-            (temporary / "factors.safetensors").write_bytes(save(tensors))
-            temporary.rename(directory)
-        except OSError as error:
-            reason = error.strerror or error
-            raise EngramError(
-                f"directory: expected one that can be written, got {str(directory)!r} ({reason})"
-            ) from error
-        finally:
-            if temporary is not None:
-                shutil.rmtree(temporary, ignore_errors=True)
+            (folder / "factors.safetensors").write_bytes(save(tensors))
 
     @classmethod
     def load(cls, directory: str | os.PathLike) -> EditResult:
@@ -293,7 +275,4 @@ def restore(projection: Projection, original: torch.Tensor) -> None:
 
 def matrix_checksum(projection: Projection) -> str:
     """A digest of the weight's dtype, shape and bits."""
-    weight = projection.module.weight
-    digest = hashlib.sha256(f"{weight.dtype} {tuple(weight.shape)}".encode())
-    digest.update(tensor_bytes(weight))
-    return digest.hexdigest()
+    return tensor_checksum(projection.module.weight)

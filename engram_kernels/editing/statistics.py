@@ -13,7 +13,9 @@ import torch
 
 from ..errors import EngramError
 from ..functional import second_moment_
-from .structure import Projection, decoder_layers
+from ..models.digest import tensor_bytes
+from ..models.layers import decoder_layers
+from .structure import Projection
 from .tokens import context_length
 
 CHUNK = 512
@@ -59,11 +61,6 @@ def _feeding(model: torch.nn.Module, projection: Projection) -> list[tuple[str, 
         for name, tensor in sorted(model.state_dict().items())
         if not name.startswith(tuple(skipped))
     ]
-
-
-def tensor_bytes(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a tensor in row-major order."""
-    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ..errors import EngramError
+from ..models.layers import decoder_layers
 
 EDITABLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -30,27 +31,6 @@ class Projection:
         """The weight as `[out, in]`: a view, so that writing to it edits the model."""
         weight = self.module.weight.detach()
         return weight.T if self.transposed else weight
-
-
-def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The stack of decoder layers and its name: the largest `ModuleList` of blocks of one class.
-
-    Raises:
-        EngramError: the model has no such list.
-    """
-    stacks = [
-        (sum(parameter.numel() for parameter in module.parameters()), name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList)
-        and len(module) > 0
-        and len({type(block) for block in module}) == 1
-    ]
-    if not stacks:
-        raise EngramError(
-            "model: expected its decoder layers in an nn.ModuleList of blocks of one class, got none"
-        )
-    _, name, layers = max(stacks, key=lambda stack: stack[0])
-    return name, layers
 
 
 def default_layer(model: nn.Module) -> int:

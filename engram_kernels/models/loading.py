@@ -104,9 +104,7 @@ def import_transformers():
     try:
         import transformers
     except ImportError as error:
-        raise EngramError(
-            "engram_kernels.editing needs transformers: pip install 'transformers>=5.0'"
-        ) from error
+        raise EngramError("this needs transformers: pip install 'transformers>=5.0'") from error
     return transformers
 
 

@@ -1,0 +1,1 @@
+"""What the systems share: models loaded, their layers found, tensors digested, folders written whole."""

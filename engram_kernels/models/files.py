@@ -1,0 +1,37 @@
+"""Folders that are written whole or not at all."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..errors import EngramError
+
+
+@contextmanager
+def new_directory(directory: str | os.PathLike) -> Iterator[Path]:
+    """Yield a temporary folder beside `directory`, and give it that name at the end of the block.
+
+    Raises:
+        EngramError: the directory exists and is not empty, or cannot be written.
+    """
+    directory = Path(directory)
+    temporary = None
+    try:
+        if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+            raise EngramError(f"directory: expected a new or empty one, got {str(directory)!r}")
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+        os.chmod(temporary, 0o755)
+        yield temporary
+        temporary.rename(directory)
+    except OSError as error:
+        reason = error.strerror or error
+        raise EngramError(
+            f"directory: expected one that can be written, got {str(directory)!r} ({reason})"
+        ) from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
