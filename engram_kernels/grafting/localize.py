@@ -1,0 +1,245 @@
+"""Find the few fine-tuned weights that carry a skill."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .. import _checks as check
+from ..errors import EngramError
+from .graft import Graft
+from .mask import GraftMask
+from .parameters import graftable_parameters, tensors_of
+from .recipes import RECIPES, Recipe
+
+# Gradients are used, and freed, whenever so many bytes of them have come: few launches, and no copy of the
+# model in gradients.
+BUCKET = 64 << 20
+
+
+def localize(
+    pre_model: nn.Module,
+    ft_model: nn.Module | Mapping[str, Tensor] | str | os.PathLike,
+    batches: Iterable,
+    loss_fn: Callable[[nn.Module, object], Tensor] | None = None,
+    sparsity: float = 1e-4,
+    recipe: str | Recipe = "rounds",
+    steps: int | None = None,
+    lr: float | None = None,
+    l1: float | None = None,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] = (),
+    accumulate: int = 1,
+    seed: int = 0,
+    progress: Callable[[int, int, float], None] | None = None,
+) -> Graft:
+    """Learn which fine-tuned weights carry a skill: `min over S of loss(pre + γ(S) (ft − pre))`.
+
+    The blend runs in the model's own parameters: for the time of the call they are given other memory, and
+    their own tensors, untouched, are `pre`. Their gradients are used as they come in the backward pass, and
+    freed. Memory beside the models: θ and, in fp32, S. The model is given back as it was, after errors too.
+
+    Args:
+        pre_model: the pre-trained model; its mode (training or evaluation) is kept.
+        ft_model: the fine-tuned one: a model, a mapping of tensors, or a safetensors file or folder, which is
+            mapped and not read into memory (for models on the CPU).
+        batches: what `loss_fn` takes, gone through again and again; an iterator only once. Mappings of
+            tensors are moved to the model's device.
+        loss_fn: `loss_fn(model, batch)`, a scalar, such as `PromptTask.loss`. Default: `model(**batch).loss`,
+            which Hugging Face's models for language and for classification compute from labels.
+        sparsity: the share of the graftable weights to find; 1e-4 is 0.01 %.
+        recipe: "rounds", "panigrahi", "localize-and-stitch" (see `RECIPES`), or a `Recipe`.
+        steps: gradient steps. Default: the recipe's.
+        lr: learning rate. Default: the recipe's.
+        l1: weight of the sum of all gates. Default: the recipe's.
+        include, exclude: glob patterns of parameter names, as for `graftable_parameters`.
+        accumulate: batches a step; with more than one, gradients are kept until the last of them.
+        seed: of the logits' noise.
+        progress: called with the steps done, their number, and the loss.
+
+    Returns:
+        The graft. Under "rounds" it has exactly `round(sparsity · weights)` entries.
+
+    Raises:
+        ValueError, TypeError: an argument that cannot be used.
+        EngramError: no batch, a loss that is not finite, models that do not match.
+
+    Example:
+        >>> graft = localize(base, tuned, loader, sparsity=1e-4)
+        >>> graft.save_pretrained("my-skill")
+
+    Source: Panigrahi et al. 2023 (arXiv 2302.06600); He et al. 2024 (arXiv 2408.13656).
+    """
+    plan = _plan(recipe, steps, lr, l1)
+    check.number("sparsity", sparsity, at_least=0)
+    check.expect(sparsity <= 1, "sparsity", "at most 1", sparsity)
+    for name, value in (("accumulate", accumulate), ("seed", seed)):
+        known = isinstance(value, int) and not isinstance(value, bool)
+        check.expect(known, name, "an integer", type(value).__name__, TypeError)
+    check.expect(accumulate >= 1, "accumulate", "at least 1", accumulate)
+
+    parameters = graftable_parameters(pre_model, include, exclude)
+    pre = {name: parameter.detach() for name, parameter in parameters.items()}
+    ft = _matching(tensors_of(ft_model, list(pre), "ft_model"), pre)
+    size = round(sparsity * sum(tensor.numel() for tensor in pre.values()))
+    mask = GraftMask(pre, ft, plan, size, seed)
+    stream = _endless(batches)
+    loss_fn = loss_fn or _own_loss
+    with _InPlace(pre_model, list(parameters.values()), mask, plan) as training:
+        for step in range(plan.steps):
+            losses = []
+            for i in range(accumulate):
+                loss = loss_fn(pre_model, _moved(next(stream), pre_model))
+                losses.append(_checked(loss))
+                training.last = i == accumulate - 1
+                (loss / accumulate).backward()
+            training.flush()
+            if plan.rounds and (step + 1) * plan.rounds // plan.steps > step * plan.rounds // plan.steps:
+                mask.rebase_()
+                mask.blend_(training.theta)
+            if progress:
+                progress(step + 1, plan.steps, sum(losses) / accumulate)
+    chosen = mask.base if plan.rounds else mask.open()
+    return Graft.from_masks(
+        pre,
+        ft,
+        dict(zip(mask.names, chosen, strict=True)),
+        base_model=getattr(getattr(pre_model, "config", None), "_name_or_path", None) or None,
+        base_revision=getattr(getattr(pre_model, "config", None), "_commit_hash", None),
+        recipe={"name": recipe if isinstance(recipe, str) else "own", **dataclasses.asdict(plan)}
+        | {"sparsity": sparsity, "accumulate": accumulate, "seed": seed},
+    )
+
+
+class _InPlace:
+    """The model with θ in its parameters, and a mask that learns from their gradients as they come."""
+
+    def __init__(self, model: nn.Module, parameters: list[nn.Parameter], mask: GraftMask, plan: Recipe):
+        self.model, self.parameters, self.mask, self.plan = model, parameters, mask, plan
+        self.last = True  # whether the present backward pass is the step's last
+        self.pending: list[int] = []
+        self.done: set[int] = set()
+
+    def __enter__(self) -> _InPlace:
+        everything = list(self.model.parameters())
+        self.before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in everything]
+        self.theta = [torch.empty_like(pre, memory_format=torch.contiguous_format) for pre in self.mask.pre]
+        self.mask.blend_(self.theta)
+        for parameter in everything:
+            parameter.requires_grad_(False)
+            parameter.grad = None
+        self.hooks = []
+        for i, parameter in enumerate(self.parameters):
+            parameter.data = self.theta[i]
+            parameter.requires_grad_(True)
+            self.hooks.append(parameter.register_post_accumulate_grad_hook(lambda _, i=i: self._arrived(i)))
+        return self
+
+    def __exit__(self, *_details) -> None:
+        for hook in self.hooks:
+            hook.remove()
+        for parameter, pre in zip(self.parameters, self.mask.pre, strict=True):
+            parameter.data = pre
+        for parameter, requires_grad, gradient in self.before:
+            parameter.requires_grad_(requires_grad)
+            parameter.grad = gradient
+        torch.clear_autocast_cache()
+
+    def _arrived(self, i: int) -> None:
+        if not self.last:
+            return
+        if i in self.done:
+            raise EngramError(
+                "pre_model: expected each weight's gradient once in a backward pass, got it in parts: "
+                "use checkpointing with use_reentrant=False"
+            )
+        self.pending.append(i)
+        if sum(self.parameters[j].grad.nbytes for j in self.pending) >= BUCKET:
+            self._step()
+
+    def flush(self) -> None:
+        """Use the gradients that are left, and be ready for the next step."""
+        # Gradients of earlier batches alone wait here for parameters that the last batch did not use.
+        late = [i for i, p in enumerate(self.parameters) if p.grad is not None and i not in set(self.pending)]
+        self.pending += late
+        self._step()
+        if not self.done:
+            raise EngramError("loss_fn: expected a loss that depends on the graftable weights, got none")
+        self.done.clear()
+
+    def _step(self) -> None:
+        if not self.pending:
+            return
+        grads = [self.parameters[i].grad for i in self.pending]
+        out = [self.theta[i] for i in self.pending]
+        self.mask.step_(self.pending, grads, out, self.plan.lr, self.plan.l1)
+        for i in self.pending:
+            self.parameters[i].grad = None
+        self.done.update(self.pending)
+        self.pending.clear()
+
+
+def _plan(recipe: str | Recipe, steps: int | None, lr: float | None, l1: float | None) -> Recipe:
+    if not isinstance(recipe, Recipe):
+        check.expect(recipe in RECIPES, "recipe", f"one of {', '.join(RECIPES)} or a Recipe", repr(recipe))
+        recipe = RECIPES[recipe]
+    given = {name: value for name, value in (("steps", steps), ("lr", lr), ("l1", l1)) if value is not None}
+    for name, value in given.items():
+        check.number(name, value)
+    recipe = dataclasses.replace(recipe, **given)
+    known = isinstance(recipe.steps, int) and recipe.steps >= max(1, recipe.rounds)
+    check.expect(known, "steps", f"an integer of at least {max(1, recipe.rounds)}", recipe.steps)
+    return recipe
+
+
+def _matching(ft: dict[str, Tensor], pre: dict[str, Tensor]) -> dict[str, Tensor]:
+    for name, tensor in ft.items():
+        if tensor.shape != pre[name].shape:
+            raise EngramError(
+                f"ft_model: expected shape {list(pre[name].shape)} in {name!r}, got {list(tensor.shape)}"
+            )
+        if tensor.dtype != pre[name].dtype:
+            raise EngramError(f"ft_model: expected {pre[name].dtype} in {name!r}, got {tensor.dtype}")
+    return {name: tensor.to(pre[name].device) for name, tensor in ft.items()}
+
+
+def _endless(batches: Iterable) -> Iterator:
+    while True:
+        empty = True
+        for batch in batches:
+            empty = False
+            yield batch
+        if empty:
+            raise EngramError("batches: expected at least one for each step, got no more")
+
+
+def _moved(batch: object, model: nn.Module) -> object:
+    if not isinstance(batch, Mapping):
+        return batch
+    device = next(model.parameters()).device
+    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+
+
+def _own_loss(model: nn.Module, batch: Mapping) -> Tensor:
+    if not isinstance(batch, Mapping):
+        raise TypeError(f"batches: expected mappings where no loss_fn is given, got {type(batch).__name__}")
+    loss = getattr(model(**batch), "loss", None)
+    if loss is None:
+        raise ValueError(
+            "batches: expected labels where no loss_fn is given, got none: the model gave no loss"
+        )
+    return loss
+
+
+def _checked(loss: Tensor) -> float:
+    known = isinstance(loss, Tensor) and loss.numel() == 1
+    check.expect(known, "loss_fn", "a scalar tensor", type(loss).__name__, TypeError)
+    value = loss.item()
+    if not math.isfinite(value):
+        raise EngramError(f"loss_fn: expected a finite loss, got {value}")
+    return value

@@ -1,0 +1,108 @@
+"""A learned mask over the parameters of a model: `γ = σ(s (S − bias))`, s = −1 in the base mask."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ..functional import (
+    graft_blend,
+    graft_blend_all_,
+    graft_mask_step_,
+    graft_top_k,
+    pack_mask,
+    top_k_mask,
+    unpack_mask,
+)
+from .recipes import Recipe
+
+
+class GraftMask:
+    """The logits S of a mask, the two models it blends, and the operations on them.
+
+    For those who compose with their own autograd, `parameters` gives blended weights that are differentiable
+    in the logits, for `torch.func.functional_call`.
+
+    Attributes:
+        names: of the parameters.
+        pre, ft: their tensors in the two models.
+        logits: S, fp32.
+        base: packed base masks, or None.
+        bias: the gate's bias.
+        size: the number k of positions that the mask shall have.
+
+    Example:
+        >>> mask = GraftMask(pre, ft, RECIPES["panigrahi"], size=10_000)
+        >>> for logits in mask.logits:
+        ...     logits.requires_grad_()
+        >>> loss = loss_of(torch.func.functional_call(model, mask.parameters(), args))
+        >>> loss.backward()  # gradients in mask.logits
+    """
+
+    def __init__(
+        self, pre: Mapping[str, Tensor], ft: Mapping[str, Tensor], recipe: Recipe, size: int, seed: int = 0
+    ):
+        self.names = list(pre)
+        self.pre = [pre[name] for name in self.names]
+        self.ft = [ft[name] for name in self.names]
+        self.bias = recipe.bias
+        self.size = size
+        largest = graft_top_k(self.pre, self.ft, size)
+        self.base = largest if recipe.base else None
+        generator = torch.Generator().manual_seed(seed)
+        self.logits = []
+        for weight, mask in zip(self.pre, largest, strict=True):
+            logits = torch.full(weight.shape, recipe.outside, device=weight.device)
+            if recipe.inside != recipe.outside:
+                logits[unpack_mask(mask, weight.shape)] = recipe.inside
+            if recipe.noise:
+                logits += recipe.noise * torch.rand(weight.shape, generator=generator).to(weight.device)
+            self.logits.append(logits)
+
+    def parameters(self) -> dict[str, Tensor]:
+        """θ by name, differentiable in the logits."""
+        return {
+            name: graft_blend(pre, ft, logits, base, self.bias)
+            for name, pre, ft, logits, base in zip(
+                self.names, self.pre, self.ft, self.logits, self._bases(), strict=True
+            )
+        }
+
+    def blend_(self, out: Sequence[Tensor]) -> None:
+        """Write θ into tensors of the parameters' shapes."""
+        graft_blend_all_(out, self.pre, self.ft, self.logits, self.base, self.bias)
+
+    def step_(
+        self, which: Sequence[int], grads: Sequence[Tensor], out: Sequence[Tensor], lr: float, l1: float
+    ):
+        """Take a gradient step on the logits of some parameters, and write their next θ."""
+        take = lambda tensors: [tensors[i] for i in which]  # noqa: E731
+        base = None if self.base is None else take(self.base)
+        logits, pre, ft = take(self.logits), take(self.pre), take(self.ft)
+        graft_mask_step_(logits, grads, pre, ft, base, self.bias, lr, l1, out)
+
+    @torch.no_grad()
+    def rebase_(self) -> None:
+        """Make the k positions of the highest score `s S` the base mask, and keep every score."""
+        self._flip_()
+        self.base = top_k_mask(self.logits, self.size)
+        self._flip_()
+
+    def open(self) -> list[Tensor]:
+        """Packed masks of the gates above one half."""
+        masks = []
+        for logits, base in zip(self.logits, self._bases(), strict=True):
+            flipped = logits > self.bias
+            masks.append(pack_mask(flipped if base is None else flipped ^ unpack_mask(base, logits.shape)))
+        return masks
+
+    def _bases(self) -> Sequence[Tensor | None]:
+        return self.base if self.base is not None else [None] * len(self.names)
+
+    def _flip_(self) -> None:
+        """S ← s S: from logits to scores, and back."""
+        for logits, base in zip(self.logits, self._bases(), strict=True):
+            if base is not None:
+                logits[unpack_mask(base, logits.shape)] *= -1

@@ -1,0 +1,116 @@
+"""Which parameters of a model can carry a graft, and where they lie."""
+
+import json
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import EngramError
+from ..models.layers import decoder_layers
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def graftable_parameters(
+    model: nn.Module, include: Sequence[str] | None = None, exclude: Sequence[str] = ()
+) -> dict[str, nn.Parameter]:
+    """The parameters that a graft may change, by name, each once.
+
+    Args:
+        model: any model whose layers lie in an `nn.ModuleList`.
+        include: glob patterns of parameter names, such as `"*.mlp.*"`. Default: every parameter of the stack
+            of layers; no embeddings, no final norm, no head.
+        exclude: glob patterns of names to leave out of these.
+
+    Raises:
+        ValueError: a pattern matches nothing.
+        EngramError: a parameter cannot be grafted soundly: quantised, on the meta device, or sharing its
+            memory with another one.
+    """
+    named = dict(model.named_parameters())
+    if include is None:
+        stack, _ = decoder_layers(model)
+        chosen = {name for name in named if name.startswith(f"{stack}.")}
+    else:
+        chosen = set().union(
+            *(_matches("include", pattern, named) for pattern in _patterns("include", include))
+        )
+    for pattern in _patterns("exclude", exclude):
+        chosen -= _matches("exclude", pattern, named)
+    parameters = {name: parameter for name, parameter in named.items() if name in chosen}
+    if not parameters:
+        raise ValueError("exclude: expected patterns that leave a parameter to graft, got none left")
+    memory: dict[int, str] = {}
+    for name, parameter in parameters.items():
+        if parameter.is_meta:
+            raise EngramError(f"model: expected its weights in memory, got {name!r} on the meta device")
+        if parameter.dtype not in DTYPES:
+            raise EngramError(
+                f"model: expected float32, bfloat16 or float16, got {parameter.dtype} in {name!r}"
+            )
+        if (first := memory.setdefault(parameter.data_ptr(), name)) != name and parameter.numel():
+            raise EngramError(f"model: expected a weight of its own in {name!r}, got that of {first!r}")
+    return parameters
+
+
+def _patterns(argument: str, patterns: Sequence[str]) -> Sequence[str]:
+    if isinstance(patterns, str):
+        raise TypeError(f"{argument}: expected a list of patterns, got the string {patterns!r}")
+    return patterns
+
+
+def _matches(argument: str, pattern: str, named: Mapping[str, object]) -> set[str]:
+    found = {name for name in named if fnmatchcase(name, pattern)}
+    if not found:
+        raise ValueError(f"{argument}: expected a pattern that matches a parameter, got {pattern!r}")
+    return found
+
+
+def tensors_of(source: object, names: Sequence[str], argument: str) -> dict[str, Tensor]:
+    """The tensors of those names in a model, a mapping, or a safetensors file or folder (mapped, not read).
+
+    Raises:
+        TypeError: `source` is none of these.
+        EngramError: a tensor is missing, or a file cannot be read.
+    """
+    if isinstance(source, nn.Module):
+        found: Mapping[str, Tensor] = dict(source.named_parameters(remove_duplicate=False))
+    elif isinstance(source, Mapping):
+        found = source
+    elif isinstance(source, (str, Path)):
+        found = _mapped(Path(source), names, argument)
+    else:
+        raise TypeError(f"{argument}: expected a model, a mapping or a path, got {type(source).__name__}")
+    missing = [name for name in names if name not in found]
+    if missing:
+        raise EngramError(f"{argument}: expected a tensor {missing[0]!r}, got none of that name")
+    return {name: found[name].detach() for name in names}
+
+
+def _mapped(path: Path, names: Sequence[str], argument: str) -> dict[str, Tensor]:
+    """Tensors of a safetensors file, or of a folder's shards; their pages are read when they are used."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        index = path / "model.safetensors.index.json"
+        if path.is_file():
+            shards = [path]
+        elif index.is_file():
+            listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            shards = [path / name for name in sorted({listed[name] for name in names if name in listed})]
+        else:
+            shards = sorted(path.glob("*.safetensors"))
+        if not shards:
+            raise OSError("no safetensors file")
+        tensors = {}
+        for shard in shards:
+            with safe_open(shard, framework="pt") as file:
+                tensors |= {name: file.get_tensor(name) for name in names if name in file.keys()}
+        return tensors
+    except (OSError, KeyError, ValueError, SafetensorError) as error:
+        raise EngramError(
+            f"{argument}: expected safetensors at {str(path)!r}, got none that can be read ({error})"
+        ) from error

@@ -1,0 +1,170 @@
+"""Tasks that a language model answers by one word after a prompt, and how well it does."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import EngramError
+
+BINS = 15
+
+
+class PromptTask:
+    """Classification by the next word: a template with `{}` for the text, and one word for each label.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        template: such as "Review: {} Sentiment: It was".
+        words: such as [" terrible", " great"], each one token, all different.
+        max_length: tokens of a prompt; longer texts lose their end, never the template.
+
+    Raises:
+        ValueError: a template without `{}`, or words that are not one token each, or equal.
+
+    Example:
+        >>> task = PromptTask(tokenizer, "Review: {} Sentiment: It was", [" terrible", " great"])
+        >>> graft = localize(base, tuned, task.batches(rows, 16), loss_fn=task.loss)
+    """
+
+    def __init__(self, tokenizer, template: str, words: Sequence[str], max_length: int = 256):
+        if template.count("{}") != 1:
+            raise ValueError(f"template: expected one {{}} for the text, got {template!r}")
+        tokens = [tokenizer(word, add_special_tokens=False)["input_ids"] for word in words]
+        for word, ids in zip(words, tokens, strict=True):
+            if len(ids) != 1:
+                raise ValueError(f"words: expected words of one token, got {word!r} with {len(ids)}")
+        if len(words) < 2 or len({ids[0] for ids in tokens}) < len(words):
+            raise ValueError(f"words: expected two or more different tokens, got {list(words)!r}")
+        self.tokenizer, self.template, self.words, self.max_length = (
+            tokenizer,
+            template,
+            list(words),
+            max_length,
+        )
+        self.tokens = torch.tensor([ids[0] for ids in tokens])
+
+    def batches(self, rows: Sequence[tuple[int, str]], size: int, seed: int | None = None) -> list[dict]:
+        """Cut (label, text) rows into batches of prompts of like length.
+
+        Args:
+            rows: label, from 0 to the number of words less one, and text.
+            size: rows a batch.
+            seed: shuffles rows and batches. Default: batches from short to long.
+
+        Returns:
+            Mappings of input_ids and attention_mask [size, longest], padded on the right, and labels [size].
+        """
+        wrong = [label for label, _ in rows if not 0 <= label < len(self.words)]
+        if wrong:
+            raise ValueError(f"rows: expected labels from 0 to {len(self.words) - 1}, got {wrong[0]}")
+        encoded = [(label, self._encode(text)) for label, text in rows]
+        generator = random.Random(seed)
+        if seed is not None:
+            generator.shuffle(encoded)
+        encoded.sort(key=lambda row: len(row[1]))
+        groups = [encoded[at : at + size] for at in range(0, len(encoded), size)]
+        if seed is not None:
+            generator.shuffle(groups)
+        return [self._collate(group) for group in groups]
+
+    def _encode(self, text: str) -> list[int]:
+        ids = self.tokenizer(self.template.replace("{}", text))["input_ids"]
+        while len(ids) > self.max_length and text:
+            text = text[: len(text) - max(1, len(text) * (len(ids) - self.max_length) // len(ids))]
+            ids = self.tokenizer(self.template.replace("{}", text))["input_ids"]
+        return ids
+
+    def _collate(self, group: list[tuple[int, list[int]]]) -> dict:
+        longest = max(len(ids) for _, ids in group)
+        input_ids = torch.zeros(len(group), longest, dtype=torch.long)
+        attention_mask = torch.zeros(len(group), longest, dtype=torch.long)
+        for i, (_, ids) in enumerate(group):
+            input_ids[i, : len(ids)] = torch.tensor(ids)
+            attention_mask[i, : len(ids)] = 1
+        labels = torch.tensor([label for label, _ in group])
+        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+    def logits(self, model: nn.Module, batch: dict) -> Tensor:
+        """The logits of the words after each prompt, [batch, labels]; no other row of the head is used."""
+        head = model.get_output_embeddings()
+        hidden = model.base_model(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+        )[0]
+        last = batch["attention_mask"].sum(-1) - 1
+        hidden = hidden[torch.arange(len(last), device=last.device), last]
+        tokens = self.tokens.to(hidden.device)
+        bias = None if head.bias is None else head.bias[tokens]
+        return nn.functional.linear(hidden, head.weight[tokens], bias)
+
+    def loss(self, model: nn.Module, batch: dict) -> Tensor:
+        """The mean cross-entropy of the labels' words among all words."""
+        return nn.functional.cross_entropy(self.logits(model, batch).float(), batch["labels"])
+
+
+class Evaluation(NamedTuple):
+    """How well a classifier does: `ece` is the expected calibration error, `count` the number of rows."""
+
+    accuracy: float
+    ece: float
+    loss: float
+    count: int
+
+
+def calibration_error(probabilities: Tensor, labels: Tensor, bins: int = BINS) -> float:
+    """The expected calibration error: `Σ_b n_b / n · |accuracy_b − confidence_b|` over bins of equal width.
+
+    Args:
+        probabilities: [n, labels].
+        labels: [n].
+        bins: of the confidence, the largest probability, over (0, 1].
+
+    Source: Guo et al. 2017 (arXiv 1706.04599), eq. 3.
+    """
+    confidence, answer = probabilities.double().max(-1)
+    right = (answer == labels).double()
+    which = (confidence * bins).ceil().long().clamp(1, bins) - 1
+    gaps = torch.zeros(bins, dtype=torch.float64).index_add_(0, which.cpu(), (right - confidence).cpu())
+    return float(gaps.abs().sum() / max(1, len(labels)))
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[dict],
+    logits_fn: Callable[[nn.Module, dict], Tensor] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Evaluation:
+    """Classify labelled batches.
+
+    Args:
+        model: in the mode that it is in.
+        batches: mappings of tensors with `labels` [n].
+        logits_fn: `logits_fn(model, batch)`, [n, labels], such as `PromptTask.logits`. Default:
+            `model(**batch).logits`, of a model for sequence classification.
+        progress: called with the rows done.
+
+    Raises:
+        EngramError: no batch, or logits that are not finite.
+    """
+    device = next(model.parameters()).device
+    probabilities, labels = [], []
+    for batch in batches:
+        batch = {key: value.to(device) for key, value in batch.items()}
+        logits = logits_fn(model, batch) if logits_fn else model(**batch).logits
+        probabilities.append(logits.float().softmax(-1).cpu())
+        labels.append(batch["labels"].cpu())
+        if progress:
+            progress(sum(map(len, labels)))
+    if not labels:
+        raise EngramError("batches: expected at least one, got none")
+    everything, truth = torch.cat(probabilities), torch.cat(labels)
+    if not everything.isfinite().all():
+        raise EngramError("model: expected finite logits, got NaN or infinity")
+    accuracy = float((everything.argmax(-1) == truth).double().mean())
+    loss = float(nn.functional.nll_loss(everything.clamp_min(1e-12).log(), truth))
+    return Evaluation(accuracy, calibration_error(everything, truth), loss, len(truth))
