@@ -11,7 +11,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 CPU = ROOT / "csrc" / "cpu"
-DRIVER = Path(__file__).parent / "native" / "sanitize_rank_one.cpp"
+NATIVE = Path(__file__).parent / "native"
+FAMILIES = ("rank_one", "graft")
 COMPILER = shutil.which(os.environ.get("CXX", "c++"))
 X86 = platform.machine() in ("x86_64", "AMD64")
 # As in CMakeLists.txt.
@@ -24,7 +25,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(COMPILER is None, reason="no 
 
 
 @pytest.fixture(scope="module")
-def driver(tmp_path_factory) -> Path:
+def drivers(tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("sanitizers")
     options = ["-std=c++17", "-O1", "-g1", "-fopenmp", "-fsanitize=address,undefined"]
     options += ["-fno-sanitize-recover=all", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'include'}"]
@@ -34,7 +35,7 @@ def driver(tmp_path_factory) -> Path:
     if subprocess.run([COMPILER, *options, probe, "-o", folder / "probe"], capture_output=True).returncode:
         pytest.skip(f"{COMPILER} cannot link the sanitizers and OpenMP")
 
-    jobs = [(DRIVER, [], folder / "driver.o")]
+    jobs = [(NATIVE / f"sanitize_{family}.cpp", [], folder / f"{family}-driver.o") for family in FAMILIES]
     for source in CPU.glob("*.cpp"):
         if not source.stem.endswith("_kernels"):
             jobs.append((source, [], folder / f"{source.stem}.o"))
@@ -48,19 +49,24 @@ def driver(tmp_path_factory) -> Path:
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(lambda job: build(*job), jobs))
-    subprocess.run([COMPILER, *options, *objects, "-o", folder / "driver"], check=True)
-    return folder / "driver"
+    kernels = objects[len(FAMILIES) :]
+    for family, driver in zip(FAMILIES, objects, strict=False):
+        subprocess.run([COMPILER, *options, driver, *kernels, "-o", folder / family], check=True)
+    return {family: folder / family for family in FAMILIES}
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_no_report(driver, level):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_report(drivers, family, level):
     environment = {
         **os.environ,
         "ENGRAM_CPU_ISA": level,
         "ASAN_OPTIONS": "detect_leaks=1",
         "UBSAN_OPTIONS": "print_stacktrace=1",
     }
-    done = subprocess.run([driver, level], env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [drivers[family], level], env=environment, capture_output=True, text=True, timeout=300
+    )
     if done.returncode == 77:
         pytest.skip(f"this machine does not run {level}")
     report = done.stdout + done.stderr
