@@ -10,7 +10,7 @@ fp64 before it is timed. Traffic counts each input read once and each output wri
 
 import pytest
 import torch
-from harness import floor, interleave
+from harness import check, relative, timed
 
 import engram_kernels as ek
 from engram_kernels._ops import ops
@@ -54,24 +54,6 @@ def upstream_write(weight, keys, values, moment):
 compiled_update = torch.compile(eager_update)
 compiled_residual = torch.compile(eager_residual)
 compiled_write = torch.compile(eager_write)
-
-
-def relative(got: torch.Tensor, truth: torch.Tensor) -> float:
-    return float((got.double() - truth).norm() / truth.norm())
-
-
-def check(errors: dict[str, float], slack: float) -> None:
-    """A wrong variant ends the benchmark; so does one whose error nobody measured."""
-    assert all(error < slack for error in errors.values()), errors
-
-
-def timed(benchmark, record, case, variants, device, size, traffic, work, errors, once=()):
-    """Time the variants, hand ours to pytest-benchmark too, and keep the case for the table."""
-    outcomes = interleave(variants, device, rounds=15 if size < 10**7 else 5, once=once)
-    for name, error in errors.items():
-        outcomes[name].error = error
-    record(case, "engram", outcomes, traffic, floor(device, traffic, work))
-    benchmark.pedantic(variants["engram"], rounds=3)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])

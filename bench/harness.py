@@ -85,3 +85,21 @@ def floor(device: str, traffic: float, work: dict[torch.dtype, float]) -> float:
     """The least seconds: bytes at the copy's rate or operations at the GEMM's, whichever is more."""
     arithmetic = sum(count / gemm_rate(device, dtype) for dtype, count in work.items())
     return max(traffic / copy_bandwidth(device), arithmetic)
+
+
+def relative(got: torch.Tensor, truth: torch.Tensor) -> float:
+    return float((got.double() - truth).norm() / truth.norm())
+
+
+def check(errors: dict[str, float], slack: float) -> None:
+    """A wrong variant ends the benchmark; so does one whose error nobody measured."""
+    assert all(error < slack for error in errors.values()), errors
+
+
+def timed(benchmark, record, case, variants, device, size, traffic, work, errors, once=()):
+    """Time the variants, hand ours to pytest-benchmark too, and keep the case for the table."""
+    outcomes = interleave(variants, device, rounds=15 if size < 10**7 else 5, once=once)
+    for name, error in errors.items():
+        outcomes[name].error = error
+    record(case, "engram", outcomes, traffic, floor(device, traffic, work))
+    benchmark.pedantic(variants["engram"], rounds=3)

@@ -2,44 +2,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <array>
-#include <vector>
-
+#include "bind.h"
 #include "cpu/isa.h"
-#include "engram/graft.h"
 #include "engram/rank_one.h"
 
 namespace py = pybind11;
 using engram::DType;
 using engram::WeightShape;
-
-template <class T>
-static T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
-// (out, pre, ft, logits, base, gradient, size, type) of each tensor
-using GraftRows = std::vector<std::array<int64_t, 8>>;
-
-static std::vector<engram::GraftTensor> graft_tensors(const GraftRows& rows) {
-  std::vector<engram::GraftTensor> tensors;
-  for (const auto& row : rows)
-    tensors.push_back({pointer<void>(row[0]), pointer<const void>(row[1]), pointer<const void>(row[2]),
-                       pointer<float>(row[3]), pointer<const uint8_t>(row[4]), pointer<const void>(row[5]),
-                       row[6], static_cast<DType>(row[7])});
-  return tensors;
-}
-
-// (weight, indices, values, overwritten, count, size, bytes an element) of each tensor
-using SparseRows = std::vector<std::array<int64_t, 7>>;
-
-static std::vector<engram::SparseTensor> sparse_tensors(const SparseRows& rows) {
-  std::vector<engram::SparseTensor> tensors;
-  for (const auto& row : rows)
-    tensors.push_back({pointer<void>(row[0]), pointer<const void>(row[1]), pointer<const void>(row[2]),
-                       pointer<void>(row[3]), row[4], row[5], static_cast<int>(row[6])});
-  return tensors;
-}
 
 static py::dict build_info() {
   py::dict info;

@@ -2,10 +2,12 @@
 // in Python. Nothing here touches the driver before a kernel is launched: the module imports without a GPU.
 #include <cuda_runtime_api.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <stdexcept>
 #include <string>
 
+#include "bind.h"
 #include "cuda/error.h"
 #include "engram/rank_one.h"
 
@@ -13,11 +15,6 @@ namespace py = pybind11;
 using engram::DType;
 using engram::SystemKind;
 using engram::WeightShape;
-
-template <class T>
-static T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
 
 static void check(int code, const char* name) {
   if (code == 0) return;
@@ -67,4 +64,35 @@ PYBIND11_MODULE(_cuda, module) {
                                     pointer<int32_t>(info), pointer<void>(stream)),
           "small_solve");
   });
+
+  module.def("pack_mask", [](uintptr_t mask, int64_t size, uintptr_t packed, uintptr_t stream) {
+    check(engram::cuda::pack_mask(pointer<const uint8_t>(mask), size, pointer<uint8_t>(packed),
+                                  pointer<void>(stream)),
+          "pack_mask");
+  });
+
+  module.def("top_k_workspace", engram::cuda::top_k_workspace);
+  module.def("top_k_mask",
+             [](const GraftRows& rows, int64_t k, uintptr_t workspace, uintptr_t invalid, uintptr_t stream) {
+               const auto tensors = graft_tensors(rows);
+               check(engram::cuda::top_k_mask(tensors.data(), tensors.size(), k, pointer<void>(workspace),
+                                              pointer<int64_t>(invalid), pointer<void>(stream)),
+                     "top_k_mask");
+             });
+
+  module.def("sparse_workspace", engram::cuda::sparse_workspace);
+  module.def("sparse_faults", [](const SparseRows& rows, bool wide_indices, uintptr_t workspace,
+                                 uintptr_t faults, uintptr_t stream) {
+    const auto tensors = sparse_tensors(rows);
+    check(engram::cuda::sparse_faults(tensors.data(), tensors.size(), wide_indices, pointer<void>(workspace),
+                                      pointer<int64_t>(faults), pointer<void>(stream)),
+          "sparse_faults");
+  });
+  module.def("sparse_apply",
+             [](const SparseRows& rows, bool wide_indices, uintptr_t workspace, uintptr_t stream) {
+               const auto tensors = sparse_tensors(rows);
+               check(engram::cuda::sparse_apply(tensors.data(), tensors.size(), wide_indices,
+                                                pointer<void>(workspace), pointer<void>(stream)),
+                     "sparse_apply");
+             });
 }

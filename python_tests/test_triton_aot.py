@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 if triton.knobs.runtime.interpret:
@@ -14,7 +15,7 @@ if triton.knobs.runtime.interpret:
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from engram_kernels.backends.triton import rank_one  # noqa: E402
+from engram_kernels.backends.triton import graft, graft_kernels, rank_one  # noqa: E402
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 WEIGHTS = {"fp32": "*fp32", "bf16": "*bf16", "fp16": "*fp16"}
@@ -41,25 +42,63 @@ CASES = {
     "residual, odd": (rank_one._residual_kernel, RESIDUAL, rank_one.residual_launch(32), (), False),
 }
 
+GRAFT_WEIGHTS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def graft_cases():
+    """Yield name, kernel, signature, constants, and whether pointers are multiples of 16."""
+    for weight, pointer in WEIGHTS.items():
+        pair = {"pre": pointer, "ft": pointer, "logits": "*fp32"}
+        scalars = {"bias": "fp32", "size": "i32"}
+        for base in (False, True):
+            has_base = {"HAS_BASE": base}
+            mask = {"base": "*u8"} if base else {"base": "constexpr"}
+            constants = has_base if base else {**has_base, "base": None}
+            blend = {"out": pointer, **pair, **mask, **scalars}
+            gradient = {"out": "*fp32", "gradient": pointer, **pair, **mask, **scalars}
+            case = f"{weight}{', base' if base else ''}"
+            for aligned in (True, False) if base and weight == "bf16" else (True,):
+                where = "" if aligned else ", misaligned"
+                yield f"blend, {case}{where}", graft_kernels.blend_kernel, blend, constants, aligned
+                yield f"gradient, {case}{where}", graft_kernels.gradient_kernel, gradient, constants, aligned
+            table = {"table": "*i64", "count": "i32", "bias": "fp32"}
+            typed = {"WEIGHT": graft.WEIGHTS[GRAFT_WEIGHTS[weight]], **has_base}
+            yield f"blend of all, {case}", graft_kernels.blend_all_kernel, table, typed, True
+            table = {**table, "lr": "fp32", "l1": "fp32"}
+            for out in (False, True):
+                name = f"step of all, {case}{', out' if out else ''}"
+                yield name, graft_kernels.step_all_kernel, table, {**typed, "HAS_OUT": out}, True
+    for bits in (16, 32, 64):
+        choice = {**dict.fromkeys(("out", "pre", "ft"), f"*i{bits}"), "mask": "*u8", "size": "i32"}
+        yield f"choose, {bits} bits", graft_kernels.choose_kernel, choice, {}, True
+    unpack = {"out": "*u8", "packed": "*u8", "size": "i32"}
+    yield "unpack", graft_kernels.unpack_kernel, unpack, {}, True
+
+
+GRAFT_CASES = {name: case for name, *case in graft_cases()}
+
 
 def test_every_kernel_is_compiled():
-    kernels = {value for value in vars(rank_one).values() if isinstance(value, triton.JITFunction)}
-    assert {case[0] for case in CASES.values()} == kernels
-
-
-def resources(case: str, weight: str, capability: int) -> dict[str, int]:
-    """Compile a kernel and return what the assembler says it uses: REG, STACK, SHARED, LOCAL, ..."""
-    kernel, arguments, launch, ones, divisible = CASES[case]
-    arguments, launch = {"weight": weight, **arguments}, dict(launch)
-    options = {name: launch.pop(name) for name in ("num_warps", "num_stages")}
-    constants = {**launch, "PRECISION": rank_one.PRECISION, **dict.fromkeys(ones, 1)}
-    sizes = ("cols", "batch_stride", "row_stride") if divisible else ()
-    aligned = {
-        (i,): [["tt.divisibility", 16]]
-        for i, (name, kind) in enumerate(arguments.items())
-        if kind.startswith("*") or name in sizes
+    compiled = {case[0] for case in (*CASES.values(), *GRAFT_CASES.values())}
+    # Kernels end in _kernel; the other functions are parts of them.
+    kernels = {
+        value
+        for family in (rank_one, graft_kernels)
+        for name, value in vars(family).items()
+        if isinstance(value, triton.JITFunction) and name.endswith("_kernel")
     }
-    signature = {**arguments, **dict.fromkeys(constants, "constexpr")}
+    assert compiled == kernels
+
+
+def resources(
+    kernel, signature: dict, constants: dict, divisible: set, launch: dict, capability: int
+) -> tuple[dict[str, int], str]:
+    """Compile a kernel; return what the assembler says it uses (REG, STACK, SHARED, ...), and the PTX."""
+    launch = dict(launch)
+    options = {name: launch.pop(name) for name in ("num_warps", "num_stages") if name in launch}
+    constants = {**launch, **constants}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(signature) if name in divisible}
+    signature = {**signature, **dict.fromkeys(constants, "constexpr")}
     source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -70,18 +109,43 @@ def resources(case: str, weight: str, capability: int) -> dict[str, int]:
         ).stdout
     used = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", report)}
     used["SHARED"] = max(used["SHARED"], compiled.metadata.shared)
-    return used
+    return used, compiled.asm["ptx"]
+
+
+def pointers(signature: dict) -> set:
+    return {name for name, kind in signature.items() if kind.startswith("*")}
 
 
 # Shared memory that one block may have: sm_80 163 KiB, sm_90 and sm_100 227 KiB.
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 
 
+def check_resources(case: str, used: dict, capability: int) -> None:
+    print(f"{case}, sm_{capability}: {used}")
+    assert used["LOCAL"] == 0 and used["STACK"] == 0
+    assert used["SHARED"] <= SHARED_LIMIT[capability]
+
+
 @pytest.mark.parametrize("capability", SHARED_LIMIT)
 @pytest.mark.parametrize("weight", WEIGHTS)
 @pytest.mark.parametrize("case", CASES)
 def test_compiles_without_spills(case, weight, capability):
-    used = resources(case, WEIGHTS[weight], capability)
-    print(f"{case}, {weight}, sm_{capability}: {used}")
-    assert used["LOCAL"] == 0 and used["STACK"] == 0
-    assert used["SHARED"] <= SHARED_LIMIT[capability]
+    kernel, arguments, launch, ones, sizes_divisible = CASES[case]
+    signature = {"weight": WEIGHTS[weight], **arguments}
+    divisible = pointers(signature)
+    if sizes_divisible:
+        divisible |= {"cols", "batch_stride", "row_stride"}
+    constants = {"PRECISION": rank_one.PRECISION, **dict.fromkeys(ones, 1)}
+    used, _ = resources(kernel, signature, constants, divisible, launch, capability)
+    check_resources(f"{case}, {weight}", used, capability)
+
+
+@pytest.mark.parametrize("capability", SHARED_LIMIT)
+@pytest.mark.parametrize("case", GRAFT_CASES)
+def test_graft_compiles_without_spills(case, capability):
+    kernel, signature, constants, aligned = GRAFT_CASES[case]
+    divisible = pointers(signature) if aligned else set()
+    used, ptx = resources(kernel, signature, constants, divisible, graft.LAUNCH, capability)
+    check_resources(case, used, capability)
+    if aligned and case != "unpack":  # whatever the sizes, and though a list's pointers come from a table
+        assert all(re.search(rf"{access}\.global\.(v4\.b32|v2\.b64)", ptx) for access in ("ld", "st"))

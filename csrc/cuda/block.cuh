@@ -2,10 +2,12 @@
 //
 // A block's program is a function of a `Block`. `block.step(f)` runs f(thread, registers) on every thread and
 // then waits for all; what a thread keeps from one step to the next lives in its `Registers`, what threads
-// share lives in shared memory. Between steps the program may read shared memory, but must take the same way
-// in every thread. A host test gives it a Block whose steps run the threads in any order: a missing barrier
-// then shows as a result that depends on that order.
+// share lives in shared memory. Between steps the program may read shared memory that the next step does not
+// write, but must take the same way in every thread. A host test gives it a Block whose steps run the threads
+// in any order: a missing barrier then shows as a result that depends on that order.
 #pragma once
+
+#include <cstdint>
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
 #error "compute capability 8.0 or later is needed: leave older GPUs out of ENGRAM_CUDA_ARCHS"
@@ -45,5 +47,23 @@ struct DeviceBlock {
   }
 };
 #endif
+
+// Adds to a sum that other threads add to in the same step. The order varies, so the sums are integers.
+ENGRAM_DEVICE void add(uint32_t& sum, uint32_t amount) {
+#ifdef __CUDACC__
+  atomicAdd(&sum, amount);
+#else
+  sum += amount;
+#endif
+}
+
+ENGRAM_DEVICE void add(uint64_t& sum, uint64_t amount) {
+#ifdef __CUDACC__
+  static_assert(sizeof(uint64_t) == sizeof(unsigned long long));
+  atomicAdd(reinterpret_cast<unsigned long long*>(&sum), static_cast<unsigned long long>(amount));
+#else
+  sum += amount;
+#endif
+}
 
 }  // namespace engram::cuda

@@ -1,11 +1,8 @@
 // Launchers of the associative write's kernels: they choose types, and launch grids that depend on shapes
 // alone.
-#include <cuda_runtime.h>
-
-#include <climits>
-
 #include "apply_low_rank.cuh"
 #include "engram/rank_one.h"
+#include "launch.cuh"
 #include "residual_gram.cuh"
 #include "small_solve.cuh"
 
@@ -45,19 +42,6 @@ __global__ void __launch_bounds__(kThreads, 2) small_solve_kernel(SmallSolve<Val
 
 // 99 KB a block is what the smallest devices of compute capability 8.0 and later allow.
 static_assert(SmallSolve<double>::shared_bytes(SmallSolve<double>::kLimit) <= 99 * 1024);
-
-template <typename... Parameters, typename... Arguments>
-int launch(void (*kernel)(Parameters...), int64_t blocks, int64_t shared, void* stream,
-           Arguments... arguments) {
-  if (blocks == 0) return cudaSuccess;
-  if (blocks > INT_MAX) return cudaErrorInvalidConfiguration;
-  if (shared > 48 * 1024 && cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                 static_cast<int>(shared)) != cudaSuccess)
-    return cudaGetLastError();
-  kernel<<<static_cast<unsigned>(blocks), kThreads, shared, static_cast<cudaStream_t>(stream)>>>(
-      arguments...);
-  return cudaGetLastError();
-}
 
 // Calls function(T*) with a null pointer of the weight's element type.
 template <typename Function>

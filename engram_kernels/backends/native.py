@@ -1,4 +1,4 @@
-"""What the bindings of `_cpu` and `_cuda` share: type codes and weights as pointers."""
+"""What the bindings of `_cpu` and `_cuda` share: type codes, tensors and lists of them as pointers."""
 
 import importlib
 from types import ModuleType
@@ -28,6 +28,17 @@ def no_nvidia_gpu() -> str | None:
     return f"takes GPUs from compute capability 8.0, not {major}.{minor}" if major < 8 else None
 
 
+def on_device(tensor: Tensor) -> torch.cuda.device:
+    """Return the context in which kernels are launched where a tensor lies."""
+    # -1 is "no device to switch to": CPU tensors under Triton's interpreter.
+    return torch.cuda.device(tensor.device if tensor.is_cuda else -1)
+
+
+def stream(tensor: Tensor) -> int:
+    """Return the address of the CUDA stream that work on a tensor is launched on."""
+    return torch.cuda.current_stream(tensor.device).cuda_stream
+
+
 def decline_strided_columns(weight: Tensor, *args) -> str | None:
     """Say why the native kernels do not take a weight whose columns are not contiguous, or None."""
     if weight.shape[-1] > 1 and weight.stride(-1) != 1:
@@ -47,3 +58,32 @@ def weight_arguments(weight: Tensor) -> tuple[int, ...]:
         weight.stride(0),
         weight.stride(1),
     )
+
+
+def graft_rows(pre: list[Tensor], out=(), ft=(), logits=(), base=(), gradient=()) -> list[tuple[int, ...]]:
+    """Return one `engram::GraftTensor` for each tensor; an empty list stands for null pointers."""
+    columns = (out, pre, ft, logits, base, gradient)
+    return [
+        (
+            *(column[i].data_ptr() if column else 0 for column in columns),
+            tensor.numel(),
+            DTYPE_CODES[tensor.dtype],
+        )
+        for i, tensor in enumerate(pre)
+    ]
+
+
+def sparse_rows(
+    weights: list[Tensor], indices: list[Tensor], values=(), overwritten=()
+) -> list[tuple[int, ...]]:
+    """Return one `engram::SparseTensor` for each weight; an empty list stands for null pointers."""
+    columns = (weights, indices, values, overwritten)
+    return [
+        (
+            *(column[i].data_ptr() if column else 0 for column in columns),
+            indices[i].numel(),
+            weight.numel(),
+            weight.element_size(),
+        )
+        for i, weight in enumerate(weights)
+    ]

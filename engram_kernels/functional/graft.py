@@ -18,7 +18,7 @@ def graft_blend(
 
     `s` is −1 where the base mask's bit is 1 and +1 elsewhere, so that S encodes a flip of the base mask:
     `γ = base + (1 − 2 base) σ(S − bias)`. Computed from the nearer end, in fp32 (fp64 for fp64 weights) and
-    rounded once: a gate that is 0 or 1 gives `pre` or `ft` bit for bit.
+    rounded once: a gate that is 0 or 1 gives `pre` or `ft` exactly, but for the sign of a zero.
 
     Differentiable in pre, ft and logits; the gate is computed again in backward:
     `dS = s g (ft − pre) γ (1 − γ)`, `dft = g γ`, `dpre = g (1 − γ)`.

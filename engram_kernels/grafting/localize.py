@@ -34,7 +34,7 @@ def localize(
     l1: float | None = None,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] = (),
-    accumulate: int = 1,
+    accumulate: int | None = None,
     seed: int = 0,
     progress: Callable[[int, int, float], None] | None = None,
 ) -> Graft:
@@ -54,11 +54,12 @@ def localize(
             which Hugging Face's models for language and for classification compute from labels.
         sparsity: the share of the graftable weights to find; 1e-4 is 0.01 %.
         recipe: "rounds", "panigrahi", "localize-and-stitch" (see `RECIPES`), or a `Recipe`.
-        steps: gradient steps. Default: the recipe's.
+        steps: gradient steps. Default: the recipe's; under "rounds", five times through the batches.
         lr: learning rate. Default: the recipe's.
         l1: weight of the sum of all gates. Default: the recipe's.
         include, exclude: glob patterns of parameter names, as for `graftable_parameters`.
-        accumulate: batches a step; with more than one, gradients are kept until the last of them.
+        accumulate: batches a step; with more than one, gradients are kept until the last of them. Default:
+            one where the recipe has rounds, else all batches.
         seed: of the logits' noise.
         progress: called with the steps done, their number, and the loss.
 
@@ -75,14 +76,10 @@ def localize(
 
     Source: Panigrahi et al. 2023 (arXiv 2302.06600); He et al. 2024 (arXiv 2408.13656).
     """
-    plan = _plan(recipe, steps, lr, l1)
     check.number("sparsity", sparsity, at_least=0)
     check.expect(sparsity <= 1, "sparsity", "at most 1", sparsity)
-    for name, value in (("accumulate", accumulate), ("seed", seed)):
-        known = isinstance(value, int) and not isinstance(value, bool)
-        check.expect(known, name, "an integer", type(value).__name__, TypeError)
-    check.expect(accumulate >= 1, "accumulate", "at least 1", accumulate)
-
+    _check_integer("seed", seed)
+    plan, accumulate = _plan(recipe, {"steps": steps, "lr": lr, "l1": l1}, accumulate, batches)
     parameters = graftable_parameters(pre_model, include, exclude)
     pre = {name: parameter.detach() for name, parameter in parameters.items()}
     ft = _matching(tensors_of(ft_model, list(pre), "ft_model"), pre)
@@ -184,17 +181,35 @@ class _InPlace:
         self.pending.clear()
 
 
-def _plan(recipe: str | Recipe, steps: int | None, lr: float | None, l1: float | None) -> Recipe:
+def _plan(recipe: str | Recipe, given: dict, accumulate: int | None, batches) -> tuple[Recipe, int]:
+    """The recipe with every number in its place, and the batches a step."""
     if not isinstance(recipe, Recipe):
         check.expect(recipe in RECIPES, "recipe", f"one of {', '.join(RECIPES)} or a Recipe", repr(recipe))
         recipe = RECIPES[recipe]
-    given = {name: value for name, value in (("steps", steps), ("lr", lr), ("l1", l1)) if value is not None}
+    given = {name: value for name, value in given.items() if value is not None}
     for name, value in given.items():
         check.number(name, value)
     recipe = dataclasses.replace(recipe, **given)
-    known = isinstance(recipe.steps, int) and recipe.steps >= max(1, recipe.rounds)
-    check.expect(known, "steps", f"an integer of at least {max(1, recipe.rounds)}", recipe.steps)
-    return recipe
+    count = len(batches) if hasattr(batches, "__len__") else None
+    if accumulate is None:
+        accumulate = 1 if recipe.rounds else max(1, count or 1)
+    _check_integer("accumulate", accumulate)
+    check.expect(accumulate >= 1, "accumulate", "at least 1", accumulate)
+    if recipe.steps is None:
+        known = count is not None
+        check.expect(known, "steps", "a number, as batches have no length", recipe.steps, TypeError)
+        steps = max(1, recipe.rounds) * max(1, math.ceil(count / accumulate))
+        recipe = dataclasses.replace(recipe, steps=steps)
+    _check_integer("steps", recipe.steps)
+    check.expect(
+        recipe.steps >= max(1, recipe.rounds), "steps", f"at least {max(1, recipe.rounds)}", recipe.steps
+    )
+    return recipe, accumulate
+
+
+def _check_integer(name: str, value: object) -> None:
+    known = isinstance(value, int) and not isinstance(value, bool)
+    check.expect(known, name, "an integer", type(value).__name__, TypeError)
 
 
 def _matching(ft: dict[str, Tensor], pre: dict[str, Tensor]) -> dict[str, Tensor]:

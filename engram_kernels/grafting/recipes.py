@@ -15,7 +15,7 @@ class Recipe:
         bias: the gate's bias.
         lr: the learning rate of plain gradient descent on S.
         l1: the weight of the sum of all gates in the loss.
-        steps: gradient steps.
+        steps: gradient steps; None: each round goes once through the batches.
         rounds: how often the base mask becomes the k positions of the highest score `s S`, at even
             intervals, the last time at the end; 0: never, and the result is every gate above ½.
     """
@@ -27,14 +27,51 @@ class Recipe:
     bias: float
     lr: float
     l1: float
-    steps: int
+    steps: int | None
     rounds: int
 
 
 RECIPES = {
-    # A gate that stands 10 from its threshold has the same slope, 4.5e-5, everywhere: the score s S collects
-    # −g (ft − pre), the first-order change of the loss, at the grafted point; each round takes the best k.
-    "rounds": Recipe(True, 0.0, 0.0, 0.0, bias=10.0, lr=1.0, l1=0.0, steps=64, rounds=4),
-    "panigrahi": Recipe(True, 0.0, 0.0, 1.0, bias=10.0, lr=1e7, l1=0.0, steps=100, rounds=0),
-    "localize-and-stitch": Recipe(False, 5.0, -5.0, 0.0, bias=0.0, lr=1e7, l1=10.0, steps=100, rounds=0),
+    # Not from a paper. A gate that stands 10 from its threshold has the same slope, 4.5e-5, everywhere: the
+    # score s S collects −g (ft − pre), the first-order change of the loss, first at pre and then at the
+    # grafted point; each round takes the best k. Gates never open half, and exactly k are open.
+    "rounds": Recipe(
+        base=False,
+        inside=0.0,
+        outside=0.0,
+        noise=0.0,
+        bias=10.0,
+        lr=1.0,
+        l1=0.0,
+        steps=None,
+        rounds=5,
+    ),
+    # Panigrahi et al. 2023: S from U[0, 1), bias 10 (Grafting.py); lr 1e7, 10 steps (run_graft_task.sh), each
+    # on the mean gradient of up to 128 batches; γ rounded (src/graft_trainer.py). There the mask of the step
+    # with the best training and validation score is kept, here the last.
+    "panigrahi": Recipe(
+        base=True,
+        inside=0.0,
+        outside=0.0,
+        noise=1.0,
+        bias=10.0,
+        lr=1e7,
+        l1=0.0,
+        steps=10,
+        rounds=0,
+    ),
+    # He et al. 2024: S = ±5, lr 1e7, 10 steps (language/main_localize_stitch.py). There l1 is 10 without the
+    # factor lr, which is 1e-6 here; the gradient is the batches' sum where ours is their mean; and the code's
+    # term pushes S away from 0, where the paper and this package lessen Σ γ (localize_utils.py).
+    "localize-and-stitch": Recipe(
+        base=False,
+        inside=5.0,
+        outside=-5.0,
+        noise=0.0,
+        bias=0.0,
+        lr=1e7,
+        l1=1e-6,
+        steps=10,
+        rounds=0,
+    ),
 }

@@ -2,14 +2,12 @@
 // failure.
 #include <sys/mman.h>
 
-#include <cstdio>
 #include <cuda/apply_low_rank.cuh>
 #include <cuda/residual_gram.cuh>
 #include <cuda/small_solve.cuh>
 #include <limits>
-#include <string>
 
-#include "cuda_block.h"
+#include "cuda_checks.h"
 
 using namespace engram;
 using namespace engram::cuda;
@@ -18,44 +16,6 @@ namespace {
 
 using Exact = long double;
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
-
-int failures = 0, checks = 0;
-std::string context;
-std::mt19937_64 generator(1);
-
-void check(bool passed, const char* what) {
-  ++checks;
-  if (passed) return;
-  if (++failures <= 20) std::printf("FAILED %s: %s\n", context.c_str(), what);
-}
-
-double normal() { return std::normal_distribution<double>()(generator); }
-
-template <typename T>
-T element(double value) {
-  T result;
-  narrow(static_cast<Compute<T>>(value), result);
-  return result;
-}
-
-template <typename T>
-std::vector<T> random_values(int64_t count) {
-  std::vector<T> values(count);
-  for (T& value : values) value = element<T>(normal());
-  return values;
-}
-
-template <typename T>
-bool same_bits(const std::vector<T>& a, const std::vector<T>& b) {
-  return a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0;
-}
-
-template <typename T>
-const char* name_of() {
-  if constexpr (std::is_same_v<T, BFloat16>) return "bf16";
-  if constexpr (std::is_same_v<T, Half>) return "f16";
-  return sizeof(T) == 4 ? "f32" : "f64";
-}
 
 // The unit roundoff of a type; half of the least positive f16.
 template <typename T>
@@ -97,15 +57,6 @@ void describe(const char* kernel, const char* type, const Case& c, Order order) 
   for (const int64_t number : {c.batch, c.rows, c.cols, c.rank, c.row_padding, c.batch_padding, c.offset})
     context += " " + std::to_string(number);
   context += " order " + std::to_string(static_cast<int>(order));
-}
-
-template <typename Kernel, typename Shared = typename Kernel::Shared>
-void run_blocks(const Kernel& kernel, Order order) {
-  for (int64_t i = 0; i < kernel.blocks(); ++i) {
-    HostBlock<typename Kernel::Registers> block(order);
-    Poisoned<Shared> shared(1);
-    kernel.run(block, i, *shared.data());
-  }
 }
 
 template <typename Weight>
@@ -430,6 +381,5 @@ int main() {
   test_small_solve<float>();
   test_small_solve<double>();
   test_far_addresses();
-  std::printf("%d checks, %d failed\n", checks, failures);
-  return failures != 0;
+  return report();
 }

@@ -37,7 +37,7 @@ struct SparseTensor {
 namespace cpu {
 
 // out = pre + gate * (ft - pre), gate = sigmoid(s * (S - bias)), s = -1 where the base bit is 1, else 1.
-// Computed from the nearer end and rounded once: gates of 0 and 1 give pre and ft bit for bit.
+// Computed from the nearer end and rounded once: gates of 0 and 1 give pre and ft exactly.
 void graft_blend(const GraftTensor* tensors, int64_t count, double bias, int threads);
 
 // out (float) = s * gradient * (ft - pre) * gate * (1 - gate)
@@ -68,5 +68,25 @@ int64_t sparse_faults(const SparseTensor* tensors, int64_t count, bool wide_indi
 void sparse_apply(const SparseTensor* tensors, int64_t count, bool wide_indices, int threads);
 
 }  // namespace cpu
+
+namespace cuda {
+
+// As the functions of `cpu`. The lists lie on the host and hold device pointers; everything else is on the
+// device. Launched on `stream`, nothing synchronised or allocated: `workspace` has the bytes that the
+// function beside says for a list of that many tensors, and is aligned to 16. Each returns a cudaError_t as
+// an int (0: launched).
+int pack_mask(const uint8_t* mask, int64_t size, uint8_t* packed, void* stream);
+
+int64_t top_k_workspace(int64_t count);
+int top_k_mask(const GraftTensor* tensors, int64_t count, int64_t k, void* workspace, int64_t* invalid,
+               void* stream);
+
+int64_t sparse_workspace(int64_t count);
+int sparse_faults(const SparseTensor* tensors, int64_t count, bool wide_indices, void* workspace,
+                  int64_t* faults, void* stream);
+int sparse_apply(const SparseTensor* tensors, int64_t count, bool wide_indices, void* workspace,
+                 void* stream);
+
+}  // namespace cuda
 
 }  // namespace engram

@@ -1,31 +1,15 @@
 """Grafting on CPUs, in C++."""
 
-from itertools import repeat
-
 import torch
 from torch import Tensor
 
 from ... import _cpu
 from .. import implements
-from ..native import DTYPE_CODES
+from ..native import graft_rows, sparse_rows
 
 
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def _row(pre, out=None, ft=None, logits=None, base=None, gradient=None) -> tuple[int, ...]:
-    """One `engram::GraftTensor`."""
-    addresses = map(_address, (out, pre, ft, logits, base, gradient))
-    return (*addresses, pre.numel(), DTYPE_CODES[pre.dtype])
-
-
-def _rows(pre: list[Tensor], **others: list[Tensor]) -> list[tuple[int, ...]]:
-    columns = [tensors or repeat(None) for tensors in others.values()]
-    return [
-        _row(tensor, **dict(zip(others, rest, strict=True)))
-        for tensor, *rest in zip(pre, *columns, strict=False)
-    ]
+def _listed(base: Tensor | None) -> list[Tensor]:
+    return [] if base is None else [base]
 
 
 def _wide(*tensors: Tensor) -> str | None:
@@ -35,7 +19,7 @@ def _wide(*tensors: Tensor) -> str | None:
 @implements("graft_blend", "cpu", lambda pre, *rest: _wide(pre))
 def graft_blend(pre: Tensor, ft: Tensor, logits: Tensor, base: Tensor | None, bias: float) -> Tensor:
     out = torch.empty_like(pre)
-    _cpu.graft_blend([_row(pre, out, ft, logits, base)], bias, torch.get_num_threads())
+    _cpu.graft_blend(graft_rows([pre], [out], [ft], [logits], _listed(base)), bias, torch.get_num_threads())
     return out
 
 
@@ -44,7 +28,9 @@ def graft_logits_gradient(
     gradient: Tensor, pre: Tensor, ft: Tensor, logits: Tensor, base: Tensor | None, bias: float
 ) -> Tensor:
     out = torch.empty_like(logits)
-    _cpu.graft_logits_gradient([_row(pre, out, ft, logits, base, gradient)], bias, torch.get_num_threads())
+    _cpu.graft_logits_gradient(
+        graft_rows([pre], [out], [ft], [logits], _listed(base), [gradient]), bias, torch.get_num_threads()
+    )
     return out
 
 
@@ -57,7 +43,7 @@ def graft_blend_all_(
     base: list[Tensor],
     bias: float,
 ) -> None:
-    rows = _rows(pre, out=out, ft=ft, logits=logits, base=base)
+    rows = graft_rows(pre, out, ft, logits, base)
     _cpu.graft_blend(rows, bias, torch.get_num_threads())
 
 
@@ -73,7 +59,7 @@ def graft_mask_step_(
     l1: float,
     out: list[Tensor],
 ) -> None:
-    rows = _rows(pre, out=out, ft=ft, logits=logits, base=base, gradient=grads)
+    rows = graft_rows(pre, out, ft, logits, base, grads)
     _cpu.graft_mask_step(rows, bias, lr, l1, torch.get_num_threads())
 
 
@@ -109,32 +95,14 @@ def graft_blend_packed(pre: Tensor, ft: Tensor, mask: Tensor) -> Tensor:
 @implements("top_k_mask", "cpu", lambda scores, *rest: _wide(*scores))
 def top_k_mask(scores: list[Tensor], reference: list[Tensor], k: int) -> tuple[list[Tensor], Tensor]:
     masks = [score.new_empty((score.numel() + 7) // 8, dtype=torch.uint8) for score in scores]
-    invalid = _cpu.top_k_mask(_rows(scores, out=masks, ft=reference), k, torch.get_num_threads())
+    invalid = _cpu.top_k_mask(graft_rows(scores, out=masks, ft=reference), k, torch.get_num_threads())
     return masks, torch.tensor(invalid)
-
-
-def _sparse_rows(weights: list[Tensor], indices: list[Tensor], values=None, overwritten=None) -> list[tuple]:
-    """One `engram::SparseTensor` for each weight."""
-    return [
-        (
-            weight.data_ptr(),
-            index.data_ptr(),
-            _address(value),
-            _address(old),
-            index.numel(),
-            weight.numel(),
-            weight.element_size(),
-        )
-        for weight, index, value, old in zip(
-            weights, indices, values or repeat(None), overwritten or repeat(None), strict=False
-        )
-    ]
 
 
 @implements("sparse_faults", "cpu")
 def sparse_faults(weights: list[Tensor], indices: list[Tensor]) -> Tensor:
     wide = indices[0].dtype == torch.int64
-    faults = _cpu.sparse_faults(_sparse_rows(weights, indices), wide, torch.get_num_threads())
+    faults = _cpu.sparse_faults(sparse_rows(weights, indices), wide, torch.get_num_threads())
     return torch.tensor(faults)
 
 
@@ -143,4 +111,4 @@ def sparse_apply_(
     weights: list[Tensor], indices: list[Tensor], values: list[Tensor], overwritten: list[Tensor]
 ) -> None:
     wide = indices[0].dtype == torch.int64
-    _cpu.sparse_apply(_sparse_rows(weights, indices, values, overwritten), wide, torch.get_num_threads())
+    _cpu.sparse_apply(sparse_rows(weights, indices, values, overwritten), wide, torch.get_num_threads())

@@ -5,17 +5,13 @@ from torch import Tensor
 
 from ... import _cuda
 from .. import implements
-from ..native import decline_strided_columns, weight_arguments
+from ..native import decline_strided_columns, stream, weight_arguments
 
 # enum engram::SystemKind
 _KINDS = {"cholesky": 0, "unit_lower": 1, "unit_upper": 2}
 
 # Above this many factors or keys the product is a GEMM, which is cuBLAS's. Not yet measured on a GPU.
 GEMM_RANK = 32
-
-
-def _stream(tensor: Tensor) -> int:
-    return torch.cuda.current_stream(tensor.device).cuda_stream
 
 
 def _declines_update(weight: Tensor, left: Tensor, right: Tensor, scale: float) -> str | None:
@@ -49,7 +45,7 @@ def apply_low_rank_(weight: Tensor, left: Tensor, right: Tensor, scale: float) -
             right.data_ptr(),
             left.shape[-1],
             scale,
-            _stream(weight),
+            stream(weight),
         )
 
 
@@ -70,7 +66,7 @@ def residual_gram(
             count,
             residual.data_ptr(),
             gram.data_ptr(),
-            _stream(weight),
+            stream(weight),
         )
     return residual, gram
 
@@ -92,6 +88,6 @@ def small_solve(system: Tensor, right_hand_side: Tensor, kind: str) -> tuple[Ten
             columns,
             solution.data_ptr(),
             info.data_ptr(),
-            _stream(system),
+            stream(system),
         )
     return solution, info

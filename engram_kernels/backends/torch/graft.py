@@ -16,7 +16,7 @@ def argument(logits: Tensor, base: Tensor | None, bias: float) -> Tensor:
 
 
 def blend(pre: Tensor, ft: Tensor, x: Tensor) -> Tensor:
-    """θ = pre + γ (ft − pre), from the nearer end: a gate of 0 or 1 gives pre or ft bit for bit."""
+    """θ = pre + γ (ft − pre), from the nearer end: a gate of 0 or 1 gives pre or ft exactly."""
     near, far = torch.where(x < 0, pre, ft).to(x.dtype), torch.where(x < 0, ft, pre).to(x.dtype)
     return (near + torch.sigmoid(-x.abs()) * (far - near)).to(pre.dtype)
 

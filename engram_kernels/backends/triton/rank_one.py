@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import implements
-from ..native import decline_strided_columns
+from ..native import decline_strided_columns, on_device
 
 PRECISION = "tf32x3"
 _HALVES_AND_FLOAT = (torch.float32, torch.bfloat16, torch.float16)
@@ -130,11 +130,6 @@ def _declines(weight: Tensor, *args) -> str | None:
     return decline_strided_columns(weight)
 
 
-def _on_device(tensor: Tensor):
-    # -1 is "no device to switch to": CPU tensors under the interpreter.
-    return torch.cuda.device(tensor.device if tensor.is_cuda else -1)
-
-
 @implements("apply_low_rank_", "triton", _declines)
 def apply_low_rank_(weight: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
     batch, rows, cols = weight.shape
@@ -145,7 +140,7 @@ def apply_low_rank_(weight: Tensor, left: Tensor, right: Tensor, scale: float) -
     )
     if tiles == 0:
         return
-    with _on_device(weight):
+    with on_device(weight):
         _apply_low_rank_kernel[(tiles,)](
             weight,
             left.contiguous(),
@@ -171,7 +166,7 @@ def residual_gram(
     launch = residual_launch(count)
     tiles = batch * triton.cdiv(rows, launch["BLOCK_ROWS"]) * triton.cdiv(count, launch["BLOCK_KEYS"])
     if tiles:
-        with _on_device(weight):
+        with on_device(weight):
             _residual_kernel[(tiles,)](
                 weight,
                 keys.contiguous(),

@@ -1,0 +1,99 @@
+// Launchers of grafting's kernels: they bring lists to the device, and launch grids that depend on sizes
+// alone.
+#include "engram/graft.h"
+#include "launch.cuh"
+#include "pack_mask.cuh"
+#include "sparse_apply.cuh"
+#include "top_k_mask.cuh"
+
+namespace engram::cuda {
+namespace {
+
+template <typename Program>
+__global__ void __launch_bounds__(kThreads) program_kernel(Program program) {
+  __shared__ typename Program::Shared shared;
+  DeviceBlock<typename Program::Registers> block;
+  program.run(block, blockIdx.x, shared);
+}
+
+template <typename Program>
+int launch_program(const Program& program, void* stream) {
+  return launch(program_kernel<Program>, program.blocks(), 0, stream, program);
+}
+
+// A part of a table as a kernel's argument, of which 4 KB are allowed.
+struct Words {
+  static constexpr int64_t kCount = 500;
+  uint64_t at[kCount];
+};
+
+__global__ void __launch_bounds__(kThreads)
+    copy_kernel(const __grid_constant__ Words words, int count, uint64_t* to) {
+  for (int i = threadIdx.x; i < count; i += kThreads) to[i] = words.at[i];
+}
+
+// Unlike a copy of the host's memory, arguments need not be pinned, may change when this returns, and are
+// kept by a CUDA graph.
+template <typename Tensor>
+int copy(const HostList<Tensor>& list, void* to, void* stream) {
+  static_assert(sizeof(Listed<Tensor>) % sizeof(uint64_t) == 0);
+  const auto* const from = reinterpret_cast<const uint64_t*>(list.entries.data());
+  const int64_t total = list.bytes() / static_cast<int64_t>(sizeof(uint64_t));
+  for (int64_t first = 0; first < total; first += Words::kCount) {
+    const int count = static_cast<int>(total - first < Words::kCount ? total - first : Words::kCount);
+    Words words;
+    memcpy(words.at, from + first, count * sizeof(uint64_t));
+    if (const int error = launch(copy_kernel, 1, 0, stream, words, count, static_cast<uint64_t*>(to) + first))
+      return error;
+  }
+  return cudaSuccess;
+}
+
+template <template <typename Index> class Program, typename... Arguments>
+int launch_sparse(const SparseTensor* tensors, int64_t count, bool wide_indices, void* workspace,
+                  void* stream, Arguments... arguments) {
+  const HostList<SparseTensor> list(tensors, count, &SparseTensor::count, kSparseChunk);
+  if (const int error = copy(list, workspace, stream)) return error;
+  const List<SparseTensor> listed = list.at(workspace);
+  return wide_indices ? launch_program(Program<int64_t>{listed, arguments...}, stream)
+                      : launch_program(Program<int32_t>{listed, arguments...}, stream);
+}
+
+}  // namespace
+
+int pack_mask(const uint8_t* mask, int64_t size, uint8_t* packed, void* stream) {
+  return launch_program(PackMask{mask, size, packed}, stream);
+}
+
+int64_t top_k_workspace(int64_t count) {
+  return sizeof(TopKWorkspace) + count * static_cast<int64_t>(sizeof(Listed<GraftTensor>));
+}
+
+int top_k_mask(const GraftTensor* tensors, int64_t count, int64_t k, void* workspace, int64_t* invalid,
+               void* stream) {
+  auto* const passes = static_cast<TopKWorkspace*>(workspace);
+  const HostList<GraftTensor> list(tensors, count, &GraftTensor::size, kKeyChunk);
+  if (const int error = copy(list, passes + 1, stream)) return error;
+  if (cudaMemsetAsync(passes, 0, offsetof(TopKWorkspace, ranges), static_cast<cudaStream_t>(stream)) !=
+      cudaSuccess)
+    return cudaGetLastError();
+  return write_top_k_masks(list.at(passes + 1), k, passes, invalid,
+                           [=](const auto& program) { return launch_program(program, stream); });
+}
+
+int64_t sparse_workspace(int64_t count) { return count * static_cast<int64_t>(sizeof(Listed<SparseTensor>)); }
+
+int sparse_faults(const SparseTensor* tensors, int64_t count, bool wide_indices, void* workspace,
+                  int64_t* faults, void* stream) {
+  if (cudaMemsetAsync(faults, 0, sizeof(int64_t), static_cast<cudaStream_t>(stream)) != cudaSuccess)
+    return cudaGetLastError();
+  return launch_sparse<SparseFaults>(tensors, count, wide_indices, workspace, stream,
+                                     reinterpret_cast<uint64_t*>(faults));
+}
+
+int sparse_apply(const SparseTensor* tensors, int64_t count, bool wide_indices, void* workspace,
+                 void* stream) {
+  return launch_sparse<SparseApply>(tensors, count, wide_indices, workspace, stream);
+}
+
+}  // namespace engram::cuda
