@@ -115,7 +115,8 @@ class Run:
             tensors = {name: model.get_parameter(name).detach().contiguous() for name in self.pre}
             save_file(tensors, path.with_suffix(".part"))
             path.with_suffix(".part").rename(path)
-        self.ft = {name: tensor.to(DEVICE) for name, tensor in load_file(path).items()}
+        tensors = load_file(path)
+        self.ft = {name: tensors[name].to(DEVICE) for name in self.pre}
 
     def learned(self, sparsity: float) -> Graft:
         path = self.folder / f"graft-{sparsity:g}"

@@ -1,0 +1,69 @@
+"""`engram doctor`: what is here, and what serves what."""
+
+import importlib.metadata
+import platform
+
+from rich.table import Table
+
+from .common import console
+
+
+def doctor() -> None:
+    """Say what is installed, which devices there are, and which backend serves each operator and why."""
+    import torch
+
+    from .. import __version__, _ops
+    from ..backends import backends, explain, forced
+
+    versions = Table("package", "version", title="Versions")
+    versions.add_row("engram_kernels", __version__)
+    versions.add_row("python", platform.python_version())
+    for name in ("torch", "triton", "transformers", "safetensors", "numpy"):
+        versions.add_row(name, _version(name))
+    console.print(versions)
+
+    devices = Table("device", "what", title="Devices")
+    devices.add_row("cpu", f"{platform.machine()}, {torch.get_num_threads()} threads")
+    for i in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(i)
+        capability = f"sm_{properties.major}{properties.minor}"
+        devices.add_row(
+            f"cuda:{i}", f"{properties.name}, {capability}, {properties.total_memory / 2**30:.0f} GiB"
+        )
+    if torch.cuda.device_count() == 0:
+        devices.add_row("cuda", "none that torch can see")
+    console.print(devices)
+
+    table = Table("backend", "runs here", "built with", title="Backends")
+    for name, reason in backends().items():
+        table.add_row(name, "yes" if reason is None else f"no: {reason}", _build(name))
+    console.print(table)
+    if forced():
+        console.print(f"ENGRAM_BACKEND forces [bold]{forced()}[/bold] where it has a kernel.")
+
+    served = Table("operator", "device", "served by", "passed over", title="Operators")
+    for operator in _ops.OPERATORS:
+        for device in ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]:
+            answers = explain(operator, device)
+            first = next((name for name, reason in answers if reason is None), "nothing")
+            passed = "; ".join(f"{name}: {reason}" for name, reason in answers if reason is not None)
+            served.add_row(operator, device, first, passed)
+    console.print(served)
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _build(backend: str) -> str:
+    """How an extension module was built, or nothing for a backend without one."""
+    if backend not in ("cpu", "cuda"):
+        return ""
+    try:
+        module = importlib.import_module(f"engram_kernels._{backend}")
+    except ImportError:
+        return ""
+    return ", ".join(f"{name} {value}" for name, value in module.build_info().items())

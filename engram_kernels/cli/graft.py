@@ -1,0 +1,173 @@
+"""`engram graft`: skills as files."""
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+
+from ..errors import EngramError
+from . import learn
+from .common import bars, check_folder, check_picture, console
+
+if TYPE_CHECKING:
+    from ..grafting import Graft
+
+app = typer.Typer(help="Find the few weights that carry a skill, and graft them.", no_args_is_help=True)
+app.command()(learn.localize)
+
+Folder = Annotated[str, typer.Argument(help="A graft's folder, or its name on the Hub.")]
+
+
+@app.command()
+def apply(
+    graft: Annotated[str, typer.Option(help="The graft's folder, or its name on the Hub.")],
+    out: Annotated[Path, typer.Option(help="New folder for the grafted model and its tokenizer.")],
+    base: Annotated[
+        str | None, typer.Option(help="The base: a name, a folder, or smollm2; default: the graft's own.")
+    ] = None,
+    force: Annotated[bool, typer.Option(help="Graft even if the base's weights are others.")] = False,
+) -> None:
+    """Write a graft into its base model, and save the model.
+
+    Example: engram graft apply --base smollm2 --graft my-skill --out my-model
+    """
+    import torch
+
+    from ..grafting import Graft
+    from ..models.files import new_directory
+    from ..models.loading import load_model
+
+    check_folder("out", out)
+    read = Graft.from_pretrained(graft)
+    name = base or read.base_model
+    if name is None:
+        raise ValueError(f"base: expected a model, as {graft!r} does not name its own, got none")
+    # The base's checksums are those of this dtype.
+    dtype = next((values.dtype for values in read.values.values()), torch.float32)
+    with bars() as progress:
+        progress("graft", 0, 3, f"load {escape(name)}")
+        model, tokenizer = load_model(name, dtype=dtype)
+        progress("graft", 1, 3, "apply")
+        read.merge_and_unload(model, force)
+        progress("graft", 2, 3, "save")
+        with new_directory(out) as folder:
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+        progress("graft", 3, 3)
+    console.print(f"Saved {name} with {read.size:,} weights grafted to {out}.", markup=False, highlight=False)
+
+
+@app.command()
+def inspect(
+    graft: Folder,
+    heat_map: Annotated[Path | None, typer.Option(help="PNG file: where the graft lies.")] = None,
+) -> None:
+    """Say what a graft is: its base, its size, how it was found, what was measured, where it lies."""
+    from ..grafting import Graft, plots
+
+    check_picture("heat-map", heat_map)
+    read = Graft.from_pretrained(graft)
+    facts = Table(show_header=False, title=escape(graft))
+    revision = f" at {read.base_revision}" if read.base_revision else ""
+    facts.add_row("base", escape(f"{read.base_model or 'not named'}{revision}"))
+    facts.add_row("weights set", f"{read.size:,} ({plots.percent(read.sparsity)})")
+    for kind, found in (("recipe", read.recipe), ("metrics", read.metrics)):
+        for name, value in found.items():
+            facts.add_row(f"{kind}: {escape(str(name))}", escape(_words(value)))
+    console.print(facts)
+
+    grid = plots.Grid.of(read.density())
+    table = Table(title="Weights set of a million", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("layer", no_wrap=True, min_width=5)
+    for label in grid.labels():
+        table.add_column(escape(_broken(label)), justify="right", overflow="fold", min_width=5)
+    table.add_column("entries", justify="right", no_wrap=True, min_width=7)
+    for layer in grid.layers:
+        cells = [grid.cells.get((layer, kind)) for kind in grid.kinds]
+        shares = ["" if cell is None else _per_million(cell.share) for cell in cells]
+        table.add_row(plots.layer_name(layer), *shares, f"{grid.entries(layer):,}")
+    console.print(table)
+    if heat_map is not None:
+        plots.heat_map(read, heat_map)
+
+
+@app.command()
+def diff(first: Folder, second: Folder) -> None:
+    """Compare two grafts: what both set, and where they disagree."""
+    from ..grafting import Graft, plots
+
+    one, two = Graft.from_pretrained(first), Graft.from_pretrained(second)
+    shared, changed = _shared(one, two)
+    overlap = one.overlap(two)
+    facts = Table(show_header=False)
+    facts.add_row("first", f"{escape(first)}: {one.size:,} weights ({plots.percent(one.sparsity)})")
+    facts.add_row("second", f"{escape(second)}: {two.size:,} weights ({plots.percent(two.sparsity)})")
+    facts.add_row("set by both", f"{overlap.shared:,}")
+    facts.add_row("of these, to other values", f"{changed.size:,}")
+    facts.add_row("Jaccard (both / either)", f"{overlap.jaccard:.4f}")
+    common = one.checksums.keys() & two.checksums.keys()
+    same = all(one.checksums[name] == two.checksums[name] for name in common)
+    facts.add_row("bases", "the same" if same and common else "different")
+    console.print(facts)
+
+    grids = [plots.Grid.of(graft.density()) for graft in (one, two, shared, changed)]
+    table = Table("layer", title="Weights set")
+    for name in ("first", "second", "by both", "to other values"):
+        table.add_column(name, justify="right")
+    for layer in sorted({layer for grid in grids for layer in grid.layers}):
+        table.add_row(plots.layer_name(layer), *(f"{grid.entries(layer):,}" for grid in grids))
+    console.print(table)
+
+
+app.command()(learn.curve)
+
+
+def _shared(one: "Graft", two: "Graft") -> tuple["Graft", "Graft"]:
+    """What both set, with the first one's values, and of this what the second sets to another value."""
+    import torch
+
+    from ..grafting import Graft
+
+    for name in one.shapes.keys() & two.shapes.keys():
+        if one.shapes[name] != two.shapes[name]:
+            raise EngramError(
+                f"second: expected a graft of the first one's architecture, got {list(two.shapes[name])} "
+                f"for {list(one.shapes[name])} in {name!r}"
+            )
+    shared, changed = (Graft({}, {}, one.shapes | two.shapes, {}) for _ in range(2))
+    for name, at in one.indices.items():
+        if name in two.indices:
+            mine, theirs = torch.isin(at, two.indices[name]), torch.isin(two.indices[name], at)
+            value, other = one.values[name][mine], two.values[name][theirs]
+            shared.indices[name], shared.values[name] = at[mine], value
+            differs = value.double() != other.double()
+            changed.indices[name], changed.values[name] = at[mine][differs], value[differs]
+    return shared, changed
+
+
+def _broken(label: str, width: int = 10) -> str:
+    """A module's name in short lines, broken at dots and underscores."""
+    lines = [""]
+    for part in re.split(r"(?<=[._])", label):
+        if lines[-1].endswith(".") or len(lines[-1] + part) > width:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(line for line in lines if line)
+
+
+def _per_million(share: float) -> str:
+    if share == 0:
+        return "·"
+    return f"{1e6 * share:.0f}" if share >= 1e-5 else f"{1e6 * share:.1f}"
+
+
+def _words(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_words(entry)}" for name, entry in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(_words, value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,137 @@
+"""A base model, its fine-tuned sister, and the grafts between them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .common import Report
+from .examples import Examples, document_batches
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..grafting import Evaluation, Graft
+
+
+class Trial:
+    """Learns grafts in one resident base model, and tests what stands in it.
+
+    The fine-tuned model is only tensors; to be tested, it is lent the base's modules.
+    """
+
+    def __init__(
+        self,
+        base: str,
+        tuned: str,
+        examples: Examples,
+        dtype: torch.dtype,
+        device: str,
+        batch_size: int,
+        max_length: int,
+        seed: int,
+    ):
+        from ..models.loading import load_model
+
+        for name, value in (("batch-size", batch_size), ("max-length", max_length)):
+            if value < 1:
+                raise ValueError(f"{name}: expected at least 1, got {value}")
+        self.base, self.seed = base, seed
+        self.model, tokenizer = load_model(base, dtype=dtype, device=device)
+        self.tuned = tuned_tensors(tuned, self.model, dtype)
+        self.task = examples.task(tokenizer, max_length)
+        if self.task:
+            self.batches = self.task.batches(examples.rows, batch_size, seed=seed)
+            self.tests = self.task.batches(examples.tests, batch_size)
+        else:
+            self.batches = document_batches(tokenizer, examples.documents, batch_size, max_length, seed)
+            self.tests = []
+
+    def check_sizes(self, sparsities: Sequence[float], **choice) -> None:
+        """Refuse a sparsity that leaves no weight, before any of them is learned."""
+        from ..grafting import graftable_parameters
+
+        total = sum(parameter.numel() for parameter in graftable_parameters(self.model, **choice).values())
+        for sparsity in sparsities:
+            if not (0 < sparsity <= 1 and round(sparsity * total) >= 1):
+                raise ValueError(
+                    f"sparsity: expected at most 1, and at least one of {total:,} weights, got {sparsity:g}"
+                )
+
+    def learned(self, sparsity: float, progress: Report, stage: str = "learn", **options) -> Graft:
+        from ..grafting import localize
+
+        graft = localize(
+            self.model,
+            self.tuned,
+            self.batches,
+            self.task.loss if self.task else None,
+            sparsity=sparsity,
+            seed=self.seed,
+            progress=lambda done, total, loss: progress(stage, done, total, f"loss {loss:.4f}"),
+            **options,
+        )
+        # As the user named it: smollm2 lies in a cache of this machine.
+        graft.base_model = self.base
+        return graft
+
+    def chosen(self, sparsity: float, how: str, **choice) -> Graft:
+        """A graft of as many weights that were not learned: the "largest changes", or "random" ones."""
+        import torch
+
+        from .. import graft_top_k, top_k_mask
+        from ..grafting import Graft, graftable_parameters
+
+        pre = {name: p.detach() for name, p in graftable_parameters(self.model, **choice).items()}
+        ft = {name: self.tuned[name].to(weight.device) for name, weight in pre.items()}
+        size = round(sparsity * sum(weight.numel() for weight in pre.values()))
+        if how == "random":
+            generator = torch.Generator().manual_seed(self.seed)
+            draws = [torch.rand(w.shape, generator=generator).to(w.device) for w in pre.values()]
+            masks = top_k_mask(draws, size)
+        else:
+            masks = graft_top_k(list(pre.values()), list(ft.values()), size)
+        return Graft.from_masks(pre, ft, dict(zip(pre, masks, strict=True)))
+
+    def test(self, stage: str, progress: Report) -> Evaluation:
+        from ..grafting import evaluate
+
+        rows = sum(len(batch["labels"]) for batch in self.tests)
+        return evaluate(
+            self.model, self.tests, self.task.logits, lambda done: progress(f"test {stage}", done, rows)
+        )
+
+    @contextmanager
+    def fine_tuned(self) -> Iterator[None]:
+        """Let the fine-tuned model's tensors, all of them, stand in the base model."""
+        import torch
+
+        parameters = dict(self.model.named_parameters())
+        before = {name: parameter.data for name, parameter in parameters.items()}
+        try:
+            for name, parameter in parameters.items():
+                parameter.data = self.tuned[name].to(parameter.device)
+            yield
+        finally:
+            for name, parameter in parameters.items():
+                parameter.data = before[name]
+            torch.clear_autocast_cache()
+
+
+def tuned_tensors(name: str, model: torch.nn.Module, dtype: torch.dtype) -> Mapping[str, torch.Tensor]:
+    """The fine-tuned parameters under the base's names; a folder's files are mapped, not read."""
+    from ..errors import EngramError
+    from ..grafting.parameters import tensors_of
+    from ..models.loading import load_model
+
+    local = any(Path(name).glob("*.safetensors")) if Path(name).is_dir() else False
+    source = name if local else load_model(name, dtype=dtype)[0]
+    found = tensors_of(source, [key for key, _ in model.named_parameters()], "tuned")
+    for key, parameter in model.named_parameters():
+        if found[key].shape != parameter.shape:
+            raise EngramError(
+                f"tuned: expected shape {list(parameter.shape)} in {key!r}, got {list(found[key].shape)}"
+            )
+    return {key: tensor.to(dtype) for key, tensor in found.items()}

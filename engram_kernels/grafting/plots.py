@@ -1,0 +1,257 @@
+"""Pictures: where a graft lies in its model, and what it keeps of a skill at each size."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from ..errors import EngramError
+from ..models.files import new_file
+from .graft import Density, Graft
+
+STYLE = {
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.edgecolor": "0.4",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": False,
+    "legend.frameon": False,
+    "figure.dpi": 150,
+    "text.usetex": False,
+}
+# Okabe and Ito's colours, which colour-blind readers tell apart; markers tell them apart in print too.
+SERIES = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#E69F00", "v"))
+LINES = (("0.45", ":"), ("0.1", "--"), ("#56B4E9", "-."))
+NOTHING = "0.88"
+
+
+class Point(NamedTuple):
+    """A measurement of one series; without `sparsity` it holds at every size: the base, the fine-tuned model.
+
+    Several points of one series and sparsity, from several seeds, are drawn with their mean.
+    """
+
+    series: str
+    sparsity: float | None
+    accuracy: float
+    ece: float
+
+
+class Grid(NamedTuple):
+    """Densities as a table: layers down, kinds of modules across; what a layer lacks is not in `cells`."""
+
+    layers: list[int]
+    kinds: list[str]
+    cells: dict[tuple[int, str], Density]
+
+    @classmethod
+    def of(cls, rows: Iterable[Density]) -> Grid:
+        cells = {(row.layer, row.module): row for row in rows}
+        # A dictionary keeps the model's own order of modules.
+        return cls(sorted({layer for layer, _ in cells}), list({kind: 0 for _, kind in cells}), cells)
+
+    def entries(self, layer: int) -> int:
+        return sum(cell.entries for (at, _), cell in self.cells.items() if at == layer)
+
+    def labels(self) -> list[str]:
+        """The kinds without `.weight`, where that leaves them different."""
+        return [kind.removesuffix(".weight") or kind for kind in self.kinds]
+
+
+def layer_name(layer: int) -> str:
+    return str(layer) if layer >= 0 else "none"
+
+
+def check(path: str | os.PathLike, argument: str = "path") -> None:
+    """Raise unless a picture of that name can be drawn here.
+
+    Raises:
+        ValueError: the name does not end in `.png`.
+        EngramError: matplotlib is not installed.
+    """
+    if Path(path).suffix.lower() != ".png":
+        raise ValueError(f"{argument}: expected a name that ends in .png, got {os.fspath(path)!r}")
+    _matplotlib()
+
+
+def heat_map(graft: Graft, path: str | os.PathLike) -> None:
+    """Draw the density of a graft by layer and kind of module, and the entries of each layer, as a PNG file.
+
+    Args:
+        graft: any; kinds of modules without an entry are shown grey.
+        path: the file; its name ends in `.png`. It is replaced whole or not at all.
+
+    Raises:
+        ValueError: the name does not end in `.png`.
+        EngramError: matplotlib is not installed.
+        OSError: the file cannot be written.
+
+    Example:
+        >>> heat_map(Graft.from_pretrained("my-skill"), "my-skill.png")
+    """
+    grid = Grid.of(graft.density())
+    height, width = max(1.2, 0.17 * len(grid.layers)), max(2.0, 0.46 * len(grid.kinds))
+    with _figure(path, (width + 3.4, height + 2.2)) as figure:
+        from matplotlib.patches import Patch
+
+        cells, bars = figure.subplots(1, 2, sharey=True, width_ratios=[width, 1.3])
+        mesh = _cells(cells, grid)
+        cells.set_xticks(
+            range(len(grid.kinds)), grid.labels(), rotation=45, ha="right", rotation_mode="anchor"
+        )
+        every = 1 if len(grid.layers) <= 40 else 5
+        shown = [i for i, layer in enumerate(grid.layers) if layer < 0 or layer % every == 0]
+        cells.set_yticks(shown, [layer_name(grid.layers[i]) for i in shown])
+        cells.set_ylabel("layer")
+        cells.tick_params(length=0)
+        entries = [grid.entries(layer) for layer in grid.layers]
+        bars.barh(range(len(entries)), entries, color="0.55")
+        bars.set_xlabel("entries")
+        bars.set_xlim(0, 1.05 * max([1, *entries]))
+        bars.locator_params(axis="x", nbins=3, integer=True)
+        bars.xaxis.set_major_formatter("{x:,.0f}")
+        bars.tick_params(axis="y", length=0, labelleft=False)
+        if mesh is not None:
+            share = lambda value, _: percent(value)  # noqa: E731
+            figure.colorbar(
+                mesh, ax=bars, label="share of weights set", aspect=6 * height, pad=0.08, format=share
+            )
+        cells.legend(
+            handles=[Patch(color=NOTHING, label="none set")],
+            loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.3, handlelength=1, handleheight=1,
+        )  # fmt: skip
+        figure.suptitle(
+            f"{_named(graft)}{graft.size:,} of {_total(grid):,} weights, {percent(graft.sparsity)}"
+        )
+
+
+def curve(points: Sequence[Point], path: str | os.PathLike) -> None:
+    """Draw accuracy and calibration error against sparsity as a PNG file.
+
+    Args:
+        points: series over sparsities; those without a sparsity become horizontal lines.
+        path: the file; its name ends in `.png`. It is replaced whole or not at all.
+
+    Raises:
+        ValueError: the name does not end in `.png`, or there is no point.
+        EngramError: matplotlib is not installed.
+        OSError: the file cannot be written.
+
+    Example:
+        >>> curve([Point("base", None, 0.57, 0.10), Point("learned", 1e-4, 0.84, 0.04)], "curve.png")
+    """
+    if not points:
+        raise ValueError("points: expected at least one, got none")
+    with _figure(path, (8.6, 4.0)) as figure:
+        for axes, name in zip(figure.subplots(1, 2), ("accuracy", "ece"), strict=True):
+            lines, series = _series(points, name)
+            for (label, values), (colour, dashes) in zip(lines.items(), _endless(LINES), strict=False):
+                axes.axhline(_mean(values[None]), color=colour, linestyle=dashes, linewidth=1.2, label=label)
+            for (label, values), (colour, marker) in zip(series.items(), _endless(SERIES), strict=False):
+                at = sorted(values)
+                axes.plot(at, [_mean(values[x]) for x in at], color=colour, marker=marker, label=label)
+                single = [(x, y) for x in at if len(values[x]) > 1 for y in values[x]]
+                if single:
+                    axes.scatter(*zip(*single, strict=True), color=colour, marker=marker, s=12, alpha=0.35)
+            _sizes(axes, sorted({point.sparsity for point in points if point.sparsity is not None}))
+            axes.set_title({"accuracy": "accuracy", "ece": "expected calibration error"}[name])
+            axes.set_xlabel("share of weights set")
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.grid(axis="y", color="0.92")
+            axes.set_axisbelow(True)
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=5)
+
+
+def percent(share: float) -> str:
+    """0.0001 → "0.01 %"."""
+    return f"{100 * share:.2g} %" if 100 * share < 99.5 else f"{100 * share:.0f} %"
+
+
+def _cells(axes, grid: Grid):
+    """Draw the cells; return what a colour bar needs, or None where no weight is set."""
+    import numpy as np
+    from matplotlib.colors import ListedColormap, LogNorm
+
+    shares = np.full((len(grid.layers), len(grid.kinds)), np.nan)
+    for (layer, kind), cell in grid.cells.items():
+        shares[grid.layers.index(layer), grid.kinds.index(kind)] = cell.share
+    extent = (-0.5, len(grid.kinds) - 0.5, len(grid.layers) - 0.5, -0.5)
+    look = {"aspect": "auto", "interpolation": "nearest", "extent": extent}
+    axes.imshow(np.where(shares == 0, 0.0, np.nan), cmap=ListedColormap([NOTHING]), **look)
+    for edge in range(1, len(grid.kinds)):
+        axes.axvline(edge - 0.5, color="white", linewidth=1)
+    positive = shares[shares > 0]
+    if not positive.size:
+        return None
+    low, high = positive.min(), positive.max()
+    if high < 4 * low:
+        low, high = low / 2, high * 2
+    return axes.imshow(
+        np.where(shares > 0, shares, np.nan), norm=LogNorm(low, high), cmap="viridis_r", **look
+    )
+
+
+def _series(points: Sequence[Point], name: str) -> tuple[dict, dict]:
+    """Horizontal lines and curves: by label, by sparsity, the values."""
+    lines: dict[str, dict] = {}
+    series: dict[str, dict] = {}
+    for point in points:
+        kind = lines if point.sparsity is None else series
+        kind.setdefault(point.series, {}).setdefault(point.sparsity, []).append(getattr(point, name))
+    return lines, series
+
+
+def _sizes(axes, sparsities: list[float]) -> None:
+    if sparsities:
+        axes.set_xscale("log")
+        axes.set_xticks(sparsities, [percent(x) for x in sparsities])
+        axes.minorticks_off()
+    else:
+        axes.set_xticks([])
+
+
+def _endless(looks: Sequence[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+    while True:
+        yield from looks
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _named(graft: Graft) -> str:
+    return f"{Path(graft.base_model).name}: " if graft.base_model else ""
+
+
+def _total(grid: Grid) -> int:
+    return sum(cell.size for cell in grid.cells.values())
+
+
+def _matplotlib():
+    try:
+        import matplotlib
+        import matplotlib.figure
+    except ImportError as error:
+        raise EngramError("pictures need matplotlib: pip install 'engram_kernels[plot]'") from error
+    return matplotlib
+
+
+@contextmanager
+def _figure(path: str | os.PathLike, size: tuple[float, float]) -> Iterator:
+    """Yield a figure of its own canvas, which leaves pyplot and its backend alone, and write it whole."""
+    check(path)
+    matplotlib = _matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    with matplotlib.rc_context(STYLE):
+        figure = matplotlib.figure.Figure(figsize=size, layout="constrained")
+        FigureCanvasAgg(figure)
+        yield figure
+        with new_file(path) as temporary:
+            figure.savefig(temporary, format="png")
