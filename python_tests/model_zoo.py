@@ -152,6 +152,7 @@ def small_model(
             **common,
             **ids,
         ),
+        "granite": lambda: hf.GraniteConfig(**llama, **grouped, **ids, logits_scaling=3.0),
         "mixtral": lambda: hf.MixtralConfig(**llama, **grouped, **ids, num_local_experts=2),
     }
     state = torch.random.get_rng_state()

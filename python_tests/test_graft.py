@@ -288,7 +288,7 @@ def test_top_k_refuses_what_is_not_finite(device, bad):
     pre = [torch.zeros(10000, device=device), torch.zeros(10, device=device)]
     ft = [x.clone() for x in pre]
     ft[1][3] = ft[0][9999] = bad
-    with pytest.raises(ValueError, match="scores: expected finite values, got 2 NaN or infinite"):
+    with pytest.raises(ValueError, match="ft: expected finite differences from pre, got 2 NaN or infinite"):
         ek.graft_top_k(pre, ft, 5)
     with pytest.raises(ValueError, match="scores: expected finite values, got 2 NaN or infinite"):
         ek.top_k_mask(ft, 5)
@@ -365,6 +365,41 @@ def test_compiles_whole():
         plain = ek.graft_blend(pre, ft, logits, base, 0.5) * ek.graft_blend_packed(pre, ft, base)
         for mine, truth in zip(got, torch.autograd.grad(plain.sum(), (pre, ft, logits)), strict=True):
             torch.testing.assert_close(mine, truth)
+
+
+def test_lists_compile_whole():
+    """In-place operators over lists, of which one tensor has no elements."""
+
+    @torch.compile(fullgraph=True)
+    def step(logits, grads, pre, ft, base, out, at, values):
+        ek.graft_mask_step_(logits, grads, pre, ft, base, 0.5, 0.1, out=out)
+        ek.graft_blend_all_(out, pre, ft, logits, base, 0.5)
+        return ek.sparse_apply_(out, at, values)
+
+    def arguments():
+        torch.manual_seed(1)
+        pre, ft, logits, grads = ([torch.randn(5, 3), torch.randn(0), torch.randn(9)] for _ in range(4))
+        base = [ek.pack_mask(torch.rand_like(x) < 0.5) for x in pre]
+        at = [torch.tensor([3, 7]), torch.tensor([], dtype=torch.int64), torch.tensor([8])]
+        return (
+            logits,
+            grads,
+            pre,
+            ft,
+            base,
+            [torch.zeros_like(x) for x in pre],
+            at,
+            [torch.ones(len(i)) for i in at],
+        )
+
+    compiled, plain = arguments(), arguments()
+    got = step(*compiled)
+    ek.graft_mask_step_(*plain[:5], 0.5, 0.1, out=plain[5])
+    expected = ek.sparse_apply_(plain[5], plain[6], plain[7])
+    for mine, truth in zip(
+        [*got, *compiled[0], *compiled[5]], [*expected, *plain[0], *plain[5]], strict=True
+    ):
+        torch.testing.assert_close(mine, truth)
 
 
 def test_autocast_changes_nothing():
@@ -497,6 +532,27 @@ def test_other_bad_input():
         ek.sparse_apply_([torch.zeros(3)], [torch.tensor([0])], [torch.zeros(1).half()])
     with pytest.raises(TypeError, match="indices: expected int32 or int64"):
         ek.sparse_apply_([torch.zeros(3)], [torch.tensor([0.0])], [torch.zeros(1)])
+
+
+def test_memory_is_written_once_and_not_read():
+    x = torch.arange(12.0)
+    at, one = torch.tensor([0]), torch.ones(1)
+    calls = [
+        lambda: ek.sparse_apply_([x[:6], x[5:]], [at + 5, at], [one, one]),
+        lambda: ek.sparse_apply_([x.view(3, 4).T, x.view(3, 4).T], [at, at], [one, one]),
+        lambda: ek.sparse_apply_([x], [at], [x[:1]]),
+        lambda: ek.graft_blend_all_([x[1:11]], [x[:10]], [torch.ones(10)], [torch.ones(10)]),
+        lambda: ek.graft_mask_step_([x], [torch.ones(12)], [x], [torch.ones(12)]),
+        lambda: ek.graft_mask_step_([torch.ones(6)], [x[:6]], [x[6:]], [x[6:]], out=[x[3:9]]),
+    ]
+    for call in calls:
+        with pytest.raises(
+            ValueError, match=r"(weights|out|logits): expected (each tensor once|memory of its own)"
+        ):
+            call()
+        assert torch.equal(x, torch.arange(12.0))
+    ek.sparse_apply_([x[:6], x[6:]], [at, at], [one, one])  # side by side is apart
+    assert x[0] == 1 and x[6] == 1
 
 
 def test_empty_lists():

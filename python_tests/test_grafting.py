@@ -1,6 +1,7 @@
 """The grafting system on small random models: localise, apply, undo, join, save."""
 
 import copy
+import dataclasses
 import gc
 import json
 
@@ -80,8 +81,27 @@ def test_patterns_choose():
         graftable_parameters(model, include=["x*"])
     with pytest.raises(TypeError, match=r"exclude: expected a list of patterns, got the string '\*norm\*'"):
         graftable_parameters(model, exclude="*norm*")
+    with pytest.raises(ValueError, match="include: expected at least one pattern, got none"):
+        graftable_parameters(model, include=[])
     with pytest.raises(ValueError, match="none left"):
         graftable_parameters(model, exclude=["*"])
+
+
+def test_weights_that_cannot_be_grafted_are_refused():
+    model = model_zoo.small_model()
+    model.lm_head.weight = torch.nn.Parameter(model.model.layers[0].self_attn.q_proj.weight.data[:, :16])
+    with pytest.raises(EngramError, match=r"model: expected a weight of its own in .*, got that of"):
+        graftable_parameters(model)
+    with torch.inference_mode():
+        made = model_zoo.small_model()
+    with pytest.raises(EngramError, match="model: expected weights made outside inference mode"):
+        graftable_parameters(made)
+    with pytest.raises(
+        EngramError, match=r"model: expected float32, bfloat16 or float16, got torch\.float64"
+    ):
+        graftable_parameters(model_zoo.small_model().double())
+    with pytest.raises(EngramError, match="meta device"):
+        graftable_parameters(model_zoo.small_model().to("meta"))
 
 
 # -- localize ------------------------------------------------------------------------------------------------
@@ -200,21 +220,142 @@ def test_checkpointing_and_tied_weights():
     assert plain.overlap(checkpointed).jaccard > 0.99
     assert model.training
 
-    class Shared(torch.nn.Module):
-        """One block run twice: its gradient comes in two parts, and must be used once."""
 
-        def __init__(self):
-            super().__init__()
-            self.layers = torch.nn.ModuleList([torch.nn.Linear(5, 5)])
+class Shared(torch.nn.Module):
+    """One block run twice: its gradient comes in two parts, and must be used once."""
 
-        def forward(self, x):
+    def __init__(self, reentrant=None):
+        super().__init__()
+        self.layers = torch.nn.ModuleList([torch.nn.Linear(5, 5)])
+        self.reentrant = reentrant
+
+    def forward(self, x):
+        if self.reentrant is None:
             return (self.layers[0](self.layers[0](x).tanh()) ** 2).sum()
+        run = lambda y: torch.utils.checkpoint.checkpoint(self.layers[0], y, use_reentrant=self.reentrant)  # noqa: E731
+        return (run(run(x).tanh()) ** 2).sum()
 
-    shared = Shared()
-    graft = localize(
-        shared, tuned(shared, scale=0.5), [torch.randn(4, 5)], lambda m, x: m(x), sparsity=0.2, steps=5
-    )
+
+def test_weights_that_are_used_twice():
+    torch.manual_seed(3)
+    shared, data = Shared(), [torch.randn(4, 5)]
+    other = tuned(shared, scale=0.5)
+    graft = localize(shared, other, data, lambda m, x: m(x), sparsity=0.2, steps=1, recipe=one_round())
+    gradients = torch.autograd.grad(shared(data[0]), list(shared.parameters()))
+    changes = [b.detach() - a.detach() for a, b in zip(shared.parameters(), other.parameters(), strict=True)]
+    names = [name for name, _ in shared.named_parameters()]
+    scores = dict(zip(names, (-g * c for g, c in zip(gradients, changes, strict=True)), strict=True))
+    expected = top(scores, 6)
     assert graft.size == 6
+    assert all(expected[name].reshape(-1)[at.long()].all() for name, at in graft.indices.items())
+    checkpointed = Shared(reentrant=False)
+    checkpointed.load_state_dict(shared.state_dict())
+    again = localize(checkpointed, other, data, lambda m, x: m(x), sparsity=0.2, steps=1, recipe=one_round())
+    assert graft.overlap(again).jaccard == 1
+
+
+def one_round():
+    return dataclasses.replace(RECIPES["rounds"], rounds=1)
+
+
+def test_gradients_in_parts_are_refused():
+    shared = Shared(reentrant=True)
+    before = bits(shared)
+    data = [torch.randn(4, 5, requires_grad=True)]
+    with pytest.raises(EngramError, match="use checkpointing with use_reentrant=False"):
+        localize(shared, tuned(shared), data, lambda m, x: m(x), sparsity=0.2)
+    assert_same(shared, before)
+    assert all(p.requires_grad and p.grad is None for p in shared.parameters())
+
+
+@pytest.mark.parametrize("recipe", list(RECIPES))
+def test_gradients_that_are_not_finite_are_refused(recipe):
+    model = model_zoo.small_model()
+    for parameter in list(model.parameters())[:3]:
+        parameter.requires_grad_(False)
+    before, flags = bits(model), [p.requires_grad for p in model.parameters()]
+    seen = []
+
+    def loss(m, batch):
+        seen.append(1)
+        # A finite loss whose gradient is not, after a few good steps.
+        bad = torch.where(torch.tensor(len(seen) > 7), float("inf"), 1.0)
+        hidden = m.model.layers[1].mlp.down_proj.weight
+        return (
+            m(**batch).loss
+            + (hidden * 0 * bad.detach()).nan_to_num().sum()
+            + Scaled.apply(hidden.sum(), bad) * 0
+        )
+
+    with pytest.raises(EngramError, match=r"got NaN or infinity in .model\.layers\.1\.mlp\.down_proj"):
+        localize(model, tuned(model), language_batches(), loss, steps=9, recipe=recipe)
+    assert_same(model, before)
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert all(p.grad is None for p in model.parameters())
+
+
+class Scaled(torch.autograd.Function):
+    """The identity, with a gradient of its own."""
+
+    @staticmethod
+    def forward(ctx, x, gradient):
+        ctx.gradient = gradient
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, _):
+        return ctx.gradient * 1, None
+
+
+def test_a_callers_autocast_sees_the_blend():
+    model = model_zoo.small_model()
+    other, batches = tuned(model), language_batches()
+
+    def inner(m, batch):
+        with torch.autocast("cpu", torch.bfloat16):
+            return m(**batch).loss
+
+    expected = localize(model, other, batches, inner, sparsity=0.01, steps=10)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = localize(model, other, batches, sparsity=0.01, steps=10)
+    assert got.overlap(expected).jaccard == 1
+
+
+def test_streams_of_batches():
+    model = model_zoo.small_model()
+    other, batches = tuned(model), language_batches()
+
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(batches)
+
+    expected = localize(model, other, batches, sparsity=0.01, steps=6)
+    loader = torch.utils.data.DataLoader(Stream(), batch_size=None)
+    assert localize(model, other, loader, sparsity=0.01, steps=6).overlap(expected).jaccard == 1
+    with pytest.raises(TypeError, match="steps: expected a number, as batches have no length"):
+        localize(model, other, loader)
+    with pytest.raises(TypeError, match="accumulate: expected a number, as batches have no length"):
+        localize(model, other, loader, recipe="panigrahi")
+    with torch.no_grad():
+        assert localize(model, other, batches, sparsity=0.01, steps=6).overlap(expected).jaccard == 1
+
+
+def test_weights_without_a_gradient_are_named():
+    model = model_zoo.small_model()
+
+    def loss(m, batch):
+        return m.model.layers[0](
+            m.model.embed_tokens(batch["input_ids"]), position_embeddings=rotary(m, batch)
+        ).sum()
+
+    def rotary(m, batch):
+        hidden = m.model.embed_tokens(batch["input_ids"])
+        return m.model.rotary_emb(hidden, torch.arange(hidden.shape[1])[None])
+
+    with pytest.warns(
+        UserWarning, match=r"no gradient reached 27 of 36 parameters, such as 'model\.layers\.1"
+    ):
+        localize(model, tuned(model), language_batches(), loss, steps=5, sparsity=0.01)
 
 
 def test_fine_tuned_weights_come_from_a_mapping_or_from_files(tmp_path):
@@ -264,6 +405,21 @@ def test_mask_composes_with_functional_call():
 BAD = {
     "sparsity": (ValueError, "sparsity: expected a finite number of at least 0", dict(sparsity=-0.1)),
     "sparsity above 1": (ValueError, "sparsity: expected at most 1, got 2", dict(sparsity=2)),
+    "sparsity of nothing": (
+        ValueError,
+        "sparsity: expected one weight or more, got 1e-09",
+        dict(sparsity=1e-9),
+    ),
+    "vector": (
+        ValueError,
+        r"loss_fn: expected a scalar tensor, got shape \[3\]",
+        dict(loss_fn=lambda m, b: torch.ones(3)),
+    ),
+    "no graph": (
+        EngramError,
+        "loss_fn: expected a loss that depends",
+        dict(loss_fn=lambda m, b: torch.ones(())),
+    ),
     "recipe": (ValueError, "recipe: expected one of rounds, panigrahi", dict(recipe="best")),
     "steps": (ValueError, "steps: expected at least 5, got 1", dict(steps=1)),
     "accumulate": (ValueError, "accumulate: expected at least 1, got 0", dict(accumulate=0)),
@@ -305,6 +461,26 @@ def test_bad_input_leaves_the_model(case):
         localize(**{**arguments, **change})
     assert_same(model, before)
     assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+def test_an_interrupted_start_is_undone(monkeypatch):
+    model = model_zoo.small_model()
+    model.requires_grad_(False)
+    before, count = bits(model), []
+    register = torch.nn.Parameter.register_post_accumulate_grad_hook
+
+    def interrupted(self, hook):
+        count.append(1)
+        if len(count) == 5:
+            raise KeyboardInterrupt
+        return register(self, hook)
+
+    monkeypatch.setattr(torch.nn.Parameter, "register_post_accumulate_grad_hook", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        localize(model, tuned(model), language_batches(), steps=5)
+    assert_same(model, before)
+    assert not any(p.requires_grad or p._post_accumulate_grad_hooks for p in model.parameters())
 
 
 def test_other_architecture_is_refused():
@@ -337,6 +513,49 @@ def test_apply_and_undo_a_thousand_times(dtype):
             assert torch.equal(model.get_parameter(name).detach().reshape(-1)[at.long()], graft.values[name])
     assert not applied.applied
     assert_same(model, before)
+
+
+def test_moved_and_converted_models_are_noticed():
+    model = model_zoo.small_model()
+    graft = some_graft(model)
+    applied = graft.apply(model)
+    switch = GraftSwitch(model, {"a": graft}, force=True)
+    model.double()
+    standing = bits(model)
+    with pytest.raises(EngramError, match="the model was moved, converted or loaded anew"):
+        applied.revert()
+    with pytest.raises(EngramError, match="the model was moved, converted or loaded anew"):
+        switch.use("a")
+    assert applied.applied and switch.active is None
+    assert_same(model, standing)
+
+
+def test_the_base_is_digested_once_for_all_grafts(monkeypatch):
+    from engram_kernels.grafting import applied
+
+    model = model_zoo.small_model()
+    grafts = {str(i): some_graft(model, seed=i) for i in range(3)}
+    seen = []
+    digest = applied.tensor_checksum
+    monkeypatch.setattr(applied, "tensor_checksum", lambda x: seen.append(1) or digest(x))
+    GraftSwitch(model, grafts)
+    assert len(seen) == len(graftable_parameters(model))
+
+
+def test_an_exception_in_flight_is_kept():
+    model = model_zoo.small_model()
+    graft = some_graft(model)
+    for context in (graft.apply(model), GraftSwitch(model, {"a": graft}, force=True)):
+        with (
+            pytest.warns(UserWarning, match="the graft stays in the model"),
+            pytest.raises(KeyError, match="mine"),
+        ):
+            with context as entered:
+                if isinstance(entered, GraftSwitch):
+                    entered.use("a")
+                name = next(iter(graft.indices))
+                model.get_parameter(name).data.add_(1)
+                raise KeyError("mine")
 
 
 def test_later_changes_are_not_overwritten():
@@ -513,8 +732,25 @@ def test_damaged_files_are_refused(tmp_path, how):
     model = model_zoo.small_model()
     some_graft(model).save_pretrained(tmp_path / "graft")
     damaged(tmp_path / "graft", how)
+    before = bits(model)
     with pytest.raises(EngramError, match="name_or_directory: expected a saved graft, got "):
-        Graft.from_pretrained(tmp_path / "graft")
+        Graft.from_pretrained(tmp_path / "graft").apply(model)
+    assert_same(model, before)
+
+
+def test_metrics_that_are_no_json_are_refused(tmp_path):
+    for bad in (float("nan"), torch.ones(2)):
+        with pytest.raises(ValueError, match="metrics: expected finite numbers"):
+            some_graft(model_zoo.small_model(), metrics={"x": bad}).save_pretrained(tmp_path / "graft")
+    assert not list(tmp_path.iterdir())
+
+
+def test_base_is_named_without_its_folder(tmp_path):
+    model = model_zoo.small_model()
+    model.config._name_or_path = str(tmp_path)
+    arguments = (model, tuned(model), language_batches())
+    assert localize(*arguments, sparsity=0.01, steps=5).base_model == tmp_path.name
+    assert localize(*arguments, sparsity=0.01, steps=5, base_model="me/base").base_model == "me/base"
 
 
 def test_hub(tmp_path, monkeypatch):
@@ -566,7 +802,7 @@ ROWS = [
 ]
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "granite"])
 def test_prompt_logits_are_the_models(family):
     model, tokenizer = model_zoo.small_model(family), model_zoo.byte_level_tokenizer()
     task = prompts(tokenizer)

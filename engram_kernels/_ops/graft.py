@@ -4,6 +4,9 @@ Tensors are flat and contiguous here; lists hold one tensor for each weight of a
 i % 8 of byte i // 8 is entry i, and the bits beyond the last entry are 0. An empty list stands for none.
 """
 
+from bisect import bisect_left
+from itertools import chain, pairwise
+
 import torch
 from torch import Tensor
 
@@ -42,12 +45,15 @@ def _tensors(name: str, tensors: list[Tensor], count: int, meaning: str) -> None
 
 
 def _apart(name: str, written: list[Tensor], *others: list[Tensor]) -> None:
-    """Check that what is written is written once, and is not what is read beside it."""
-    starts = [tensor.data_ptr() for tensor in written if tensor.numel()]
-    check.expect(len(set(starts)) == len(starts), name, "each tensor once", "the same memory twice")
-    for tensors in others:
-        read = {tensor.data_ptr() for tensor in tensors if tensor.numel()}
-        check.expect(read.isdisjoint(starts), name, "memory of its own", "a tensor that is also read")
+    """Check that memory that is written is written once, and is not read beside it."""
+    spans = sorted((x.data_ptr(), x.data_ptr() + x.nbytes) for x in written if x.numel())
+    for (_, end), (start, _) in pairwise(spans):
+        check.expect(end <= start, name, "each tensor once", "memory that is written twice")
+    starts = [start for start, _ in spans]
+    for tensor in chain(*others):
+        before = bisect_left(starts, tensor.data_ptr() + tensor.nbytes)
+        shared = tensor.numel() and before and spans[before - 1][1] > tensor.data_ptr()
+        check.expect(not shared, name, "memory of its own", "memory that is also read")
 
 
 # -- graft_blend, graft_logits_gradient ----------------------------------------------------------------------
@@ -118,7 +124,7 @@ def _mask_step_arguments(logits, gradients, pre, ft, base, bias, lr, l1, out) ->
 
 
 def _mask_step_values(logits, gradients, pre, ft, base, bias, lr, l1, out) -> None:
-    _apart("logits", logits)
+    _apart("logits", logits, gradients, pre, ft, base)
     _apart("out", out, pre, ft, logits, base, gradients)
 
 
@@ -173,27 +179,24 @@ define(
 
 
 def _top_k_arguments(scores: list[Tensor], reference: list[Tensor], k: int) -> None:
-    _tensors("reference", reference, len(scores) if reference else 0, "one for each of scores")
+    name = "pre" if reference else "scores"  # what the public functions call them
+    _tensors("ft", reference, len(scores) if reference else 0, "one for each of pre")
     for i, tensor in enumerate(scores):
-        check.floating("scores", tensor)
-        _flat("scores", tensor)
-        check.same_device("scores", tensor, scores[0].device)
-        check.expect(
-            compute_dtype(tensor) == compute_dtype(scores[0]),
-            "scores",
-            "all tensors fp64 or none",
-            tensor.dtype,
-            TypeError,
-        )
+        check.floating(name, tensor)
+        _flat(name, tensor)
+        check.same_device(name, tensor, scores[0].device)
+        alike = compute_dtype(tensor) == compute_dtype(scores[0])
+        check.expect(alike, name, "all tensors fp64 or none", tensor.dtype, TypeError)
         if reference:
-            _like("reference", reference[i], tensor, tensor.dtype)
+            _like("ft", reference[i], tensor, tensor.dtype)
     total = sum(tensor.numel() for tensor in scores)
     check.expect(0 <= k <= total, "k", f"0 to {total}, the number of entries", k)
 
 
-def _top_k_results(result: tuple[list[Tensor], Tensor], *arguments) -> None:
+def _top_k_results(result: tuple[list[Tensor], Tensor], scores, reference: list[Tensor], k: int) -> None:
+    name, expected = ("ft", "finite differences from pre") if reference else ("scores", "finite values")
     invalid = int(result[1])
-    check.expect(invalid == 0, "scores", "finite values", f"{invalid} NaN or infinite")
+    check.expect(invalid == 0, name, expected, f"{invalid} NaN or infinite")
 
 
 # The k largest scores, or the k largest |scores − reference|; and how many of these are not finite.

@@ -84,13 +84,15 @@ def localize(
         trial = Trial(base, tuned, examples, dtype_of(dtype), device_of(device), batch_size, max_length, seed)
         trial.check_sizes([sparsity], **choice)
         graft = trial.learned(sparsity, progress, **options, **choice)
-        if test:
-            results = _ends(trial, progress)
-            with graft.apply(trial.model):
-                results["grafted"] = trial.test("grafted", progress)
-            asked = {"test": test.name, "template": template, "words": word}
-            graft.metrics = asked | {name: result._asdict() for name, result in results.items()}
-    graft.save_pretrained(out)
+        try:
+            if test:
+                results = _ends(trial, progress)
+                with graft.apply(trial.model):
+                    results["grafted"] = trial.test("grafted", progress)
+                asked = {"test": test.name, "template": template, "words": word}
+                graft.metrics = asked | {name: result._asdict() for name, result in results.items()}
+        finally:
+            graft.save_pretrained(out)  # what was learned outlives a test that failed
     if results:
         table = _table("model")
         for name, result in results.items():

@@ -63,7 +63,7 @@ class Trial:
     def learned(self, sparsity: float, progress: Report, stage: str = "learn", **options) -> Graft:
         from ..grafting import localize
 
-        graft = localize(
+        return localize(
             self.model,
             self.tuned,
             self.batches,
@@ -71,11 +71,9 @@ class Trial:
             sparsity=sparsity,
             seed=self.seed,
             progress=lambda done, total, loss: progress(stage, done, total, f"loss {loss:.4f}"),
+            base_model=self.base,  # as the user named it: smollm2 lies in a cache of this machine
             **options,
         )
-        # As the user named it: smollm2 lies in a cache of this machine.
-        graft.base_model = self.base
-        return graft
 
     def chosen(self, sparsity: float, how: str, **choice) -> Graft:
         """A graft of as many weights that were not learned: the "largest changes", or "random" ones."""

@@ -18,7 +18,8 @@ def graft_blend(
 
     `s` is −1 where the base mask's bit is 1 and +1 elsewhere, so that S encodes a flip of the base mask:
     `γ = base + (1 − 2 base) σ(S − bias)`. Computed from the nearer end, in fp32 (fp64 for fp64 weights) and
-    rounded once: a gate that is 0 or 1 gives `pre` or `ft` exactly, but for the sign of a zero.
+    rounded once: a gate that is 0 or 1 gives `pre` or `ft` exactly
+    (but for the sign of a zero), as long as `ft − pre` is finite.
 
     Differentiable in pre, ft and logits; the gate is computed again in backward:
     `dS = s g (ft − pre) γ (1 − γ)`, `dft = g γ`, `dpre = g (1 − γ)`.
@@ -98,9 +99,10 @@ def unpack_mask(packed: Tensor, shape: Sequence[int]) -> Tensor:
         tensor([ True, False,  True])
     """
     check.expect(isinstance(packed, Tensor), "packed", "a uint8 tensor", type(packed).__name__, TypeError)
-    shape = tuple(shape)
+    sizes = isinstance(shape, Sequence) and all(isinstance(x, (int, torch.SymInt)) for x in shape)
+    check.expect(sizes, "shape", "a sequence of integers", shape, TypeError)
     check.expect(all(size >= 0 for size in shape), "shape", "sizes of at least 0", list(shape))
-    return ops.unpack_mask(packed, math.prod(shape)).view(shape)
+    return ops.unpack_mask(packed, math.prod(shape)).view(tuple(shape))
 
 
 def graft_blend_packed(pre: Tensor, ft: Tensor, mask: Tensor) -> Tensor:
@@ -364,15 +366,21 @@ class _Written:
         self.tensors = [tensor.detach() for tensor in tensors]
 
     def __enter__(self) -> list[Tensor]:
-        for tensor in self.tensors:
+        strided = [tensor for tensor in self.tensors if not tensor.is_contiguous()]
+        for tensor in strided:
             check.no_overlap(self.name, tensor)
+            # The operator sees a copy, and cannot see that two of them go back to one place.
+            storage = tensor.untyped_storage().data_ptr()
+            sharing = [x for x in self.tensors if x.untyped_storage().data_ptr() == storage]
+            alone = len(sharing) == 1
+            check.expect(alone, self.name, "memory of its own for a strided tensor", "shared memory")
         self.flat = [tensor.reshape(-1) for tensor in self.tensors]
         return self.flat
 
     def __exit__(self, error, *details) -> None:
         if error is None:
             for tensor, flat in zip(self.tensors, self.flat, strict=True):
-                if flat.numel() and flat.data_ptr() != tensor.data_ptr():
+                if not tensor.is_contiguous():
                     tensor.copy_(flat.view(tensor.shape))
 
 

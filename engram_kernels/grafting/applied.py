@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -52,19 +53,15 @@ class AppliedGraft:
         return self
 
     def __exit__(self, kind, _exception, _traceback) -> None:
-        try:
+        with _quiet_after(kind):
             self.revert()
-        except EngramError as error:
-            if kind is None:
-                raise
-            # The exception in flight says more than its consequence here.
-            warnings.warn(f"the graft stays in the model: {error}", stacklevel=2)
 
 
 class GraftSwitch:
     """Several grafts that take turns in one resident model; a change is two sparse writes.
 
     The base is checked once, when the switch is made; every graft's tensors lie ready on the model's devices.
+    Move or convert the model before, not after.
 
     Args:
         model: the base, with no graft in it.
@@ -79,7 +76,8 @@ class GraftSwitch:
     """
 
     def __init__(self, model: nn.Module, grafts: Mapping[str, Graft], force: bool = False):
-        self._patches = {name: _Patch(graft, model, force) for name, graft in grafts.items()}
+        checksums: dict[str, str] = {}
+        self._patches = {name: _Patch(graft, model, force, checksums) for name, graft in grafts.items()}
         self.active: str | None = None
 
     def use(self, name: str | None) -> None:
@@ -95,7 +93,7 @@ class GraftSwitch:
             return
         if self.active is not None:
             self._patches[self.active].withdraw()
-        self.active = None
+            self.active = None
         if name is not None:
             self._patches[name].exchange()
         self.active = name
@@ -103,14 +101,39 @@ class GraftSwitch:
     def __enter__(self) -> GraftSwitch:
         return self
 
-    def __exit__(self, *_details) -> None:
-        self.use(None)
+    def __exit__(self, kind, _exception, _traceback) -> None:
+        with _quiet_after(kind):
+            self.use(None)
+
+
+@contextmanager
+def _quiet_after(kind: type[BaseException] | None) -> Iterator[None]:
+    """Where an exception is in flight it says more than its consequence here, which becomes a warning."""
+    try:
+        yield
+    except EngramError as error:
+        if kind is None:
+            raise
+        warnings.warn(f"the graft stays in the model: {error}", stacklevel=4)
+
+
+class _Group(NamedTuple):
+    """What a patch writes on one device: a model may be spread over several."""
+
+    names: list[str]
+    weights: list[Tensor]
+    indices: list[Tensor]
+    values: list[Tensor]
+
+    def exchanged(self) -> _Group:
+        return self._replace(values=sparse_apply_(self.weights, self.indices, self.values))
 
 
 class _Patch:
     """A graft's positions in one model. `exchange` swaps the values there with those kept."""
 
-    def __init__(self, graft: Graft, model: nn.Module, force: bool):
+    def __init__(self, graft: Graft, model: nn.Module, force: bool, checksums: dict[str, str] | None = None):
+        checksums = {} if checksums is None else checksums  # of the model's tensors that are known already
         names = list(graft.indices)
         weights = tensors_of(model, list(graft.shapes) if not force else names, "model")
         for name, weight in weights.items():
@@ -120,42 +143,53 @@ class _Patch:
                 )
             if not weight.is_floating_point() or weight.is_meta:
                 raise EngramError(f"model: expected floating-point weights in memory in {name!r}, got others")
-            if not force and tensor_checksum(weight) != graft.checksums[name]:
+            if force:
+                continue
+            if name not in checksums:
+                checksums[name] = tensor_checksum(weight)
+            if checksums[name] != graft.checksums[name]:
                 raise EngramError(
                     f"model: expected in {name!r} the weights that the graft was made for, got others "
                     "(force=True grafts them all the same)"
                 )
-        # One call a device: a model may be spread over several.
-        self._groups: list[tuple[list[Tensor], list[Tensor], list[Tensor]]] = []
+        self._model = model
+        self._groups: list[_Group] = []
         for device in dict.fromkeys(weights[name].device for name in names):
             mine = [name for name in names if weights[name].device == device]
             wide = any(graft.indices[name].dtype == torch.int64 for name in mine)
             index = torch.int64 if wide else torch.int32
             self._groups.append(
-                (
+                _Group(
+                    mine,
                     [weights[name] for name in mine],
                     [graft.indices[name].to(device, index) for name in mine],
                     [graft.values[name].to(device, weights[name].dtype) for name in mine],
                 )
             )
-        self._written = [values for _, _, values in self._groups]
+        self._written = [group.values for group in self._groups]
 
     def exchange(self) -> None:
-        self._groups = [
-            (weights, indices, sparse_apply_(weights, indices, values))
-            for weights, indices, values in self._groups
-        ]
+        """Swap; all of it or nothing."""
+        self._check_memory()
+        done: list[_Group] = []
+        try:
+            for group in self._groups:
+                done.append(group.exchanged())
+        except BaseException:
+            for group in done:
+                group.exchanged()
+            raise
+        self._groups = done
         # A caller's autocast keeps copies of the weights in its own dtype, and does not see this write.
         torch.clear_autocast_cache()
 
     def withdraw(self, force: bool = False) -> None:
         """Exchange back; where what comes out is not what was written, undo that and raise."""
         self.exchange()
-        found = [values for _, _, values in self._groups]
         same = all(
             _bits(value).equal(_bits(expected))
-            for mine, theirs in zip(found, self._written, strict=True)
-            for value, expected in zip(mine, theirs, strict=True)
+            for group, written in zip(self._groups, self._written, strict=True)
+            for value, expected in zip(group.values, written, strict=True)
         )
         if not same and not force:
             self.exchange()
@@ -163,6 +197,17 @@ class _Patch:
                 "model: expected the grafted weights as the graft left them, got them changed since: "
                 "revert later grafts first, or give force=True"
             )
+
+    def _check_memory(self) -> None:
+        """The model's tensors must be those that are written to: moving a model gives it others."""
+        for group in self._groups:
+            now = tensors_of(self._model, group.names, "model")
+            for name, weight in zip(group.names, group.weights, strict=True):
+                if now[name].data_ptr() != weight.data_ptr() or now[name].dtype != weight.dtype:
+                    raise EngramError(
+                        f"model: expected in {name!r} the tensor that the graft was applied to, got another "
+                        "one: the model was moved, converted or loaded anew; do that with no graft in it"
+                    )
 
 
 def _bits(tensor: Tensor) -> Tensor:

@@ -43,7 +43,12 @@ def save(graft: Graft, directory: str | os.PathLike) -> None:
             for name, shape in graft.shapes.items()
         },
     }
-    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    try:
+        text = json.dumps(config, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"metrics: expected finite numbers, texts, lists and mappings, got others ({error})"
+        ) from error
     with new_directory(directory) as folder:
         (folder / CONFIG).write_text(text, encoding="utf-8")
         (folder / WEIGHTS).write_bytes(content)

@@ -117,7 +117,8 @@ class Graft:
             force: write even if its weights are others; values are rounded to the model's dtype then.
 
         Returns:
-            The applied graft: `revert()` it, or use it as a context manager, or let it stand.
+            The applied graft: `revert()` it, or use it as a context manager, or let it stand. It holds on to
+            the model's tensors: revert it before the model is moved or converted.
 
         Raises:
             EngramError: the model lacks a parameter, or its weights are not the base's; it is unchanged.

@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -36,13 +39,15 @@ def localize(
     exclude: Sequence[str] = (),
     accumulate: int | None = None,
     seed: int = 0,
+    base_model: str | None = None,
     progress: Callable[[int, int, float], None] | None = None,
 ) -> Graft:
     """Learn which fine-tuned weights carry a skill: `min over S of loss(pre + γ(S) (ft − pre))`.
 
     The blend runs in the model's own parameters: for the time of the call they are given other memory, and
     their own tensors, untouched, are `pre`. Their gradients are used as they come in the backward pass, and
-    freed. Memory beside the models: θ and, in fp32, S. The model is given back as it was, after errors too.
+    freed. Memory beside the models: θ and, in fp32, S; with `accumulate` above 1 also the gradients. The
+    parameters are given back as they were, after errors too.
 
     Args:
         pre_model: the pre-trained model; its mode (training or evaluation) is kept.
@@ -61,6 +66,7 @@ def localize(
         accumulate: batches a step; with more than one, gradients are kept until the last of them. Default:
             one where the recipe has rounds, else all batches.
         seed: of the logits' noise.
+        base_model: what the graft shall call its base. Default: the configuration's name, without folders.
         progress: called with the steps done, their number, and the loss.
 
     Returns:
@@ -68,7 +74,7 @@ def localize(
 
     Raises:
         ValueError, TypeError: an argument that cannot be used.
-        EngramError: no batch, a loss that is not finite, models that do not match.
+        EngramError: no batch, a loss or gradients that are not finite, models that do not match.
 
     Example:
         >>> graft = localize(base, tuned, loader, sparsity=1e-4)
@@ -84,30 +90,33 @@ def localize(
     pre = {name: parameter.detach() for name, parameter in parameters.items()}
     ft = _matching(tensors_of(ft_model, list(pre), "ft_model"), pre)
     size = round(sparsity * sum(tensor.numel() for tensor in pre.values()))
-    mask = GraftMask(pre, ft, plan, size, seed)
+    check.expect(size >= 1, "sparsity", "one weight or more", f"{sparsity:g}, which is none")
     stream = _endless(batches)
     loss_fn = loss_fn or _own_loss
-    with _InPlace(pre_model, list(parameters.values()), mask, plan) as training:
-        for step in range(plan.steps):
-            losses = []
-            for i in range(accumulate):
-                loss = loss_fn(pre_model, _moved(next(stream), pre_model))
-                losses.append(_checked(loss))
-                training.last = i == accumulate - 1
-                (loss / accumulate).backward()
-            training.flush()
-            if plan.rounds and (step + 1) * plan.rounds // plan.steps > step * plan.rounds // plan.steps:
-                mask.rebase_()
-                mask.blend_(training.theta)
-            if progress:
-                progress(step + 1, plan.steps, sum(losses) / accumulate)
-    chosen = mask.base if plan.rounds else mask.open()
+    with torch.inference_mode(False), torch.enable_grad():
+        mask = GraftMask(pre, ft, plan, size, seed)
+        with _InPlace(pre_model, parameters, mask, plan) as training:
+            for step in range(plan.steps):
+                losses = []
+                for i in range(accumulate):
+                    loss = loss_fn(pre_model, _moved(next(stream), pre_model))
+                    losses.append(_checked(loss))
+                    training.last = i == accumulate - 1
+                    (loss / accumulate).backward()
+                training.flush()
+                if plan.rounds and (step + 1) * plan.rounds // plan.steps > step * plan.rounds // plan.steps:
+                    training.rebase()
+                if progress:
+                    progress(step + 1, plan.steps, sum(losses) / accumulate)
+            training.report()
+        chosen = mask.base if plan.rounds else mask.open()
+    settings = getattr(pre_model, "config", None)
     return Graft.from_masks(
         pre,
         ft,
         dict(zip(mask.names, chosen, strict=True)),
-        base_model=getattr(getattr(pre_model, "config", None), "_name_or_path", None) or None,
-        base_revision=getattr(getattr(pre_model, "config", None), "_commit_hash", None),
+        base_model=base_model or _public_name(getattr(settings, "_name_or_path", None)),
+        base_revision=getattr(settings, "_commit_hash", None),
         recipe={"name": recipe if isinstance(recipe, str) else "own", **dataclasses.asdict(plan)}
         | {"sparsity": sparsity, "accumulate": accumulate, "seed": seed},
     )
@@ -116,25 +125,32 @@ def localize(
 class _InPlace:
     """The model with θ in its parameters, and a mask that learns from their gradients as they come."""
 
-    def __init__(self, model: nn.Module, parameters: list[nn.Parameter], mask: GraftMask, plan: Recipe):
-        self.model, self.parameters, self.mask, self.plan = model, parameters, mask, plan
+    def __init__(self, model: nn.Module, parameters: dict[str, nn.Parameter], mask: GraftMask, plan: Recipe):
+        self.model, self.mask, self.plan = model, mask, plan
+        self.names, self.parameters = list(parameters), list(parameters.values())
         self.last = True  # whether the present backward pass is the step's last
-        self.pending: list[int] = []
-        self.done: set[int] = set()
+        self.pending: list[int] = []  # gradients that have come
+        self.done: set[int] = set()  # and were used, in this step
+        self.ever: set[int] = set()
 
     def __enter__(self) -> _InPlace:
         everything = list(self.model.parameters())
         self.before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in everything]
-        self.theta = [torch.empty_like(pre, memory_format=torch.contiguous_format) for pre in self.mask.pre]
-        self.mask.blend_(self.theta)
-        for parameter in everything:
-            parameter.requires_grad_(False)
-            parameter.grad = None
         self.hooks = []
-        for i, parameter in enumerate(self.parameters):
-            parameter.data = self.theta[i]
-            parameter.requires_grad_(True)
-            self.hooks.append(parameter.register_post_accumulate_grad_hook(lambda _, i=i: self._arrived(i)))
+        try:
+            self.theta = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in self.mask.pre]
+            self.mask.blend_(self.theta)
+            for parameter in everything:
+                parameter.requires_grad_(False)
+                parameter.grad = None
+            for i, parameter in enumerate(self.parameters):
+                parameter.data = self.theta[i]
+                parameter.requires_grad_(True)
+                self.hooks.append(parameter.register_post_accumulate_grad_hook(partial(self._arrived, i)))
+            torch.clear_autocast_cache()
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_details) -> None:
@@ -147,10 +163,10 @@ class _InPlace:
             parameter.grad = gradient
         torch.clear_autocast_cache()
 
-    def _arrived(self, i: int) -> None:
+    def _arrived(self, i: int, _parameter: nn.Parameter) -> None:
         if not self.last:
             return
-        if i in self.done:
+        if i in self.done or i in self.pending:
             raise EngramError(
                 "pre_model: expected each weight's gradient once in a backward pass, got it in parts: "
                 "use checkpointing with use_reentrant=False"
@@ -162,22 +178,44 @@ class _InPlace:
     def flush(self) -> None:
         """Use the gradients that are left, and be ready for the next step."""
         # Gradients of earlier batches alone wait here for parameters that the last batch did not use.
-        late = [i for i, p in enumerate(self.parameters) if p.grad is not None and i not in set(self.pending)]
-        self.pending += late
+        waiting = set(self.pending)
+        self.pending += [i for i, p in enumerate(self.parameters) if p.grad is not None and i not in waiting]
         self._step()
         if not self.done:
             raise EngramError("loss_fn: expected a loss that depends on the graftable weights, got none")
         self.done.clear()
+        # A caller's autocast keeps copies of the weights, and does not see what was written.
+        torch.clear_autocast_cache()
+
+    def rebase(self) -> None:
+        """Take the best k positions."""
+        self.mask.rebase_()
+        self.mask.blend_(self.theta)
+        torch.clear_autocast_cache()
+
+    def report(self) -> None:
+        """Warn of weights that no gradient ever reached: nothing was learned about them."""
+        missed = [name for i, name in enumerate(self.names) if i not in self.ever]
+        if missed:
+            warnings.warn(
+                f"no gradient reached {len(missed)} of {len(self.names)} parameters, such as {missed[0]!r}: "
+                "experts that no token chose, or reentrant checkpointing of frozen inputs",
+                stacklevel=3,
+            )
 
     def _step(self) -> None:
         if not self.pending:
             return
         grads = [self.parameters[i].grad for i in self.pending]
+        if not check.is_finite(torch.nn.utils.get_total_norm(grads, math.inf)):
+            bad = next(self.names[i] for i in self.pending if not check.is_finite(self.parameters[i].grad))
+            raise EngramError(f"loss_fn: expected finite gradients, got NaN or infinity in {bad!r}")
         out = [self.theta[i] for i in self.pending]
         self.mask.step_(self.pending, grads, out, self.plan.lr, self.plan.l1)
         for i in self.pending:
             self.parameters[i].grad = None
         self.done.update(self.pending)
+        self.ever.update(self.pending)
         self.pending.clear()
 
 
@@ -190,9 +228,14 @@ def _plan(recipe: str | Recipe, given: dict, accumulate: int | None, batches) ->
     for name, value in given.items():
         check.number(name, value)
     recipe = dataclasses.replace(recipe, **given)
-    count = len(batches) if hasattr(batches, "__len__") else None
+    try:
+        count = len(batches)
+    except TypeError:  # an iterator, or a loader of a stream
+        count = None
     if accumulate is None:
-        accumulate = 1 if recipe.rounds else max(1, count or 1)
+        known = recipe.rounds or count is not None
+        check.expect(known, "accumulate", "a number, as batches have no length", accumulate, TypeError)
+        accumulate = 1 if recipe.rounds else max(1, count)
     _check_integer("accumulate", accumulate)
     check.expect(accumulate >= 1, "accumulate", "at least 1", accumulate)
     if recipe.steps is None:
@@ -237,6 +280,8 @@ def _moved(batch: object, model: nn.Module) -> object:
     if not isinstance(batch, Mapping):
         return batch
     device = next(model.parameters()).device
+    if hasattr(batch, "to"):  # a BatchEncoding stays one
+        return batch.to(device)
     return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
 
 
@@ -252,9 +297,16 @@ def _own_loss(model: nn.Module, batch: Mapping) -> Tensor:
 
 
 def _checked(loss: Tensor) -> float:
-    known = isinstance(loss, Tensor) and loss.numel() == 1
-    check.expect(known, "loss_fn", "a scalar tensor", type(loss).__name__, TypeError)
+    check.expect(isinstance(loss, Tensor), "loss_fn", "a scalar tensor", type(loss).__name__, TypeError)
+    check.expect(loss.numel() == 1, "loss_fn", "a scalar tensor", f"shape {list(loss.shape)}")
+    if not loss.requires_grad:
+        raise EngramError("loss_fn: expected a loss that depends on the graftable weights, got none")
     value = loss.item()
     if not math.isfinite(value):
         raise EngramError(f"loss_fn: expected a finite loss, got {value}")
     return value
+
+
+def _public_name(name: str | None) -> str | None:
+    """A model's name on the Hub, or its folder's: where the folder lies is nobody else's business."""
+    return (Path(name).name if Path(name).is_dir() else name) if name else None

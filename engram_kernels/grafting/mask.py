@@ -49,14 +49,15 @@ class GraftMask:
         self.ft = [ft[name] for name in self.names]
         self.bias = recipe.bias
         self.size = size
-        largest = graft_top_k(self.pre, self.ft, size)
+        even = recipe.inside == recipe.outside
+        largest = graft_top_k(self.pre, self.ft, size) if recipe.base or not even else None
         self.base = largest if recipe.base else None
         generator = torch.Generator().manual_seed(seed)
         self.logits = []
-        for weight, mask in zip(self.pre, largest, strict=True):
+        for i, weight in enumerate(self.pre):
             logits = torch.full(weight.shape, recipe.outside, device=weight.device)
-            if recipe.inside != recipe.outside:
-                logits[unpack_mask(mask, weight.shape)] = recipe.inside
+            if not even:
+                logits[unpack_mask(largest[i], weight.shape)] = recipe.inside
             if recipe.noise:
                 logits += recipe.noise * torch.rand(weight.shape, generator=generator).to(weight.device)
             self.logits.append(logits)

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -21,39 +22,57 @@ def graftable_parameters(
 
     Args:
         model: any model whose layers lie in an `nn.ModuleList`.
-        include: glob patterns of parameter names, such as `"*.mlp.*"`. Default: every parameter of the stack
-            of layers; no embeddings, no final norm, no head.
+        include: glob patterns of parameter names, such as `"*.mlp.*"`. Default: every parameter of the
+            largest stack of layers (of an encoder and a decoder, one of them); no embeddings, no final norm,
+            no head.
         exclude: glob patterns of names to leave out of these.
 
     Raises:
         ValueError: a pattern matches nothing.
-        EngramError: a parameter cannot be grafted soundly: quantised, on the meta device, or sharing its
-            memory with another one.
+        EngramError: a parameter cannot be grafted soundly: quantised, on the meta device or on another one
+            than the rest, made in inference mode, or sharing its memory with another one.
     """
     named = dict(model.named_parameters())
     if include is None:
         stack, _ = decoder_layers(model)
         chosen = {name for name in named if name.startswith(f"{stack}.")}
     else:
-        chosen = set().union(
-            *(_matches("include", pattern, named) for pattern in _patterns("include", include))
-        )
+        patterns = _patterns("include", include)
+        if not patterns:
+            raise ValueError("include: expected at least one pattern, got none")
+        chosen = set().union(*(_matches("include", pattern, named) for pattern in patterns))
     for pattern in _patterns("exclude", exclude):
         chosen -= _matches("exclude", pattern, named)
     parameters = {name: parameter for name, parameter in named.items() if name in chosen}
     if not parameters:
         raise ValueError("exclude: expected patterns that leave a parameter to graft, got none left")
-    memory: dict[int, str] = {}
+    device = next(iter(parameters.values())).device
     for name, parameter in parameters.items():
         if parameter.is_meta:
             raise EngramError(f"model: expected its weights in memory, got {name!r} on the meta device")
+        if parameter.is_inference():
+            raise EngramError(f"model: expected weights made outside inference mode, got {name!r}")
         if parameter.dtype not in DTYPES:
             raise EngramError(
                 f"model: expected float32, bfloat16 or float16, got {parameter.dtype} in {name!r}"
             )
-        if (first := memory.setdefault(parameter.data_ptr(), name)) != name and parameter.numel():
-            raise EngramError(f"model: expected a weight of its own in {name!r}, got that of {first!r}")
+        if parameter.device != device:
+            raise EngramError(
+                f"model: expected its layers on one device, got {device} and {parameter.device}"
+            )
+    # By memory, not by object: one parameter may be a view of another's.
+    spans = sorted((*_span(parameter), name) for name, parameter in named.items() if parameter.numel())
+    for (_, end, first), (start, _, second) in pairwise(spans):
+        if start < end and not chosen.isdisjoint((first, second)):
+            raise EngramError(f"model: expected a weight of its own in {second!r}, got that of {first!r}")
     return parameters
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """Where a tensor begins and ends in memory."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    start = 0 if tensor.is_meta else tensor.data_ptr()
+    return start, start + (0 if tensor.is_meta else (last + 1) * tensor.element_size())
 
 
 def _patterns(argument: str, patterns: Sequence[str]) -> Sequence[str]:

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from ..errors import EngramError
 
 BINS = 15
+# Settings of models that change the head's output: Granite's, Cohere's, Gemma's.
+AFTER_THE_HEAD = ("logits_scaling", "logit_scale", "final_logit_softcapping")
 
 
 class PromptTask:
@@ -90,14 +92,18 @@ class PromptTask:
         return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
     def logits(self, model: nn.Module, batch: dict) -> Tensor:
-        """The logits of the words after each prompt, [batch, labels]; no other row of the head is used."""
-        head = model.get_output_embeddings()
-        hidden = model.base_model(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-        )[0]
+        """The logits of the words after each prompt, [batch, labels].
+
+        Where nothing follows the head, only these rows of it are computed.
+        """
+        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
         last = batch["attention_mask"].sum(-1) - 1
-        hidden = hidden[torch.arange(len(last), device=last.device), last]
-        tokens = self.tokens.to(hidden.device)
+        row = torch.arange(len(last), device=last.device)
+        tokens = self.tokens.to(last.device)
+        head = model.get_output_embeddings()
+        if head is None or any(getattr(model.config, name, None) is not None for name in AFTER_THE_HEAD):
+            return model(**inputs, use_cache=False).logits[row, last][:, tokens]
+        hidden = model.base_model(**inputs, use_cache=False)[0][row, last]
         bias = None if head.bias is None else head.bias[tokens]
         return nn.functional.linear(hidden, head.weight[tokens], bias)
 
