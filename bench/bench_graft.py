@@ -3,9 +3,11 @@
     python -m pytest bench/bench_graft.py --benchmark-only            everything, on every device there is
     python -m pytest bench/bench_graft.py --benchmark-only -k packed  one of them
 
-Baselines, interleaved in one run, caches cold: eager PyTorch in the weights' type, `torch.compile` of it, and
-upstream's algorithm, a loop over the parameters that keeps γ and makes θ from it. Every variant is checked
-against fp64 before it is timed. Traffic counts each input read once and each output written once.
+Baselines, interleaved in one run, caches cold. For a tensor: eager PyTorch in the weights' type, and
+`torch.compile` of it. For a model: upstream's algorithm, a loop over the parameters that keeps the base mask
+as floats and makes γ a tensor, and a loop over a compiled function for one tensor. What changes in place does
+so in every variant. Each is checked against fp64 before it is timed. Traffic counts each input read once and
+each output written once.
 """
 
 import pytest
@@ -39,11 +41,11 @@ def eager_blend(pre, ft, logits):
     return pre + torch.sigmoid(logits - BIAS).to(pre.dtype) * (ft - pre)
 
 
-def eager_step(logits, gradient, pre, ft):
+def eager_step_(logits, gradient, pre, ft, out):
     gate = torch.sigmoid(logits - BIAS)
     change = ft - pre
-    logits = logits - RATE * (gradient * change).float() * gate * (1 - gate)
-    return logits, pre + torch.sigmoid(logits - BIAS).to(pre.dtype) * change
+    logits.sub_(RATE * (gradient * change).float() * gate * (1 - gate))
+    out.copy_(pre + torch.sigmoid(logits - BIAS).to(pre.dtype) * change)
 
 
 def eager_choice(pre, ft, mask):
@@ -51,25 +53,31 @@ def eager_choice(pre, ft, mask):
 
 
 compiled_blend = torch.compile(eager_blend)
-compiled_step = torch.compile(eager_step)
+compiled_step_ = torch.compile(eager_step_)
 compiled_choice = torch.compile(eager_choice)
 
 
-def upstream_blend_(out, pre, ft, logits, base):
-    """γ = base + (1 − 2 base) σ(S − bias) as a tensor, then pre + γ (ft − pre), parameter by parameter."""
-    for i, target in enumerate(out):
-        flip = torch.sigmoid(logits[i] - BIAS)
-        gate = base[i] + (1 - 2 * base[i]) * flip
-        target.copy_(pre[i] + gate.to(pre[i].dtype) * (ft[i] - pre[i]))
+def masked_blend_(out, pre, ft, logits, base):
+    """γ = base + (1 − 2 base) σ(S − bias) as a tensor, then pre + γ (ft − pre)."""
+    gate = base + (1 - 2 * base) * torch.sigmoid(logits - BIAS)
+    out.copy_(pre + gate.to(pre.dtype) * (ft - pre))
 
 
-def upstream_step_(logits, gradients, pre, ft, base, out):
-    """The gradient of S parameter by parameter, then the blend of all of them."""
-    for i, scores in enumerate(logits):
-        flip = torch.sigmoid(scores - BIAS)
-        slope = (1 - 2 * base[i]) * flip * (1 - flip)
-        scores -= RATE * slope * (gradients[i] * (ft[i] - pre[i])).float()
-    upstream_blend_(out, pre, ft, logits, base)
+def masked_step_(logits, gradient, pre, ft, base, out):
+    """The gradient of S, then the blend."""
+    flip = torch.sigmoid(logits - BIAS)
+    logits -= RATE * (1 - 2 * base) * flip * (1 - flip) * (gradient * (ft - pre)).float()
+    masked_blend_(out, pre, ft, logits, base)
+
+
+compiled_masked_blend_ = torch.compile(masked_blend_)
+compiled_masked_step_ = torch.compile(masked_step_)
+
+
+def each(function, *lists):
+    """Call a function for one tensor after the other."""
+    for tensors in zip(*lists, strict=True):
+        function(*tensors)
 
 
 def true_blend(pre, ft, logits):
@@ -118,20 +126,21 @@ def test_mask_step(benchmark, record, device, dtype):
     """S and the next θ of one tensor."""
     pre, ft, start, gradient = (tensors[0] for tensors in drawn([SHAPE], device, dtype))
     logits, out = start.clone(), torch.empty_like(pre)
-
-    def engram():
-        ek.graft_mask_step_([logits], [gradient], [pre], [ft], None, BIAS, RATE, out=[out])
-        return logits, out
-
     calls = {
-        "engram": engram,
-        "eager": lambda: eager_step(start, gradient, pre, ft),
-        "torch.compile": lambda: compiled_step(start, gradient, pre, ft),
+        "engram": lambda: ek.graft_mask_step_([logits], [gradient], [pre], [ft], None, BIAS, RATE, out=[out]),
+        "eager": lambda: eager_step_(logits, gradient, pre, ft, out),
+        "torch.compile": lambda: compiled_step_(logits, gradient, pre, ft, out),
     }
     gate = torch.sigmoid(start.double() - BIAS)
     change = ft.double() - pre.double()
-    truth = true_blend(pre, ft, start.double() - RATE * gradient.double() * change * gate * (1 - gate))
-    errors = {name: relative(call()[1], truth) for name, call in calls.items()}
+    next_logits = start.double() - RATE * gradient.double() * change * gate * (1 - gate)
+    truth = true_blend(pre, ft, next_logits)
+    errors = {}
+    for name, call in calls.items():
+        logits.copy_(start)
+        call()
+        errors[name] = relative(out, truth)
+        assert relative(logits, next_logits) < 1e-3 * RATE
     check(errors, slack=4 * torch.finfo(dtype).eps)
     traffic = 2 * start.nbytes + 4 * pre.nbytes
     case = f"mask step {device} {str(dtype)[6:]} {SHAPE[0]}×{SHAPE[1]}"
@@ -147,7 +156,8 @@ def test_model_blend(benchmark, record, device, dtype):
     out = [torch.empty_like(x) for x in pre]
     calls = {
         "engram": lambda: ek.graft_blend_all_(out, pre, ft, logits, base, BIAS),
-        UPSTREAM: lambda: upstream_blend_(out, pre, ft, logits, floating),
+        UPSTREAM: lambda: each(masked_blend_, out, pre, ft, logits, floating),
+        "torch.compile": lambda: each(compiled_masked_blend_, out, pre, ft, logits, floating),
     }
     flipped = 2 * BIAS - logits[6]
     truth = true_blend(pre[6], ft[6], torch.where(masks[6], flipped, logits[6]))
@@ -171,7 +181,8 @@ def test_model_step(benchmark, record, device, dtype):
     out = [torch.empty_like(x) for x in pre]
     calls = {
         "engram": lambda: ek.graft_mask_step_(logits, gradients, pre, ft, base, BIAS, RATE, out=out),
-        UPSTREAM: lambda: upstream_step_(logits, gradients, pre, ft, floating, out),
+        UPSTREAM: lambda: each(masked_step_, logits, gradients, pre, ft, floating, out),
+        "torch.compile": lambda: each(compiled_masked_step_, logits, gradients, pre, ft, floating, out),
     }
     errors = {}
     for name, call in calls.items():
