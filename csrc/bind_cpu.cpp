@@ -4,6 +4,7 @@
 
 #include "bind.h"
 #include "cpu/isa.h"
+#include "engram/memory.h"
 #include "engram/rank_one.h"
 
 namespace py = pybind11;
@@ -30,6 +31,10 @@ static py::dict build_info() {
 PYBIND11_MODULE(_cpu, module) {
   module.doc() = "C++ kernels for CPUs.";
   module.def("build_info", build_info);
+
+  module.def("advise_huge_pages", [](uintptr_t start, int64_t bytes) {
+    engram::cpu::advise_huge_pages(pointer<void>(start), bytes);
+  });
 
   module.def("apply_low_rank", [](uintptr_t weight, int dtype, int64_t batch, int64_t rows, int64_t cols,
                                   int64_t batch_stride, int64_t row_stride, uintptr_t left, uintptr_t right,

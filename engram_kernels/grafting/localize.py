@@ -22,7 +22,7 @@ from .recipes import RECIPES, Recipe
 
 # Gradients are used, and freed, whenever so many bytes of them have come: few launches, and no copy of the
 # model in gradients.
-BUCKET = 64 << 20
+BUCKET = 16 << 20
 
 
 def localize(

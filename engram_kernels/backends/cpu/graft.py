@@ -8,6 +8,12 @@ from .. import implements
 from ..native import graft_rows, sparse_rows
 
 
+def _empty_like(tensor: Tensor) -> Tensor:
+    out = torch.empty_like(tensor)
+    _cpu.advise_huge_pages(out.data_ptr(), out.nbytes)
+    return out
+
+
 def _listed(base: Tensor | None) -> list[Tensor]:
     return [] if base is None else [base]
 
@@ -18,7 +24,7 @@ def _wide(*tensors: Tensor) -> str | None:
 
 @implements("graft_blend", "cpu", lambda pre, *rest: _wide(pre))
 def graft_blend(pre: Tensor, ft: Tensor, logits: Tensor, base: Tensor | None, bias: float) -> Tensor:
-    out = torch.empty_like(pre)
+    out = _empty_like(pre)
     _cpu.graft_blend(graft_rows([pre], [out], [ft], [logits], _listed(base)), bias, torch.get_num_threads())
     return out
 
@@ -27,7 +33,7 @@ def graft_blend(pre: Tensor, ft: Tensor, logits: Tensor, base: Tensor | None, bi
 def graft_logits_gradient(
     gradient: Tensor, pre: Tensor, ft: Tensor, logits: Tensor, base: Tensor | None, bias: float
 ) -> Tensor:
-    out = torch.empty_like(logits)
+    out = _empty_like(logits)
     _cpu.graft_logits_gradient(
         graft_rows([pre], [out], [ft], [logits], _listed(base), [gradient]), bias, torch.get_num_threads()
     )
@@ -79,7 +85,7 @@ def unpack_mask(packed: Tensor, count: int) -> Tensor:
 
 @implements("graft_blend_packed", "cpu")
 def graft_blend_packed(pre: Tensor, ft: Tensor, mask: Tensor) -> Tensor:
-    out = torch.empty_like(pre)
+    out = _empty_like(pre)
     _cpu.graft_blend_packed(
         pre.data_ptr(),
         ft.data_ptr(),
