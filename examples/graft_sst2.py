@@ -204,7 +204,7 @@ def draw(run: Run, path: Path) -> None:
     """Accuracy and calibration against sparsity: learned, largest and random masks."""
     run.tune()
     points = []
-    for sparsity in (1e-2, 1e-3, 1e-4, 1e-5):
+    for sparsity in filter(run.count, (1e-2, 1e-3, 1e-4, 1e-5)):  # where it is a weight or more
         for name, make in run.masks:
             result = run.measure(f"{name} {sparsity:g}", partial(make, sparsity))
             points.append(plots.Point(name, sparsity, result["accuracy"], result["ece"]))
