@@ -102,23 +102,14 @@ def few(rows: list[Row], labels: int, shots: int, seed: int) -> list[Row]:
 
 def document_batches(tokenizer, documents: list[str], size: int, max_length: int, seed: int) -> list[dict]:
     """Batches of documents of like length for the loss of a language model, padded on the right."""
-    import torch
+    from ..grafting.tasks import by_length, padded
 
     encoded = [tokenizer(text, truncation=True, max_length=max_length)["input_ids"] for text in documents]
     # One token has nothing to predict.
     encoded = [ids for ids in encoded if len(ids) > 1]
     if not encoded:
         raise ValueError("data: expected a document of two tokens or more, got none")
-    generator = random.Random(seed)
-    generator.shuffle(encoded)
-    encoded.sort(key=len)
-    groups = [encoded[at : at + size] for at in range(0, len(encoded), size)]
-    generator.shuffle(groups)
-    batches = []
-    for group in groups:
-        longest = max(map(len, group))
-        ids = torch.tensor([row + [0] * (longest - len(row)) for row in group])
-        mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in group])
-        labels = ids.masked_fill(mask == 0, -100)
-        batches.append({"input_ids": ids, "attention_mask": mask, "labels": labels})
+    batches = [padded(group) for group in by_length(encoded, size, seed, len)]
+    for batch in batches:
+        batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     return batches

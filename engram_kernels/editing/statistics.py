@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +12,7 @@ import torch
 from ..errors import EngramError
 from ..functional import second_moment_
 from ..models.digest import tensor_bytes
+from ..models.files import new_file
 from ..models.layers import decoder_layers
 from .structure import Projection
 from .tokens import context_length
@@ -134,8 +133,6 @@ def save_moment(path: Path, moment: torch.Tensor, count: int) -> None:
     """Write a moment so that readers see either all of it or nothing."""
     from safetensors.torch import save
 
-    # `open` gives the umask's mode; a file of mkstemp's or save_file's only its owner could read.
-    with tempfile.TemporaryDirectory(suffix=".tmp", dir=path.parent) as folder:
-        temporary = Path(folder) / path.name
+    # Not save_file, whose files only their owner may read.
+    with new_file(path) as temporary:
         temporary.write_bytes(save({"moment": moment.cpu().contiguous(), "count": torch.tensor(count)}))
-        os.replace(temporary, path)

@@ -16,6 +16,26 @@ BINS = 15
 AFTER_THE_HEAD = ("logits_scaling", "logit_scale", "final_logit_softcapping")
 
 
+def by_length(rows: list, size: int, seed: int | None, length: Callable[[object], int]) -> list[list]:
+    """Cut rows into groups of like length, in an order drawn by a seed; without one, from short to long."""
+    rows, generator = list(rows), random.Random(seed)
+    if seed is not None:
+        generator.shuffle(rows)
+    rows.sort(key=length)
+    groups = [rows[at : at + size] for at in range(0, len(rows), size)]
+    if seed is not None:
+        generator.shuffle(groups)
+    return groups
+
+
+def padded(group: list[list[int]]) -> dict[str, Tensor]:
+    """Token lists as input_ids and attention_mask [rows, longest], padded with 0 on the right."""
+    longest = max(map(len, group))
+    input_ids = torch.tensor([ids + [0] * (longest - len(ids)) for ids in group])
+    mask = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids in group])
+    return {"input_ids": input_ids, "attention_mask": mask}
+
+
 class PromptTask:
     """Classification by the next word: a template with `{}` for the text, and one word for each label.
 
@@ -65,14 +85,11 @@ class PromptTask:
         if wrong:
             raise ValueError(f"rows: expected labels from 0 to {len(self.words) - 1}, got {wrong[0]}")
         encoded = [(label, self._encode(text)) for label, text in rows]
-        generator = random.Random(seed)
-        if seed is not None:
-            generator.shuffle(encoded)
-        encoded.sort(key=lambda row: len(row[1]))
-        groups = [encoded[at : at + size] for at in range(0, len(encoded), size)]
-        if seed is not None:
-            generator.shuffle(groups)
-        return [self._collate(group) for group in groups]
+        groups = by_length(encoded, size, seed, lambda row: len(row[1]))
+        return [
+            {**padded([ids for _, ids in group]), "labels": torch.tensor([label for label, _ in group])}
+            for group in groups
+        ]
 
     def _encode(self, text: str) -> list[int]:
         ids = self.tokenizer(self.template.replace("{}", text))["input_ids"]
@@ -80,16 +97,6 @@ class PromptTask:
             text = text[: len(text) - max(1, len(text) * (len(ids) - self.max_length) // len(ids))]
             ids = self.tokenizer(self.template.replace("{}", text))["input_ids"]
         return ids
-
-    def _collate(self, group: list[tuple[int, list[int]]]) -> dict:
-        longest = max(len(ids) for _, ids in group)
-        input_ids = torch.zeros(len(group), longest, dtype=torch.long)
-        attention_mask = torch.zeros(len(group), longest, dtype=torch.long)
-        for i, (_, ids) in enumerate(group):
-            input_ids[i, : len(ids)] = torch.tensor(ids)
-            attention_mask[i, : len(ids)] = 1
-        labels = torch.tensor([label for label, _ in group])
-        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
     def logits(self, model: nn.Module, batch: dict) -> Tensor:
         """The logits of the words after each prompt, [batch, labels].

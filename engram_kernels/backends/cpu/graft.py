@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ... import _cpu
+from ..._ops.graft import packed_size
 from .. import implements
 from ..native import graft_rows, sparse_rows
 
@@ -71,7 +72,7 @@ def graft_mask_step_(
 
 @implements("pack_mask", "cpu")
 def pack_mask(mask: Tensor) -> Tensor:
-    packed = mask.new_empty((mask.numel() + 7) // 8, dtype=torch.uint8)
+    packed = mask.new_empty(packed_size(mask.numel()), dtype=torch.uint8)
     _cpu.pack_mask(mask.data_ptr(), mask.numel(), packed.data_ptr(), torch.get_num_threads())
     return packed
 
@@ -100,7 +101,7 @@ def graft_blend_packed(pre: Tensor, ft: Tensor, mask: Tensor) -> Tensor:
 
 @implements("top_k_mask", "cpu", lambda scores, *rest: _wide(*scores))
 def top_k_mask(scores: list[Tensor], reference: list[Tensor], k: int) -> tuple[list[Tensor], Tensor]:
-    masks = [score.new_empty((score.numel() + 7) // 8, dtype=torch.uint8) for score in scores]
+    masks = [score.new_empty(packed_size(score.numel()), dtype=torch.uint8) for score in scores]
     invalid = _cpu.top_k_mask(graft_rows(scores, out=masks, ft=reference), k, torch.get_num_threads())
     return masks, torch.tensor(invalid)
 

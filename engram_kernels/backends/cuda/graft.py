@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ... import _cuda
+from ..._ops.graft import packed_size
 from .. import implements
 from ..native import graft_rows, sparse_rows, stream
 
@@ -18,7 +19,7 @@ def _declines_wide(scores: list[Tensor], *args) -> str | None:
 
 @implements("pack_mask", "cuda")
 def pack_mask(mask: Tensor) -> Tensor:
-    packed = mask.new_empty((mask.numel() + 7) // 8, dtype=torch.uint8)
+    packed = mask.new_empty(packed_size(mask.numel()), dtype=torch.uint8)
     with torch.cuda.device(mask.device):
         _cuda.pack_mask(mask.data_ptr(), mask.numel(), packed.data_ptr(), stream(mask))
     return packed
@@ -26,7 +27,7 @@ def pack_mask(mask: Tensor) -> Tensor:
 
 @implements("top_k_mask", "cuda", _declines_wide)
 def top_k_mask(scores: list[Tensor], reference: list[Tensor], k: int) -> tuple[list[Tensor], Tensor]:
-    masks = [score.new_empty((score.numel() + 7) // 8, dtype=torch.uint8) for score in scores]
+    masks = [score.new_empty(packed_size(score.numel()), dtype=torch.uint8) for score in scores]
     invalid = torch.empty((), dtype=torch.int64, device=scores[0].device)
     workspace = _workspace(_cuda.top_k_workspace(len(scores)), scores[0])
     with torch.cuda.device(scores[0].device):
