@@ -153,6 +153,29 @@ def small_model(
             **ids,
         ),
         "granite": lambda: hf.GraniteConfig(**llama, **grouped, **ids, logits_scaling=3.0),
+        "bloom": lambda: hf.BloomConfig(vocab_size=vocabulary, hidden_size=32, n_layer=4, n_head=4, **ids),
+        "falcon": lambda: hf.FalconConfig(
+            vocab_size=vocabulary,
+            hidden_size=32,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            alibi=True,
+            **ids,
+        ),
+        "gptj": lambda: hf.GPTJConfig(
+            vocab_size=vocabulary,
+            n_positions=128,
+            n_embd=32,
+            n_layer=4,
+            n_head=4,
+            rotary_dim=4,
+            n_inner=64,
+            **ids,
+        ),
+        # A window shorter than the texts.
+        "gemma2": lambda: hf.Gemma2Config(
+            **llama, **grouped, **ids, head_dim=8, sliding_window=8, final_logit_softcapping=5.0
+        ),
         "mixtral": lambda: hf.MixtralConfig(**llama, **grouped, **ids, num_local_experts=2),
     }
     state = torch.random.get_rng_state()

@@ -10,8 +10,8 @@ pytest.importorskip("transformers")
 import model_zoo
 import torch
 
-from engram_kernels.editing import Edit, Editor, EditResult, load_model, values
-from engram_kernels.editing import editor as editor_module
+from engram_kernels.editing import Edit, Editor, EditResult, load_model
+from engram_kernels.editing import run as run_module
 from engram_kernels.editing.structure import output_projection
 from engram_kernels.editing.tokens import encode_row
 from engram_kernels.editing.values import ValueOptions
@@ -58,6 +58,20 @@ def bits(model):
     }
 
 
+def spy_on_values(monkeypatch):
+    """The list to which every value that is found is appended."""
+    found = []
+    whole = run_module.find_values
+
+    def spy(*arguments):
+        values = whole(*arguments)
+        found.extend(values)
+        return values
+
+    monkeypatch.setattr(run_module, "find_values", spy)
+    return found
+
+
 def changed(before, model):
     return [name for name, tensor in bits(model).items() if not torch.equal(before[name], tensor)]
 
@@ -68,11 +82,11 @@ def test_edit_changes_one_matrix_and_reverts_bit_for_bit(make, family, dtype):
     editor = make(family, dtype)
     before = bits(editor.model)
     result = editor.edit(TOWER)
-    assert changed(before, editor.model) == [f"{result.module}.weight"]
+    assert changed(before, editor.model) == [f"{module}.weight" for module in result.modules]
     (record,) = result.records
     assert record.probability_after > record.probability_before
     assert record.losses[-1] < record.losses[0]
-    assert record.layer == result.layer == 1
+    assert [site.layer for site in result.sites] == [1]
     result.revert()
     assert changed(before, editor.model) == []
     result.revert()
@@ -83,7 +97,7 @@ def test_edit_changes_one_matrix_and_reverts_bit_for_bit(make, family, dtype):
 def test_every_family_can_be_edited(make, family):
     editor = make(family)
     before = bits(editor.model)
-    with editor.edit(TOWER, layer=2) as result:
+    with editor.edit(TOWER, layers=2) as result:
         assert result.records[0].probability_after > result.records[0].probability_before
         assert changed(before, editor.model)
     assert changed(before, editor.model) == []
@@ -91,34 +105,24 @@ def test_every_family_can_be_edited(make, family):
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_answer_to_the_key_changes_as_found(make, family, monkeypatch):
-    found = []
-    whole = values.find_value
-    monkeypatch.setattr(
-        editor_module, "find_value", lambda *arguments: found.append(whole(*arguments)) or found[-1]
-    )
+    found = spy_on_values(monkeypatch)
     one = make(family)
     projection = output_projection(one.model, 1)
     before = projection.matrix.clone()
     one.edit(TOWER)
     (value,) = found
-    torch.testing.assert_close(
-        one._key(value) @ (projection.matrix - before).T, value.change, rtol=1e-4, atol=1e-5
-    )
+    torch.testing.assert_close(value.key @ (projection.matrix - before).T, value.change, rtol=1e-4, atol=1e-5)
 
 
 def test_original_rome_writes_the_bare_key(make, monkeypatch):
-    found = []
-    whole = values.find_value
-    monkeypatch.setattr(
-        editor_module, "find_value", lambda *arguments: found.append(whole(*arguments)) or found[-1]
-    )
+    found = spy_on_values(monkeypatch)
     one = make("gpt2", consistent_key=False)
     projection = output_projection(one.model, 1)
     before = projection.matrix.clone()
-    one.edit([TOWER, COLOSSEUM], mode="joint")
+    one.edit([TOWER, COLOSSEUM], method="emmet")
     for value in found:
         torch.testing.assert_close(
-            value.keys[0] @ (projection.matrix - before).T, value.change, rtol=1e-3, atol=1e-4
+            value.bare_key @ (projection.matrix - before).T, value.change, rtol=1e-3, atol=1e-4
         )
 
 
@@ -127,17 +131,20 @@ def test_factors_are_the_change(make):
     projection = output_projection(editor.model, 1)
     before = projection.matrix.clone()
     result = editor.edit(EDITS)
-    assert result.left.shape == (32, 3) and result.right.shape == (3, 64)
-    torch.testing.assert_close(projection.matrix - before, result.left @ result.right, rtol=1e-4, atol=1e-4)
+    left, right = result.factors(projection.name)
+    assert left.shape == (32, 3) and right.shape == (3, 64)
+    torch.testing.assert_close(projection.matrix - before, left @ right, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match=r"^module: expected one of .*, got 'mlp'$"):
+        result.factors("mlp")
 
 
-@pytest.mark.parametrize("mode", ["sequential", "joint"])
-def test_list_of_edits(make, mode):
+@pytest.mark.parametrize("method", ["rome", "emmet"])
+def test_list_of_edits(make, method):
     editor = make()
     before = bits(editor.model)
-    result = editor.edit(EDITS, mode=mode)
+    result = editor.edit(EDITS, method=method)
     assert [record.edit for record in result.records] == EDITS
-    assert len(result.writes) == (3 if mode == "sequential" else 1)
+    assert len(result.writes) == (3 if method == "rome" else 1)
     assert all(record.probability_after > record.probability_before for record in result.records)
     result.revert()
     assert changed(before, editor.model) == []
@@ -150,18 +157,14 @@ def test_key_of_other_contexts(make, arguments):
 
 
 def test_joint_write_answers_every_key(make, monkeypatch):
-    found = []
-    whole = values.find_value
-    monkeypatch.setattr(
-        editor_module, "find_value", lambda *arguments: found.append(whole(*arguments)) or found[-1]
-    )
+    found = spy_on_values(monkeypatch)
     one = make()
     projection = output_projection(one.model, 1)
     before = projection.matrix.clone()
-    one.edit(EDITS, mode="joint")
+    one.edit(EDITS, method="emmet")
     for value in found:
         torch.testing.assert_close(
-            one._key(value) @ (projection.matrix - before).T, value.change, rtol=1e-3, atol=1e-4
+            value.key @ (projection.matrix - before).T, value.change, rtol=1e-3, atol=1e-4
         )
 
 
@@ -267,16 +270,16 @@ def test_forced_revert_puts_the_first_matrix_back(make):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("mode", ["sequential", "joint"])
-def test_saved_edit_is_repeated_bit_for_bit(make, tmp_path, dtype, mode):
+@pytest.mark.parametrize("method", ["rome", "emmet"])
+def test_saved_edit_is_repeated_bit_for_bit(make, tmp_path, dtype, method):
     editor = make("gpt2", dtype)
-    result = editor.edit(EDITS, mode=mode)
+    result = editor.edit(EDITS, method=method)
     edited = bits(editor.model)
-    result.save(tmp_path / "edit")
+    result.save_pretrained(tmp_path / "edit")
     result.revert()
     before = bits(editor.model)
 
-    loaded = EditResult.load(tmp_path / "edit")
+    loaded = EditResult.from_pretrained(tmp_path / "edit")
     assert loaded.records == result.records
     with loaded.apply(editor.model):
         assert changed(edited, editor.model) == []
@@ -285,7 +288,8 @@ def test_saved_edit_is_repeated_bit_for_bit(make, tmp_path, dtype, mode):
     assert changed(before, editor.model) == []
     result.apply(editor.model)
     assert changed(edited, editor.model) == []
-    assert sorted(path.name for path in (tmp_path / "edit").iterdir()) == ["edit.json", "factors.safetensors"]
+    names = ["adapter_config.json", "adapter_model.safetensors", "edit.json", "edit.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "edit").iterdir()) == names
     assert [path.name for path in tmp_path.iterdir()] == ["edit"]
     assert len({path.stat().st_mode for path in (tmp_path / "edit").iterdir()}) == 1
 
@@ -293,8 +297,8 @@ def test_saved_edit_is_repeated_bit_for_bit(make, tmp_path, dtype, mode):
 def test_saved_edit_refuses_another_base(make, tmp_path):
     editor = make()
     with editor.edit(TOWER) as result:
-        result.save(tmp_path / "edit")
-    loaded = EditResult.load(tmp_path / "edit")
+        result.save_pretrained(tmp_path / "edit")
+    loaded = EditResult.from_pretrained(tmp_path / "edit")
     other = model_zoo.small_model(seed=1)
     before = bits(other)
     with pytest.raises(EngramError, match=r"^model: expected .*the weights that the edit was made for"):
@@ -309,46 +313,56 @@ def test_saved_edit_refuses_another_base(make, tmp_path):
 
 def test_bad_directories(make, tmp_path):
     with make().edit(TOWER) as result:
-        result.save(tmp_path / "edit")
+        result.save_pretrained(tmp_path / "edit")
         for place in (
             tmp_path / "edit",
             tmp_path / "edit" / "edit.json",
             tmp_path / "edit" / "edit.json" / "below",
         ):
             with pytest.raises(EngramError, match=r"^directory: expected "):
-                result.save(place)
+                result.save_pretrained(place)
     report = json.loads((tmp_path / "edit" / "edit.json").read_text())
     (tmp_path / "edit" / "edit.json").write_text(json.dumps({**report, "format": 99}))
     for place in (tmp_path / "absent", tmp_path / "edit"):
-        with pytest.raises(EngramError, match=r"^directory: expected an? "):
-            EditResult.load(place)
+        with pytest.raises(EngramError, match=r"^directory: expected (saved edits|an edit)"):
+            EditResult.from_pretrained(place)
     (tmp_path / "edit" / "edit.json").write_text("{}")
-    with pytest.raises(EngramError, match=r"^directory: expected a saved edit"):
-        EditResult.load(tmp_path / "edit")
+    with pytest.raises(EngramError, match=r"^directory: expected saved edits"):
+        EditResult.from_pretrained(tmp_path / "edit")
 
 
 def test_saved_edit_is_validated(make, tmp_path):
     from safetensors.torch import load_file, save_file
 
     with make().edit(EDITS) as result:
-        result.save(tmp_path / "edit")
+        result.save_pretrained(tmp_path / "edit")
     report = json.loads((tmp_path / "edit" / "edit.json").read_text(encoding="utf-8"))
-    tensors = load_file(tmp_path / "edit" / "factors.safetensors")
-    fewer = {name: tensor for name, tensor in tensors.items() if name != "2.right"}
-    for change, factors in [
-        ({}, {}),
-        ({}, fewer),
-        ({}, {**tensors, "0.left": tensors["0.left"][:-1].contiguous()}),
-        ({}, {**tensors, "0.left": tensors["0.left"].double()}),
-        ({"layer": "1"}, tensors),
-        ({"layer": True}, tensors),
-        ({"module": 3}, tensors),
-        ({"records": report["records"][:1]}, tensors),
+    (site,) = report["sites"]
+    adapter = load_file(tmp_path / "edit" / "adapter_model.safetensors")
+    tensors = load_file(tmp_path / "edit" / "edit.safetensors")
+    lora = next(iter(adapter)).rsplit(".lora_", 1)[0]
+    cut = {name: tensor[:-1].contiguous() for name, tensor in adapter.items()}
+    for changes, factors, others in [
+        ({}, {}, tensors),
+        ({}, adapter, {name: tensor for name, tensor in tensors.items() if name != "2.keys"}),
+        ({}, {**adapter, f"{lora}.lora_A.weight": cut[f"{lora}.lora_A.weight"]}, tensors),
+        ({}, {**adapter, f"{lora}.lora_B.weight": cut[f"{lora}.lora_B.weight"]}, tensors),
+        ({}, {name: tensor.double() for name, tensor in adapter.items()}, tensors),
+        ({}, adapter, {**tensors, "1.changes": tensors["1.changes"][:, :-1].contiguous()}),
+        ({"sites": [{**site, "layer": "1"}]}, adapter, tensors),
+        ({"sites": [{**site, "module": 3}]}, adapter, tensors),
+        ({"sites": [{**site, "base_checksum": None}]}, adapter, tensors),
+        ({"sites": []}, adapter, tensors),
+        ({"writes": []}, adapter, tensors),
+        ({"writes": report["writes"][:2]}, adapter, tensors),
+        ({"records": report["records"][:1]}, adapter, tensors),
+        ({"records": 5}, adapter, tensors),
     ]:
-        (tmp_path / "edit" / "edit.json").write_text(json.dumps({**report, **change}), encoding="utf-8")
-        save_file(factors, tmp_path / "edit" / "factors.safetensors")
-        with pytest.raises(EngramError, match=r"^directory: expected a saved edit, got ") as caught:
-            EditResult.load(tmp_path / "edit")
+        (tmp_path / "edit" / "edit.json").write_text(json.dumps({**report, **changes}), encoding="utf-8")
+        save_file(factors, tmp_path / "edit" / "adapter_model.safetensors")
+        save_file(others, tmp_path / "edit" / "edit.safetensors")
+        with pytest.raises(EngramError, match=r"^directory: expected saved edits, got ") as caught:
+            EditResult.from_pretrained(tmp_path / "edit")
         assert "\n" not in str(caught.value)
 
 
@@ -356,7 +370,8 @@ def test_progress_reaches_the_end(make, tmp_path):
     seen = []
     make(cache_dir=tmp_path, progress=lambda *arguments: seen.append(arguments)).edit([TOWER, COLOSSEUM])
     stages = list(dict.fromkeys(stage for stage, _, _ in seen))
-    assert stages == ["statistics", "value 1/2", "value 2/2"]
+    assert stages == ["statistics", "values"]
+    assert seen[-1] == ("values", 20, 20)
     assert all(0 < done <= total for _, done, total in seen)
 
 
@@ -373,9 +388,23 @@ BAD_CALLS = {
     "no edits": (dict(edits=[]), ValueError, "edits"),
     "no list": (dict(edits=None), TypeError, "edits"),
     "not an edit": (dict(edits=["text"]), TypeError, "edits"),
-    "unknown layer": (dict(edits=TOWER, layer=99), ValueError, "layer"),
-    "layer by name": (dict(edits=TOWER, layer="mlp"), TypeError, "layer"),
-    "unknown mode": (dict(edits=TOWER, mode="parallel"), ValueError, "mode"),
+    "unknown layer": (dict(edits=TOWER, layers=99), ValueError, "layer"),
+    "layers by name": (dict(edits=TOWER, layers="mlp"), TypeError, "layers"),
+    "layer by name": (dict(edits=TOWER, layers=["mlp"]), TypeError, "layers"),
+    "no layer": (dict(edits=TOWER, layers=[]), ValueError, "layers"),
+    "layers out of order": (dict(edits=TOWER, layers=[2, 1]), ValueError, "layers"),
+    "one layer twice": (dict(edits=TOWER, layers=[1, 1]), ValueError, "layers"),
+    "unknown method": (dict(edits=TOWER, method="mend"), ValueError, "method"),
+    "negative ridge": (dict(edits=TOWER, ridge=-1.0), ValueError, "ridge"),
+    "ridge by name": (dict(edits=TOWER, ridge="big"), TypeError, "ridge"),
+    "empty batches": (dict(edits=TOWER, batch=0), ValueError, "batch"),
+    "half an edit": (dict(edits=TOWER, batch=0.5), TypeError, "batch"),
+    "negative weight": (dict(edits=TOWER, preserve=-1.0), ValueError, "preserve"),
+    "weight by name": (dict(edits=TOWER, preserve="all"), TypeError, "preserve"),
+    "unknown conflicts": (dict(edits=TOWER, conflicts="first"), ValueError, "conflicts"),
+    "unknown failures": (dict(edits=TOWER, failures="ignore"), ValueError, "failures"),
+    "no null space": (dict(edits=TOWER, method="alphaedit", null_space=1e-9), EngramError, "null_space"),
+    "null space by name": (dict(edits=TOWER, null_space="all"), TypeError, "null_space"),
 }
 
 
@@ -482,16 +511,16 @@ def test_model_with_nan_changes_nothing(make, place):
 def test_failure_in_the_middle_of_a_list_changes_nothing(make, monkeypatch):
     one = make()
     before = bits(one.model)
-    whole = values.find_value
+    whole = run_module.find_values
     written = []
 
-    def failing(model, tokenizer, projection, edit, *rest):
-        if edit is EDITS[2]:
+    def failing(model, projection, texts, *rest):
+        if texts[0].edit is EDITS[2]:
             written.extend(changed(before, model))
-            raise EngramError("model: expected a finite loss, got nan")
-        return whole(model, tokenizer, projection, edit, *rest)
+            return [EngramError("model: expected a finite loss, got nan")]
+        return whole(model, projection, texts, *rest)
 
-    monkeypatch.setattr(editor_module, "find_value", failing)
+    monkeypatch.setattr(run_module, "find_values", failing)
     with pytest.raises(EngramError):
         one.edit(EDITS)
     assert written == ["model.layers.1.mlp.down_proj.weight"]
@@ -500,7 +529,7 @@ def test_failure_in_the_middle_of_a_list_changes_nothing(make, monkeypatch):
 
 def test_interruption_changes_nothing(make):
     def interrupt(stage, done, _total):
-        if stage == "value 2/3" and done == 3:
+        if stage == "values" and done == 13:
             raise KeyboardInterrupt
 
     editor = make(progress=interrupt)
@@ -537,10 +566,10 @@ def test_joint_edits_of_one_key(make, consistent_key, monkeypatch):
     before = bits(editor.model)
     edits = [Edit("Rome", "{} is in", "Paris"), TOWER, Edit("Rome", "{} lies in", "Brazil")]
     with pytest.raises(EngramError, match=r"^edits: expected .*'Rome is in' and 'Rome lies in' .*'Rome'"):
-        editor.edit(edits, mode="joint")
-    monkeypatch.setattr(editor_module, "_check_apart", lambda *_: None)
+        editor.edit(edits, method="emmet")
+    monkeypatch.setattr(run_module.Run, "_apart", lambda _self, batch: batch)
     with pytest.raises(EngramError, match=r"^edits: expected .*independent keys, got .*'Rome', 'The Eiffel"):
-        editor.edit([TOWER if edit is TOWER else edits[0] for edit in edits], mode="joint")
+        editor.edit([TOWER if edit is TOWER else edits[0] for edit in edits], method="emmet")
     assert changed(before, editor.model) == []
 
 

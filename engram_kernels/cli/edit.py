@@ -79,13 +79,13 @@ def edit(
         network, tokenizer = load_model(model, dtype=dtype_of(dtype), device=device_of(device))
         editor = Editor(network, tokenizer, corpus=corpus, tokens=tokens, seed=seed, progress=progress)
         before = [_answers(network, tokenizer, text) for _, text in prompts]
-        result = editor.edit(fact, layer=layer)
+        result = editor.edit(fact, layer)
         after = [_answers(network, tokenizer, text) for _, text in prompts]
 
     record = result.records[0]
     change = f"{record.probability_before:.4f} → {record.probability_after:.4f}"
     table = Table("prompt", "before", "after", "", title=escape(f"{fact.text} → {fact.target}"))
-    table.caption = escape(f"{model}, {record.module}: p({fact.target}) on the edited prompt {change}")
+    table.caption = escape(f"{model}, {result.modules[0]}: p({fact.target}) on the edited prompt {change}")
     rows = []
     for (kind, text), old, new in zip(prompts, before, after, strict=True):
         first = new[0][0]
@@ -96,11 +96,11 @@ def edit(
         rows.append({"kind": kind, "prompt": text, "before": old, "after": new, "as_wanted": good})
     console.print(table)
     if save is not None:
-        result.save(save)
+        result.save_pretrained(save)
         console.print(f"Saved to {escape(str(save))}.")
     if report is not None:
         probability = {"before": record.probability_before, "after": record.probability_after}
-        write_json(report, {"module": record.module, "probability": probability, "answers": rows})
+        write_json(report, {"module": result.modules[0], "probability": probability, "answers": rows})
     if strict and not all(row["as_wanted"] for row in rows):
         raise EngramError("strict: expected every answer as wanted, got those marked with ✗")
 

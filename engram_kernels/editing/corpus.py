@@ -6,7 +6,8 @@ import bz2
 import html
 import os
 import re
-from collections.abc import Iterable, Iterator
+from array import array
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -17,20 +18,25 @@ from .tokens import context_length
 
 WIKIPEDIA_IN_GENSIM = "test/test_data/enwiki-latest-pages-articles1.xml-*-shortened.bz2"
 
+# Characters after which a paragraph is cut, so that a file without blank lines does not fill the memory.
+PARAGRAPH = 1 << 20
+
 
 def wikipedia_file() -> Path | None:
     """The Wikipedia articles that the package `gensim` carries, or None where it is not installed."""
     return package_file("gensim", WIKIPEDIA_IN_GENSIM)
 
 
-def read_texts(corpus: str | os.PathLike | Iterable[str]) -> Iterator[str]:
-    """The texts of a corpus, which is a file or an iterable of strings.
+def read_texts(corpus: str | os.PathLike | Iterable[str | Mapping]) -> Iterator[str]:
+    """The texts of a corpus, which is a file or an iterable of strings, one after the other.
 
-    A file is plain text, split at blank lines, or a compressed Wikipedia dump (`*.bz2`).
+    A file is plain text, split at blank lines, or a compressed Wikipedia dump (`*.bz2`). An iterable may be
+    endless; where it gives mappings, as the library `datasets` does, their column `text` is taken.
 
     Raises:
         EngramError: the file cannot be read.
         TypeError: `corpus`, or one of its items, is neither.
+        ValueError: a mapping has no column `text`.
     """
     if isinstance(corpus, (str, os.PathLike)):
         path = Path(corpus)
@@ -43,31 +49,59 @@ def read_texts(corpus: str | os.PathLike | Iterable[str]) -> Iterator[str]:
                 f"corpus: expected a text file that can be read, got {str(path)!r} ({reason})"
             ) from error
         return
+    if isinstance(corpus, Mapping):
+        raise TypeError(f"corpus: expected one data set, got a mapping of {_listed(corpus)}")
     if not isinstance(corpus, Iterable):
         raise TypeError(f"corpus: expected a path or an iterable of strings, got {type(corpus).__name__}")
     for text in corpus:
+        if isinstance(text, Mapping):
+            if "text" not in text:
+                raise ValueError(f"corpus: expected a column 'text', got the columns {_listed(text)}")
+            text = text["text"]
         if not isinstance(text, str):
             raise TypeError(f"corpus: expected strings, got {type(text).__name__}")
         yield text
 
 
-def token_ids(tokenizer, texts: Iterable[str], limit: int) -> torch.Tensor:
-    """The first `limit` tokens of the texts `[count]`, each text closed by the end-of-text token.
+class TokenStream:
+    """The tokens of a corpus, each text closed by the end-of-text token: read once and no further than asked.
 
-    Raises:
-        EngramError: the texts hold no token.
+    Args:
+        tokenizer: of the model.
+        corpus: as for `read_texts`.
     """
-    ids: list[int] = []
-    separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    for text in texts:
-        if text.strip():
-            # verbose=False: a text longer than the model's context is no mistake here, it is cut into chunks.
-            ids += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] + separator
-        if len(ids) >= limit:
-            break
-    if len(ids) <= len(separator):
-        raise EngramError("corpus: expected some text, got none")
-    return torch.tensor(ids[:limit])
+
+    def __init__(self, tokenizer, corpus: str | os.PathLike | Iterable[str | Mapping]):
+        self._tokenizer = tokenizer
+        self._corpus = corpus
+        self._restart()
+
+    def first(self, count: int) -> torch.Tensor:
+        """The first `count` tokens `[count]`, or all where the corpus has fewer.
+
+        Raises:
+            EngramError: the texts hold no token, or cannot be read.
+            TypeError, ValueError: the corpus is of another kind.
+        """
+        end = self._tokenizer.eos_token_id
+        separator = [] if end is None else [end]
+        try:
+            while len(self._ids) < count and (text := next(self._texts, None)) is not None:
+                if text.strip():
+                    # verbose=False: a text longer than the model's context is no mistake here, it is cut.
+                    ids = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+                    self._ids.extend(ids + separator)
+        except BaseException:
+            # A reader that failed is spent: its beginning must not pass for the whole the next time.
+            self._restart()
+            raise
+        if len(self._ids) <= len(separator):
+            raise EngramError("corpus: expected some text, got none")
+        return torch.frombuffer(self._ids[:count], dtype=torch.int64)
+
+    def _restart(self) -> None:
+        self._texts = read_texts(self._corpus)
+        self._ids = array("q")
 
 
 @torch.no_grad()
@@ -137,11 +171,17 @@ def _until_stable(pattern: str, replacement: str, text: str) -> str:
 def _paragraphs(path: Path) -> Iterator[str]:
     with open(path, encoding="utf-8") as file:
         paragraph: list[str] = []
-        for line in file:
+        size = 0
+        for line in iter(lambda: file.readline(PARAGRAPH), ""):
             if line.strip():
                 paragraph.append(line)
-            elif paragraph:
+                size += len(line)
+            if paragraph and (not line.strip() or size >= PARAGRAPH):
                 yield "".join(paragraph)
-                paragraph = []
+                paragraph, size = [], 0
         if paragraph:
             yield "".join(paragraph)
+
+
+def _listed(names: Iterable) -> str:
+    return ", ".join(map(repr, names)) or "nothing"

@@ -1,30 +1,28 @@
-"""The editor: from facts to rank-one writes (ROME, Meng et al. 2022, arXiv 2202.05262)."""
+"""The editor: what it is given, checked, and the run that writes facts."""
 
 from __future__ import annotations
 
-import hashlib
+import functools
 import math
 import os
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
 
+from .. import _checks as check
 from ..covariance import Covariance
-from ..errors import EngramError
-from ..functional import rank_one_factors
-from ..models.digest import tensor_bytes
+from ..models.layers import decoder_layers
 from ..models.loading import cache_directory, writable_directory
-from . import corpus as corpora
-from . import statistics
+from .journal import Journal
+from .methods import METHODS
+from .moments import Moments
 from .prefixes import sample_prefixes
-from .result import EditRecord, EditResult, Write, matrix_checksum, restore, snapshot, write_
-from .structure import Projection, default_layer, output_projection
-from .tokens import Edit, Row, check_length, encode_row
-from .values import Value, ValueOptions, find_value, target_log_probability
-
-TOKENS_PER_DIMENSION = 20
+from .result import EditResult
+from .run import Plan, Run
+from .structure import default_layer, output_projection
+from .tokens import Edit
+from .values import ValueOptions
 
 
 class Editor:
@@ -118,97 +116,138 @@ class Editor:
         self.value = value or ValueOptions()
         self.seed = seed
         self.progress = progress
-        self._corpus = corpus
         self._prefixes: list[str] | None = None
-        self._ids: torch.Tensor | None = None
-        # By layer: the state of the weights that feed it, and what they gave.
-        self._covariances: dict[int, tuple[tuple, Covariance]] = {}
+        self._moments = Moments(
+            model,
+            tokenizer,
+            corpus,
+            self.cache,
+            tokens=tokens,
+            ridge=ridge,
+            seed=seed,
+            progress=None if progress is None else functools.partial(progress, "statistics"),
+        )
 
     def edit(
-        self, edits: Edit | Sequence[Edit], layer: int | None = None, mode: str = "sequential"
+        self,
+        edits: Edit | Iterable[Edit],
+        layers: int | Sequence[int] | None = None,
+        method: str = "rome",
+        *,
+        ridge: float | None = None,
+        batch: int | None = None,
+        preserve: bool | float = False,
+        null_space: float | None = None,
+        conflicts: str = "refuse",
+        failures: str = "raise",
+        directory: str | os.PathLike | None = None,
     ) -> EditResult:
-        """Write one fact or several into a layer. Whatever fails, the weights stay as they were, bit for bit.
+        """Write one fact or many. Whatever fails, the weights stay as they were, bit for bit.
+
+        The methods are one algorithm. The edits are taken in batches; the values of a batch are found in the
+        model as it is then, and written at once, exactly or with a ridge, into one layer or spread over
+        several.
+
+        | method | layers | batch | ridge λ | source |
+        |---|---|---|---|---|
+        | `"rome"` | 1 | 1 | 0 | Meng et al. 2022, arXiv 2202.05262 |
+        | `"emmet"` | 1 | all | 0 | Gupta et al. 2024, arXiv 2403.14236 |
+        | `"memit"` | 5 | all | LAMBDA | Meng et al. 2023, arXiv 2210.07229 |
+        | `"alphaedit"` | 5 | 100 | 10, in the null space of `C` | Fang et al. 2024, arXiv 2410.02355 |
 
         Args:
             edits: the facts.
-            layer: index of the decoder layer; None: the one at 0.2 of the depth.
-            mode: `"sequential"`: each value is found in the model as edited so far, and written; `"joint"`:
-                all values are found in the model as it is, and written at once.
+            layers: indices of the decoder layers, lowest first; None: the one at 0.2 of the depth, and those
+                around it over which the method spreads.
+            method: as in the table.
+            ridge: `λ`: how much of each change is given up for smaller writes; None: the method's.
+            batch: how many edits are written at once; None: as many as the method does.
+            preserve: hold the answers to the keys of earlier batches: each counts as much as this many
+                samples of the statistics. True: as in MEMIT's objective, `1/λ`, or 1 where there is no ridge.
+            null_space: keep writes in the span of directions in which the eigenvalue of `C` is at most this
+                share of the mean; None: the method's. AlphaEdit has 0.02, which not every model reaches.
+            conflicts: what becomes of edits of one batch whose texts agree up to the end of the subject,
+                which have one key: `"refuse"`: an error; `"last"`: the last one is made, the others skipped.
+            failures: what becomes of an edit that cannot be made by itself: `"raise"`: an error; `"skip"`:
+                it is listed in the result, and the rest is done.
+            directory: of the run: every value and every batch is kept there, and the same call goes on from
+                there after a cut, to the same result.
 
         Returns:
-            An `EditResult` with a record for each edit, to revert, save or apply elsewhere.
+            An `EditResult` with a record for each edit that was made, to revert, save or apply elsewhere.
 
         Raises:
-            TypeError: `edits` holds something else than `Edit`, or `layer` is not an integer.
-            ValueError: `edits` is empty, `layer` or `mode` is unknown.
+            TypeError: `edits` holds something else than `Edit`, or an argument is of the wrong kind.
+            ValueError: `edits` is empty, or an argument is out of range.
             EngramError: the model cannot be edited there, the corpus is empty, the statistics are singular,
-                a prompt is longer than the model's context, joint edits have dependent keys, or the
-                optimisation is not finite.
+                a prompt is longer than the model's context, edits of a batch conflict or have dependent keys,
+                the optimisation is not finite, or the directory is another run's.
         """
-        if not isinstance(edits, Iterable | Edit):
-            raise TypeError(f"edits: expected an Edit or a list of them, got {type(edits).__name__}")
-        edits = [edits] if isinstance(edits, Edit) else list(edits)
-        if not edits:
-            raise ValueError("edits: expected at least one Edit, got none")
-        for edit in edits:
-            if not isinstance(edit, Edit):
-                raise TypeError(f"edits: expected Edit objects, got {type(edit).__name__}")
-        rows = [
-            check_length(self.model, encode_row(self.tokenizer, edit.subject, edit.prompt, edit.target), edit)
-            for edit in edits
-        ]
-        if mode not in ("sequential", "joint"):
-            raise ValueError(f"mode: expected 'sequential' or 'joint', got {mode!r}")
-        if mode == "joint":
-            _check_apart(edits, rows)
-        projection = output_projection(self.model, default_layer(self.model) if layer is None else layer)
+        plan = self._plan(layers, method, ridge, batch, preserve, null_space, conflicts, failures)
+        edits = _edits(edits)
+        for layer in plan.layers:
+            output_projection(self.model, layer)
         with _evaluating(self.model):
-            before = self._log_probabilities(edits)
-            covariance = self.covariance(projection.layer)
-            prefixes = self.prefixes()
-            base_checksum, original = matrix_checksum(projection), snapshot(projection)
-            try:
-                values, writes = [], []
-                for group in [[edit] for edit in edits] if mode == "sequential" else [edits]:
-                    found = [
-                        self._find_value(projection, edit, prefixes, len(values) + i, len(edits))
-                        for i, edit in enumerate(group)
-                    ]
-                    write = self._factors(projection, group, found, covariance)
-                    write_(projection, write)
-                    if not projection.matrix.isfinite().all():
-                        dtype = projection.matrix.dtype
-                        raise EngramError(f"edits: expected weights in the range of {dtype}, got infinity")
-                    values += found
-                    writes.append(write)
-                after = self._log_probabilities(edits)
-            except BaseException:
-                restore(projection, original)
-                raise
-        records = [
-            EditRecord(
-                edit=edit,
-                layer=projection.layer,
-                module=projection.name,
-                probability_before=math.exp(log_before),
-                probability_after=math.exp(log_after),
-                losses=value.losses,
-                key_norm=self._key(value).norm().item(),
-                value_norm=value.initial_norm,
-                change_norm=value.change.norm().item(),
+            run = Run(self.model, self.tokenizer, edits, plan, self.progress)
+            run.begin()
+            run.encode(self.prefixes())
+            covariances = self.covariances(plan.layers)
+            journal = None if directory is None else Journal(directory, run.settings(covariances))
+            return run.result(covariances, journal)
+
+    def _plan(self, layers, method, ridge, batch, preserve, null_space, conflicts, failures) -> Plan:
+        """The method's settings and the caller's, checked."""
+        for name, value, known in (
+            ("method", method, tuple(METHODS)),
+            ("conflicts", conflicts, ("refuse", "last")),
+            ("failures", failures, ("raise", "skip")),
+        ):
+            if value not in known:
+                raise ValueError(f"{name}: expected one of {', '.join(map(repr, known))}, got {value!r}")
+        chosen = METHODS[method]
+        _expect("batch", batch, "an integer or None", int, type(None))
+        _expect("ridge", ridge, "a number or None", int, float, type(None))
+        _expect("preserve", preserve, "True, False or a number", bool, int, float)
+        _expect("null_space", null_space, "a number or None", int, float, type(None))
+        ridge = chosen.ridge if ridge is None else ridge
+        check.number("ridge", ridge, at_least=0)
+        batch = chosen.batch if batch is None else batch
+        if batch is not None and batch < 1:
+            raise ValueError(f"batch: expected a positive number or None, got {batch}")
+        if preserve is True:
+            preserve = 1.0 / ridge if ridge > 0 else 1.0
+        check.number("preserve", float(preserve), at_least=0)
+        layers = self._layers(layers, chosen.layers)
+        if len(layers) > 1 and not self.consistent_key:
+            raise ValueError(
+                f"consistent_key: expected True for several layers, got False for {list(layers)}"
             )
-            for edit, value, log_before, log_after in zip(edits, values, before, after, strict=True)
-        ]
-        return EditResult(
-            records=records,
-            writes=writes,
-            layer=projection.layer,
-            module=projection.name,
-            base_checksum=base_checksum,
-            edited_checksum=matrix_checksum(projection),
-            _projection=projection,
-            _original=original,
+        return Plan(
+            layers=layers,
+            batch=batch,
+            ridge=float(ridge),
+            null_space=chosen.null_space if null_space is None else float(null_space),
+            preserve=float(preserve),
+            last_wins=conflicts == "last",
+            skip_failures=failures == "skip",
+            value=self.value,
+            bare_share=self.bare_share if self.consistent_key else None,
+            bare_denominator=not self.consistent_key,
         )
+
+    def _layers(self, layers: int | Sequence[int] | None, count: int) -> tuple[int, ...]:
+        if layers is None:
+            first = max(0, default_layer(self.model) - count // 2)
+            return tuple(range(len(decoder_layers(self.model)[1])))[first : first + count]
+        layers = [layers] if isinstance(layers, int) else layers
+        if not isinstance(layers, Iterable) or isinstance(layers, str):
+            raise TypeError(f"layers: expected an integer or a list of them, got {type(layers).__name__}")
+        layers = list(layers)
+        for layer in layers:
+            _expect("layers", layer, "integers", int)
+        if not layers or layers != sorted(set(layers)):
+            raise ValueError(f"layers: expected different layers, the lowest first, got {layers}")
+        return tuple(layers)
 
     def prefixes(self) -> list[str]:
         """The texts that are put before every prompt, sampled once."""
@@ -223,115 +262,47 @@ class Editor:
         Raises:
             EngramError: the corpus is empty or too small for the dimension of the key.
         """
+        return self.covariances([layer])[layer]
+
+    def covariances(self, layers: Sequence[int]) -> dict[int, Covariance]:
+        """The second moments of several layers' keys, inverted; what is missing comes from one pass.
+
+        Raises:
+            EngramError: the corpus is empty or too small for the dimension of the key.
+        """
         with _evaluating(self.model):
-            projection = output_projection(self.model, layer)
-            state = statistics.weights_state(self.model, projection)
-            known = self._covariances.get(layer)
-            if known is None or known[0] != state:
-                count = self.tokens or TOKENS_PER_DIMENSION * projection.matrix.shape[1]
-                moment, count = self._moment(projection, count)
-                known = state, Covariance.from_second_moment(moment, count, ridge=self.ridge)
-                self._covariances[layer] = known
-        return known[1]
+            return self._moments.covariances(layers)
 
-    def _moment(self, projection: Projection, count: int) -> tuple[torch.Tensor, int]:
-        fingerprint = statistics.weights_fingerprint(self.model, projection)
-        ids, source = None, f"sampled {count} {self.seed}"
-        corpus = self._corpus if self._corpus is not None else corpora.wikipedia_file()
-        if corpus is not None:
-            # An iterable can be read only once: keep its tokens for the other layers.
-            if self._ids is None or (len(self._ids) < count and isinstance(corpus, (str, os.PathLike))):
-                self._ids = corpora.token_ids(self.tokenizer, corpora.read_texts(corpus), count)
-            ids = self._ids[:count]
-            if self.tokens is not None and len(ids) < count:
-                warnings.warn(f"corpus: expected {count} tokens, got {len(ids)}", stacklevel=3)
-            source = hashlib.sha256(tensor_bytes(ids)).hexdigest()
-        key = hashlib.sha256(
-            f"{fingerprint} {projection.name} {source} {statistics.CHUNK}".encode()
-        ).hexdigest()[:32]
-        path = self.cache / "moments" / f"{key}.safetensors"
-        cached = statistics.load_moment(path)
-        if cached is not None:
-            return cached[0].to(projection.matrix.device), cached[1]
-        if ids is None:
-            ids = corpora.sample_ids(self.model, self.tokenizer, count, self.seed)
-        writable_directory(path.parent, "cache_dir")
-        moment = statistics.second_moment(self.model, projection, ids, self._stage("statistics"))
-        statistics.save_moment(path, moment, len(ids))
-        return moment, len(ids)
+    def use_covariance(self, layer: int, covariance: Covariance | None) -> None:
+        """Take a covariance made elsewhere for a layer, whatever the weights become; None: no longer.
 
-    def _find_value(self, projection, edit: Edit, prefixes, done: int, total: int) -> Value:
-        name = "value" if total == 1 else f"value {done + 1}/{total}"
-        return find_value(
-            self.model, self.tokenizer, projection, edit, prefixes, self.value, self._stage(name)
-        )
+        Raises:
+            TypeError, ValueError: it is none, or not of the dimension of the layer's key.
+        """
+        self._moments.use(layer, covariance)
 
-    def _key(self, value: Value) -> torch.Tensor:
-        """The key `[in]` to which the constraint gives its value."""
-        if self.bare_share is None or len(value.keys) == 1:
-            return value.keys.mean(0)
-        return self.bare_share * value.keys[0] + (1 - self.bare_share) * value.keys[1:].mean(0)
+    def trace(self, prompt: str, subject: str, kind: str = "hidden", **options):
+        """The causal `Trace` of a fact in the model as it is now: `engram_kernels.editing.trace.trace`.
 
-    def _factors(
-        self, projection: Projection, edits: list[Edit], values: list[Value], covariance: Covariance
-    ) -> Write:
-        """The factors of one write that changes the answer to every key by what was found for it."""
-        changes = torch.stack([value.change for value in values])
-        matrix = projection.matrix
-        try:
-            if self.consistent_key:
-                keys = torch.stack([self._key(value) for value in values])
-                # The bias, which stays, is in neither side of the constraint.
-                left, right = rank_one_factors(
-                    matrix, keys, keys @ matrix.float().T + changes, covariance, mode="joint"
-                )
-            else:
-                keys = torch.stack([value.keys.mean(0) for value in values])
-                bare_keys = torch.stack([value.keys[0] for value in values])
-                left, right = _original_factors(keys, bare_keys, changes, covariance)
-        except (EngramError, torch.linalg.LinAlgError) as error:
-            if isinstance(error, EngramError) and not str(error).startswith("keys:"):
-                raise
-            names = ", ".join(repr(edit.subject) for edit in edits)
-            raise EngramError(
-                f"edits: expected subjects with linearly independent keys, got dependent ones among {names}"
-            ) from error
-        if not (left.isfinite().all() and right.isfinite().all()):
-            raise EngramError(f"edits: expected finite factors for {projection.name!r}, got NaN or infinity")
-        return Write(left, right)
+        Its options are taken, but for `progress`; `seed` is the editor's where none is given.
+        """
+        from .trace import trace
 
-    def _log_probabilities(self, edits: list[Edit]) -> list[float]:
-        return [target_log_probability(self.model, self.tokenizer, edit) for edit in edits]
-
-    def _stage(self, name: str) -> Callable[[int, int], None] | None:
-        return None if self.progress is None else lambda done, total: self.progress(name, done, total)
+        progress = self.progress and (lambda done, total: self.progress("trace", done, total))
+        options = {"seed": self.seed, **options, "progress": progress}
+        return trace(self.model, self.tokenizer, prompt, subject, kind, **options)
 
 
-def _original_factors(keys, bare_keys, changes, covariance) -> tuple[torch.Tensor, torch.Tensor]:
-    """ROME as first published in code: the answers to the bare keys `B` change by `D`.
-
-    W ← W + Dᵀ (P Bᵀ)⁻¹ P,   P = K C⁻¹
-    """
-    right = covariance.solve(keys).double()
-    left = torch.linalg.solve(bare_keys.double() @ right.T, changes.double()).T
-    return left.float(), right.float()
-
-
-def _check_apart(edits: list[Edit], rows: list[Row]) -> None:
-    """Two edits whose texts agree up to the end of the subject have one key: it cannot have two values.
-
-    Seen in the tokens, because of rounding such keys differ a little, and would give a huge write.
-    """
-    seen: dict[tuple[int, ...], Edit] = {}
-    for edit, row in zip(edits, rows, strict=True):
-        text = tuple(row.ids[: row.subject + 1])
-        if text in seen:
-            first = seen[text]
-            raise EngramError(
-                "edits: expected texts that differ up to the end of the subject in joint mode, got "
-                f"{first.text!r} and {edit.text!r} with the subjects {first.subject!r} and {edit.subject!r}"
-            )
-        seen[text] = edit
+def _edits(edits) -> list[Edit]:
+    if not isinstance(edits, Iterable | Edit):
+        raise TypeError(f"edits: expected an Edit or a list of them, got {type(edits).__name__}")
+    edits = [edits] if isinstance(edits, Edit) else list(edits)
+    if not edits:
+        raise ValueError("edits: expected at least one Edit, got none")
+    for edit in edits:
+        if not isinstance(edit, Edit):
+            raise TypeError(f"edits: expected Edit objects, got {type(edit).__name__}")
+    return edits
 
 
 def _expect(name: str, value: object, expected: str, *kinds: type) -> None:

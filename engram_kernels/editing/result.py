@@ -1,23 +1,20 @@
-"""What an edit did, and how to undo it, keep it, and do it again."""
+"""What edits did, and how to undo them, take one out, keep them, and do them again."""
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
+from torch import Tensor
 
 from ..errors import EngramError
 from ..functional import apply_low_rank_
 from ..models.digest import tensor_checksum
-from ..models.files import new_directory
 from .structure import Projection, output_projection
 from .tokens import Edit
-
-FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -26,8 +23,6 @@ class EditRecord:
 
     Attributes:
         edit: the fact.
-        layer: index of the decoder layer that was written.
-        module: name of the projection that was written.
         probability_before: `p(target | prompt)` of the whole target before any write.
         probability_after: the same after all writes.
         losses: of every step of the value's optimisation.
@@ -37,8 +32,6 @@ class EditRecord:
     """
 
     edit: Edit
-    layer: int
-    module: str
     probability_before: float
     probability_after: float
     losses: list[float]
@@ -48,26 +41,89 @@ class EditRecord:
 
 
 @dataclass(frozen=True)
-class Write:
-    """One rank-n write as it was done: `weight += left @ right`, float32 `[out, n]` and `[n, in]`."""
+class SkippedEdit:
+    """An edit that was not made.
 
-    left: torch.Tensor
-    right: torch.Tensor
+    Attributes:
+        number: its place in what was asked for.
+        edit: the fact.
+        reason: one sentence.
+    """
+
+    number: int
+    edit: Edit
+    reason: str
+
+
+@dataclass(frozen=True)
+class Write:
+    """One rank-n write as it was done: `weight += left @ right`.
+
+    Attributes:
+        module: name of the projection.
+        left, right: float32, `[out, n]` and `[n, in]`; `leftᵀ = (λI + K rightᵀ)⁻¹ E`.
+        keys, changes: `K [n, in]` and `E [n, out]`, float32: what was to be written.
+        ridge: `λ`.
+        edits: `n` numbers: to which record each row belongs.
+    """
+
+    module: str
+    left: Tensor
+    right: Tensor
+    keys: Tensor
+    changes: Tensor
+    ridge: float
+    edits: tuple[int, ...]
+
+
+@dataclass
+class Site:
+    """One matrix that was written.
+
+    Attributes:
+        module: name of the projection.
+        layer: index of the decoder layer.
+        transposed: whether the model keeps the matrix as `[in, out]`.
+        base_checksum: of the weight before the first write.
+        edited_checksum: of the weight after the last; None where the writes were never done in this order.
+    """
+
+    module: str
+    layer: int
+    transposed: bool
+    base_checksum: str
+    edited_checksum: str | None = None
+    _projection: Projection | None = field(default=None, repr=False, compare=False)
+    _original: Tensor | None = field(default=None, repr=False, compare=False)
+
+    @classmethod
+    def of(cls, projection: Projection) -> Site:
+        """The site as it is now, with a copy of its weight."""
+        return cls(
+            module=projection.name,
+            layer=projection.layer,
+            transposed=projection.transposed,
+            base_checksum=matrix_checksum(projection),
+            _projection=projection,
+            _original=snapshot(projection),
+        )
+
+    def put_back(self) -> None:
+        """Put the copied weight back."""
+        restore(self._projection, self._original)
 
 
 @dataclass
 class EditResult:
-    """Edits of one layer, done or loaded: a report, a rank-n adapter, and an exact undo.
+    """Edits, done or loaded: a report, a low-rank adapter, and an exact undo.
 
-    Used as a context manager it takes the edits back at the end of the block.
+    Used as a context manager it takes the edits back at the end of the block. Its length is their number.
 
     Attributes:
-        records: one `EditRecord` an edit.
+        records: one `EditRecord` an edit, in the order in which they were asked for.
         writes: the writes in the order in which they were done.
-        layer: index of the decoder layer.
-        module: name of the projection.
-        base_checksum: of the matrix before the first write.
-        edited_checksum: of the matrix after the last.
+        sites: the matrices that were written.
+        skipped: the edits that were asked for and not made.
 
     Example:
         >>> with editor.edit(Edit("The Eiffel Tower", "{} is located in the city of", "Rome")) as result:
@@ -77,90 +133,134 @@ class EditResult:
 
     records: list[EditRecord]
     writes: list[Write]
-    layer: int
-    module: str
-    base_checksum: str
-    edited_checksum: str
-    _projection: Projection | None = field(default=None, repr=False)
-    _original: torch.Tensor | None = field(default=None, repr=False)
+    sites: list[Site]
+    skipped: list[SkippedEdit] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.records)
 
     @property
-    def left(self) -> torch.Tensor:
-        """`[out, n]` float32: with `right`, all writes as one: `left @ right` is the sum of the changes."""
-        return torch.cat([write.left for write in self.writes], dim=1)
+    def modules(self) -> list[str]:
+        """The names of the projections that were written."""
+        return [site.module for site in self.sites]
 
-    @property
-    def right(self) -> torch.Tensor:
-        """`[n, in]` float32."""
-        return torch.cat([write.right for write in self.writes], dim=0)
+    def factors(self, module: str) -> tuple[Tensor, Tensor]:
+        """`left [out, n]` and `right [n, in]`, float32: `left @ right` is the sum of all changes of a module.
+
+        Raises:
+            ValueError: no edit wrote that module.
+        """
+        writes = [write for write in self.writes if write.module == module]
+        if not writes:
+            raise ValueError(f"module: expected one of {self.modules}, got {module!r}")
+        left, right = zip(*((write.left, write.right) for write in writes), strict=True)
+        return torch.cat(left, dim=1), torch.cat(right, dim=0)
 
     @property
     def applied(self) -> bool:
         """Whether the edits stand in a model that this result knows, and can be reverted."""
-        return self._original is not None
+        return any(site._original is not None for site in self.sites)
 
     def revert(self, force: bool = False) -> None:
-        """Put the overwritten matrix back, bit for bit. Nothing happens where nothing is applied.
+        """Put the overwritten matrices back, bit for bit. Nothing happens where nothing is applied.
 
         Args:
-            force: put it back even if the matrix was changed since; what changed it is lost.
+            force: put them back even if one was changed since; what changed it is lost.
 
         Raises:
-            EngramError: the matrix was changed since, by a later edit for instance, and `force` is False.
+            EngramError: a matrix was changed since, by a later edit for instance, and `force` is False.
         """
         if not self.applied:
             return
-        if not force and matrix_checksum(self._projection) != self.edited_checksum:
-            raise EngramError(
-                f"model: expected {self.module!r} as this edit left it, got it changed since: "
-                "revert later edits first, or give force=True"
-            )
-        restore(self._projection, self._original)
-        self._projection = self._original = None
+        if not force:
+            self._check_unchanged()
+        for site in self.sites:
+            site.put_back()
+            site._projection = site._original = None
 
     def apply(self, model: torch.nn.Module, force: bool = False) -> EditResult:
         """Do the same writes on a model: on the weights they were made for, bit for bit.
 
         Args:
-            model: with the layer these edits were made for.
-            force: write even if its matrix is not the one that these edits were made for.
+            model: with the layers these edits were made for.
+            force: write even if its matrices are not the ones that these edits were made for.
 
         Returns:
             This result, which can be reverted then.
 
         Raises:
-            EngramError: the model's matrix is another one, or this result stands in a model already.
+            EngramError: a matrix of the model is another one, or this result stands in a model already.
         """
         if self.applied:
             raise EngramError(
                 "model: expected one for a result that is not applied, got a result that is: revert it first"
             )
-        projection = output_projection(model, self.layer)
-        shape, expected = (
-            tuple(projection.matrix.shape),
-            (self.writes[0].left.shape[0], self.writes[0].right.shape[1]),
-        )
-        if projection.name != self.module or shape != expected:
-            raise EngramError(
-                f"model: expected a matrix {list(expected)} in {self.module!r}, "
-                f"got {list(shape)} in {projection.name!r}"
-            )
-        if not force and matrix_checksum(projection) != self.base_checksum:
-            raise EngramError(
-                f"model: expected in {self.module!r} the weights that the edit was made for, got others "
-                "(force=True edits them all the same)"
-            )
-        original = snapshot(projection)
+        projections = []
+        for site in self.sites:
+            projection = output_projection(model, site.layer)
+            left, right = self.factors(site.module)
+            shape, expected = list(projection.matrix.shape), [left.shape[0], right.shape[1]]
+            if projection.name != site.module or shape != expected:
+                raise EngramError(
+                    f"model: expected a matrix {expected} in {site.module!r}, "
+                    f"got {shape} in {projection.name!r}"
+                )
+            if not force and matrix_checksum(projection) != site.base_checksum:
+                raise EngramError(
+                    f"model: expected in {site.module!r} the weights that the edit was made for, got others "
+                    "(force=True edits them all the same)"
+                )
+            projections.append(projection)
+        for site, projection in zip(self.sites, projections, strict=True):
+            site._projection, site._original = projection, snapshot(projection)
         try:
-            for write in self.writes:
-                write_(projection, write)
+            self._write()
         except BaseException:
-            restore(projection, original)
+            for site in self.sites:
+                site.put_back()
+                site._projection = site._original = None
             raise
-        self._projection, self._original = projection, original
-        # A forced base, or another device's arithmetic, leaves another matrix: revert must know that one.
-        self.edited_checksum = matrix_checksum(projection)
         return self
+
+    def remove(self, number: int) -> None:
+        """Take one edit out of the others, as if it had never been made.
+
+        Where edits were written jointly, the others are written anew without it, from their keys and changes:
+        exact for one layer. Where they were written one after the other, its write is left out, and the later
+        ones stay as they were found, with it in place. Over several layers, each keeps what it was to add.
+
+        Args:
+            number: of the record, from 0.
+
+        Raises:
+            TypeError, ValueError: there is no such record, or it is the only one: revert that.
+            EngramError: a matrix was changed since; nothing is removed then.
+        """
+        if isinstance(number, bool) or not isinstance(number, int):
+            raise TypeError(f"number: expected an integer, got {type(number).__name__}")
+        if not 0 <= number < len(self):
+            raise ValueError(f"number: expected from 0 to {len(self) - 1}, got {number}")
+        if len(self) == 1:
+            raise ValueError("number: expected one of several edits, got the only one: revert the result")
+        if self.applied:
+            self._check_unchanged()
+        previous = self.writes
+        self.writes = [kept for write in previous if (kept := _without(write, number)) is not None]
+        try:
+            if self.applied:
+                for site in self.sites:
+                    site.put_back()
+                self._write()
+        except BaseException:
+            self.writes = previous
+            for site in self.sites:
+                site.put_back()
+            self._write()
+            raise
+        del self.records[number]
+        if not self.applied:
+            for site in self.sites:
+                site.edited_checksum = None
 
     def __enter__(self) -> EditResult:
         return self
@@ -172,85 +272,93 @@ class EditResult:
             if kind is None:
                 raise
             # The exception in flight says more than its consequence here.
-            warnings.warn(f"the edit stays in the model: {error}", stacklevel=2)
+            warnings.warn(f"the edits stay in the model: {error}", stacklevel=2)
 
-    def save(self, directory: str | os.PathLike) -> None:
-        """Write the edits (`edit.json`, `factors.safetensors`) into a new directory: all of it or nothing.
+    def save_pretrained(self, directory: str | os.PathLike) -> None:
+        """Write the edits into a new directory, as a LoRA adapter that PEFT loads: all of it or nothing.
+
+        `adapter_config.json` and `adapter_model.safetensors` are the adapter, exact in float32: `B = left`,
+        `A = right`, scale 1. `edit.json` and `edit.safetensors` hold what `from_pretrained` needs beside.
 
         Raises:
             EngramError: the directory exists and is not empty, or cannot be written.
         """
-        from safetensors.torch import save
+        from .files import save_result
 
-        report = {
-            "format": FORMAT,
-            "layer": self.layer,
-            "module": self.module,
-            "base_checksum": self.base_checksum,
-            "edited_checksum": self.edited_checksum,
-            "records": [asdict(record) for record in self.records],
-        }
-        tensors = {}
-        for i, write in enumerate(self.writes):
-            tensors |= {
-                f"{i}.left": write.left.cpu().contiguous(),
-                f"{i}.right": write.right.cpu().contiguous(),
-            }
-        with new_directory(directory) as folder:
-            (folder / "edit.json").write_text(
-                json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-            )
-            # Not save_file, whose files only their owner may read.
-            (folder / "factors.safetensors").write_bytes(save(tensors))
+        save_result(self, directory)
 
     @classmethod
-    def load(cls, directory: str | os.PathLike) -> EditResult:
-        """Read what `save` wrote; `apply` puts it into a model.
+    def from_pretrained(cls, directory: str | os.PathLike) -> EditResult:
+        """Read what `save_pretrained` wrote; `apply` puts it into a model.
 
         Raises:
-            EngramError: the directory does not hold a saved edit.
+            EngramError: the directory does not hold saved edits.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
+        from .files import load_result
 
-        directory = Path(directory)
-        try:
-            report = json.loads((directory / "edit.json").read_text(encoding="utf-8"))
-            if report["format"] != FORMAT:
-                raise EngramError(
-                    f"directory: expected an edit of format {FORMAT}, got format {report['format']}"
+        return load_result(directory)
+
+    @classmethod
+    def stack(cls, results: Sequence[EditResult]) -> EditResult:
+        """Several results as one, which does their writes one after the other, and is not applied.
+
+        The values of each were found without the others, unless it was made on the model with those applied.
+
+        Raises:
+            TypeError: `results` holds something else.
+            ValueError: it is empty.
+        """
+        results = list(results)
+        if not results:
+            raise ValueError("results: expected at least one, got none")
+        for result in results:
+            if not isinstance(result, cls):
+                raise TypeError(f"results: expected EditResult objects, got {type(result).__name__}")
+        records, writes, skipped, sites = [], [], [], {}
+        for result in results:
+            writes += [
+                replace(write, edits=tuple(edit + len(records) for edit in write.edits))
+                for write in result.writes
+            ]
+            records += result.records
+            skipped += result.skipped
+            for site in result.sites:
+                sites.setdefault(
+                    site.module, Site(site.module, site.layer, site.transposed, site.base_checksum)
                 )
-            tensors = load_file(directory / "factors.safetensors")
-            writes = [
-                Write(tensors[f"{i}.left"], tensors[f"{i}.right"]) for i in range((len(tensors) + 1) // 2)
-            ]
-            records = [
-                EditRecord(**{**record, "edit": Edit(**record["edit"])}) for record in report["records"]
-            ]
-            fields = {name: report[name] for name in ("layer", "module", "base_checksum", "edited_checksum")}
-            _check_loaded(records, writes, **fields)
-            return cls(records, writes, **fields)
-        except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
-            raise EngramError(
-                f"directory: expected a saved edit, got {str(directory)!r} ({error})"
-            ) from error
+        return cls(records, writes, list(sites.values()), skipped)
+
+    def _write(self) -> None:
+        """Do all writes on the matrices as they are, and note what they give."""
+        projections = {site.module: site._projection for site in self.sites}
+        for write in self.writes:
+            write_(projections[write.module], write)
+        for site in self.sites:
+            # A forced base, or another device's arithmetic, leaves another matrix: revert must know that one.
+            site.edited_checksum = matrix_checksum(site._projection)
+
+    def _check_unchanged(self) -> None:
+        for site in self.sites:
+            if matrix_checksum(site._projection) != site.edited_checksum:
+                raise EngramError(
+                    f"model: expected {site.module!r} as this edit left it, got it changed since: "
+                    "revert later edits first, or give force=True"
+                )
 
 
-def _check_loaded(records: list[EditRecord], writes: list[Write], layer, **texts) -> None:
-    """Raise ValueError where the parts of a saved edit do not belong together."""
-    if isinstance(layer, bool) or not isinstance(layer, int):
-        raise ValueError(f"layer {layer!r} is not an integer")
-    for name, text in texts.items():
-        if not isinstance(text, str):
-            raise ValueError(f"{name} {text!r} is not a string")
-    factors = [factor for write in writes for factor in (write.left, write.right)]
-    if any(factor.dim() != 2 or factor.dtype != torch.float32 for factor in factors):
-        raise ValueError("a factor is not a float32 matrix")
-    if len({(write.left.shape[0], write.right.shape[1]) for write in writes}) != 1:
-        raise ValueError("its factors do not make matrices of one shape")
-    ranks = [(write.left.shape[1], write.right.shape[0]) for write in writes]
-    if any(left != right for left, right in ranks) or sum(left for left, _ in ranks) != len(records):
-        raise ValueError(f"it has factors of rank {ranks} for {len(records)} records")
+def _without(write: Write, number: int) -> Write | None:
+    """The write without one edit, and with the later ones renumbered; None where nothing is left of it."""
+    kept = [place for place, edit in enumerate(write.edits) if edit != number]
+    edits = tuple(write.edits[place] - (write.edits[place] > number) for place in kept)
+    if not kept:
+        return None
+    if len(kept) == len(write.edits):
+        return replace(write, edits=edits)
+    right, keys, changes = write.right[kept], write.keys[kept], write.changes[kept]
+    system = keys.double() @ right.double().T
+    system.diagonal().add_(write.ridge)
+    left = torch.linalg.solve(system, changes.double()).T.float()
+    return Write(write.module, left, right, keys, changes, write.ridge, edits)
 
 
 def write_(projection: Projection, write: Write) -> None:
@@ -261,13 +369,13 @@ def write_(projection: Projection, write: Write) -> None:
     torch.clear_autocast_cache()
 
 
-def snapshot(projection: Projection) -> torch.Tensor:
+def snapshot(projection: Projection) -> Tensor:
     """A copy of the weight as it lies in memory."""
     return projection.module.weight.detach().clone()
 
 
 @torch.no_grad()
-def restore(projection: Projection, original: torch.Tensor) -> None:
+def restore(projection: Projection, original: Tensor) -> None:
     """Put a snapshot back."""
     projection.module.weight.copy_(original)
     torch.clear_autocast_cache()

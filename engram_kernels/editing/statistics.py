@@ -1,10 +1,12 @@
-"""The uncentred second moment of a projection's inputs, `C = E[kᵀk]`, and its cache on disk (ROME, eq. 2)."""
+"""The uncentred second moments of projections' inputs, `C = E[kᵀk]`, and their files (ROME, eq. 2)."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+import time
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -22,7 +24,7 @@ BATCH = 4
 
 
 class _Reached(Exception):
-    """Stops a forward pass at the edited layer: nothing above it is needed."""
+    """Stops a forward pass at the deepest layer that is observed: nothing above it is needed."""
 
 
 def weights_fingerprint(model: torch.nn.Module, projection: Projection) -> str:
@@ -63,58 +65,84 @@ def _feeding(model: torch.nn.Module, projection: Projection) -> list[tuple[str, 
 
 
 @torch.no_grad()
-def second_moment(
+def second_moments(
     model: torch.nn.Module,
-    projection: Projection,
+    projections: Sequence[Projection],
     ids: torch.Tensor,
     progress: Callable[[int, int], None] | None = None,
-) -> torch.Tensor:
-    """`Σ kᵀk` over the inputs `k [in]` of the projection at every token of `ids`, in float64.
+    sums: dict[int, torch.Tensor] | None = None,
+    start: int = 0,
+) -> dict[int, torch.Tensor]:
+    """`Σ kᵀk` over the inputs `k [in]` of each projection at every token of `ids`, in float64, in one pass.
 
     Args:
         model: in evaluation mode.
-        projection: whose inputs are observed.
+        projections: whose inputs are observed, at least one.
         ids: `[count]` tokens, cut into chunks of 512 (or the model's context, where that is shorter).
-        progress: called with the tokens seen and their number.
+        progress: called after each batch with the tokens seen and their number.
+        sums: by layer, what is added to in place; None: zeros.
+        start: the tokens at the beginning of `ids` that `sums` holds already, a number of those that
+            `progress` was called with.
 
     Returns:
-        `[in, in]` float64, on the projection's device.
+        The sums: by layer, `[in, in]` float64 on the projection's device.
 
     Raises:
         EngramError: the inputs are not finite.
     """
-    width = projection.matrix.shape[1]
-    accumulator = torch.zeros(width, width, dtype=torch.float64, device=projection.matrix.device)
-
-    def observe(_module, inputs):
-        try:
-            second_moment_(accumulator, inputs[0])
-        except ValueError as error:
-            # Everything else about the inputs is right by construction.
-            raise EngramError(
-                f"model: expected finite inputs to {projection.name!r}, got NaN or infinity"
-            ) from error
-        raise _Reached
-
+    sums = zeros(projections) if sums is None else sums
     context = min(CHUNK, context_length(model) or CHUNK)
     end = len(ids) // context * context
     whole, rest = ids[:end].view(-1, context), ids[end:].view(1, -1)
-    batches = [batch for batch in (*whole.split(BATCH), rest) if batch.numel()]
-    device = model.get_input_embeddings().weight.device
-    hook = projection.module.register_forward_pre_hook(observe)
     seen = 0
-    try:
-        for batch in batches:
-            try:
-                model(input_ids=batch.to(device), use_cache=False)
-            except _Reached:
-                pass
-            seen += batch.numel()
+    for batch in (*whole.split(BATCH), rest):
+        seen += batch.numel()
+        if batch.numel() and seen > start:
+            _observe(model, projections, batch, sums)
             if progress:
                 progress(seen, len(ids))
+    return sums
+
+
+def zeros(projections: Sequence[Projection]) -> dict[int, torch.Tensor]:
+    """By layer, the second moment of no token: `[in, in]` float64 on the projection's device."""
+    return {
+        projection.layer: torch.zeros(
+            projection.matrix.shape[1],
+            projection.matrix.shape[1],
+            dtype=torch.float64,
+            device=projection.matrix.device,
+        )
+        for projection in projections
+    }
+
+
+def _observe(model, projections: Sequence[Projection], batch: torch.Tensor, sums: dict[int, torch.Tensor]):
+    """Add what one forward pass over `batch [rows, length]` gives, and leave no hook behind."""
+    deepest = max(projection.layer for projection in projections)
+
+    def observer(projection: Projection):
+        def observe(_module, inputs):
+            try:
+                second_moment_(sums[projection.layer], inputs[0])
+            except ValueError as error:
+                # Everything else about the inputs is right by construction.
+                raise EngramError(
+                    f"model: expected finite inputs to {projection.name!r}, got NaN or infinity"
+                ) from error
+            if projection.layer == deepest:
+                raise _Reached
+
+        return observe
+
+    hooks = [projection.module.register_forward_pre_hook(observer(projection)) for projection in projections]
+    try:
+        model(input_ids=batch.to(model.get_input_embeddings().weight.device), use_cache=False)
+    except _Reached:
+        pass
     finally:
-        hook.remove()
-    return accumulator
+        for hook in hooks:
+            hook.remove()
 
 
 def load_moment(path: Path) -> tuple[torch.Tensor, int] | None:
@@ -136,3 +164,58 @@ def save_moment(path: Path, moment: torch.Tensor, count: int) -> None:
     # Not save_file, whose files only their owner may read.
     with new_file(path) as temporary:
         temporary.write_bytes(save({"moment": moment.cpu().contiguous(), "count": torch.tensor(count)}))
+
+
+class Checkpoint:
+    """The sums of an unfinished pass in one file, so that a pass that was cut off goes on from there.
+
+    Args:
+        path: of the file.
+        seconds: between two writes. Large sums are written less often: a tenth of the time at most.
+    """
+
+    def __init__(self, path: Path, seconds: float):
+        self.path = path
+        self.seconds = seconds
+        self._due = time.monotonic() + seconds
+
+    def load(
+        self, projections: Sequence[Projection]
+    ) -> tuple[dict[int, torch.Tensor], int, torch.Tensor] | None:
+        """The sums by layer, the tokens they hold and all tokens; None where the file cannot be used."""
+        from safetensors.torch import load_file
+
+        try:
+            tensors = load_file(self.path)
+            ids, seen, sums = tensors["ids"], int(tensors["seen"]), zeros(projections)
+            for layer, total in sums.items():
+                given = tensors[str(layer)]
+                if given.shape != total.shape or given.dtype != total.dtype or not given.isfinite().all():
+                    return None
+                # Into memory of PyTorch's own alignment, on which the last bits of a product depend.
+                total.copy_(given)
+            return (sums, seen, ids) if 0 < seen <= len(ids) else None
+        except Exception:
+            # Whatever is wrong with it, starting again is the cure.
+            return None
+
+    def save_when_due(self, sums: dict[int, torch.Tensor], seen: int, ids: torch.Tensor) -> None:
+        """Write, if the time has come, so that readers see either all of it or what was there before."""
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
+
+        begun = time.monotonic()
+        if begun < self._due:
+            return
+        tensors = {str(layer): total.cpu() for layer, total in sums.items()}
+        try:
+            with new_file(self.path) as temporary:
+                save_file(tensors | {"seen": torch.tensor(seen), "ids": ids}, temporary)
+        except (OSError, SafetensorError) as error:
+            # The pass itself is sound: not worth ending it.
+            warnings.warn(f"cache_dir: expected room for a checkpoint, got none ({error})", stacklevel=2)
+        ended = time.monotonic()
+        self._due = ended + max(self.seconds, 9 * (ended - begun))
+
+    def remove(self) -> None:
+        self.path.unlink(missing_ok=True)

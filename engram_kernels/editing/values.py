@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
+from torch.nn import functional as F
 
 from .. import _checks as check
 from ..errors import EngramError
+from . import forward
+from .layout import Layout, Texts
 from .structure import Projection
-from .tokens import Edit, Row, check_length, encode_row, pad_rows
+
+# How far predictions from recorded states may be off those of a whole pass, as a share of the largest logit.
+AGREEMENT = {torch.float32: 1e-4, torch.bfloat16: 1e-1, torch.float16: 2e-2}
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,8 @@ class ValueOptions:
         weight_decay: weight of `‖δ‖ / ‖v₀‖²` in the loss.
         kl_weight: weight of the divergence of the answer to "{subject} is a" from the unedited model's.
         stop_loss: optimisation ends when the loss is below this.
+        batch: how many edits are optimised side by side; None: as many as use the device well.
+        incremental: in every step run only what depends on the value; False: the whole model on whole texts.
 
     Raises:
         TypeError: an option is not a number.
@@ -39,13 +46,22 @@ class ValueOptions:
     weight_decay: float = 0.5
     kl_weight: float = 0.0625
     stop_loss: float = 0.05
+    batch: int | None = None
+    incremental: bool = True
 
     def __post_init__(self):
-        integer = isinstance(self.steps, int) and not isinstance(self.steps, bool)
-        check.expect(integer, "steps", "an integer", type(self.steps).__name__, TypeError)
+        for name, number in (("steps", self.steps), ("batch", 1 if self.batch is None else self.batch)):
+            integer = isinstance(number, int) and not isinstance(number, bool)
+            check.expect(integer, name, "an integer", type(number).__name__, TypeError)
+            check.expect(number > 0, name, "a positive number", number)
+        check.expect(
+            isinstance(self.incremental, bool),
+            "incremental", "True or False", type(self.incremental).__name__, TypeError,
+        )  # fmt: skip
         for field in fields(self):
-            check.number(field.name, getattr(self, field.name))
-        for name in ("steps", "learning_rate", "clamp"):
+            if field.type == "float":
+                check.number(field.name, getattr(self, field.name))
+        for name in ("learning_rate", "clamp"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)!r}")
         for name in ("weight_decay", "kl_weight"):
@@ -58,149 +74,166 @@ class Value:
     """The outcome of the optimisation.
 
     Attributes:
-        keys: `[contexts, in]` float32, the inputs of the projection at the subject's last token: first in the
-            bare prompt, then after each prefix.
+        key: `[in]` float32, the weighted mean over the contexts of the projection's inputs at the subject's
+            last token.
+        bare_key: `[in]` float32, the one in the bare prompt.
         change: `[out]` float32, `δ`: by how much the projection's answer to the key shall change.
         initial_norm: of its answer `v₀` to the bare key.
         losses: of every step.
     """
 
-    keys: torch.Tensor
+    key: torch.Tensor
+    bare_key: torch.Tensor
     change: torch.Tensor
     initial_norm: float
     losses: list[float]
 
 
-def find_value(
-    model: torch.nn.Module,
-    tokenizer,
-    projection: Projection,
-    edit: Edit,
-    prefixes: list[str],
-    options: ValueOptions,
-    progress: Callable[[int, int], None] | None = None,
-) -> Value:
-    """Optimise the value of one edit; the model stays as it is.
+def value_groups(texts: Sequence[Texts], options: ValueOptions, device: torch.device) -> list[list[int]]:
+    """Which edits to optimise side by side: those of like length."""
+    size = options.batch or (64 if device.type == "cuda" else 4)
+    order = sorted(range(len(texts)), key=lambda i: texts[i].span)
+    return [order[start : start + size] for start in range(0, len(order), size)]
 
-    `δ` is added to the projection's output at the subject's last token, in the prompt itself, in the prompt
-    after each prefix, and in "{subject} is a". It minimises (Meng et al. 2022, eq. 4, and their code)
+
+def find_values(
+    model: torch.nn.Module,
+    projection: Projection,
+    texts: Sequence[Texts],
+    weights: torch.Tensor,
+    options: ValueOptions,
+    progress: Callable[[int], None] | None = None,
+) -> list[Value | EngramError]:
+    """Optimise the values of some edits, side by side; the model stays as it is.
+
+    `δ` of an edit is added to the projection's output at the subject's last token, in the prompt itself, in
+    the prompt after each prefix, and in "{subject} is a". It minimises (Meng et al. 2022, eq. 4, and code)
 
         mean −log p(target) + kl_weight · KL(p₀ ‖ p) + weight_decay · ‖δ‖ / ‖v₀‖²
 
+    Each edit has its own `δ`, Adam state, clamp and end; those that have ended leave the batch.
+
     Args:
         model: in evaluation mode, float32, bfloat16 or float16; `δ` is float32 always.
-        tokenizer: of the model.
         projection: the memory to be written.
-        edit: the fact.
-        prefixes: texts to put before the prompt.
+        texts: of the edits.
+        weights: `[contexts]`, the share of each context in the key.
         options: of the optimisation.
-        progress: called with the steps done and their largest number.
+        progress: called with the steps done, out of `options.steps` an edit.
 
-    Raises:
-        EngramError: the loss is not finite, the subject or target has no token, or the prompt is longer than
-            the model's context.
+    Returns:
+        The value of each edit, or what went wrong with it alone: a loss that is not finite.
     """
-    rewriting = []
-    for prefix in ["", *(f"{prefix}. " for prefix in prefixes)]:
-        row = encode_row(tokenizer, edit.subject, edit.prompt, edit.target, prefix)
-        rewriting.append(check_length(model, row, edit, prefix))
-    essence = check_length(model, encode_row(tokenizer, edit.subject, "{} is a"), edit)
-    batch = _Batch(rewriting, essence, model.get_input_embeddings().weight.device)
-    device = projection.matrix.device
-    subjects = batch.subjects.to(device)
-    delta = torch.zeros(projection.matrix.shape[0], dtype=torch.float32, device=device, requires_grad=True)
-    seen: dict[str, torch.Tensor] = {}
-
-    def add_delta(_module, inputs, output):
-        # Some models (OPT) flatten [rows, longest, width] before their MLP.
-        flat = output.reshape(-1, output.shape[-1])
-        if not seen:
-            seen["keys"] = inputs[0].reshape(-1, inputs[0].shape[-1])[subjects].detach().float()
-            seen["value"] = flat[subjects[0]].detach().float()
-        # Out of place: the backward pass may need the output as it was.
-        change = delta.to(output.dtype).expand(len(subjects), -1)
-        return flat.index_put((subjects,), change, accumulate=True).view_as(output)
-
-    optimizer = torch.optim.Adam([delta], lr=options.learning_rate)
-    losses: list[float] = []
-    unedited: torch.Tensor | None = None
-    with _only_delta_learns(model), torch.enable_grad():
-        hook = projection.module.register_forward_hook(add_delta)
-        try:
-            for step in range(options.steps):
-                target_log_probabilities, essence_log_probabilities = batch.log_probabilities(model)
-                if unedited is None:
-                    unedited = essence_log_probabilities.detach()
-                initial_norm = seen["value"].norm()
-                nll = -target_log_probabilities.mean()
-                kl = torch.nn.functional.kl_div(
-                    essence_log_probabilities, unedited, log_target=True, reduction="sum"
-                )
-                decay = delta.norm() / initial_norm**2
-                loss = nll + options.kl_weight * kl + options.weight_decay * decay.to(nll.device)
-                losses.append(loss.item())
-                if not torch.isfinite(loss):
-                    raise EngramError(f"model: expected a finite loss after {edit.text!r}, got {losses[-1]}")
-                if progress:
-                    progress(step + 1, options.steps)
-                if losses[-1] < options.stop_loss or step == options.steps - 1:
-                    break
-                (delta.grad,) = torch.autograd.grad(loss, [delta])
-                optimizer.step()
-                with torch.no_grad():
-                    delta *= (options.clamp * initial_norm / delta.norm()).clamp(max=1)
-        finally:
-            hook.remove()
-    return Value(
-        keys=seen["keys"][: len(rewriting)],
-        change=delta.detach(),
-        initial_norm=initial_norm.item(),
-        losses=losses,
-    )
+    with _only_delta_learns(model):
+        return _optimise(model, projection, list(texts), weights, options, progress or (lambda _: None))
 
 
-class _Batch:
-    """The rewriting rows and the essence row as one padded batch, and where its predictions are read."""
-
-    def __init__(self, rewriting: list[Row], essence: Row, device):
-        rows = [*rewriting, essence]
-        self.ids, self.mask = pad_rows([row.ids for row in rows], device)
-        # Positions among all tokens of the batch, row after row.
-        self.subjects = torch.tensor([i * self.ids.shape[1] + row.subject for i, row in enumerate(rows)])
-        # A token is predicted one position earlier.
-        places = [
-            (i, position - 1)
-            for i, row in enumerate(rewriting)
-            for position in range(row.target, len(row.ids))
-        ]
-        self.labels = torch.tensor([rewriting[i].ids[position + 1] for i, position in places], device=device)
-        self.shares = torch.tensor(
-            [1.0 / (len(rewriting[i].ids) - rewriting[i].target) for i, _ in places], device=device
+def _optimise(model, projection: Projection, texts: list[Texts], weights, options, report) -> list:
+    layout = Layout(texts, model.get_input_embeddings().weight.device)
+    recorded = forward.record(model, projection, layout)
+    starts = recorded.values[layout.bare.to(recorded.values.device)]
+    norms = starts.norm(dim=-1)
+    deltas = [torch.zeros_like(start, requires_grad=True) for start in starts]
+    optimizer = torch.optim.Adam(deltas, lr=options.learning_rate)
+    predictions = _Predictions(model, projection, layout, recorded, options.incremental)
+    losses: list[list[float]] = [[] for _ in texts]
+    failed: dict[int, EngramError] = {}
+    active = list(range(len(texts)))
+    for step in range(options.steps):
+        with torch.enable_grad():
+            delta = torch.stack([deltas[i] for i in active])
+            nll, kl = predictions.losses(delta)
+            # The norm's own gradient at zero is zero, as a subgradient.
+            decay = delta.norm(dim=-1) / norms[active] ** 2
+            loss = nll + options.kl_weight * kl + options.weight_decay * decay.to(nll.device)
+        values = loss.detach().tolist()
+        for i, value in zip(active, values, strict=True):
+            losses[i].append(value)
+            if not math.isfinite(value):
+                text = texts[i].edit.text
+                failed[i] = EngramError(f"model: expected a finite loss after {text!r}, got {value}")
+        going = [
+            i for i, value in zip(active, values, strict=True)
+            if i not in failed and value >= options.stop_loss and step < options.steps - 1
+        ]  # fmt: skip
+        report((len(texts) - len(going)) * options.steps + len(going) * (step + 1))
+        if not going:
+            break
+        kept = [place for place, i in enumerate(active) if i in going]
+        gradients = torch.autograd.grad(loss[kept].sum(), [deltas[i] for i in going])
+        for i, gradient in zip(going, gradients, strict=True):
+            deltas[i].grad = gradient
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            for i in going:
+                deltas[i] *= (options.clamp * norms[i] / deltas[i].norm()).clamp(max=1)
+        if len(going) < len(active):
+            predictions.keep(kept)
+            active = going
+    # The last row of an edit is its essence.
+    keys = recorded.keys.view(len(texts), -1, recorded.keys.shape[-1])[:, :-1]
+    return [
+        failed.get(i)
+        or Value(
+            key=weights.to(keys) @ keys[i],
+            bare_key=keys[i, 0],
+            change=deltas[i].detach(),
+            initial_norm=norms[i].item(),
+            losses=losses[i],
         )
-        places.append((len(rewriting), len(essence.ids) - 1))
-        self.rows = torch.tensor([row for row, _ in places], device=device)
-        self.kept = torch.tensor(sorted({position for _, position in places}), device=device)
-        self.places = torch.searchsorted(
-            self.kept, torch.tensor([position for _, position in places], device=device)
-        )
-        self.count = len(rewriting)
+        for i in range(len(texts))
+    ]
 
-    def log_probabilities(self, model) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probability of the target (its tokens' mean) `[rows]`, and of every token after the essence."""
-        keep = (
-            {"logits_to_keep": self.kept}
-            if "logits_to_keep" in inspect.signature(model.forward).parameters
-            else {}
+
+class _Predictions:
+    """The losses of the edits still in the batch, from recorded states where the model gives them."""
+
+    def __init__(self, model, projection: Projection, layout: Layout, recorded, incremental: bool):
+        self.model, self.projection, self.layout = model, projection, layout
+        self.unedited = recorded.logits[len(layout.labels) :].float().log_softmax(-1)
+        self.context = recorded.context if incremental else None
+        # Of the whole pass, to hold the first partial one against.
+        self.whole: torch.Tensor | None = recorded.logits
+
+    def _logits(self, delta: torch.Tensor) -> torch.Tensor:
+        if self.context is not None:
+            logits = forward.partial_logits(self.model, self.projection, self.layout, self.context, delta)
+            whole, self.whole = self.whole, None
+            if whole is None or _agree(logits.detach(), whole):
+                return logits
+            self.context = None
+            name = type(self.model).__name__
+            warnings.warn(f"{name} predicts otherwise from recorded states: running it whole", stacklevel=2)
+        return forward.full_logits(self.model, self.projection, self.layout, delta)
+
+    def losses(self, delta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`mean −log p(target)` and `KL(p₀ ‖ p)` of every edit `[edits]`."""
+        layout = self.layout
+        logits = self._logits(delta).float()
+        count = len(layout.labels)
+        each = F.cross_entropy(logits[:count], layout.labels, reduction="none") * layout.shares
+        nll = torch.zeros(len(delta), device=each.device).index_add(0, layout.place_owner, each)
+        kl = F.kl_div(logits[count:].log_softmax(-1), self.unedited, log_target=True, reduction="none").sum(
+            -1
         )
-        logits = model(input_ids=self.ids, attention_mask=self.mask, use_cache=False, **keep).logits.to(
-            self.ids.device
-        )
-        if not keep:
-            logits = logits[:, self.kept]
-        predictions = logits[self.rows, self.places].float().log_softmax(-1)
-        chosen = predictions[:-1].gather(-1, self.labels[:, None])[:, 0] * self.shares
-        means = torch.zeros(self.count, device=chosen.device).index_add(0, self.rows[:-1], chosen)
-        return means, predictions[-1]
+        return nll, kl
+
+    def keep(self, edits: list[int]) -> None:
+        """Go on with some of the edits, given by their places in the batch."""
+        layout = self.layout
+        rows = torch.isin(layout.owner, torch.tensor(edits, device=layout.owner.device)).nonzero()[:, 0]
+        if self.context is not None:
+            self.context = self.context.select(rows)
+        self.unedited = self.unedited[edits]
+        self.layout = Layout([layout.texts[i] for i in edits], layout.owner.device)
+
+
+def _agree(logits: torch.Tensor, whole: torch.Tensor) -> bool:
+    finite = whole.isfinite()
+    error = torch.where(finite, (logits - whole).float(), 0.0).abs().max()
+    scale = torch.where(finite, whole.float(), 0.0).abs().max()
+    return bool(error <= AGREEMENT[whole.dtype] * scale)
 
 
 @contextmanager
@@ -217,18 +250,23 @@ def _only_delta_learns(model: torch.nn.Module):
 
 
 @torch.no_grad()
-def target_log_probability(model: torch.nn.Module, tokenizer, edit: Edit) -> float:
-    """`log p(target | prompt)`, the sum over the target's tokens.
+def target_log_probabilities(model: torch.nn.Module, texts: Sequence[Texts], rows: int = 32) -> list[float]:
+    """`log p(target | prompt)` of each edit in its bare prompt, the sum over the target's tokens.
 
     Raises:
-        EngramError: the model predicts NaN, or the prompt is longer than its context.
+        EngramError: the model predicts NaN.
     """
-    row = check_length(model, encode_row(tokenizer, edit.subject, edit.prompt, edit.target), edit)
     device = model.get_input_embeddings().weight.device
-    ids, mask = pad_rows([row.ids], device)
-    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[0, row.target - 1 : -1].float()
-    labels = ids[0, row.target :].to(logits.device)
-    total = logits.log_softmax(-1).gather(-1, labels[:, None]).sum().item()
-    if math.isnan(total):
-        raise EngramError(f"model: expected finite predictions after {edit.text!r}, got NaN")
-    return total
+    totals: list[float] = []
+    for start in range(0, len(texts), rows):
+        layout = Layout(
+            [replace(text, rewriting=text.rewriting[:1]) for text in texts[start : start + rows]], device
+        )
+        logits = forward.whole_logits(model, layout)[: len(layout.labels)].float()
+        each = -F.cross_entropy(logits, layout.labels, reduction="none")
+        sums = torch.zeros(len(layout.texts), device=device).index_add(0, layout.place_owner, each)
+        totals += sums.tolist()
+    for text, total in zip(texts, totals, strict=True):
+        if math.isnan(total):
+            raise EngramError(f"model: expected finite predictions after {text.edit.text!r}, got NaN")
+    return totals

@@ -1,0 +1,35 @@
+"""The published methods of editing, as settings of one algorithm."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Method:
+    """What tells the methods apart.
+
+    Attributes:
+        layers: over how many layers a change is spread.
+        batch: how many edits are written at once; None: all of them.
+        ridge: `λ`, how much of a change is given up for a smaller write; 0 writes it exactly.
+        null_space: eigenvalues of `C` up to this share of their mean count as none, and writes stay in their
+            span; None: writes are whitened by `C`.
+    """
+
+    layers: int = 1
+    batch: int | None = None
+    ridge: float = 0.0
+    null_space: float | None = None
+
+
+METHODS = {
+    # Meng et al. 2022, arXiv 2202.05262.
+    "rome": Method(batch=1),
+    # Gupta et al. 2024, arXiv 2403.14236.
+    "emmet": Method(),
+    # Meng et al. 2023, arXiv 2210.07229.
+    "memit": Method(layers=5, ridge=20.0),
+    # Fang et al. 2024, arXiv 2410.02355.
+    "alphaedit": Method(layers=5, batch=100, ridge=10.0, null_space=0.02),
+}

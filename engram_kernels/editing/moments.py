@@ -1,0 +1,259 @@
+"""The covariances of layers' keys: from memory, from the cache on disk, or from one pass over a corpus."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from ..covariance import Covariance
+from ..errors import EngramError
+from ..models.digest import tensor_bytes
+from ..models.loading import writable_directory
+from . import corpus as corpora
+from . import statistics
+from .structure import Projection, output_projection
+
+TOKENS_PER_DIMENSION = 20
+CHECKPOINT_SECONDS = 30.0
+
+
+class Moments:
+    """The second moments of a model's keys, and the covariances made of them.
+
+    What several layers lack is computed in one pass over the corpus, up to the deepest of them. While it
+    runs, its sums (8 `in`² bytes a layer) are written to the cache now and then: a pass that was cut off goes
+    on from there, to the same bits.
+
+    Args:
+        model: a Hugging Face causal language model.
+        tokenizer: its tokenizer.
+        corpus: a file, an iterable of strings, or one of mappings with a column `text`, endless or not; None:
+            the Wikipedia articles in the package `gensim`, else text sampled from the model.
+        cache: the folder under which moments are kept.
+        tokens: how many tokens of the corpus are used; None: twenty a dimension of the key.
+        ridge: added to each covariance, as a share of its mean diagonal.
+        seed: of the sampled text.
+        progress: called with the tokens seen and their number.
+        checkpoint_seconds: between two writes of the running sums.
+
+    Example:
+        >>> moments = Moments(*load_model("smollm2"), None, Path("cache"))
+        >>> moments.covariances([4, 5, 6])[6].solve(keys)
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        tokenizer,
+        corpus: str | os.PathLike | Iterable[str | Mapping] | None,
+        cache: Path,
+        *,
+        tokens: int | None = None,
+        ridge: float = 0.0,
+        seed: int = 0,
+        progress: Callable[[int, int], None] | None = None,
+        checkpoint_seconds: float = CHECKPOINT_SECONDS,
+    ):
+        self.model = model
+        self.tokenizer = tokenizer
+        self.corpus = corpus
+        self.folder = Path(cache) / "moments"
+        self.tokens = tokens
+        self.ridge = ridge
+        self.seed = seed
+        self.progress = progress
+        self.checkpoint_seconds = checkpoint_seconds
+        self._stream: corpora.TokenStream | None = None
+        # By layer: the state of the weights that feed it, and what they gave.
+        self._known: dict[int, tuple[tuple, Covariance]] = {}
+        self._given: dict[int, Covariance] = {}
+
+    def covariances(self, layers: Sequence[int]) -> dict[int, Covariance]:
+        """The covariance of each layer, on its device; the model is in evaluation mode.
+
+        Raises:
+            TypeError: `layers` is no sequence of integers.
+            ValueError: a layer is out of range.
+            EngramError: a layer cannot be edited, the corpus is empty, too small for the dimension of the
+                key or cannot be read, or the inputs of a layer are not finite.
+        """
+        if not isinstance(layers, Iterable) or isinstance(layers, str):
+            raise TypeError(f"layers: expected a sequence of integers, got {type(layers).__name__}")
+        projections = {layer: output_projection(self.model, layer) for layer in layers}
+        states = {
+            layer: statistics.weights_state(self.model, projection)
+            for layer, projection in projections.items()
+            if layer not in self._given
+        }
+        missing: dict[int, list[Projection]] = {}
+        for layer, state in states.items():
+            known = self._known.get(layer)
+            if known is None or known[0] != state:
+                count = self.tokens or TOKENS_PER_DIMENSION * projections[layer].matrix.shape[1]
+                missing.setdefault(count, []).append(projections[layer])
+        for count, group in missing.items():
+            for layer, moment, seen in self._moments(group, count):
+                covariance = Covariance.from_second_moment(moment, seen, ridge=self.ridge)
+                self._known[layer] = states[layer], covariance
+        return {
+            layer: self._known[layer][1] if layer in states else self._placed(projection)
+            for layer, projection in projections.items()
+        }
+
+    def use(self, layer: int, covariance: Covariance | None) -> None:
+        """Take a covariance made elsewhere for a layer, whatever its weights become; None: no longer.
+
+        Raises:
+            TypeError: `covariance` is none, or `layer` no integer.
+            ValueError: its dimension is not the key's, or `layer` is out of range.
+            EngramError: the layer cannot be edited.
+        """
+        width = output_projection(self.model, layer).matrix.shape[1]
+        if covariance is None:
+            self._given.pop(layer, None)
+            return
+        if not isinstance(covariance, Covariance):
+            raise TypeError(f"covariance: expected a Covariance or None, got {type(covariance).__name__}")
+        shape = list(covariance.inverse().shape)
+        if shape != [width, width]:
+            raise ValueError(f"covariance: expected shape {[width, width]} for layer {layer}, got {shape}")
+        self._given[layer] = covariance
+
+    def _placed(self, projection: Projection) -> Covariance:
+        """The covariance given for a layer, on the layer's device."""
+        given = self._given[projection.layer]
+        if given.inverse().device != projection.matrix.device:
+            given = self._given[projection.layer] = given.to(projection.matrix.device)
+        return given
+
+    def _moments(self, projections: list[Projection], count: int) -> Iterator[tuple[int, torch.Tensor, int]]:
+        """`(layer, moment, number of tokens)` of each: what is on disk first, then the rest."""
+        ids, source = self._source(count)
+        keys = {projection.layer: self._key(projection, source) for projection in projections}
+        files = {layer: self.folder / f"{key}.safetensors" for layer, key in keys.items()}
+        missing = []
+        for projection in projections:
+            cached = statistics.load_moment(files[projection.layer])
+            if cached is None:
+                missing.append(projection)
+            else:
+                yield projection.layer, cached[0].to(projection.matrix.device), cached[1]
+        if not missing:
+            return
+        writable_directory(self.folder, "cache_dir")
+        # Named for all that were asked for: some may be finished when the next run comes.
+        joint = hashlib.sha256(" ".join([*sorted(keys.values()), str(statistics.BATCH)]).encode())
+        checkpoint = statistics.Checkpoint(
+            self.folder / f"{joint.hexdigest()[:32]}.partial.safetensors", self.checkpoint_seconds
+        )
+        sums, seen = self._pass(missing, ids, count, checkpoint)
+        for layer, moment in sums.items():
+            statistics.save_moment(files[layer], moment, seen)
+        checkpoint.remove()
+        for projection in missing:
+            yield projection.layer, sums.pop(projection.layer), seen
+
+    def _pass(
+        self,
+        projections: list[Projection],
+        ids: torch.Tensor | None,
+        count: int,
+        checkpoint: statistics.Checkpoint,
+    ) -> tuple[dict[int, torch.Tensor], int]:
+        """The sums by layer and their number of tokens, from where an earlier pass was cut off."""
+        begun = checkpoint.load(projections)
+        if begun is not None:
+            sums, seen, ids = begun
+        else:
+            sums, seen = statistics.zeros(projections), 0
+            ids = corpora.sample_ids(self.model, self.tokenizer, count, self.seed) if ids is None else ids
+
+        def after(done: int, total: int) -> None:
+            if done < total:
+                checkpoint.save_when_due(sums, done, ids)
+            if self.progress:
+                self.progress(done, total)
+
+        return statistics.second_moments(self.model, projections, ids, after, sums, seen), len(ids)
+
+    def _source(self, count: int) -> tuple[torch.Tensor | None, str]:
+        """The tokens, or None where they are to be sampled, and what tells them from others."""
+        corpus = self.corpus if self.corpus is not None else corpora.wikipedia_file()
+        if corpus is None:
+            return None, f"sampled {count} {self.seed}"
+        if self._stream is None:
+            self._stream = corpora.TokenStream(self.tokenizer, corpus)
+        ids = self._stream.first(count)
+        if self.tokens is not None and len(ids) < count:
+            warnings.warn(f"corpus: expected {count} tokens, got {len(ids)}", stacklevel=5)
+        return ids, hashlib.sha256(tensor_bytes(ids)).hexdigest()
+
+    def _key(self, projection: Projection, source: str) -> str:
+        """The name of a moment on disk: what it depends on, digested."""
+        fingerprint = statistics.weights_fingerprint(self.model, projection)
+        text = f"{fingerprint} {projection.name} {source} {statistics.CHUNK}"
+        return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def convergence(
+    model: torch.nn.Module,
+    layer: int,
+    ids: torch.Tensor,
+    keys: torch.Tensor,
+    counts: Sequence[int] | None = None,
+    ridge: float = 0.0,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[int, torch.Tensor]:
+    """How far the preconditioned direction of keys still turns as the tokens grow in number.
+
+        cos(k C_t⁻¹, k C_T⁻¹),   C_t from the first t tokens, T the last count
+
+    Args:
+        model: in evaluation mode.
+        layer: index of the decoder layer.
+        ids: `[count]` tokens, of which the last count says how many are used.
+        keys: `[n, in]`, any floating type, of text outside of `ids`.
+        counts: ascending numbers of tokens, at each of which a new chunk of text begins; None: 1, 2, 5, 10,
+            20, 50, … times `in`, and all.
+        ridge: as for `Covariance`.
+        progress: called with the tokens seen and their number.
+
+    Returns:
+        By count, the cosines `[n]` float64: NaN where so few tokens give a singular moment.
+
+    Raises:
+        ValueError: the counts do not ascend from 1 to the number of tokens at most, or the keys have
+            another shape.
+        EngramError: the moment of the last count is singular, or the inputs are not finite.
+    """
+    projection = output_projection(model, layer)
+    width = projection.matrix.shape[1]
+    if counts is None:
+        steps = (width * step * 10**power for power in itertools.count() for step in (1, 2, 5))
+        counts = [*itertools.takewhile(lambda count: count < len(ids), steps), len(ids)]
+    if not counts or any(low >= high for low, high in itertools.pairwise([0, *counts, len(ids) + 1])):
+        raise ValueError(f"counts: expected ascending numbers from 1 to {len(ids)}, got {list(counts)}")
+    if keys.dim() != 2 or keys.shape[1] != width:
+        raise ValueError(f"keys: expected shape [n, {width}] ([n, in]), got {list(keys.shape)}")
+    keys = keys.to(projection.matrix.device, torch.float64)
+    sums = statistics.zeros([projection])
+    directions = {}
+    for begin, end in itertools.pairwise([0, *counts]):
+        statistics.second_moments(model, [projection], ids[begin:end], sums=sums)
+        try:
+            covariance = Covariance.from_second_moment(sums[layer], end, ridge=ridge)
+            directions[end] = covariance.solve(keys)
+        except EngramError:
+            if end == counts[-1]:
+                raise
+            directions[end] = torch.full_like(keys, torch.nan)
+        if progress:
+            progress(end, counts[-1])
+    last = directions[counts[-1]]
+    return {count: torch.cosine_similarity(found, last, dim=-1) for count, found in directions.items()}

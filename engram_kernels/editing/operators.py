@@ -1,0 +1,56 @@
+"""What stands in the place of `C⁻¹` in a write: whitening that spares earlier edits, or a null space."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..errors import EngramError
+
+
+def preserving(inverse: Tensor, keys: Tensor, weight: float) -> Tensor:
+    """`(C + w KᵀK)⁻¹` from `C⁻¹`: later writes move the answers to `K` little (Woodbury's identity).
+
+        C⁻¹ − Pᵀ (I/w + P Kᵀ)⁻¹ P,   P = K C⁻¹
+
+    Args:
+        inverse: `C⁻¹ [in, in]`, float64; may be singular, such as a projection.
+        keys: `K [n, in]`, the keys written before.
+        weight: `w > 0`, how much each counts against a sample of the statistics.
+
+    Returns:
+        `[in, in]` float64, symmetric.
+    """
+    keys = keys.to(inverse)
+    preconditioned = keys @ inverse
+    system = preconditioned @ keys.T
+    system = (system + system.T) / 2
+    system.diagonal().add_(1.0 / weight)
+    factor = torch.linalg.cholesky(system)
+    half = torch.linalg.solve_triangular(factor, preconditioned, upper=False)
+    return inverse - half.T @ half
+
+
+def null_space(inverse: Tensor, threshold: float) -> Tensor:
+    """The projection onto the directions that ordinary text hardly uses (AlphaEdit, Fang et al. 2024, eq. 8).
+
+    Args:
+        inverse: `C⁻¹ [in, in]`, float64.
+        threshold: eigenvalues of `C` up to this share of their mean count as none.
+
+    Returns:
+        `[in, in]` float64, symmetric and idempotent.
+
+    Raises:
+        EngramError: no direction is left, or all are.
+    """
+    values, vectors = torch.linalg.eigh(inverse)
+    moments = values.reciprocal()
+    kept = moments <= threshold * moments.mean()
+    if not kept.any() or kept.all():
+        raise EngramError(
+            f"null_space: expected a threshold between {float(moments.min() / moments.mean()):.1e} and "
+            f"{float(moments.max() / moments.mean()):.1e} of the mean eigenvalue, got {threshold:g}"
+        )
+    basis = vectors[:, kept]
+    return basis @ basis.T

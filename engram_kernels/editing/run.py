@@ -1,0 +1,255 @@
+"""One run of edits: batches of values, found and written one after the other."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from ..covariance import Covariance
+from ..errors import EngramError
+from ..models.digest import tensor_checksum
+from .journal import Journal, digest
+from .layout import Texts, encode_texts
+from .operators import null_space, preserving
+from .result import EditRecord, EditResult, Site, SkippedEdit, Write, write_
+from .structure import output_projection
+from .tokens import Edit
+from .values import Value, ValueOptions, find_values, target_log_probabilities, value_groups
+from .writing import write_values
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The settings of a run; `Editor.edit` has their meaning."""
+
+    layers: tuple[int, ...]
+    batch: int | None
+    ridge: float
+    null_space: float | None
+    preserve: float
+    last_wins: bool
+    skip_failures: bool
+    value: ValueOptions
+    bare_share: float | None
+    bare_denominator: bool
+
+
+class Run:
+    """Edits on their way into a model in evaluation mode.
+
+    Args:
+        model: a causal language model.
+        tokenizer: its tokenizer.
+        edits: the facts.
+        plan: how to write them.
+        progress: called with the name of a stage, the work done and the work there is.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        tokenizer,
+        edits: Sequence[Edit],
+        plan: Plan,
+        progress: Callable[[str, int, int], None] | None = None,
+    ):
+        self.model, self.tokenizer, self.edits, self.plan = model, tokenizer, list(edits), plan
+        self.progress = progress or (lambda *_: None)
+        self.projections = [output_projection(model, layer) for layer in plan.layers]
+        self.skipped: list[SkippedEdit] = []
+        # By the number of an edit; those that are skipped leave.
+        self.texts: dict[int, Texts] = {}
+        self.batches: list[list[int]] = []
+
+    def begin(self) -> None:
+        """Tokenise all edits by themselves, and see what the unedited model predicts.
+
+        Raises:
+            EngramError: a text cannot be used, or the model predicts NaN.
+        """
+        self._encode(range(len(self.edits)), ())
+        self._before = self._log_probabilities(self.texts)
+
+    def encode(self, prefixes: Sequence[str]) -> None:
+        """Tokenise all edits after every prefix, and divide them into batches.
+
+        Raises:
+            EngramError: a text cannot be used, or edits of a batch have one key.
+        """
+        self._prefixes = list(prefixes)
+        self._encode(list(self.texts), prefixes)
+        numbers = list(self.texts)
+        size = self.plan.batch or max(1, len(numbers))
+        self.batches = [self._apart(numbers[i : i + size]) for i in range(0, len(numbers), size)]
+
+    def settings(self, covariances: dict[int, Covariance]) -> dict:
+        """What the result depends on, for the journal."""
+        weights = sorted(self.model.state_dict().items())
+        whitening = [covariances[layer].inverse() for layer in self.plan.layers]
+        return {
+            **asdict(self.plan),
+            "edits": digest([asdict(edit) for edit in self.edits]),
+            "prefixes": digest(self._prefixes),
+            "model": digest([(name, tensor_checksum(tensor)) for name, tensor in weights]),
+            "covariances": digest([tensor_checksum(inverse) for inverse in whitening]),
+        }
+
+    def result(self, covariances: dict[int, Covariance], journal: Journal | None) -> EditResult:
+        """Find and write everything; if anything fails, the weights are put back."""
+        operators = {layer: covariances[layer].inverse() for layer in self.plan.layers}
+        if self.plan.null_space is not None:
+            operators = {
+                layer: null_space(inverse, self.plan.null_space) for layer, inverse in operators.items()
+            }
+        sites = [Site.of(projection) for projection in self.projections]
+        values: dict[int, Value] = {}
+        writes: list[Write] = []
+        try:
+            for number, batch in enumerate(self.batches):
+                found = self._values(batch, len(values), journal)
+                written = self._written(number, found, operators, journal)
+                if self.plan.preserve and written and number + 1 < len(self.batches):
+                    for layer, write in zip(self.plan.layers, written, strict=True):
+                        operators[layer] = preserving(operators[layer], write.keys, self.plan.preserve)
+                values |= found
+                writes += written
+            self._check_any()
+            after = self._log_probabilities(values)
+            for site, projection in zip(sites, self.projections, strict=True):
+                site.edited_checksum = Site.of(projection).base_checksum
+        except BaseException:
+            for site in sites:
+                site.put_back()
+            raise
+        made = sorted(values)
+        places = {number: place for place, number in enumerate(made)}
+        return EditResult(
+            records=[_record(self.edits[i], values[i], self._before[i], after[i]) for i in made],
+            writes=[_renumbered(write, places) for write in writes],
+            sites=sites,
+            skipped=sorted(self.skipped, key=lambda skipped: skipped.number),
+        )
+
+    def _encode(self, numbers: Iterable[int], prefixes: Sequence[str]) -> None:
+        for number in numbers:
+            try:
+                self.texts[number] = encode_texts(self.model, self.tokenizer, self.edits[number], prefixes)
+            except EngramError as error:
+                self._skip(number, error)
+        self._check_any()
+
+    def _log_probabilities(self, numbers: Iterable[int]) -> dict[int, float]:
+        """`log p(target | prompt)` of some edits, by number."""
+        numbers = list(numbers)
+        texts = [self.texts[number] for number in numbers]
+        return dict(zip(numbers, target_log_probabilities(self.model, texts), strict=True))
+
+    def _values(self, batch: list[int], done: int, journal: Journal | None) -> dict[int, Value]:
+        """The values of a batch by number, in the order of the batch."""
+        projection, options = self.projections[-1], self.plan.value
+        device = projection.matrix.device
+        texts = [self.texts[number] for number in batch]
+        found: dict[int, Value] = {}
+        for group in value_groups(texts, options, self.model.get_input_embeddings().weight.device):
+            numbers = [batch[i] for i in group]
+            kept = [journal.load_value(number, device) for number in numbers] if journal else []
+            if not kept or None in kept:
+                kept = find_values(
+                    self.model, projection, [texts[i] for i in group], self._weights(), options,
+                    lambda steps: self.progress(
+                        "values", (done + len(found)) * options.steps + steps, len(self.texts) * options.steps
+                    ),
+                )  # fmt: skip
+            for number, value in zip(numbers, kept, strict=True):
+                if isinstance(value, EngramError):
+                    self._skip(number, value)
+                    continue
+                if journal:
+                    journal.save_value(number, value)
+                found[number] = value
+        return {number: found[number] for number in batch if number in found}
+
+    def _written(
+        self, number: int, found: dict[int, Value], operators: dict[int, Tensor], journal: Journal | None
+    ) -> list[Write]:
+        """The writes of a batch, one a layer; they are done."""
+        kept = journal.load_writes(number) if journal else None
+        if kept is not None:
+            for projection, write in zip(self.projections, kept, strict=True):
+                write_(projection, write)
+            return kept
+        if not found:
+            return []
+        writes = write_values(
+            self.model, self.projections, [self.texts[i] for i in found], list(found.values()), operators,
+            self._weights(), list(found), self.plan.ridge, self.plan.bare_denominator,
+        )  # fmt: skip
+        if journal:
+            journal.save_writes(number, writes)
+        return writes
+
+    def _weights(self) -> Tensor:
+        """`[contexts]`, the share of the bare prompt and of each prefixed one in a key."""
+        count, share = len(self._prefixes) + 1, self.plan.bare_share
+        if share is None or count == 1:
+            return torch.full((count,), 1.0 / count)
+        return torch.tensor([share] + [(1 - share) / (count - 1)] * (count - 1))
+
+    def _apart(self, batch: list[int]) -> list[int]:
+        """The edits of a batch whose keys differ.
+
+        Where texts agree up to the end of the subject, there is one key, which cannot have two values. Seen
+        in the tokens, because rounding makes such keys differ a little, which would give a huge write.
+        """
+        owners: dict[tuple[int, ...], int] = {}
+        for number in batch:
+            row = self.texts[number].rewriting[0]
+            key = tuple(row.ids[: row.subject + 1])
+            if key in owners:
+                first, second = self.edits[owners[key]], self.edits[number]
+                if not self.plan.last_wins:
+                    raise EngramError(
+                        "edits: expected texts that differ up to the end of the subject where they are "
+                        f"written at once, got {first.text!r} and {second.text!r} with the subjects "
+                        f"{first.subject!r} and {second.subject!r}"
+                    )
+                self._skip(
+                    owners[key], EngramError(f"its key is that of a later edit, {second.text!r}"), True
+                )
+            owners[key] = number
+        return sorted(owners.values())
+
+    def _skip(self, number: int, error: EngramError, always: bool = False) -> None:
+        if not (always or self.plan.skip_failures):
+            raise error
+        self.skipped.append(SkippedEdit(number, self.edits[number], str(error)))
+        self.texts.pop(number, None)
+
+    def _check_any(self) -> None:
+        if not self.texts:
+            raise EngramError(
+                f"edits: expected at least one that can be made, got {len(self.skipped)} that cannot; "
+                f"the first: {self.skipped[0].reason}"
+            )
+
+
+def _record(edit: Edit, value: Value, before: float, after: float) -> EditRecord:
+    return EditRecord(
+        edit=edit,
+        probability_before=math.exp(before),
+        probability_after=math.exp(after),
+        losses=value.losses,
+        key_norm=value.key.norm().item(),
+        value_norm=value.initial_norm,
+        change_norm=value.change.norm().item(),
+    )
+
+
+def _renumbered(write: Write, places: dict[int, int]) -> Write:
+    """The write with the places of its edits among those that were made."""
+    fields = {**vars(write), "edits": tuple(places[number] for number in write.edits)}
+    return Write(**fields)

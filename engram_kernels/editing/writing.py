@@ -1,0 +1,215 @@
+"""Write a batch of values into one layer, or spread over several (MEMIT, Meng et al. 2023, algorithm 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import EngramError
+from ..functional import rank_one_factors
+from ..models.layers import decoder_layers
+from .forward import adding
+from .layout import Texts
+from .result import Write, write_
+from .structure import Projection
+from .tokens import pad_rows
+from .values import Value
+
+ROWS = 64
+
+
+class _Reached(Exception):
+    """Stops a forward pass where nothing further is needed."""
+
+
+def write_values(
+    model: nn.Module,
+    projections: Sequence[Projection],
+    texts: Sequence[Texts],
+    values: Sequence[Value],
+    operators: dict[int, Tensor],
+    weights: Tensor,
+    edits: Sequence[int],
+    ridge: float = 0.0,
+    bare_denominator: bool = False,
+) -> list[Write]:
+    """Write the changes of some edits, layer after layer, each of which takes its share of what is missing.
+
+    For one layer the keys are those that the values were found with. For several, from the first to the last,
+
+        R = (δ − what the last layer's output has changed by) / (layers that remain)
+        W ← W + Rᵀ (λI + K C⁻¹ Kᵀ)⁻¹ K C⁻¹
+
+    Args:
+        model: as it was when the values were found.
+        projections: of the layers, the first one first; the values belong to the last.
+        texts: of the edits.
+        values: of the edits.
+        operators: by layer, `C⁻¹` or what stands in its place.
+        weights: `[contexts]`, the share of each context in a key.
+        edits: the numbers of the edits, to be noted in the writes.
+        ridge: `λ`.
+        bare_denominator: ROME as first published in code, for one layer: the answer to the bare prompt's key
+            `B` is what changes, `W ← W + Eᵀ (B Rᵀ)⁻ᵀ R` with `R = K C⁻¹`.
+
+    Returns:
+        One write a layer; they are done.
+
+    Raises:
+        EngramError: the keys are dependent, a factor is not finite, the weights leave their type's range, or
+            the last layer's output is not the sum of its parts.
+    """
+    changes = torch.stack([value.change for value in values])
+    if len(projections) == 1:
+        keys = torch.stack([value.key for value in values])
+        bare = torch.stack([value.bare_key for value in values]) if bare_denominator else None
+        return [_write(projections[0], texts, keys, bare, changes, operators, ridge, edits)]
+    last = projections[-1]
+    check_additive(model, last, texts[0])
+    before, writes = None, []
+    for number, projection in enumerate(projections):
+        keys, hidden = subject_states(model, projection, last, texts)
+        keys, hidden = (torch.einsum("c,ecd->ed", weights.to(states), states) for states in (keys, hidden))
+        before = hidden if before is None else before
+        missing = (changes.to(hidden) - (hidden - before)) / (len(projections) - number)
+        keys, missing = keys.to(projection.matrix.device), missing.to(projection.matrix.device)
+        writes.append(_write(projection, texts, keys, None, missing, operators, ridge, edits))
+    return writes
+
+
+def _write(projection: Projection, texts, keys, bare_keys, changes, operators, ridge: float, edits) -> Write:
+    """One joint write that changes the answer to every key by what is wanted."""
+    matrix, operator = projection.matrix, operators[projection.layer]
+    try:
+        if bare_keys is None:
+            # The bias, which stays, is in neither side of the constraint.
+            wanted = keys @ matrix.float().T + changes
+            left, right = rank_one_factors(matrix, keys, wanted, operator, ridge=ridge)
+        else:
+            right = (keys.double() @ operator).float()
+            system = bare_keys.double() @ right.double().T
+            left = torch.linalg.solve(system, changes.double()).T.float()
+    except (EngramError, torch.linalg.LinAlgError) as error:
+        if isinstance(error, EngramError) and not str(error).startswith("keys:"):
+            raise
+        names = ", ".join(repr(text.edit.subject) for text in texts)
+        raise EngramError(
+            f"edits: expected subjects with linearly independent keys, got dependent ones among {names}"
+        ) from error
+    constrained = keys if bare_keys is None else bare_keys
+    write = Write(projection.name, left, right, constrained, changes, ridge, tuple(edits))
+    write_checked(projection, write)
+    return write
+
+
+def write_checked(projection: Projection, write: Write) -> None:
+    """Do a write whose factors and whose outcome are finite; otherwise the weights may be spoilt.
+
+    Raises:
+        EngramError: a factor is not finite, or the weights leave their type's range.
+    """
+    if not (write.left.isfinite().all() and write.right.isfinite().all()):
+        raise EngramError(f"edits: expected finite factors for {projection.name!r}, got NaN or infinity")
+    write_(projection, write)
+    if not projection.matrix.isfinite().all():
+        raise EngramError(f"edits: expected weights in the range of {projection.matrix.dtype}, got infinity")
+
+
+@torch.no_grad()
+def subject_states(
+    model: nn.Module, projection: Projection, last: Projection, texts: Sequence[Texts]
+) -> tuple[Tensor, Tensor]:
+    """What stands at the subjects' last tokens now.
+
+    Returns:
+        The projection's inputs `[edits, contexts, in]` and the output of the last layer `[edits, contexts,
+        width]`, float32.
+    """
+    rows = [row for text in texts for row in text.rewriting]
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
+    embedded = model.get_input_embeddings().weight.device
+    keys: list[Tensor] = [None] * len(rows)
+    hidden: list[Tensor] = [None] * len(rows)
+    seen: dict[str, Tensor] = {}
+
+    def see_keys(_module, inputs):
+        seen["keys"] = inputs[0]
+
+    def see_hidden(_module, _inputs, output):
+        seen["hidden"] = output[0] if isinstance(output, tuple) else output
+        raise _Reached
+
+    hooks = [
+        projection.module.register_forward_pre_hook(see_keys),
+        decoder_layers(model)[1][last.layer].register_forward_hook(see_hidden),
+    ]
+    try:
+        for start in range(0, len(order), ROWS):
+            batch = order[start : start + ROWS]
+            ids, mask = pad_rows([rows[i].ids for i in batch], embedded)
+            try:
+                model(input_ids=ids, attention_mask=mask, use_cache=False)
+            except _Reached:
+                pass
+            for name, states in (("keys", keys), ("hidden", hidden)):
+                # Some models (OPT) flatten [rows, longest, width] before their MLP.
+                flat = seen[name].reshape(*ids.shape, -1).float()
+                for place, i in enumerate(batch):
+                    states[i] = flat[place, rows[i].subject]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    shape = (len(texts), len(texts[0].rewriting), -1)
+    return torch.stack(keys).view(shape), torch.stack(hidden).view(shape)
+
+
+@torch.no_grad()
+def check_additive(model: nn.Module, projection: Projection, text: Texts) -> None:
+    """Prove that a change of the projection's output is the same change of its layer's output.
+
+    Where a norm or a factor stands between them, layers cannot share a change by equal parts.
+
+    Raises:
+        EngramError: it is another one.
+    """
+    row = text.rewriting[0]
+    device = projection.matrix.device
+    generator = torch.Generator().manual_seed(0)
+    change = torch.randn(1, projection.matrix.shape[0], generator=generator).to(device)
+    where = torch.tensor([row.subject], device=device)
+    with adding(projection, torch.zeros_like(where), where) as given:
+        states = []
+        for scale in (0.0, 1.0):
+            given["delta"] = scale * change
+            states.append(_output(model, projection, row))
+    change = change[0].to(states[0])
+    off = (states[1] - states[0] - change).abs()
+    room = 1e-3 + 8 * torch.finfo(projection.matrix.dtype).eps * (1 + states[0].abs() + change.abs())
+    if not (off <= room).all():
+        raise EngramError(
+            f"layers: expected one layer for this model, whose layers do not add the output of "
+            f"{projection.name!r} to their own as it is, got several"
+        )
+
+
+def _output(model: nn.Module, projection: Projection, row) -> Tensor:
+    """The output of the projection's layer at the subject's last token `[width]`, float32."""
+    seen = []
+
+    def see(_module, _inputs, output):
+        seen.append((output[0] if isinstance(output, tuple) else output)[0, row.subject].float())
+        raise _Reached
+
+    hook = decoder_layers(model)[1][projection.layer].register_forward_hook(see)
+    try:
+        model(
+            input_ids=torch.tensor([row.ids], device=model.get_input_embeddings().weight.device),
+            use_cache=False,
+        )
+    except _Reached:
+        pass
+    finally:
+        hook.remove()
+    return seen[0]
