@@ -268,12 +268,12 @@ def test_statistics_and_prefixes_do_not_depend_on_where_they_are_called(tokenize
 def test_statistics_in_memory_follow_the_weights_below(tokenizer, tmp_path):
     editor = editor_of(tokenizer, tmp_path, contexts=())
     first = editor.covariance(1)
-    with editor.edit(Edit("Rome", "{} is in", "Paris"), layer=0):
+    with editor.edit(Edit("Rome", "{} is in", "Paris"), layers=0):
         second = editor.covariance(1)
         assert not torch.equal(second.inverse(), first.inverse())
         assert editor.covariance(1) is second
     assert torch.equal(editor.covariance(1).inverse(), first.inverse())
-    with editor.edit(Edit("Rome", "{} is in", "Paris"), layer=1):
+    with editor.edit(Edit("Rome", "{} is in", "Paris"), layers=1):
         third = editor.covariance(1)
     assert editor.covariance(1) is third
 
@@ -568,7 +568,7 @@ def test_given_covariance_is_used_whatever_the_weights_become(tokenizer, tmp_pat
     assert editor.covariances([0, 1])[1] is given
     row = encode_row(tokenizer, "Rome", "{} is in")
     key = keys_of(editor.model, 1, torch.tensor(row.ids))[row.subject]
-    with editor.edit(Edit("Rome", "{} is in", "Paris"), layer=1) as result:
+    with editor.edit(Edit("Rome", "{} is in", "Paris"), layers=1) as result:
         # With the identity the write points along the key itself.
         right = result.writes[0].right.double()
     assert torch.cosine_similarity(right, key[None]).item() == pytest.approx(1, abs=1e-6)

@@ -90,10 +90,21 @@ class Value:
 
 
 def value_groups(texts: Sequence[Texts], options: ValueOptions, device: torch.device) -> list[list[int]]:
-    """Which edits to optimise side by side: those of like length."""
-    size = options.batch or (64 if device.type == "cuda" else 4)
-    order = sorted(range(len(texts)), key=lambda i: texts[i].span)
-    return [order[start : start + size] for start in range(0, len(order), size)]
+    """Which edits to optimise side by side: those of like length.
+
+    A CPU is busy with a few rows, and padding costs it more than a small batch does: there, unless a size is
+    asked for, the stretch from the subject on, which every step runs, is of one length in a group.
+    """
+    padded = options.batch is not None or device.type != "cpu"
+    size = options.batch or (64 if padded else 4)
+    groups: list[list[int]] = []
+    for i in sorted(range(len(texts)), key=lambda i: texts[i].span):
+        group = groups[-1] if groups else []
+        if 0 < len(group) < size and (padded or texts[group[0]].span[0] == texts[i].span[0]):
+            group.append(i)
+        else:
+            groups.append([i])
+    return groups
 
 
 def find_values(
