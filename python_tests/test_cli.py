@@ -63,7 +63,7 @@ def test_edit_reports_and_saves(engram, folder, tmp_path):
 
     from engram_kernels.editing import EditResult
 
-    assert EditResult.load(tmp_path / "edit").records[0].edit.target == "Rome"
+    assert EditResult.from_pretrained(tmp_path / "edit").records[0].edit.target == "Rome"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["edit", "report.json"]
 
 

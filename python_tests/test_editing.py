@@ -467,7 +467,16 @@ def test_model_and_tokenizer_of_another_type(tokenizer):
 
 
 @pytest.mark.parametrize(
-    "name, value", [("steps", 2.5), ("stop_loss", None), ("stop_loss", "x"), ("kl_weight", None)]
+    "name, value",
+    [
+        ("steps", 2.5),
+        ("batch", 1.5),
+        ("widen", 1),
+        ("incremental", "no"),
+        ("stop_loss", None),
+        ("stop_loss", "x"),
+        ("kl_weight", None),
+    ],
 )
 def test_value_options_of_another_type(name, value):
     with pytest.raises(TypeError, match=rf"^{name}: expected .*, got "):

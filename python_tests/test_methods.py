@@ -331,5 +331,5 @@ def test_original_rome_has_one_layer(make):
 
 
 def test_default_layers_of_a_shallow_model(make):
-    assert make()._layers(None, 5) == (0, 1, 2, 3)
-    assert make()._layers(None, 1) == (1,)
+    assert make().layers("memit") == (0, 1, 2, 3)
+    assert make().layers() == (1,)

@@ -158,7 +158,7 @@ def test_half_precision(family, dtype, tokenizer):
     """As far as the type goes: the incremental loop is as near to float32 as the whole one."""
     model = model_zoo.small_model(family)
     projection = output_projection(model, 1)
-    options = dataclasses.replace(OPTIONS, steps=5)
+    options = dataclasses.replace(OPTIONS, steps=5, widen=False)
     texts = texts_of(model, tokenizer)
     exact = find_values(model, projection, texts, WEIGHTS, options)
     half = copy.deepcopy(model).to(dtype)
@@ -173,6 +173,22 @@ def test_half_precision(family, dtype, tokenizer):
             for a, b in zip(found, exact, strict=True)
         )
     assert error[True] <= 2 * error[False] + 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_widened_weights_are_those_of_a_float32_model_and_come_back(dtype, tokenizer, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    half = model_zoo.small_model(dtype=dtype)
+    wide = copy.deepcopy(half).float()
+    before = {name: (p.data_ptr(), p._version, p.clone()) for name, p in half.named_parameters()}
+    texts = texts_of(half, tokenizer)
+    found = find_values(half, output_projection(half, 1), texts, WEIGHTS, OPTIONS)
+    expected = find_values(wide, output_projection(wide, 1), texts, WEIGHTS, OPTIONS)
+    assert all(torch.equal(a.change, b.change) for a, b in zip(found, expected, strict=True))
+    for name, parameter in half.named_parameters():
+        pointer, version, value = before[name]
+        assert (parameter.data_ptr(), parameter._version) == (pointer, version)
+        assert parameter.dtype == dtype and torch.equal(parameter, value)
 
 
 def test_a_model_that_the_stubs_do_not_fit_is_run_whole(tokenizer):

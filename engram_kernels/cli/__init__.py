@@ -1,11 +1,11 @@
-"""The command line: `engram doctor`, `engram edit` and `engram graft`."""
+"""The command line: `engram doctor`, `engram edit`, `engram eval`, `engram graft` and `engram trace`."""
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
 from ..errors import EngramError
-from . import doctor, edit, graft
+from . import doctor, edit, evaluate, graft, trace
 
 app = typer.Typer(
     help="Find, rewrite and transplant the engrams of language models.",
@@ -15,7 +15,9 @@ app = typer.Typer(
 )
 app.command()(doctor.doctor)
 app.command()(edit.edit)
+app.command("eval")(evaluate.evaluate)
 app.add_typer(graft.app, name="graft")
+app.command()(trace.trace)
 
 
 def main() -> None:

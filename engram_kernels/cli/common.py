@@ -82,9 +82,9 @@ def check_picture(name: str, path: Path | None) -> None:
     """Prove, before any work, that a picture of that name can be drawn and written."""
     if path is None:
         return
-    from ..grafting import plots
+    from ..models import pictures
 
-    plots.check(path, name)
+    pictures.check(path, name)
     check_file(name, path)
 
 

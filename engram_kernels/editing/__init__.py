@@ -4,5 +4,6 @@ from ..models.loading import load_model
 from .editor import Editor
 from .result import EditResult
 from .tokens import Edit
+from .trace import Trace, average
 
-__all__ = ["Edit", "EditResult", "Editor", "load_model"]
+__all__ = ["Edit", "EditResult", "Editor", "Trace", "average", "load_model"]

@@ -6,12 +6,12 @@ import functools
 import math
 import os
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack, contextmanager
 
 import torch
 
 from .. import _checks as check
 from ..covariance import Covariance
+from ..models.evaluating import evaluating
 from ..models.layers import decoder_layers
 from ..models.loading import cache_directory, writable_directory
 from .journal import Journal
@@ -152,7 +152,7 @@ class Editor:
         |---|---|---|---|---|
         | `"rome"` | 1 | 1 | 0 | Meng et al. 2022, arXiv 2202.05262 |
         | `"emmet"` | 1 | all | 0 | Gupta et al. 2024, arXiv 2403.14236 |
-        | `"memit"` | 5 | all | LAMBDA | Meng et al. 2023, arXiv 2210.07229 |
+        | `"memit"` | 5 | all | 20 | Meng et al. 2023, arXiv 2210.07229 |
         | `"alphaedit"` | 5 | 100 | 10, in the null space of `C` | Fang et al. 2024, arXiv 2410.02355 |
 
         Args:
@@ -187,7 +187,7 @@ class Editor:
         edits = _edits(edits)
         for layer in plan.layers:
             output_projection(self.model, layer)
-        with _evaluating(self.model):
+        with evaluating(self.model):
             run = Run(self.model, self.tokenizer, edits, plan, self.progress)
             run.begin()
             run.encode(self.prefixes())
@@ -198,12 +198,12 @@ class Editor:
     def _plan(self, layers, method, ridge, batch, preserve, null_space, conflicts, failures) -> Plan:
         """The method's settings and the caller's, checked."""
         for name, value, known in (
-            ("method", method, tuple(METHODS)),
             ("conflicts", conflicts, ("refuse", "last")),
             ("failures", failures, ("raise", "skip")),
         ):
             if value not in known:
                 raise ValueError(f"{name}: expected one of {', '.join(map(repr, known))}, got {value!r}")
+        default_layers = self.layers(method)
         chosen = METHODS[method]
         _expect("batch", batch, "an integer or None", int, type(None))
         _expect("ridge", ridge, "a number or None", int, float, type(None))
@@ -217,7 +217,7 @@ class Editor:
         if preserve is True:
             preserve = 1.0 / ridge if ridge > 0 else 1.0
         check.number("preserve", float(preserve), at_least=0)
-        layers = self._layers(layers, chosen.layers)
+        layers = default_layers if layers is None else self._asked_layers(layers)
         if len(layers) > 1 and not self.consistent_key:
             raise ValueError(
                 f"consistent_key: expected True for several layers, got False for {list(layers)}"
@@ -235,10 +235,20 @@ class Editor:
             bare_denominator=not self.consistent_key,
         )
 
-    def _layers(self, layers: int | Sequence[int] | None, count: int) -> tuple[int, ...]:
-        if layers is None:
-            first = max(0, default_layer(self.model) - count // 2)
-            return tuple(range(len(decoder_layers(self.model)[1])))[first : first + count]
+    def layers(self, method: str = "rome") -> tuple[int, ...]:
+        """The layers that a method writes where none are asked for.
+
+        Raises:
+            ValueError: there is no such method.
+        """
+        if method not in METHODS:
+            known = ", ".join(map(repr, METHODS))
+            raise ValueError(f"method: expected one of {known}, got {method!r}")
+        count = METHODS[method].layers
+        first = max(0, default_layer(self.model) - count // 2)
+        return tuple(range(len(decoder_layers(self.model)[1])))[first : first + count]
+
+    def _asked_layers(self, layers: int | Sequence[int]) -> tuple[int, ...]:
         layers = [layers] if isinstance(layers, int) else layers
         if not isinstance(layers, Iterable) or isinstance(layers, str):
             raise TypeError(f"layers: expected an integer or a list of them, got {type(layers).__name__}")
@@ -252,7 +262,7 @@ class Editor:
     def prefixes(self) -> list[str]:
         """The texts that are put before every prompt, sampled once."""
         if self._prefixes is None:
-            with _evaluating(self.model):
+            with evaluating(self.model):
                 self._prefixes = sample_prefixes(self.model, self.tokenizer, self.contexts, self.seed)
         return self._prefixes
 
@@ -270,7 +280,7 @@ class Editor:
         Raises:
             EngramError: the corpus is empty or too small for the dimension of the key.
         """
-        with _evaluating(self.model):
+        with evaluating(self.model):
             return self._moments.covariances(layers)
 
     def use_covariance(self, layer: int, covariance: Covariance | None) -> None:
@@ -309,20 +319,3 @@ def _expect(name: str, value: object, expected: str, *kinds: type) -> None:
     """Check a type; True and False are no numbers here."""
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
         raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
-
-
-@contextmanager
-def _evaluating(model: torch.nn.Module):
-    """Off meanwhile: dropout, the caller's autocast, and inference mode, which forbids gradients."""
-    training = [(module, module.training) for module in model.modules()]
-    kinds = {parameter.device.type for parameter in model.parameters()}
-    model.eval()
-    try:
-        with torch.inference_mode(False), ExitStack() as stack:
-            for kind in filter(torch.amp.is_autocast_available, sorted(kinds)):
-                stack.enter_context(torch.autocast(kind, enabled=False))
-            yield
-    finally:
-        # A module's own flag may differ from the model's, where a part of it is frozen.
-        for module, flag in training:
-            module.training = flag

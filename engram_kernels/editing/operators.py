@@ -32,7 +32,7 @@ def preserving(inverse: Tensor, keys: Tensor, weight: float) -> Tensor:
 
 
 def null_space(inverse: Tensor, threshold: float) -> Tensor:
-    """The projection onto the directions that ordinary text hardly uses (AlphaEdit, Fang et al. 2024, eq. 8).
+    """The projection onto the directions that ordinary text hardly uses (AlphaEdit, Fang et al. 2024).
 
     Args:
         inverse: `C⁻¹ [in, in]`, float64.

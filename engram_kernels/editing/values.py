@@ -34,6 +34,8 @@ class ValueOptions:
         stop_loss: optimisation ends when the loss is below this.
         batch: how many edits are optimised side by side; None: as many as use the device well.
         incremental: in every step run only what depends on the value; False: the whole model on whole texts.
+        widen: half precision is slow on a CPU without units for it: there, find values with the weights as
+            float32, which takes four bytes a weight meanwhile. False: in the weights' own type always.
 
     Raises:
         TypeError: an option is not a number.
@@ -48,16 +50,16 @@ class ValueOptions:
     stop_loss: float = 0.05
     batch: int | None = None
     incremental: bool = True
+    widen: bool = True
 
     def __post_init__(self):
         for name, number in (("steps", self.steps), ("batch", 1 if self.batch is None else self.batch)):
             integer = isinstance(number, int) and not isinstance(number, bool)
             check.expect(integer, name, "an integer", type(number).__name__, TypeError)
             check.expect(number > 0, name, "a positive number", number)
-        check.expect(
-            isinstance(self.incremental, bool),
-            "incremental", "True or False", type(self.incremental).__name__, TypeError,
-        )  # fmt: skip
+        for name in ("incremental", "widen"):
+            value = getattr(self, name)
+            check.expect(isinstance(value, bool), name, "True or False", type(value).__name__, TypeError)
         for field in fields(self):
             if field.type == "float":
                 check.number(field.name, getattr(self, field.name))
@@ -135,7 +137,7 @@ def find_values(
     Returns:
         The value of each edit, or what went wrong with it alone: a loss that is not finite.
     """
-    with _only_delta_learns(model):
+    with _only_delta_learns(model), _widened(model, options.widen):
         return _optimise(model, projection, list(texts), weights, options, progress or (lambda _: None))
 
 
@@ -258,6 +260,25 @@ def _only_delta_learns(model: torch.nn.Module):
     finally:
         for parameter in learning:
             parameter.requires_grad_(True)
+
+
+@contextmanager
+def _widened(model: torch.nn.Module, widen: bool):
+    """Half-precision weights on a CPU without units for them are float32 meanwhile, and then as they were."""
+    narrow = [
+        (parameter, parameter.data)
+        for parameter in model.parameters()
+        if parameter.device.type == "cpu" and parameter.dtype in (torch.bfloat16, torch.float16)
+    ]
+    if not widen or torch.cpu._is_amx_tile_supported():
+        narrow = []
+    try:
+        for parameter, data in narrow:
+            parameter.data = data.float()
+        yield
+    finally:
+        for parameter, data in narrow:
+            parameter.data = data
 
 
 @torch.no_grad()

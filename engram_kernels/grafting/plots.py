@@ -4,29 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from ..errors import EngramError
-from ..models.files import new_file
+from ..models.pictures import SERIES, figure_file
 from .graft import Density, Graft
 
-STYLE = {
-    "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans"],
-    "font.size": 9,
-    "axes.titlesize": 10,
-    "axes.edgecolor": "0.4",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": False,
-    "legend.frameon": False,
-    "figure.dpi": 150,
-    "text.usetex": False,
-}
-# Okabe and Ito's colours, which colour-blind readers tell apart; markers tell them apart in print too.
-SERIES = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#E69F00", "v"))
 LINES = (("0.45", ":"), ("0.1", "--"), ("#56B4E9", "-."))
 NOTHING = "0.88"
 
@@ -68,18 +51,6 @@ def layer_name(layer: int) -> str:
     return str(layer) if layer >= 0 else "none"
 
 
-def check(path: str | os.PathLike, argument: str = "path") -> None:
-    """Raise unless a picture of that name can be drawn here.
-
-    Raises:
-        ValueError: the name does not end in `.png`.
-        EngramError: matplotlib is not installed.
-    """
-    if Path(path).suffix.lower() != ".png":
-        raise ValueError(f"{argument}: expected a name that ends in .png, got {os.fspath(path)!r}")
-    _matplotlib()
-
-
 def heat_map(graft: Graft, path: str | os.PathLike) -> None:
     """Draw the density of a graft by layer and kind of module, and the entries of each layer, as a PNG file.
 
@@ -97,7 +68,7 @@ def heat_map(graft: Graft, path: str | os.PathLike) -> None:
     """
     grid = Grid.of(graft.density())
     height, width = max(1.2, 0.17 * len(grid.layers)), max(2.0, 0.46 * len(grid.kinds))
-    with _figure(path, (width + 3.4, height + 2.2)) as figure:
+    with figure_file(path, (width + 3.4, height + 2.2)) as figure:
         from matplotlib.patches import Patch
 
         cells, bars = figure.subplots(1, 2, sharey=True, width_ratios=[width, 1.3])
@@ -148,7 +119,7 @@ def curve(points: Sequence[Point], path: str | os.PathLike) -> None:
     """
     if not points:
         raise ValueError("points: expected at least one, got none")
-    with _figure(path, (8.6, 4.0)) as figure:
+    with figure_file(path, (8.6, 4.0)) as figure:
         for axes, name in zip(figure.subplots(1, 2), ("accuracy", "ece"), strict=True):
             lines, series = _series(points, name)
             for (label, values), (colour, dashes) in zip(lines.items(), _endless(LINES), strict=False):
@@ -231,27 +202,3 @@ def _named(graft: Graft) -> str:
 
 def _total(grid: Grid) -> int:
     return sum(cell.size for cell in grid.cells.values())
-
-
-def _matplotlib():
-    try:
-        import matplotlib
-        import matplotlib.figure
-    except ImportError as error:
-        raise EngramError("pictures need matplotlib: pip install 'engram_kernels[plot]'") from error
-    return matplotlib
-
-
-@contextmanager
-def _figure(path: str | os.PathLike, size: tuple[float, float]) -> Iterator:
-    """Yield a figure of its own canvas, which leaves pyplot and its backend alone, and write it whole."""
-    check(path)
-    matplotlib = _matplotlib()
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    with matplotlib.rc_context(STYLE):
-        figure = matplotlib.figure.Figure(figsize=size, layout="constrained")
-        FigureCanvasAgg(figure)
-        yield figure
-        with new_file(path) as temporary:
-            figure.savefig(temporary, format="png")

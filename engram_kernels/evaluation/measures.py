@@ -1,0 +1,171 @@
+"""What an edit did, in figures: does it hold, does it generalise, does it leave the rest alone."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from ..editing.tokens import Row, context_length, encode_row, pad_rows
+from ..errors import EngramError
+from .datasets import Case
+
+ASPECTS = ("efficacy", "paraphrase", "locality")
+
+
+class Answer(NamedTuple):
+    """How a model takes an answer: the mean log-probability of its tokens, they, and the likeliest ones."""
+
+    mean: float
+    tokens: list[int]
+    likeliest: list[int]
+
+    @property
+    def share(self) -> float:
+        """The share of the answer's tokens that are the likeliest, the right ones before them given."""
+        return mean(a == b for a, b in zip(self.tokens, self.likeliest, strict=True))
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What was measured of one case in one state of the model.
+
+    Attributes:
+        margins: of each aspect and prompt, by how much the mean log-probability of the whole right answer
+            exceeds the other's: the target's and the truth's, on neighbours the truth's and the target's.
+        shares: of each aspect and prompt, the share of the right answer's tokens that are the likeliest.
+        neighbours: the likeliest tokens at each neighbour's answer, to compare before and after.
+        fluency: mean entropy of n-grams of generated text in bits; None where none was generated.
+    """
+
+    margins: dict[str, list[float]]
+    shares: dict[str, list[float]]
+    neighbours: list[list[int]]
+    fluency: float | None = None
+
+    def successes(self, aspect: str) -> float:
+        """The share of an aspect's prompts on which the right answer is the likelier one."""
+        return mean(margin > 0 for margin in self.margins[aspect])
+
+    def accuracy(self, aspect: str) -> float:
+        """The mean share of the right answer's tokens that are the likeliest."""
+        return mean(self.shares[aspect])
+
+    def unchanged(self, before: Figures) -> float:
+        """The share of the neighbours' answer tokens whose likeliest token is that of before."""
+        pairs = zip(before.neighbours, self.neighbours, strict=True)
+        return mean(mean(a == b for a, b in zip(*pair, strict=True)) for pair in pairs)
+
+
+def measure(model, tokenizer, cases: Sequence[Case], batch_size: int = 32) -> list[Figures]:
+    """Measure efficacy, paraphrase and locality of all cases, in batches of texts of like length.
+
+    Args:
+        model: a causal language model, in the mode that it is in.
+        tokenizer: its tokenizer.
+        cases: what to ask.
+        batch_size: texts a batch.
+
+    Returns:
+        The figures of each case, without fluency.
+
+    Raises:
+        EngramError: a text is longer than the model's context, or a prediction is not finite.
+    """
+    asked = [_questions(case) for case in cases]
+    pairs = [(prompt, answer) for rows in asked for _, prompt, *both in rows for answer in both]
+    answers = score(model, tokenizer, pairs, batch_size)
+    figures = []
+    for rows in asked:
+        margins: dict[str, list[float]] = {aspect: [] for aspect in ASPECTS}
+        shares: dict[str, list[float]] = {aspect: [] for aspect in ASPECTS}
+        neighbours = []
+        for aspect, prompt, right, other in rows:
+            mine = answers[prompt, right]
+            margins[aspect].append(mine.mean - answers[prompt, other].mean)
+            shares[aspect].append(mine.share)
+            if aspect == "locality":
+                neighbours.append(mine.likeliest)
+        figures.append(Figures(margins, shares, neighbours))
+    return figures
+
+
+@torch.no_grad()
+def score(
+    model, tokenizer, pairs: Iterable[tuple[str, str]], batch_size: int = 32
+) -> dict[tuple[str, str], Answer]:
+    """Score each answer after its prompt; the space between them is understood.
+
+    Raises:
+        EngramError: a text is longer than the model's context, or a prediction is not finite.
+    """
+    rows = [(pair, _encode(model, tokenizer, *pair)) for pair in dict.fromkeys(pairs)]
+    rows.sort(key=lambda entry: len(entry[1].ids))
+    answers = {}
+    for at in range(0, len(rows), batch_size):
+        batch = rows[at : at + batch_size]
+        for (pair, row), (mean, likeliest) in zip(
+            batch, _predictions(model, [row for _, row in batch]), strict=True
+        ):
+            if not math.isfinite(mean):
+                raise EngramError(f"model: expected finite predictions after {pair[0]!r}, got {mean}")
+            answers[pair] = Answer(mean, row.ids[row.target :], likeliest)
+    return answers
+
+
+def mean(values: Iterable[float]) -> float:
+    values = list(values)
+    return sum(values) / len(values)
+
+
+def harmonic_mean(values: Sequence[float]) -> float:
+    """`n / Σ 1/x`, and zero where a value is zero."""
+    return 0.0 if min(values) <= 0 else len(values) / sum(1 / value for value in values)
+
+
+def _questions(case: Case) -> list[tuple[str, str, str, str]]:
+    """Aspect, prompt, right answer and the other one."""
+    target, truth = case.edit.target, case.truth
+    return [
+        ("efficacy", case.edit.text, target, truth),
+        *(("paraphrase", prompt, target, truth) for prompt in case.paraphrases),
+        *(("locality", prompt, answer, target) for prompt, answer in case.neighbours),
+    ]
+
+
+def _encode(model, tokenizer, prompt: str, answer: str) -> Row:
+    row = encode_row(tokenizer, prompt, "{}", answer)
+    limit = context_length(model)
+    if limit is not None and len(row.ids) > limit:
+        raise EngramError(
+            f"prompt: expected at most {limit} tokens with the answer, the model's context, "
+            f"got {len(row.ids)} in {prompt!r}"
+        )
+    return row
+
+
+def _predictions(model, rows: list[Row]) -> list[tuple[float, list[int]]]:
+    """Mean log-probability of each row's answer, and the likeliest tokens in its place."""
+    ids, mask = pad_rows([row.ids for row in rows], model.get_input_embeddings().weight.device)
+    # A token is predicted one position earlier.
+    places = [(i, at - 1) for i, row in enumerate(rows) for at in range(row.target, len(row.ids))]
+    kept = torch.tensor(sorted({at for _, at in places}), device=ids.device)
+    keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+    options = {"logits_to_keep": kept} if keeps else {}
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **options).logits.to(ids.device)
+    if not keeps:
+        logits = logits[:, kept]
+    which, at = (torch.tensor(part, device=ids.device) for part in zip(*places, strict=True))
+    predicted = logits[which, torch.searchsorted(kept, at)].float().log_softmax(-1)
+    found = predicted.gather(-1, ids[which, at + 1][:, None])[:, 0].cpu().double()
+    likeliest = predicted.argmax(-1).tolist()
+    sizes = [len(row.ids) - row.target for row in rows]
+    ends = torch.tensor(sizes).cumsum(0).tolist()
+    return [
+        (found[end - size : end].mean().item(), likeliest[end - size : end])
+        for size, end in zip(sizes, ends, strict=True)
+    ]

@@ -1,0 +1,255 @@
+"""Edit many cases, measure each before and after, and put every weight back."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from ..errors import EngramError
+from ..models.digest import tensor_checksum
+from .datasets import Case
+from .fluency import fluency
+from .measures import Figures, mean, measure, score
+from .outcomes import Outcome, Retained
+
+CHECKPOINTS = (10, 50, 100)
+# Cases measured between two reports of progress.
+CHUNK = 64
+
+
+class Evaluation:
+    """Edits cases with an editor, measures what the edits do, and reverts them.
+
+    Args:
+        editor: an `Editor`.
+        options: of `Editor.edit`, such as `{"method": "memit", "layers": [4, 5, 6]}`.
+        fluency_tokens: to write after each generation prompt; 0: fluency is not measured.
+        batch_size: texts measured at a time.
+        seed: of the texts that are written.
+        progress: called with the name of a stage, the work done, the work there is, and a note.
+
+    Example:
+        >>> cases, _ = read_cases("counterfact.json", rows=20)
+        >>> evaluation = Evaluation(Editor(*load_model("smollm2")), {"method": "rome"})
+        >>> summarise(evaluation.each(cases))["edited"]["efficacy"]
+    """
+
+    def __init__(
+        self,
+        editor,
+        options: Mapping | None = None,
+        *,
+        fluency_tokens: int = 100,
+        batch_size: int = 32,
+        seed: int = 0,
+        progress: Callable[..., None] | None = None,
+    ):
+        for name, value, least in (("fluency", fluency_tokens, 0), ("batch_size", batch_size, 1)):
+            if value < least:
+                raise ValueError(f"{name}: expected at least {least}, got {value}")
+        self.editor = editor
+        self.options = dict(options or {})
+        self.fluency_tokens = fluency_tokens
+        self.batch_size = batch_size
+        self.seed = seed
+        self.progress = progress or (lambda *_: None)
+        self._checksums = {name: tensor_checksum(tensor) for name, tensor in self._state().items()}
+
+    def prepare(self) -> None:
+        """Collect the statistics and sample the contexts, which are no part of an edit's seconds."""
+        method, layers = self.options.get("method", "rome"), self.options.get("layers")
+        layers = self.editor.layers(method) if layers is None else layers
+        self.editor.covariances([layers] if isinstance(layers, int) else layers)
+        self.editor.prefixes()
+
+    def each(
+        self,
+        cases: Sequence[Case],
+        done: Sequence[Outcome] = (),
+        keep: Callable[[list[Outcome]], None] | None = None,
+    ) -> list[Outcome]:
+        """Edit, measure and revert every case by itself.
+
+        Args:
+            cases: all cases.
+            done: outcomes of the first of them, from a run that was interrupted.
+            keep: called with all outcomes so far whenever a case is finished.
+
+        Raises:
+            EngramError: a case cannot be edited, unless the options say to skip it, or not be measured.
+        """
+        outcomes = list(done)
+        for number, case in enumerate(cases[len(outcomes) :], len(outcomes) + 1):
+            outcomes.append(self._one(case))
+            if keep:
+                keep(outcomes)
+            self.progress("cases", number, len(cases), case.edit.text)
+        return outcomes
+
+    def together(
+        self,
+        cases: Sequence[Case],
+        checkpoints: Sequence[int] = CHECKPOINTS,
+        directory: str | os.PathLike | None = None,
+    ) -> tuple[list[Outcome], list[Retained]]:
+        """Edit all cases, measure them, and revert.
+
+        Where edits are written one after the other and do not know of each other, as the method "rome" does
+        it, the editor is called up to each checkpoint, and the first edits are measured there. Otherwise all
+        edits are one call, and measured at its end.
+
+        Args:
+            cases: all cases.
+            checkpoints: numbers of edits after which, and of first edits of which, retention is measured;
+                all of them is one always.
+            directory: where the editor keeps its run, and goes on from after a cut; None: nowhere.
+
+        Raises:
+            EngramError: a case cannot be edited, unless the options say to skip it, or not be measured.
+        """
+        stops = sorted({stop for stop in checkpoints if 0 < stop < len(cases)} | {len(cases)})
+        ends = stops if self._one_by_one() else stops[-1:]
+        outcomes = [
+            Outcome(case.name, _line(case), figures)
+            for case, figures in zip(cases, self._figures(cases, "unedited"), strict=True)
+        ]
+        results, records, skipped, seconds = [], {}, {}, 0.0
+        retained: list[Retained] = []
+        versions = self._versions()
+        try:
+            for start, end in zip([0, *ends], ends, strict=False):
+                started = time.perf_counter()
+                result, reasons = self._edit(cases[start:end], directory and Path(directory, f"{start:06d}"))
+                seconds += time.perf_counter() - started
+                skipped |= reasons
+                if result is not None:
+                    results.append(result)
+                    records |= {record.edit: record for record in result.records}
+                retained += self._retained(cases, [stop for stop in stops if stop <= end], records)
+                self.progress("edits", end, len(cases), "")
+            after = self._figures(cases, "edited")
+        finally:
+            for result in reversed(results):
+                result.revert()
+        exact = self._as_before(self._written_since(versions))
+        return [
+            _finished(outcome, figures, records[case.edit], seconds / len(records), exact)
+            if case.edit in records
+            else replace(outcome, skipped=skipped[case.edit])
+            for case, outcome, figures in zip(cases, outcomes, after, strict=True)
+        ], retained
+
+    def weights_as_before(self) -> bool:
+        """Whether every weight of the model is as it was when this object was made, bit for bit."""
+        return self._as_before(self._checksums)
+
+    def _one(self, case: Case) -> Outcome:
+        # Alone as after the edit: another batch would round otherwise, and might tip a close decision.
+        (before,) = self._figures([case])
+        versions = self._versions()
+        started = time.perf_counter()
+        result, reasons = self._edit([case])
+        seconds = time.perf_counter() - started
+        outcome = Outcome(case.name, _line(case), before)
+        if result is None:
+            return replace(outcome, skipped=reasons[case.edit])
+        try:
+            (after,) = self._figures([case])
+        finally:
+            result.revert()
+        exact = self._as_before(self._written_since(versions))
+        return _finished(outcome, after, result.records[0], seconds, exact)
+
+    def _edit(self, cases: Sequence[Case], directory: Path | None = None):
+        """The editor's result, None where it could make no edit, and why those that are skipped are."""
+        edits = [case.edit for case in cases]
+        kept = {} if directory is None else {"directory": directory}
+        try:
+            result = self.editor.edit(edits, **self.options, **kept)
+        except EngramError as error:
+            if self.options.get("failures") != "skip":
+                raise
+            return None, dict.fromkeys(edits, str(error))
+        return result, {item.edit: item.reason for item in result.skipped}
+
+    def _one_by_one(self) -> bool:
+        """Whether many calls of the editor do what one does: with one layer, whose keys stay the same."""
+        method, layers = self.options.get("method", "rome"), self.options.get("layers")
+        one_layer = layers is None or isinstance(layers, int) or len(layers) == 1
+        single = method == "rome" and self.options.get("batch") in (None, 1)
+        return single and one_layer and not self.options.get("preserve")
+
+    def _figures(self, cases: Sequence[Case], stage: str | None = None) -> list[Figures]:
+        model, tokenizer = self.editor.model, self.editor.tokenizer
+        figures: list[Figures] = []
+        for at in range(0, len(cases), CHUNK):
+            chunk = cases[at : at + CHUNK]
+            found = measure(model, tokenizer, chunk, self.batch_size)
+            if self.fluency_tokens:
+                bits = fluency(model, tokenizer, chunk, self.fluency_tokens, self.seed, self.batch_size)
+                found = [replace(one, fluency=entropy) for one, entropy in zip(found, bits, strict=True)]
+            figures += found
+            if stage:
+                self.progress(stage, len(figures), len(cases), "")
+        return figures
+
+    def _retained(self, cases: Sequence[Case], stops: Sequence[int], records: Mapping) -> list[Retained]:
+        """Of the first edits, as many as each stop says, the share that stands now; without the skipped."""
+        prompts = {
+            case.edit: (case.edit.text, case.edit.target, case.truth)
+            for case in cases[: max(stops)]
+            if case.edit in records
+        }
+        pairs = [(prompt, answer) for prompt, *both in prompts.values() for answer in both]
+        answers = score(self.editor.model, self.editor.tokenizer, pairs, self.batch_size)
+        stands = {
+            edit: answers[prompt, target].mean > answers[prompt, truth].mean
+            for edit, (prompt, target, truth) in prompts.items()
+        }
+        firsts = {stop: [stands[case.edit] for case in cases[:stop] if case.edit in stands] for stop in stops}
+        return [Retained(max(stops), stop, mean(first)) for stop, first in firsts.items() if first]
+
+    def _state(self) -> dict[str, torch.Tensor]:
+        return self.editor.model.state_dict()
+
+    def _versions(self) -> dict[str, int]:
+        """How often each tensor was written in place."""
+        return {name: tensor._version for name, tensor in self._state().items()}
+
+    def _written_since(self, versions: Mapping[str, int]) -> list[str]:
+        return [name for name, version in self._versions().items() if version != versions[name]]
+
+    def _as_before(self, names: Sequence[str]) -> bool:
+        state = self._state()
+        return all(tensor_checksum(state[name]) == self._checksums[name] for name in names)
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most memory in bytes: what PyTorch held on a GPU, on a CPU what the whole process did."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    # Kilobytes, but on macOS bytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _finished(outcome: Outcome, after: Figures, record, seconds: float, exact: bool) -> Outcome:
+    return replace(
+        outcome,
+        after=after,
+        seconds=seconds,
+        probability=record.probability_after,
+        steps=len(record.losses),
+        loss=record.losses[-1],
+        reverted_exactly=exact,
+    )
+
+
+def _line(case: Case) -> str:
+    return f"{case.edit.text} → {case.edit.target}"

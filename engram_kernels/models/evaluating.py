@@ -1,0 +1,23 @@
+"""A model that is only looked at, wherever that happens."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Off meanwhile: dropout, the caller's autocast, and inference mode, which forbids gradients."""
+    training = [(module, module.training) for module in model.modules()]
+    kinds = {parameter.device.type for parameter in model.parameters()}
+    model.eval()
+    try:
+        with torch.inference_mode(False), ExitStack() as stack:
+            for kind in filter(torch.amp.is_autocast_available, sorted(kinds)):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+            yield
+    finally:
+        # A module's own flag may differ from the model's, where a part of it is frozen.
+        for module, flag in training:
+            module.training = flag

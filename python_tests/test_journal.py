@@ -1,0 +1,177 @@
+"""A run that is cut off goes on from its folder, to the same bits."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("transformers")
+
+import model_zoo
+import torch
+
+from engram_kernels.editing import Edit, Editor
+from engram_kernels.editing import run as run_module
+from engram_kernels.editing.values import ValueOptions
+from engram_kernels.errors import EngramError
+
+EDITS = [Edit(f"Tower {a}{b}", "{} is in", "Japan") for a in "ABCDEFGHIJ" for b in "abcdefghij"]
+
+
+@pytest.fixture
+def make(tmp_path):
+    tokenizer = model_zoo.byte_level_tokenizer()
+
+    def make(model=None, **arguments):
+        settings = {"contexts": ((4, 1),), "ridge": 0.01, "cache_dir": tmp_path / "cache"}
+        settings["value"] = ValueOptions(steps=3, learning_rate=0.02, batch=4)
+        settings["corpus"] = model_zoo.TEXTS
+        return Editor(model or model_zoo.small_model(), tokenizer, **{**settings, **arguments})
+
+    return make
+
+
+def weights(model):
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def same(before, model):
+    return all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+METHODS = {
+    "rome": {"preserve": True},
+    "emmet": {"method": "emmet", "batch": 4},
+    "memit": {"method": "memit", "layers": [0, 1], "ridge": 0.2, "batch": 6, "preserve": True},
+}
+
+
+class Cut(Exception):
+    pass
+
+
+@pytest.mark.parametrize("after", [0, 1, 2])
+@pytest.mark.parametrize("name", METHODS)
+def test_a_cut_run_goes_on_to_the_same_bits(make, tmp_path, monkeypatch, name, after):
+    whole = make()
+    expected = whole.edit(EDITS[:12], **METHODS[name])
+    find = run_module.find_values
+    calls = []
+
+    def cut(*arguments):
+        calls.append(1)
+        if len(calls) > after:
+            raise Cut
+        return find(*arguments)
+
+    editor = make()
+    before = weights(editor.model)
+    monkeypatch.setattr(run_module, "find_values", cut)
+    with pytest.raises(Cut):
+        editor.edit(EDITS[:12], **METHODS[name], directory=tmp_path / "run")
+    assert same(before, editor.model)
+    calls.clear()
+    monkeypatch.setattr(run_module, "find_values", lambda *arguments: calls.append(1) or find(*arguments))
+    result = editor.edit(EDITS[:12], **METHODS[name], directory=tmp_path / "run")
+    assert same(weights(whole.model), editor.model)
+    assert result.records == expected.records
+    done = len(calls)
+    result.revert()
+    assert same(before, editor.model)
+
+    # Once more: nothing is left to find, and the same comes of it.
+    again = editor.edit(EDITS[:12], **METHODS[name], directory=tmp_path / "run")
+    assert len(calls) == done and same(weights(whole.model), editor.model)
+    assert again.records == expected.records
+
+
+def test_another_run_is_refused(make, tmp_path):
+    editor = make()
+    editor.edit(EDITS[:3], directory=tmp_path / "run").revert()
+    before = weights(editor.model)
+    for word, arguments in {
+        "edits": {"edits": EDITS[1:4]},
+        "ridge": {"edits": EDITS[:3], "ridge": 0.5},
+        "layers": {"edits": EDITS[:3], "layers": 2},
+        "batch": {"edits": EDITS[:3], "batch": 3},
+    }.items():
+        with pytest.raises(
+            EngramError, match=rf"^directory: expected one of a run with the same {word}, got"
+        ):
+            editor.edit(**arguments, directory=tmp_path / "run")
+    other = make(model_zoo.small_model(seed=1))
+    with pytest.raises(EngramError, match=r"^directory: expected one of a run with the same (covar|model)"):
+        other.edit(EDITS[:3], directory=tmp_path / "run")
+    with pytest.raises(EngramError, match=r"^directory: expected one of a run with the same prefixes"):
+        make(seed=3).edit(EDITS[:3], directory=tmp_path / "run")
+    assert same(before, editor.model)
+
+
+def test_bad_directories(make, tmp_path):
+    (tmp_path / "file").write_text("text")
+    editor = make()
+    before = weights(editor.model)
+    with pytest.raises(EngramError, match=r"^directory: expected a directory that can be written, got "):
+        editor.edit(EDITS[0], directory=tmp_path / "file")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text("{")
+    with pytest.raises(EngramError, match=r"^directory: expected a run's run.json, got "):
+        editor.edit(EDITS[0], directory=tmp_path / "run")
+    assert same(before, editor.model)
+
+
+def test_spoilt_files_are_made_again(make, tmp_path):
+    whole, editor = make(), make()
+    whole.edit(EDITS[:10], method="emmet", batch=5)
+    editor.edit(EDITS[:10], method="emmet", batch=5, directory=tmp_path / "run").revert()
+    for path in sorted((tmp_path / "run").glob("*/*00000[1-3].safetensors")):
+        path.write_bytes(path.read_bytes()[:50])
+    editor.edit(EDITS[:10], method="emmet", batch=5, directory=tmp_path / "run")
+    assert same(weights(whole.model), editor.model)
+
+
+SCRIPT = """
+import os, sys
+sys.path.insert(0, {tests!r})
+import torch
+import model_zoo
+from engram_kernels.editing import Edit, Editor
+from engram_kernels.editing.values import ValueOptions
+
+torch.set_num_threads(1)
+edits = [Edit(f"Tower {{a}}{{b}}", "{{}} is in", "Japan") for a in "ABCDEFGHIJ" for b in "abcdefghij"]
+model = model_zoo.small_model()
+editor = Editor(
+    model, model_zoo.byte_level_tokenizer(), corpus=model_zoo.TEXTS, cache_dir={cache!r}, contexts=((4, 1),),
+    ridge=0.01, value=ValueOptions(steps=3, learning_rate=0.02),
+)
+editor.edit(edits, preserve=True, directory={run!r})
+torch.save(model.state_dict(), {out!r})
+"""
+
+
+@pytest.mark.slow
+def test_killed_in_the_middle_of_a_hundred_edits(tmp_path):
+    """kill -9 of the process, in the middle; the same command then ends as if nothing had happened."""
+
+    def command(run, out):
+        script = SCRIPT.format(
+            tests=str(Path(__file__).parent), cache=str(tmp_path / "cache"), run=str(run), out=str(out)
+        )
+        return [sys.executable, "-c", textwrap.dedent(script)]
+
+    subprocess.run(command(tmp_path / "whole", tmp_path / "whole.pt"), check=True)
+    process = subprocess.Popen(command(tmp_path / "cut", tmp_path / "cut.pt"))
+    values = tmp_path / "cut" / "values"
+    while process.poll() is None and not (values.is_dir() and len(list(values.iterdir())) >= 30):
+        pass
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (tmp_path / "cut.pt").exists() and 30 <= len(list(values.iterdir())) < 100
+    subprocess.run(command(tmp_path / "cut", tmp_path / "cut.pt"), check=True)
+    whole, cut = torch.load(tmp_path / "whole.pt"), torch.load(tmp_path / "cut.pt")
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
