@@ -175,6 +175,21 @@ def test_removing_an_edit_of_a_sequence_leaves_its_write_out(make):
     assert same(base, editor.model)
 
 
+def test_removing_the_only_edit_of_a_matrix(make, tmp_path):
+    editor = make()
+    base = weights(editor.model)
+    first, second = editor.edit(EDITS[0], layers=1), editor.edit(EDITS[1], layers=2)
+    second.revert()
+    first.revert()
+    both = EditResult.stack([first, second]).apply(editor.model)
+    both.remove(0)
+    assert both.modules == second.modules
+    assert torch.equal(output_projection(editor.model, 1).matrix, base[f"{first.modules[0]}.weight"])
+    both.save_pretrained(tmp_path / "second")
+    both.revert()
+    assert same(base, editor.model)
+
+
 def test_bad_removals_change_nothing(make):
     editor = make()
     result = editor.edit(EDITS[:3], method="emmet")

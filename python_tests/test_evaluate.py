@@ -100,6 +100,15 @@ class StubEditor:
         self.scale, self.refused, self.broken, self.rounds = scale, refused, broken, rounds
         self.calls = []
 
+    def layers(self, method):
+        return (1,)
+
+    def covariances(self, layers):
+        return {}
+
+    def prefixes(self):
+        return []
+
     @torch.no_grad()
     def edit(self, edits, layers=None, method="rome", **options):
         self.calls.append((list(edits), method, options))
@@ -568,7 +577,7 @@ def test_summary_is_that_of_brute_force(tokenizer, cases):
 
 
 def test_bad_numbers(tokenizer):
-    with pytest.raises(ValueError, match="fluency: expected at least 0, got -1"):
+    with pytest.raises(ValueError, match="fluency_tokens: expected at least 0, got -1"):
         Evaluation(stub(tokenizer), fluency_tokens=-1)
     with pytest.raises(ValueError, match="batch_size: expected at least 1, got 0"):
         Evaluation(stub(tokenizer), batch_size=0)

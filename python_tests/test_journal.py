@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -104,7 +105,9 @@ def test_another_run_is_refused(make, tmp_path):
         ):
             editor.edit(**arguments, directory=tmp_path / "run")
     other = make(model_zoo.small_model(seed=1))
-    with pytest.raises(EngramError, match=r"^directory: expected one of a run with the same (covar|model)"):
+    with pytest.raises(
+        EngramError, match=r"^directory: expected one of a run with the same (prefixes|model)"
+    ):
         other.edit(EDITS[:3], directory=tmp_path / "run")
     with pytest.raises(EngramError, match=r"^directory: expected one of a run with the same prefixes"):
         make(seed=3).edit(EDITS[:3], directory=tmp_path / "run")
@@ -118,9 +121,17 @@ def test_bad_directories(make, tmp_path):
     with pytest.raises(EngramError, match=r"^directory: expected a directory that can be written, got "):
         editor.edit(EDITS[0], directory=tmp_path / "file")
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "run.json").write_text("{")
-    with pytest.raises(EngramError, match=r"^directory: expected a run's run.json, got "):
-        editor.edit(EDITS[0], directory=tmp_path / "run")
+    for text in ("{", "[]"):
+        (tmp_path / "run" / "run.json").write_text(text)
+        with pytest.raises(EngramError, match=r"^directory: expected a run's run.json, got "):
+            editor.edit(EDITS[0], directory=tmp_path / "run")
+    with pytest.raises(TypeError, match=r"^directory: expected a path or None, got int$"):
+        editor.edit(EDITS[0], directory=5)
+    # Values of unknown origin are not taken for this run's.
+    editor.edit(EDITS[:2], directory=tmp_path / "other").revert()
+    (tmp_path / "other" / "run.json").unlink()
+    with pytest.raises(EngramError, match=r"^directory: expected an empty one or a run's, got .*no run.json"):
+        editor.edit(EDITS[:2], directory=tmp_path / "other")
     assert same(before, editor.model)
 
 
@@ -167,11 +178,11 @@ def test_killed_in_the_middle_of_a_hundred_edits(tmp_path):
     subprocess.run(command(tmp_path / "whole", tmp_path / "whole.pt"), check=True)
     process = subprocess.Popen(command(tmp_path / "cut", tmp_path / "cut.pt"))
     values = tmp_path / "cut" / "values"
-    while process.poll() is None and not (values.is_dir() and len(list(values.iterdir())) >= 30):
-        pass
+    while process.poll() is None and len(list(values.glob("*.safetensors"))) < 30:
+        time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    assert not (tmp_path / "cut.pt").exists() and 30 <= len(list(values.iterdir())) < 100
+    assert not (tmp_path / "cut.pt").exists() and 30 <= len(list(values.glob("*.safetensors"))) < 100
     subprocess.run(command(tmp_path / "cut", tmp_path / "cut.pt"), check=True)
     whole, cut = torch.load(tmp_path / "whole.pt"), torch.load(tmp_path / "cut.pt")
     assert all(torch.equal(whole[name], cut[name]) for name in whole)

@@ -7,6 +7,7 @@ pytest.importorskip("transformers")
 import model_zoo
 import torch
 
+from engram_kernels.covariance import Covariance
 from engram_kernels.editing import Edit, Editor
 from engram_kernels.editing import run as run_module
 from engram_kernels.editing.layout import encode_texts
@@ -94,8 +95,7 @@ def test_memit_is_the_papers_algorithm(make, family, monkeypatch):
     edited = weights(editor.model)
     editor.model.load_state_dict(before)
 
-    run_order = sorted(range(len(found)), key=lambda i: found[i].losses)
-    values = {tuple(found[i].losses): found[i] for i in run_order}
+    values = {tuple(value.losses): value for value in found}
     changes = torch.stack([values[tuple(r.losses)].change for r in result.records]).double()
     texts = [encode_texts(editor.model, editor.tokenizer, edit, editor.prefixes()) for edit in EDITS]
     last, share = output_projection(editor.model, layers[-1]), torch.tensor([0.5] + [0.125] * 4).double()
@@ -154,7 +154,7 @@ def test_more_edits_than_dimensions_need_a_ridge(make):
     edits = [Edit(f"Tower {chr(97 + i // 10)}{i % 10}", "{} is in", "Rome") for i in range(70)]
     editor = make(value=ValueOptions(steps=2, learning_rate=0.02), contexts=())
     before = weights(editor.model)
-    with pytest.raises(EngramError, match=r"^edits: expected subjects with linearly independent keys"):
+    with pytest.raises(EngramError, match=r"^edits: expected at most 64 at once without a ridge, got 70$"):
         editor.edit(edits, method="emmet")
     assert changed(before, editor.model) == []
     with editor.edit(edits, layers=1, method="memit", ridge=1.0) as result:
@@ -213,6 +213,21 @@ def test_preserve_is_memits_objective(make):
     torch.testing.assert_close(second.left.double() @ second.right.double(), expected, rtol=1e-3, atol=1e-6)
 
 
+def test_alphaedit_holds_earlier_batches_by_itself(make):
+    """Fang et al. 2024: the keys of earlier batches are in the system, as in the published code."""
+    editor, ridge = make(), 0.5
+    covariance = editor.covariance(1)
+    moments = torch.linalg.eigvalsh(torch.linalg.inv(covariance.inverse()))
+    threshold = float(moments.median() / moments.mean())
+    options = {"layers": 1, "method": "alphaedit", "ridge": ridge, "batch": 2, "null_space": threshold}
+    first, second = editor.edit(EDITS, **options).writes
+    projection = null_space(covariance, threshold)
+    old, new = first.keys.double(), second.keys.double()
+    system = projection @ (old.T @ old + new.T @ new) + ridge * torch.eye(64).double()
+    expected = torch.linalg.solve(system, projection @ new.T @ second.changes.double()).T
+    torch.testing.assert_close(second.left.double() @ second.right.double(), expected, rtol=1e-3, atol=1e-6)
+
+
 def test_preserving_operator():
     generator = torch.Generator().manual_seed(0)
     factor = torch.randn(12, 12, generator=generator, dtype=torch.float64)
@@ -228,11 +243,13 @@ def test_null_space_operator():
     basis, _ = torch.linalg.qr(torch.randn(6, 6, generator=generator, dtype=torch.float64))
     moments = torch.tensor([1e-4, 1e-3, 0.1, 1.0, 2.0, 3.0]).double()
     inverse = basis @ torch.diag(1 / moments) @ basis.T
-    projection = null_space(inverse, 0.01)
+    covariance = Covariance.from_second_moment(torch.linalg.inv(inverse), 1)
+    projection = null_space(covariance, 0.01)
     torch.testing.assert_close(projection, basis[:, :2] @ basis[:, :2].T)
+    assert null_space(covariance, 0.01) is projection
     for threshold in (1e-9, 1e9):
         with pytest.raises(EngramError, match=r"^null_space: expected a threshold between .*, got "):
-            null_space(inverse, threshold)
+            null_space(covariance, threshold)
 
 
 @pytest.mark.parametrize("family", ["gemma2", "granite"])
@@ -315,6 +332,30 @@ def test_edits_that_fail_are_skipped_and_listed(make, monkeypatch):
         torch.testing.assert_close(tensor, editor.model.state_dict()[name], rtol=1e-5, atol=1e-5)
 
 
+def test_an_edit_whose_write_fails_is_skipped_in_a_sequence(make, monkeypatch, tmp_path):
+    editor, only, whole = make(), make(), run_module.write_values
+
+    def failing(model, projections, texts, *rest):
+        writes = whole(model, projections, texts, *rest)
+        if texts[0].edit is EDITS[1]:
+            raise EngramError("edits: expected weights in the range of torch.float32, got infinity")
+        return writes
+
+    monkeypatch.setattr(run_module, "write_values", failing)
+    before = weights(editor.model)
+    with pytest.raises(EngramError, match="got infinity"):
+        editor.edit(EDITS)
+    assert changed(before, editor.model) == []
+    for _ in range(2):
+        with editor.edit(EDITS, failures="skip", directory=tmp_path / "run") as result:
+            assert [r.edit for r in result.records] == [EDITS[0], EDITS[2]]
+            assert [(s.number, s.edit) for s in result.skipped] == [(1, EDITS[1])]
+            edited = weights(editor.model)
+        assert changed(before, editor.model) == []
+    only.edit([EDITS[0], EDITS[2]])
+    assert changed(edited, only.model) == []
+
+
 def test_nothing_left_to_edit(make):
     editor = make()
     before = weights(editor.model)
@@ -326,8 +367,9 @@ def test_nothing_left_to_edit(make):
 
 
 def test_original_rome_has_one_layer(make):
-    with pytest.raises(ValueError, match=r"^consistent_key: expected True for several layers, got False"):
-        make(consistent_key=False).edit(EDITS, layers=[1, 2], method="memit")
+    for arguments in ({"layers": [1, 2], "ridge": 0}, {"layers": 1, "ridge": 0.5}):
+        with pytest.raises(ValueError, match=r"^consistent_key: expected True for several layers or a ridge"):
+            make(consistent_key=False).edit(EDITS, method="memit", **arguments)
 
 
 def test_default_layers_of_a_shallow_model(make):

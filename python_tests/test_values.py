@@ -208,6 +208,44 @@ def test_a_model_that_the_stubs_do_not_fit_is_run_whole(tokenizer):
     assert all(torch.equal(a.change, b.change) for a, b in zip(found, whole, strict=True))
 
 
+def test_a_model_without_keys_and_values_is_run_whole(tokenizer, monkeypatch):
+    """As one with convolutions or a state: it asks the cache for what it has not, or leaves it empty."""
+    model = model_zoo.small_model("llama")
+    texts, projection = texts_of(model, tokenizer), output_projection(model, 1)
+    options = dataclasses.replace(OPTIONS, incremental=False)
+    whole = find_values(model, projection, texts, WEIGHTS, options)
+    plain = model.forward
+
+    def broken(*arguments, past_key_values=None, use_cache=False, **keywords):
+        if past_key_values is not None:
+            raise IndexError("list index out of range")
+        return plain(*arguments, use_cache=False, **keywords)
+
+    def empty(*arguments, past_key_values=None, use_cache=False, **keywords):
+        return plain(*arguments, use_cache=False, **keywords)
+
+    for forward_without_cache in (broken, empty):
+        monkeypatch.setattr(model, "forward", forward_without_cache)
+        with pytest.warns(UserWarning, match="LlamaForCausalLM cannot start from recorded states"):
+            found = find_values(model, projection, texts, WEIGHTS, OPTIONS)
+        assert all(torch.equal(a.change, b.change) for a, b in zip(found, whole, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_default_dtype_makes_no_difference(tokenizer, dtype):
+    model = model_zoo.small_model("llama")
+    texts, projection = texts_of(model, tokenizer), output_projection(model, 1)
+    expected = find_values(model, projection, texts, WEIGHTS, OPTIONS)
+    before = target_log_probabilities(model, texts)
+    torch.set_default_dtype(dtype)
+    try:
+        found = find_values(model, projection, texts, WEIGHTS, OPTIONS)
+        assert target_log_probabilities(model, texts) == before
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(a.change, b.change) for a, b in zip(found, expected, strict=True))
+
+
 def test_one_edit_without_a_finite_loss_does_not_touch_the_others(tokenizer, monkeypatch):
     model = model_zoo.small_model("llama")
     projection = output_projection(model, 1)

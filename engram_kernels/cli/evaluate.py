@@ -71,7 +71,9 @@ def evaluate(
     batch: Annotated[
         int | None, typer.Option(help="How many edits are written at once; default: by method.")
     ] = None,
-    preserve: Annotated[bool, typer.Option(help="Hold the answers to earlier batches.")] = False,
+    preserve: Annotated[
+        bool | None, typer.Option(help="Hold the answers to earlier batches; default: by method.")
+    ] = None,
     null_space: Annotated[
         float | None, typer.Option(help="Largest eigenvalue that a write may touch; default: by method.")
     ] = None,
@@ -114,6 +116,7 @@ def evaluate(
     Example: engram eval --data counterfact.json --rows 20 --method rome --report out.json --plot out.png
     """
     from ..editing import Editor, load_model
+    from ..editing.methods import METHODS
     from ..editing.values import ValueOptions
     from ..evaluation.datasets import COUNTERFACT, read_cases
     from ..evaluation.outcomes import summarise
@@ -122,6 +125,17 @@ def evaluate(
 
     if mode not in MODES:
         raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
+    for name, asked, known in (
+        ("method", method, METHODS),
+        ("conflicts", conflicts, ("refuse", "last")),
+        ("failures", failures, ("raise", "skip")),
+    ):
+        if asked not in known:
+            raise ValueError(f"{name}: expected one of {', '.join(known)}, got {asked!r}")
+    if fluency < 0:
+        raise ValueError(f"fluency: expected at least 0, got {fluency}")
+    if batch is not None and batch < 1:
+        raise ValueError(f"batch: expected a positive number, got {batch}")
     check_picture("plot", plot)
     check_file("report", report)
     path = _found(data)
@@ -133,27 +147,29 @@ def evaluate(
     checkpoints = tuple(checkpoint or CHECKPOINTS)
     pairs = {"contexts": _pairs(contexts)} if contexts else {}
     settings = {
-        "model": model, "data": data.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "model": model, "data": data.name, "sha256": _digest(path),
         "start": start, "rows": rows, "skip_bad": skip_bad, "mode": mode, **options,
         "checkpoints": checkpoints, "fluency": fluency, "batch_size": batch_size,
-        "corpus": None if corpus is None else str(corpus), "tokens": tokens, **given,
+        "corpus": None if corpus is None else _digest(corpus), "tokens": tokens, **given,
         "original_key": original_key, **pairs, "bare_share": bare_share,
         "dtype": dtype, "device": device_of(device), "seed": seed,
     }  # fmt: skip
-    kept = None if report is None else EvalReport(report, settings, _versions())
     run = None if report is None else report.with_name(f"{report.name}.run")
-    if kept is not None and kept.complete:
-        outcomes, retained, summary = kept.outcomes, kept.retained, kept.summary
-    else:
-        with bars() as progress:
-            network, tokenizer = load_model(model, dtype=dtype_of(dtype), device=device_of(device))
-            editor = Editor(
-                network, tokenizer, corpus=corpus, tokens=tokens, seed=seed, bare_share=bare_share,
-                consistent_key=not original_key, value=value, progress=progress, **pairs,
-            )  # fmt: skip
-            evaluation = Evaluation(
-                editor, options, fluency_tokens=fluency, batch_size=batch_size, seed=seed, progress=progress
-            )
+    with bars() as progress:
+        network, tokenizer = load_model(model, dtype=dtype_of(dtype), device=device_of(device))
+        editor = Editor(
+            network, tokenizer, corpus=corpus, tokens=tokens, seed=seed, bare_share=bare_share,
+            consistent_key=not original_key, value=value, progress=progress, **pairs,
+        )  # fmt: skip
+        evaluation = Evaluation(
+            editor, options, fluency_tokens=fluency, batch_size=batch_size, seed=seed, progress=progress
+        )
+        settings["weights"] = evaluation.weights
+        kept = None if report is None else EvalReport(report, settings, _versions())
+        if kept is not None and kept.complete:
+            outcomes, retained, summary = kept.outcomes, kept.retained, kept.summary
+            console.print(f"{escape(str(report))} is complete: nothing was measured again.")
+        else:
             evaluation.prepare()
             if mode == "each":
                 outcomes, retained = _each(evaluation, cases, start, kept), []
@@ -164,9 +180,10 @@ def evaluate(
                 "weights_as_before": evaluation.weights_as_before(),
                 "peak_memory": peak_memory(network.get_input_embeddings().weight.device),
             }
-        if kept is not None:
-            kept.write(outcomes, retained, summary)
-            shutil.rmtree(run, ignore_errors=True)
+            if kept is not None:
+                kept.write(outcomes, retained, summary)
+            if kept is not None and mode == "together":
+                shutil.rmtree(run, ignore_errors=True)
     console.print(_table(summary, f"{data.name}, {model}, {method}, {mode}"))
     if all(case.kind == COUNTERFACT for case in cases):
         console.print(_published())
@@ -201,6 +218,14 @@ def _pairs(contexts: list[str]) -> tuple[tuple[int, int], ...]:
     if not pairs or any(len(pair) != 2 for pair in pairs):
         raise ValueError(f"contexts: expected TOKENSxCOUNT such as 10x5, got {', '.join(contexts)!r}")
     return pairs
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _found(data: Path) -> Path:
@@ -241,8 +266,9 @@ def _table(summary: dict, title: str) -> Table:
         if name in summary["edited"]:
             table.add_row(label, *(f"{summary[state][name]:.3f}" for state in ("unedited", "edited")))
     table.add_section()
+    seconds = summary["median_seconds"]
     for label, cell in (
-        ("seconds an edit, median", f"{summary['median_seconds']:.1f}"),
+        ("seconds an edit, median", "cut off" if seconds is None else f"{seconds:.1f}"),
         ("reverted bit for bit", f"{summary['reverted_exactly']}/{summary['rows']}"),
         ("all weights as before", "yes" if summary["weights_as_before"] else "[red]no[/red]"),
         ("peak memory, MiB", f"{summary['peak_memory'] / 2**20:,.0f}"),

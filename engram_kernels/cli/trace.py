@@ -133,6 +133,14 @@ def _read_facts(path: Path) -> list[dict]:
         isinstance(row, dict) and all(isinstance(row.get(name), str) for name in fields) for row in content
     ):
         raise ValueError(f"facts: expected a list of objects with {', '.join(fields)}, got {str(path)!r}")
+    for number, row in enumerate(content):
+        if not row["attribute"].strip() or not row["subject"].strip():
+            raise ValueError(f"facts: expected a subject and an attribute in row {number}, got an empty one")
+        if row["prompt"].count(row["subject"]) != 1 and row["prompt"].count("{}") != 1:
+            raise ValueError(
+                f"facts: expected the subject {row['subject']!r} once in the prompt of row {number}, "
+                f"got {row['prompt']!r}"
+            )
     return content
 
 

@@ -1,4 +1,4 @@
-"""Edit facts in Hugging Face language models by rank-one writes (ROME, Meng et al. 2022, 2202.05262)."""
+"""Edit facts in Hugging Face language models by low-rank writes (ROME, EMMET, MEMIT, AlphaEdit)."""
 
 from ..models.loading import load_model
 from .editor import Editor

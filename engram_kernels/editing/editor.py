@@ -26,7 +26,7 @@ from .values import ValueOptions
 
 
 class Editor:
-    """Writes facts into one MLP matrix of a causal language model.
+    """Writes facts into MLP matrices of a causal language model.
 
     With the averaged key `k [in]` of a subject, the change `δ [out]` of the layer's answer that makes the
     model say the target, the value `v = k Wᵀ + δ`, and the second moment `C [in, in]` of all keys, the write
@@ -136,7 +136,7 @@ class Editor:
         *,
         ridge: float | None = None,
         batch: int | None = None,
-        preserve: bool | float = False,
+        preserve: bool | float | None = None,
         null_space: float | None = None,
         conflicts: str = "refuse",
         failures: str = "raise",
@@ -163,9 +163,11 @@ class Editor:
             ridge: `λ`: how much of each change is given up for smaller writes; None: the method's.
             batch: how many edits are written at once; None: as many as the method does.
             preserve: hold the answers to the keys of earlier batches: each counts as much as this many
-                samples of the statistics. True: as in MEMIT's objective, `1/λ`, or 1 where there is no ridge.
+                samples of the statistics. True: as in MEMIT's objective, `1/λ`, or 1 where there is no ridge;
+                None: as the method does, which is not, but for AlphaEdit.
             null_space: keep writes in the span of directions in which the eigenvalue of `C` is at most this
-                share of the mean; None: the method's. AlphaEdit has 0.02, which not every model reaches.
+                share of the mean; None: the method's, 0.02 for AlphaEdit, whose own code has an absolute
+                number. Not every model has such directions.
             conflicts: what becomes of edits of one batch whose texts agree up to the end of the subject,
                 which have one key: `"refuse"`: an error; `"last"`: the last one is made, the others skipped.
             failures: what becomes of an edit that cannot be made by itself: `"raise"`: an error; `"skip"`:
@@ -183,6 +185,7 @@ class Editor:
                 a prompt is longer than the model's context, edits of a batch conflict or have dependent keys,
                 the optimisation is not finite, or the directory is another run's.
         """
+        _expect("directory", directory, "a path or None", str, os.PathLike, type(None))
         plan = self._plan(layers, method, ridge, batch, preserve, null_space, conflicts, failures)
         edits = _edits(edits)
         for layer in plan.layers:
@@ -201,26 +204,28 @@ class Editor:
             ("conflicts", conflicts, ("refuse", "last")),
             ("failures", failures, ("raise", "skip")),
         ):
-            if value not in known:
+            if not isinstance(value, str) or value not in known:
                 raise ValueError(f"{name}: expected one of {', '.join(map(repr, known))}, got {value!r}")
         default_layers = self.layers(method)
         chosen = METHODS[method]
         _expect("batch", batch, "an integer or None", int, type(None))
         _expect("ridge", ridge, "a number or None", int, float, type(None))
-        _expect("preserve", preserve, "True, False or a number", bool, int, float)
+        _expect("preserve", preserve, "True, False, a number or None", bool, int, float, type(None))
         _expect("null_space", null_space, "a number or None", int, float, type(None))
         ridge = chosen.ridge if ridge is None else ridge
         check.number("ridge", ridge, at_least=0)
         batch = chosen.batch if batch is None else batch
         if batch is not None and batch < 1:
             raise ValueError(f"batch: expected a positive number or None, got {batch}")
+        preserve = chosen.preserve if preserve is None else preserve
         if preserve is True:
             preserve = 1.0 / ridge if ridge > 0 else 1.0
         check.number("preserve", float(preserve), at_least=0)
         layers = default_layers if layers is None else self._asked_layers(layers)
-        if len(layers) > 1 and not self.consistent_key:
+        if (len(layers) > 1 or ridge > 0) and not self.consistent_key:
             raise ValueError(
-                f"consistent_key: expected True for several layers, got False for {list(layers)}"
+                "consistent_key: expected True for several layers or a ridge, got False with layers "
+                f"{list(layers)} and ridge {ridge:g}"
             )
         return Plan(
             layers=layers,
@@ -241,7 +246,7 @@ class Editor:
         Raises:
             ValueError: there is no such method.
         """
-        if method not in METHODS:
+        if not isinstance(method, str) or method not in METHODS:
             known = ", ".join(map(repr, METHODS))
             raise ValueError(f"method: expected one of {known}, got {method!r}")
         count = METHODS[method].layers

@@ -74,10 +74,10 @@ def load_result(directory: str | os.PathLike) -> EditResult:
             used[module] = stop = start + len(entry["edits"])
             write = Write(
                 module=module,
-                left=adapter[_lora(module, "B")][:, start:stop].contiguous(),
-                right=adapter[_lora(module, "A")][start:stop].contiguous(),
-                keys=tensors[f"{number}.keys"],
-                changes=tensors[f"{number}.changes"],
+                left=adapter[_lora(module, "B")][:, start:stop].clone(memory_format=torch.contiguous_format),
+                right=adapter[_lora(module, "A")][start:stop].clone(),
+                keys=tensors[f"{number}.keys"].clone(),
+                changes=tensors[f"{number}.changes"].clone(),
                 ridge=float(entry["ridge"]),
                 edits=tuple(entry["edits"]),
             )

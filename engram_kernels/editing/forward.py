@@ -75,8 +75,8 @@ class Context:
 
 
 @torch.no_grad()
-def record(model: nn.Module, projection: Projection, layout: Layout) -> Record:
-    """Run the whole unedited model once over all rows, padded on the right."""
+def record(model: nn.Module, projection: Projection, layout: Layout, cached: bool) -> Record:
+    """Run the whole unedited model once over all rows, padded on the right; `cached`: with a context."""
     _, layers = decoder_layers(model)
     seen: dict = {}
     rows = torch.arange(len(layout.rows), device=layout.subjects.device)
@@ -100,16 +100,18 @@ def record(model: nn.Module, projection: Projection, layout: Layout) -> Record:
         layers[0].register_forward_hook(see_first),
     ]
     ids, mask = pad_rows([row.ids for row in layout.rows], layout.subjects.device)
-    cache = _new_cache()
+    cache = {"past_key_values": _new_cache(), "use_cache": True} if cached else {"use_cache": False}
     try:
         logits = _logits(
             model, layout.place_rows, layout.place_positions,
-            input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True,
+            input_ids=ids, attention_mask=mask, **cache,
         )  # fmt: skip
     finally:
         for hook in hooks:
             hook.remove()
-    context = _context(layout, ids, cache, projection.layer, len(layers), seen)
+    context = None
+    if cached:
+        context = _context(layout, ids, cache["past_key_values"], projection.layer, len(layers), seen)
     return Record(seen["keys"], seen["values"], logits, context)
 
 

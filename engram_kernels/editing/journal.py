@@ -33,19 +33,26 @@ class Journal:
 
     def __init__(self, directory: str | os.PathLike, settings: dict):
         self.directory = writable_directory(Path(directory), "directory")
-        for name in ("values", "writes"):
-            (self.directory / name).mkdir(exist_ok=True)
         settings = json.loads(json.dumps({"format": FORMAT, **settings}))
         path = self.directory / "run.json"
         if not path.exists():
+            # Values without it might be of any run.
+            if any(self.directory.iterdir()):
+                raise EngramError(
+                    f"directory: expected an empty one or a run's, got {str(self.directory)!r}, "
+                    "which holds something else and no run.json"
+                )
             with new_file(path) as temporary:
                 temporary.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-            return
+        for name in ("values", "writes"):
+            (self.directory / name).mkdir(exist_ok=True)
         try:
             known = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(known, dict):
+                raise ValueError("no object")
         except (OSError, ValueError) as error:
             raise EngramError(f"directory: expected a run's run.json, got {str(path)!r} ({error})") from error
-        for name in sorted({*known, *settings}):
+        for name in {**known, **settings}:
             if known.get(name) != settings.get(name):
                 raise EngramError(
                     f"directory: expected one of a run with the same {name}, got {str(self.directory)!r} "
@@ -117,7 +124,8 @@ def _load(path: Path) -> dict[str, torch.Tensor] | None:
     from safetensors.torch import load_file
 
     try:
-        return load_file(path)
+        # Copies: the last bits of a product depend on how its factors are aligned.
+        return {name: tensor.clone() for name, tensor in load_file(path).items()}
     except Exception:
         # Not there, or spoilt: it is computed again.
         return None

@@ -74,12 +74,13 @@ class Layout:
             owner.append(number)
         rows, positions, labels, shares, place_owner = zip(*targets, strict=True)
 
-        def tensor(values):
-            return torch.tensor(values, device=device)
+        def tensor(values, dtype=torch.int64):
+            return torch.tensor(values, dtype=dtype, device=device)
 
         self.owner, self.bare = tensor(owner), tensor(bare)
         self.place_rows = tensor([*rows, *(row for row, _ in essences)])
         self.place_positions = tensor([*positions, *(position for _, position in essences)])
-        self.labels, self.shares, self.place_owner = tensor(labels), tensor(shares), tensor(place_owner)
+        self.labels, self.place_owner = tensor(labels), tensor(place_owner)
+        self.shares = tensor(shares, torch.float32)
         self.subjects = tensor([row.subject for row in self.rows])
         self.lengths = tensor([len(row.ids) for row in self.rows])

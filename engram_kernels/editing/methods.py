@@ -15,12 +15,14 @@ class Method:
         ridge: `λ`, how much of a change is given up for a smaller write; 0 writes it exactly.
         null_space: eigenvalues of `C` up to this share of their mean count as none, and writes stay in their
             span; None: writes are whitened by `C`.
+        preserve: whether earlier batches are held.
     """
 
     layers: int = 1
     batch: int | None = None
     ridge: float = 0.0
     null_space: float | None = None
+    preserve: bool = False
 
 
 METHODS = {
@@ -31,5 +33,5 @@ METHODS = {
     # Meng et al. 2023, arXiv 2210.07229.
     "memit": Method(layers=5, ridge=20.0),
     # Fang et al. 2024, arXiv 2410.02355.
-    "alphaedit": Method(layers=5, batch=100, ridge=10.0, null_space=0.02),
+    "alphaedit": Method(layers=5, batch=100, ridge=10.0, null_space=0.02, preserve=True),
 }

@@ -70,8 +70,8 @@ class Moments:
         self.progress = progress
         self.checkpoint_seconds = checkpoint_seconds
         self._stream: corpora.TokenStream | None = None
-        # By layer: the state of the weights that feed it, and what they gave.
-        self._known: dict[int, tuple[tuple, Covariance]] = {}
+        # By layer: the state of the weights that feed it, the name of their moment, and what it gave.
+        self._known: dict[int, tuple[tuple, str, Covariance]] = {}
         self._given: dict[int, Covariance] = {}
 
     def covariances(self, layers: Sequence[int]) -> dict[int, Covariance]:
@@ -98,11 +98,18 @@ class Moments:
                 count = self.tokens or TOKENS_PER_DIMENSION * projections[layer].matrix.shape[1]
                 missing.setdefault(count, []).append(projections[layer])
         for count, group in missing.items():
-            for layer, moment, seen in self._moments(group, count):
+            ids, source = self._source(count)
+            keys = {projection.layer: self._key(projection, source) for projection in group}
+            # Weights that were written and put back have another state, and the same moment.
+            same = [layer for layer in keys if layer in self._known and self._known[layer][1] == keys[layer]]
+            for layer in same:
+                self._known[layer] = states[layer], keys[layer], self._known[layer][2]
+            others = [projection for projection in group if projection.layer not in same]
+            for layer, moment, seen in self._moments(others, keys, ids, count):
                 covariance = Covariance.from_second_moment(moment, seen, ridge=self.ridge)
-                self._known[layer] = states[layer], covariance
+                self._known[layer] = states[layer], keys[layer], covariance
         return {
-            layer: self._known[layer][1] if layer in states else self._placed(projection)
+            layer: self._known[layer][2] if layer in states else self._placed(projection)
             for layer, projection in projections.items()
         }
 
@@ -132,10 +139,10 @@ class Moments:
             given = self._given[projection.layer] = given.to(projection.matrix.device)
         return given
 
-    def _moments(self, projections: list[Projection], count: int) -> Iterator[tuple[int, torch.Tensor, int]]:
+    def _moments(
+        self, projections: list[Projection], keys: dict[int, str], ids: torch.Tensor | None, count: int
+    ) -> Iterator[tuple[int, torch.Tensor, int]]:
         """`(layer, moment, number of tokens)` of each: what is on disk first, then the rest."""
-        ids, source = self._source(count)
-        keys = {projection.layer: self._key(projection, source) for projection in projections}
         files = {layer: self.folder / f"{key}.safetensors" for layer, key in keys.items()}
         missing = []
         for projection in projections:
@@ -148,7 +155,8 @@ class Moments:
             return
         writable_directory(self.folder, "cache_dir")
         # Named for all that were asked for: some may be finished when the next run comes.
-        joint = hashlib.sha256(" ".join([*sorted(keys.values()), str(statistics.BATCH)]).encode())
+        named = sorted(keys[projection.layer] for projection in projections)
+        joint = hashlib.sha256(" ".join([*named, str(statistics.BATCH)]).encode())
         checkpoint = statistics.Checkpoint(
             self.folder / f"{joint.hexdigest()[:32]}.partial.safetensors", self.checkpoint_seconds
         )

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from weakref import WeakKeyDictionary
+
 import torch
 from torch import Tensor
 
+from ..covariance import Covariance
 from ..errors import EngramError
+
+# By covariance and threshold: the eigenvectors of a wide layer take minutes.
+_PROJECTIONS: WeakKeyDictionary[Covariance, dict[float, Tensor]] = WeakKeyDictionary()
 
 
 def preserving(inverse: Tensor, keys: Tensor, weight: float) -> Tensor:
@@ -31,11 +37,11 @@ def preserving(inverse: Tensor, keys: Tensor, weight: float) -> Tensor:
     return inverse - half.T @ half
 
 
-def null_space(inverse: Tensor, threshold: float) -> Tensor:
+def null_space(covariance: Covariance, threshold: float) -> Tensor:
     """The projection onto the directions that ordinary text hardly uses (AlphaEdit, Fang et al. 2024).
 
     Args:
-        inverse: `C⁻¹ [in, in]`, float64.
+        covariance: `C [in, in]`.
         threshold: eigenvalues of `C` up to this share of their mean count as none.
 
     Returns:
@@ -44,6 +50,13 @@ def null_space(inverse: Tensor, threshold: float) -> Tensor:
     Raises:
         EngramError: no direction is left, or all are.
     """
+    known = _PROJECTIONS.setdefault(covariance, {})
+    if threshold not in known:
+        known[threshold] = _null_space(covariance.inverse(), threshold)
+    return known[threshold]
+
+
+def _null_space(inverse: Tensor, threshold: float) -> Tensor:
     values, vectors = torch.linalg.eigh(inverse)
     moments = values.reciprocal()
     kept = moments <= threshold * moments.mean()

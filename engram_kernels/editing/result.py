@@ -24,7 +24,7 @@ class EditRecord:
     Attributes:
         edit: the fact.
         probability_before: `p(target | prompt)` of the whole target before any write.
-        probability_after: the same after all writes.
+        probability_after: the same after all writes of the call that made the edit.
         losses: of every step of the value's optimisation.
         key_norm: norm of the averaged key.
         value_norm: norm of the value that the projection answered before.
@@ -211,8 +211,9 @@ class EditResult:
                     "(force=True edits them all the same)"
                 )
             projections.append(projection)
-        for site, projection in zip(self.sites, projections, strict=True):
-            site._projection, site._original = projection, snapshot(projection)
+        originals = [snapshot(projection) for projection in projections]
+        for site, projection, original in zip(self.sites, projections, originals, strict=True):
+            site._projection, site._original = projection, original
         try:
             self._write()
         except BaseException:
@@ -245,7 +246,13 @@ class EditResult:
         if self.applied:
             self._check_unchanged()
         previous = self.writes
-        self.writes = [kept for write in previous if (kept := _without(write, number)) is not None]
+        try:
+            kept = [_without(write, number) for write in previous]
+        except torch.linalg.LinAlgError as error:
+            raise EngramError(
+                f"number: expected edits that stand without {number}, got dependent ones"
+            ) from error
+        self.writes = [write for write in kept if write is not None]
         try:
             if self.applied:
                 for site in self.sites:
@@ -258,6 +265,9 @@ class EditResult:
             self._write()
             raise
         del self.records[number]
+        # A matrix that only this edit wrote is as it was.
+        written = {write.module for write in self.writes}
+        self.sites = [site for site in self.sites if site.module in written]
         if not self.applied:
             for site in self.sites:
                 site.edited_checksum = None
@@ -314,14 +324,15 @@ class EditResult:
         for result in results:
             if not isinstance(result, cls):
                 raise TypeError(f"results: expected EditResult objects, got {type(result).__name__}")
-        records, writes, skipped, sites = [], [], [], {}
+        records, writes, skipped, sites, asked = [], [], [], {}, 0
         for result in results:
             writes += [
                 replace(write, edits=tuple(edit + len(records) for edit in write.edits))
                 for write in result.writes
             ]
             records += result.records
-            skipped += result.skipped
+            skipped += [replace(item, number=item.number + asked) for item in result.skipped]
+            asked += len(result.records) + len(result.skipped)
             for site in result.sites:
                 sites.setdefault(
                     site.module, Site(site.module, site.layer, site.transposed, site.base_checksum)

@@ -15,10 +15,20 @@ from ..models.digest import tensor_checksum
 from .journal import Journal, digest
 from .layout import Texts, encode_texts
 from .operators import null_space, preserving
-from .result import EditRecord, EditResult, Site, SkippedEdit, Write, write_
+from .result import (
+    EditRecord,
+    EditResult,
+    Site,
+    SkippedEdit,
+    Write,
+    matrix_checksum,
+    restore,
+    snapshot,
+    write_,
+)
 from .structure import output_projection
 from .tokens import Edit
-from .values import Value, ValueOptions, find_values, target_log_probabilities, value_groups
+from .values import Value, ValueOptions, find_values, target_log_probabilities, value_groups, widened
 from .writing import write_values
 
 
@@ -89,22 +99,19 @@ class Run:
     def settings(self, covariances: dict[int, Covariance]) -> dict:
         """What the result depends on, for the journal."""
         weights = sorted(self.model.state_dict().items())
-        whitening = [covariances[layer].inverse() for layer in self.plan.layers]
+        # Not all bits of them, which depend on the number of threads that inverted them.
+        traces = [covariances[layer].inverse().trace().item() for layer in self.plan.layers]
         return {
             **asdict(self.plan),
             "edits": digest([asdict(edit) for edit in self.edits]),
             "prefixes": digest(self._prefixes),
             "model": digest([(name, tensor_checksum(tensor)) for name, tensor in weights]),
-            "covariances": digest([tensor_checksum(inverse) for inverse in whitening]),
+            "covariances": [f"{trace:.6e}" for trace in traces],
         }
 
     def result(self, covariances: dict[int, Covariance], journal: Journal | None) -> EditResult:
         """Find and write everything; if anything fails, the weights are put back."""
-        operators = {layer: covariances[layer].inverse() for layer in self.plan.layers}
-        if self.plan.null_space is not None:
-            operators = {
-                layer: null_space(inverse, self.plan.null_space) for layer, inverse in operators.items()
-            }
+        operators = {layer: self._operator(covariances[layer]) for layer in self.plan.layers}
         sites = [Site.of(projection) for projection in self.projections]
         values: dict[int, Value] = {}
         writes: list[Write] = []
@@ -120,19 +127,25 @@ class Run:
             self._check_any()
             after = self._log_probabilities(values)
             for site, projection in zip(sites, self.projections, strict=True):
-                site.edited_checksum = Site.of(projection).base_checksum
+                site.edited_checksum = matrix_checksum(projection)
+            made = sorted(values)
+            places = {number: place for place, number in enumerate(made)}
+            return EditResult(
+                records=[_record(self.edits[i], values[i], self._before[i], after[i]) for i in made],
+                writes=[_renumbered(write, places) for write in writes],
+                sites=sites,
+                skipped=sorted(self.skipped, key=lambda skipped: skipped.number),
+            )
         except BaseException:
             for site in sites:
                 site.put_back()
             raise
-        made = sorted(values)
-        places = {number: place for place, number in enumerate(made)}
-        return EditResult(
-            records=[_record(self.edits[i], values[i], self._before[i], after[i]) for i in made],
-            writes=[_renumbered(write, places) for write in writes],
-            sites=sites,
-            skipped=sorted(self.skipped, key=lambda skipped: skipped.number),
-        )
+
+    def _operator(self, covariance: Covariance) -> Tensor:
+        """`C⁻¹`, or the projection that stands in its place."""
+        if self.plan.null_space is None:
+            return covariance.inverse()
+        return null_space(covariance, self.plan.null_space)
 
     def _encode(self, numbers: Iterable[int], prefixes: Sequence[str]) -> None:
         for number in numbers:
@@ -150,33 +163,36 @@ class Run:
 
     def _values(self, batch: list[int], done: int, journal: Journal | None) -> dict[int, Value]:
         """The values of a batch by number, in the order of the batch."""
-        projection, options = self.projections[-1], self.plan.value
-        device = projection.matrix.device
-        texts = [self.texts[number] for number in batch]
+        texts, options = [self.texts[number] for number in batch], self.plan.value
         found: dict[int, Value] = {}
-        for group in value_groups(texts, options, self.model.get_input_embeddings().weight.device):
-            numbers = [batch[i] for i in group]
-            kept = [journal.load_value(number, device) for number in numbers] if journal else []
-            if not kept or None in kept:
-                kept = find_values(
-                    self.model, projection, [texts[i] for i in group], self._weights(), options,
-                    lambda steps: self.progress(
-                        "values", (done + len(found)) * options.steps + steps, len(self.texts) * options.steps
-                    ),
-                )  # fmt: skip
-            for number, value in zip(numbers, kept, strict=True):
-                if isinstance(value, EngramError):
-                    self._skip(number, value)
-                    continue
-                if journal:
-                    journal.save_value(number, value)
-                found[number] = value
+        with widened(self.model, options.widen):
+            for group in value_groups(texts, options, self.model.get_input_embeddings().weight.device):
+                found |= self._group([batch[i] for i in group], done + len(found), journal)
         return {number: found[number] for number in batch if number in found}
+
+    def _group(self, numbers: list[int], done: int, journal: Journal | None) -> dict[int, Value]:
+        """The values of edits that are optimised side by side; those without one are skipped."""
+        projection, steps = self.projections[-1], self.plan.value.steps
+        kept = [journal.load_value(number, projection.matrix.device) for number in numbers] if journal else []
+        if not kept or None in kept:
+            kept = find_values(
+                self.model, projection, [self.texts[i] for i in numbers], self._weights(), self.plan.value,
+                lambda step: self.progress("values", done * steps + step, len(self.texts) * steps),
+            )  # fmt: skip
+        found = {}
+        for number, value in zip(numbers, kept, strict=True):
+            if isinstance(value, EngramError):
+                self._skip(number, value)
+                continue
+            if journal:
+                journal.save_value(number, value)
+            found[number] = value
+        return found
 
     def _written(
         self, number: int, found: dict[int, Value], operators: dict[int, Tensor], journal: Journal | None
     ) -> list[Write]:
-        """The writes of a batch, one a layer; they are done."""
+        """The writes of a batch, one a layer; they are done. An edit whose write fails leaves `found`."""
         kept = journal.load_writes(number) if journal else None
         if kept is not None:
             for projection, write in zip(self.projections, kept, strict=True):
@@ -184,10 +200,22 @@ class Run:
             return kept
         if not found:
             return []
-        writes = write_values(
-            self.model, self.projections, [self.texts[i] for i in found], list(found.values()), operators,
-            self._weights(), list(found), self.plan.ridge, self.plan.bare_denominator,
-        )  # fmt: skip
+        alone = len(found) == 1 and self.plan.skip_failures
+        originals = [snapshot(projection) for projection in self.projections] if alone else []
+        try:
+            writes = write_values(
+                self.model, self.projections, [self.texts[i] for i in found], list(found.values()),
+                operators, self._weights(), list(found), self.plan.ridge, self.plan.bare_denominator,
+            )  # fmt: skip
+        except EngramError as error:
+            if not alone:
+                raise
+            for projection, original in zip(self.projections, originals, strict=True):
+                restore(projection, original)
+            (failed,) = found
+            del found[failed]
+            self._skip(failed, error)
+            return []
         if journal:
             journal.save_writes(number, writes)
         return writes
@@ -196,8 +224,8 @@ class Run:
         """`[contexts]`, the share of the bare prompt and of each prefixed one in a key."""
         count, share = len(self._prefixes) + 1, self.plan.bare_share
         if share is None or count == 1:
-            return torch.full((count,), 1.0 / count)
-        return torch.tensor([share] + [(1 - share) / (count - 1)] * (count - 1))
+            return torch.full((count,), 1.0 / count, dtype=torch.float32)
+        return torch.tensor([share] + [(1 - share) / (count - 1)] * (count - 1), dtype=torch.float32)
 
     def _apart(self, batch: list[int]) -> list[int]:
         """The edits of a batch whose keys differ.

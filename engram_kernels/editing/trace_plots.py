@@ -137,10 +137,10 @@ def _figure(panels: list[Panel], path: Path) -> None:
     from matplotlib.colors import LinearSegmentedColormap
 
     rows = max(len(panel.labels) for panel in panels)
-    width = sum(0.11 * len(panel.values[0]) + 1.6 for panel in panels)
+    width = sum(0.085 * len(panel.values[0]) + 1.3 for panel in panels)
     width += 0.075 * sum(max(map(len, panel.labels)) for panel in _named(panels))
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": "engram"}):
-        figure = matplotlib.figure.Figure(figsize=(max(4.5, width), 1.4 + 0.23 * rows), layout="constrained")
+        figure = matplotlib.figure.Figure(figsize=(max(4.5, width), 1.3 + 0.27 * rows), layout="constrained")
         FigureCanvasAgg(figure)
         for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
             colours = LinearSegmentedColormap.from_list(panel.kind, COLOURS[panel.kind])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 
@@ -26,7 +26,7 @@ class ValueOptions:
     """How the value of an edit is optimised.
 
     Args:
-        steps: of Adam, at most.
+        steps: evaluations of the loss, at most; each but the last is followed by a step of Adam.
         learning_rate: of Adam.
         clamp: the change of the value is kept within `clamp` times the norm of the value it starts from.
         weight_decay: weight of `‖δ‖ / ‖v₀‖²` in the loss.
@@ -137,18 +137,18 @@ def find_values(
     Returns:
         The value of each edit, or what went wrong with it alone: a loss that is not finite.
     """
-    with _only_delta_learns(model), _widened(model, options.widen):
+    with _only_delta_learns(model), widened(model, options.widen):
         return _optimise(model, projection, list(texts), weights, options, progress or (lambda _: None))
 
 
 def _optimise(model, projection: Projection, texts: list[Texts], weights, options, report) -> list:
     layout = Layout(texts, model.get_input_embeddings().weight.device)
-    recorded = forward.record(model, projection, layout)
+    recorded = _record(model, projection, layout, options.incremental)
     starts = recorded.values[layout.bare.to(recorded.values.device)]
     norms = starts.norm(dim=-1)
     deltas = [torch.zeros_like(start, requires_grad=True) for start in starts]
     optimizer = torch.optim.Adam(deltas, lr=options.learning_rate)
-    predictions = _Predictions(model, projection, layout, recorded, options.incremental)
+    predictions = _Predictions(model, projection, layout, recorded)
     losses: list[list[float]] = [[] for _ in texts]
     failed: dict[int, EngramError] = {}
     active = list(range(len(texts)))
@@ -199,13 +199,28 @@ def _optimise(model, projection: Projection, texts: list[Texts], weights, option
     ]
 
 
+def _record(model, projection: Projection, layout: Layout, incremental: bool) -> forward.Record:
+    """One whole pass; with the states to go on from, where they are wanted and the model gives them."""
+    recorded, reason = None, "it keeps no keys and values"
+    if incremental:
+        try:
+            recorded = forward.record(model, projection, layout, cached=True)
+        except Exception as error:
+            # Models with other memories than attention's ask a cache for what it has not.
+            reason = f"{type(error).__name__}: {error}"
+        if recorded is not None and recorded.context is not None:
+            return recorded
+        warnings.warn(f"{type(model).__name__} cannot start from recorded states ({reason})", stacklevel=2)
+    return recorded or forward.record(model, projection, layout, cached=False)
+
+
 class _Predictions:
     """The losses of the edits still in the batch, from recorded states where the model gives them."""
 
-    def __init__(self, model, projection: Projection, layout: Layout, recorded, incremental: bool):
+    def __init__(self, model, projection: Projection, layout: Layout, recorded: forward.Record):
         self.model, self.projection, self.layout = model, projection, layout
         self.unedited = recorded.logits[len(layout.labels) :].float().log_softmax(-1)
-        self.context = recorded.context if incremental else None
+        self.context = recorded.context
         # Of the whole pass, to hold the first partial one against.
         self.whole: torch.Tensor | None = recorded.logits
 
@@ -226,7 +241,7 @@ class _Predictions:
         logits = self._logits(delta).float()
         count = len(layout.labels)
         each = F.cross_entropy(logits[:count], layout.labels, reduction="none") * layout.shares
-        nll = torch.zeros(len(delta), device=each.device).index_add(0, layout.place_owner, each)
+        nll = each.new_zeros(len(delta)).index_add(0, layout.place_owner, each)
         kl = F.kl_div(logits[count:].log_softmax(-1), self.unedited, log_target=True, reduction="none").sum(
             -1
         )
@@ -263,15 +278,20 @@ def _only_delta_learns(model: torch.nn.Module):
 
 
 @contextmanager
-def _widened(model: torch.nn.Module, widen: bool):
+def widened(model: torch.nn.Module, widen: bool = True) -> Iterator[None]:
     """Half-precision weights on a CPU without units for them are float32 meanwhile, and then as they were."""
+    units = {
+        torch.bfloat16: torch.cpu._is_amx_tile_supported,
+        torch.float16: getattr(torch.cpu, "_is_amx_fp16_supported", lambda: False),
+    }
     narrow = [
         (parameter, parameter.data)
         for parameter in model.parameters()
-        if parameter.device.type == "cpu" and parameter.dtype in (torch.bfloat16, torch.float16)
+        if widen
+        and parameter.device.type == "cpu"
+        and parameter.dtype in units
+        and not units[parameter.dtype]()
     ]
-    if not widen or torch.cpu._is_amx_tile_supported():
-        narrow = []
     try:
         for parameter, data in narrow:
             parameter.data = data.float()
@@ -296,7 +316,7 @@ def target_log_probabilities(model: torch.nn.Module, texts: Sequence[Texts], row
         )
         logits = forward.whole_logits(model, layout)[: len(layout.labels)].float()
         each = -F.cross_entropy(logits, layout.labels, reduction="none")
-        sums = torch.zeros(len(layout.texts), device=device).index_add(0, layout.place_owner, each)
+        sums = each.new_zeros(len(layout.texts)).index_add(0, layout.place_owner, each)
         totals += sums.tolist()
     for text, total in zip(texts, totals, strict=True):
         if math.isnan(total):

@@ -94,14 +94,24 @@ def _write(projection: Projection, texts, keys, bare_keys, changes, operators, r
     except (EngramError, torch.linalg.LinAlgError) as error:
         if isinstance(error, EngramError) and not str(error).startswith("keys:"):
             raise
-        names = ", ".join(repr(text.edit.subject) for text in texts)
-        raise EngramError(
-            f"edits: expected subjects with linearly independent keys, got dependent ones among {names}"
-        ) from error
+        raise EngramError(_dependent(texts, keys.shape[1])) from error
     constrained = keys if bare_keys is None else bare_keys
-    write = Write(projection.name, left, right, constrained, changes, ridge, tuple(edits))
+    # In main memory, wherever the weights are: thousands of edits would fill a device.
+    tensors = (tensor.cpu() for tensor in (left, right, constrained, changes))
+    write = Write(projection.name, *tensors, ridge, tuple(edits))
     write_checked(projection, write)
     return write
+
+
+def _dependent(texts: Sequence[Texts], width: int) -> str:
+    if len(texts) > width:
+        return f"edits: expected at most {width} at once without a ridge, got {len(texts)}"
+    names = ", ".join(repr(text.edit.subject) for text in texts[:3])
+    more = f" and {len(texts) - 3} others" if len(texts) > 3 else ""
+    return (
+        "edits: expected subjects with linearly independent keys, or a ridge, got dependent ones among "
+        f"{names}{more}"
+    )
 
 
 def write_checked(projection: Projection, write: Write) -> None:
@@ -130,8 +140,7 @@ def subject_states(
     rows = [row for text in texts for row in text.rewriting]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
     embedded = model.get_input_embeddings().weight.device
-    keys: list[Tensor] = [None] * len(rows)
-    hidden: list[Tensor] = [None] * len(rows)
+    found: dict[str, list[Tensor]] = {"keys": [], "hidden": []}
     seen: dict[str, Tensor] = {}
 
     def see_keys(_module, inputs):
@@ -153,16 +162,16 @@ def subject_states(
                 model(input_ids=ids, attention_mask=mask, use_cache=False)
             except _Reached:
                 pass
-            for name, states in (("keys", keys), ("hidden", hidden)):
+            places = torch.arange(len(batch)), torch.tensor([rows[i].subject for i in batch])
+            for name, states in found.items():
                 # Some models (OPT) flatten [rows, longest, width] before their MLP.
-                flat = seen[name].reshape(*ids.shape, -1).float()
-                for place, i in enumerate(batch):
-                    states[i] = flat[place, rows[i].subject]
+                states.append(seen[name].reshape(*ids.shape, -1)[places].float())
     finally:
         for hook in hooks:
             hook.remove()
-    shape = (len(texts), len(texts[0].rewriting), -1)
-    return torch.stack(keys).view(shape), torch.stack(hidden).view(shape)
+    # Back into the order of the rows.
+    places, shape = torch.tensor(order).argsort(), (len(texts), len(texts[0].rewriting), -1)
+    return tuple(torch.cat(states)[places].view(shape) for states in found.values())
 
 
 @torch.no_grad()
@@ -177,7 +186,8 @@ def check_additive(model: nn.Module, projection: Projection, text: Texts) -> Non
     row = text.rewriting[0]
     device = projection.matrix.device
     generator = torch.Generator().manual_seed(0)
-    change = torch.randn(1, projection.matrix.shape[0], generator=generator).to(device)
+    width = projection.matrix.shape[0]
+    change = torch.randn(1, width, generator=generator, device="cpu", dtype=torch.float32).to(device)
     where = torch.tensor([row.subject], device=device)
     with adding(projection, torch.zeros_like(where), where) as given:
         states = []

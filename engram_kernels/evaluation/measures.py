@@ -153,13 +153,14 @@ def _predictions(model, rows: list[Row]) -> list[tuple[float, list[int]]]:
     ids, mask = pad_rows([row.ids for row in rows], model.get_input_embeddings().weight.device)
     # A token is predicted one position earlier.
     places = [(i, at - 1) for i, row in enumerate(rows) for at in range(row.target, len(row.ids))]
-    kept = torch.tensor(sorted({at for _, at in places}), device=ids.device)
+    # On the CPU: the states that they choose from may be on another device than the ids.
+    kept = torch.tensor(sorted({at for _, at in places}))
     keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
     options = {"logits_to_keep": kept} if keeps else {}
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **options).logits.to(ids.device)
     if not keeps:
         logits = logits[:, kept]
-    which, at = (torch.tensor(part, device=ids.device) for part in zip(*places, strict=True))
+    which, at = (torch.tensor(part) for part in zip(*places, strict=True))
     predicted = logits[which, torch.searchsorted(kept, at)].float().log_softmax(-1)
     found = predicted.gather(-1, ids[which, at + 1][:, None])[:, 0].cpu().double()
     likeliest = predicted.argmax(-1).tolist()

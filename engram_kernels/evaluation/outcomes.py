@@ -20,7 +20,7 @@ class Outcome:
         edit: its prompt and target, to read.
         before, after: what was measured; `after` is None where the edit was skipped.
         skipped: why the edit was skipped.
-        seconds: the edit took, or had its share of edits done together.
+        seconds: the edit took, or had its share of edits done together; None of a run that was cut off.
         probability: of the whole target on the edited prompt when all writes were done.
         steps, loss: of the value's optimisation, the number and the last one.
         reverted_exactly: whether what was written is as it was, bit for bit, after this case or all of them.
@@ -67,12 +67,13 @@ def summarise(outcomes: Sequence[Outcome]) -> dict:
     if not done:
         reason = outcomes[0].skipped if outcomes else "there is no case"
         raise EngramError(f"data: expected a case that can be edited, got none: {reason}")
+    timed = [outcome.seconds for outcome in done if outcome.seconds is not None]
     return {
         "rows": len(done),
         "skipped": len(outcomes) - len(done),
         "unedited": _measures([(outcome.before, outcome.before) for outcome in done]),
         "edited": _measures([(outcome.before, outcome.after) for outcome in done]),
-        "median_seconds": statistics.median(outcome.seconds for outcome in done),
+        "median_seconds": statistics.median(timed) if timed else None,
         "reverted_exactly": sum(bool(outcome.reverted_exactly) for outcome in done),
     }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import resource
 import sys
@@ -14,6 +16,7 @@ import torch
 
 from ..errors import EngramError
 from ..models.digest import tensor_checksum
+from ..models.evaluating import evaluating
 from .datasets import Case
 from .fluency import fluency
 from .measures import Figures, mean, measure, score
@@ -51,7 +54,7 @@ class Evaluation:
         seed: int = 0,
         progress: Callable[..., None] | None = None,
     ):
-        for name, value, least in (("fluency", fluency_tokens, 0), ("batch_size", batch_size, 1)):
+        for name, value, least in (("fluency_tokens", fluency_tokens, 0), ("batch_size", batch_size, 1)):
             if value < least:
                 raise ValueError(f"{name}: expected at least {least}, got {value}")
         self.editor = editor
@@ -120,13 +123,16 @@ class Evaluation:
             Outcome(case.name, _line(case), figures)
             for case, figures in zip(cases, self._figures(cases, "unedited"), strict=True)
         ]
-        results, records, skipped, seconds = [], {}, {}, 0.0
+        results, records, skipped, seconds, replayed = [], {}, {}, 0.0, False
         retained: list[Retained] = []
         versions = self._versions()
         try:
             for start, end in zip([0, *ends], ends, strict=False):
+                folder = None if directory is None else Path(directory, f"{start:06d}")
+                # What was done before a cut is not done again, and took nobody knows how long.
+                replayed = replayed or (folder is not None and folder.is_dir())
                 started = time.perf_counter()
-                result, reasons = self._edit(cases[start:end], directory and Path(directory, f"{start:06d}"))
+                result, reasons = self._edit(cases[start:end], folder)
                 seconds += time.perf_counter() - started
                 skipped |= reasons
                 if result is not None:
@@ -140,11 +146,18 @@ class Evaluation:
                 result.revert()
         exact = self._as_before(self._written_since(versions))
         return [
-            _finished(outcome, figures, records[case.edit], seconds / len(records), exact)
+            _finished(
+                outcome, figures, records[case.edit], None if replayed else seconds / len(records), exact
+            )
             if case.edit in records
             else replace(outcome, skipped=skipped[case.edit])
             for case, outcome, figures in zip(cases, outcomes, after, strict=True)
         ], retained
+
+    @property
+    def weights(self) -> str:
+        """A digest of every weight of the model when this object was made."""
+        return hashlib.sha256(json.dumps(sorted(self._checksums.items())).encode()).hexdigest()
 
     def weights_as_before(self) -> bool:
         """Whether every weight of the model is as it was when this object was made, bit for bit."""
@@ -191,10 +204,11 @@ class Evaluation:
         figures: list[Figures] = []
         for at in range(0, len(cases), CHUNK):
             chunk = cases[at : at + CHUNK]
-            found = measure(model, tokenizer, chunk, self.batch_size)
-            if self.fluency_tokens:
-                bits = fluency(model, tokenizer, chunk, self.fluency_tokens, self.seed, self.batch_size)
-                found = [replace(one, fluency=entropy) for one, entropy in zip(found, bits, strict=True)]
+            with evaluating(model):
+                found = measure(model, tokenizer, chunk, self.batch_size)
+                if self.fluency_tokens:
+                    bits = fluency(model, tokenizer, chunk, self.fluency_tokens, self.seed, self.batch_size)
+                    found = [replace(one, fluency=entropy) for one, entropy in zip(found, bits, strict=True)]
             figures += found
             if stage:
                 self.progress(stage, len(figures), len(cases), "")
@@ -239,7 +253,7 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def _finished(outcome: Outcome, after: Figures, record, seconds: float, exact: bool) -> Outcome:
+def _finished(outcome: Outcome, after: Figures, record, seconds: float | None, exact: bool) -> Outcome:
     return replace(
         outcome,
         after=after,
