@@ -110,6 +110,7 @@ def main(
     dtype: str = "float32",
     device: str = "cpu",
     layer: int | None = None,
+    steps: Annotated[int, typer.Option(help="Evaluations of the loss, at most.")] = ValueOptions.steps,
     batch: Annotated[int | None, typer.Option(help="Edits side by side; default: by device.")] = None,
     shape: str | None = None,
     out: Annotated[Path | None, typer.Option(help="JSON file for every figure.")] = None,
@@ -122,7 +123,7 @@ def main(
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     projection = output_projection(model, default_layer(model) if layer is None else layer)
-    options = ValueOptions(batch=batch)
+    options = ValueOptions(batch=batch, steps=steps)
     weights = torch.full((len(texts[0].rewriting),), 1.0 / len(texts[0].rewriting))
     plain = len(texts) if plain is None else plain
     report = []
