@@ -10,7 +10,7 @@ recorded states, and a cache object carries the recorded keys and values. No mod
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -201,7 +201,8 @@ def partial_logits(
     first = torch.arange(rows, device=context.ids.device) * width
     columns = layout.place_positions - layout.subjects[layout.place_rows]
     positions = {"position_ids": context.positions} if _takes(model, "position_ids") else {}
-    with _replaying(model, projection.layer, context), adding(projection, layout.owner, first) as given:
+    below = decoder_layers(model)[1][: projection.layer]
+    with replaying(below, context.hidden, context.rest), adding(projection, layout.owner, first) as given:
         given["delta"] = delta
         return _logits(
             model, layout.place_rows, columns,
@@ -234,25 +235,24 @@ def _logits(model, rows: torch.Tensor, columns: torch.Tensor, **inputs) -> torch
 
 
 @contextmanager
-def _replaying(model, layer: int, context: Context) -> Iterator[None]:
-    """The layers below `layer` replaced by stubs that give the recorded states."""
-    _, layers = decoder_layers(model)
-    stubbed = list(layers[:layer])
-    own = [module.__dict__.get("forward") for module in stubbed]
+def replaying(layers: Iterable[nn.Module], states: torch.Tensor | None, rest: tuple | None) -> Iterator[None]:
+    """Some layers replaced by stubs that return these states, in a tuple with `rest` where there is one."""
+    stubbed = list(layers)
+    own = [layer.__dict__.get("forward") for layer in stubbed]
 
     def replay(*_arguments, **_keywords):
-        return context.hidden if context.rest is None else (context.hidden, *context.rest)
+        return states if rest is None else (states, *rest)
 
     try:
-        for module in stubbed:
-            module.forward = replay
+        for layer in stubbed:
+            layer.forward = replay
         yield
     finally:
-        for module, forward in zip(stubbed, own, strict=True):
+        for layer, forward in zip(stubbed, own, strict=True):
             if forward is None:
-                module.__dict__.pop("forward", None)
+                layer.__dict__.pop("forward", None)
             else:
-                module.forward = forward
+                layer.forward = forward
 
 
 def _new_cache(layer: int = 0, context: Context | None = None):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from itertools import groupby
 
@@ -15,6 +15,7 @@ from .. import _checks as check
 from ..errors import EngramError
 from ..models.evaluating import evaluating
 from ..models.layers import decoder_layers
+from .forward import replaying
 from .structure import output_projection
 from .tokens import Edit, check_length, encode_row
 
@@ -399,28 +400,12 @@ class _Runs:
         finally:
             hook.remove()
 
-    @contextmanager
-    def _replaying(self, start: int, copies: Tensor, left: int) -> Iterator[None]:
+    def _replaying(self, start: int, copies: Tensor, left: int) -> AbstractContextManager[None]:
         """The layers below `start` replaced by stubs that give the corrupted state which enters it."""
-        stubbed = list(self.layers[:start])
-        own = [layer.__dict__.get("forward") for layer in stubbed]
-        if stubbed:
-            states = self.corrupted_states[start - 1]
-            states, rest = states[copies.to(states.device), left:], self.rest[start - 1]
-
-        def replay(*_arguments, **_keywords):
-            return states if rest is None else (states, *rest)
-
-        try:
-            for layer in stubbed:
-                layer.forward = replay
-            yield
-        finally:
-            for layer, forward in zip(stubbed, own, strict=True):
-                if forward is None:
-                    layer.__dict__.pop("forward", None)
-                else:
-                    layer.forward = forward
+        if start == 0:
+            return nullcontext()
+        states = self.corrupted_states[start - 1]
+        return replaying(self.layers[:start], states[copies.to(states.device), left:], self.rest[start - 1])
 
     @contextmanager
     def _restoring(self, at: Tensor, layer: Tensor, window: int, left: int) -> Iterator[None]:
