@@ -4,7 +4,7 @@
 
 #include "bind.h"
 #include "cpu/isa.h"
-#include "engram/memory.h"
+#include "engram/pages.h"
 #include "engram/rank_one.h"
 
 namespace py = pybind11;

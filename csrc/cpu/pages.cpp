@@ -1,4 +1,4 @@
-#include "engram/memory.h"
+#include "engram/pages.h"
 
 #ifdef __linux__
 #include <sys/mman.h>
