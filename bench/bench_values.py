@@ -36,12 +36,12 @@ def plain_loop(model, projection, text: Texts, options: ValueOptions) -> tuple[t
     """Upstream's optimisation of one value: `δ` and the losses."""
     device = model.get_input_embeddings().weight.device
     rows = [*text.rewriting, text.essence]
-    ids, mask = pad_rows([row.ids for row in rows], device)
+    ids, mask = pad_rows([row.inputs for row in rows], device)
     delta = torch.zeros(projection.matrix.shape[0], device=device, requires_grad=True)
     start, unedited, losses = None, None, []
     targets = torch.full_like(ids, -100)
     for i, row in enumerate(text.rewriting):
-        targets[i, row.target - 1 : len(row.ids) - 1] = ids[i, row.target : len(row.ids)]
+        targets[i, row.target - 1 : len(row.ids) - 1] = torch.tensor(row.ids[row.target :])
     wanted = targets != -100
 
     def add(_module, _inputs, output):
@@ -59,7 +59,7 @@ def plain_loop(model, projection, text: Texts, options: ValueOptions) -> tuple[t
         predictions = torch.log_softmax(logits.float(), dim=-1)
         chosen = predictions.gather(-1, targets.clamp(min=0)[..., None])[..., 0] * wanted
         nll = -(chosen.sum(1)[:-1] / wanted.sum(1)[:-1]).mean()
-        essence = predictions[-1, len(text.essence.ids) - 1]
+        essence = predictions[-1, len(text.essence.inputs) - 1]
         unedited = essence.detach() if unedited is None else unedited
         kl = torch.nn.functional.kl_div(essence, unedited, log_target=True, reduction="sum")
         loss = nll + options.kl_weight * kl + options.weight_decay * delta.norm() / start.norm() ** 2

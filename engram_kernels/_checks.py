@@ -25,6 +25,12 @@ def number(name: str, value: object, at_least: float = -math.inf) -> None:
     expect(-math.inf < value < math.inf and value >= at_least, name, expected, value)
 
 
+def integer(name: str, value: object) -> None:
+    """Check that a value is an integer; True and False are none."""
+    is_integer = isinstance(value, int) and not isinstance(value, bool)
+    expect(is_integer, name, "an integer", type(value).__name__, TypeError)
+
+
 def shape(name: str, tensor: Tensor, expected: Sequence[int], meaning: str) -> None:
     """Check a tensor's whole shape; `meaning` names its dimensions, such as "[n, in]"."""
     if tuple(tensor.shape) != tuple(expected):

@@ -1,4 +1,4 @@
-"""What the tests share: the backends that exist here, seeds, and outputs poisoned with NaN."""
+"""What the tests share: the backends that exist here, seeds, poisoned outputs, the command line."""
 
 import pytest
 import torch
@@ -43,3 +43,35 @@ def poisoned():
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """A folder for what the tests of one file compute once."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Models this small lose more by waiting for a second thread than they gain."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def engram(monkeypatch, capsys):
+    """Run the command line; return its exit status and what it printed."""
+    from engram_kernels import cli
+
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*arguments):
+        monkeypatch.setattr("sys.argv", ["engram", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        printed = capsys.readouterr()
+        return ended.value.code or 0, printed.out, printed.err
+
+    return run

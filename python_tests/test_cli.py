@@ -5,8 +5,6 @@ import json
 import pytest
 from model_zoo import TEXTS, byte_level_tokenizer, small_model
 
-from engram_kernels import cli
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -20,19 +18,9 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture
-def engram(monkeypatch, folder, capsys):
-    """Run the command line; return its exit status and what it printed."""
-    monkeypatch.setenv("COLUMNS", "200")
+def engram(engram, monkeypatch, folder):
     monkeypatch.setenv("ENGRAM_CACHE", str(folder / "cache"))
-
-    def run(*arguments):
-        monkeypatch.setattr("sys.argv", ["engram", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        printed = capsys.readouterr()
-        return ended.value.code or 0, printed.out, printed.err
-
-    return run
+    return engram
 
 
 FACT = ("--subject", "The Eiffel Tower", "--prompt", "{} is located in the city of", "--target", "Rome")

@@ -2,13 +2,15 @@
 
 import copy
 import json
+from functools import partial
 
 import pytest
 import torch
 from model_zoo import TEXTS, byte_level_tokenizer, small_model
 
-from engram_kernels import cli
 from engram_kernels.grafting import Graft, graftable_parameters, plots
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 LABELLED = "\n".join(f"{i % 2} {text}" for i, text in enumerate(TEXTS)) + "\n\n"
 WORDS = ("--template", "Text: {} It was", "--word", "a", "--word", "b")
@@ -51,29 +53,10 @@ def made(base, tuned, seed, count=300):
     return Graft.from_masks(pre, ft, masks, recipe={"name": "[b]random"}, metrics={"grafted": {"ece": 0.25}})
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Models this small lose more by waiting for a second thread than they gain."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
-def engram(monkeypatch, folder, capsys):
-    """Run the command line; return its exit status and what it printed."""
-    monkeypatch.setenv("COLUMNS", "200")
+def engram(engram, monkeypatch, folder):
     monkeypatch.chdir(folder)
-
-    def run(*arguments):
-        monkeypatch.setattr("sys.argv", ["engram", "graft", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        printed = capsys.readouterr()
-        return ended.value.code or 0, printed.out, printed.err
-
-    return run
+    return partial(engram, "graft")
 
 
 LEARN = ("--base", "base", "--tuned", "tuned", "--data", "rows", "--device", "cpu", "--batch-size", "8")

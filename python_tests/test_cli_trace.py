@@ -1,12 +1,12 @@
 """`engram trace` with a small random model on disk."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
 from model_zoo import byte_level_tokenizer, small_model
 
-from engram_kernels import cli
 from engram_kernels.editing import Trace
 from engram_kernels.editing.trace import AverageTrace
 
@@ -37,18 +37,8 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture
-def engram(monkeypatch, capsys):
-    """Run the command line; return its exit status and what it printed."""
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def run(*arguments):
-        monkeypatch.setattr("sys.argv", ["engram", "trace", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        printed = capsys.readouterr()
-        return ended.value.code or 0, printed.out, printed.err
-
-    return run
+def engram(engram):
+    return partial(engram, "trace")
 
 
 def test_one_prompt(engram, folder, tmp_path):

@@ -1,15 +1,16 @@
 """Edits as adapters that PEFT serves; several stacked; one of many taken out."""
 
 import copy
+from functools import partial
 
 import pytest
 
 pytest.importorskip("transformers")
 
-import model_zoo
 import torch
+from editing_helpers import changed, small_editor, weights
 
-from engram_kernels.editing import Edit, Editor, EditResult
+from engram_kernels.editing import Edit, EditResult
 from engram_kernels.editing.structure import output_projection
 from engram_kernels.editing.values import ValueOptions
 from engram_kernels.errors import EngramError
@@ -23,38 +24,10 @@ EDITS = [
 IDS = torch.tensor([[5, 17, 200, 31, 8, 90, 41, 3]])
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return model_zoo.byte_level_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
 @pytest.fixture
-def make(tokenizer, cache):
-    def make(family="llama", dtype=torch.float32):
-        return Editor(
-            model_zoo.small_model(family, dtype=dtype),
-            tokenizer,
-            corpus=model_zoo.TEXTS,
-            cache_dir=cache,
-            contexts=((4, 2),),
-            ridge=0.01,
-            value=ValueOptions(steps=4, learning_rate=0.05, weight_decay=0.0),
-        )
-
-    return make
-
-
-def weights(model):
-    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-
-
-def same(before, model):
-    return all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+def make(cache):
+    options = ValueOptions(steps=4, learning_rate=0.05, weight_decay=0.0)
+    return partial(small_editor, cache_dir=cache, contexts=((4, 2),), value=options)
 
 
 @torch.no_grad()
@@ -91,7 +64,7 @@ def test_peft_serves_a_saved_edit(make, tmp_path, family, arguments):
     loaded = EditResult.from_pretrained(tmp_path / "edit")
     assert (loaded.records, loaded.modules) == (result.records, result.modules)
     loaded.apply(base)
-    assert same(weights(editor.model), base)
+    assert not changed(weights(editor.model), base)
 
 
 def test_modules_of_different_ranks(make, tmp_path):
@@ -120,8 +93,8 @@ def test_stack_does_the_writes_one_after_the_other(make, tmp_path):
         result.revert()
     both.save_pretrained(tmp_path / "stack")
     with EditResult.from_pretrained(tmp_path / "stack").apply(editor.model):
-        assert same(edited, editor.model)
-    assert same(base, editor.model)
+        assert not changed(edited, editor.model)
+    assert not changed(base, editor.model)
     for bad, error in ((5, TypeError), ([], ValueError), ([results[0], "edit"], TypeError)):
         with pytest.raises(error):
             EditResult.stack(bad)
@@ -143,7 +116,7 @@ def test_removing_one_of_ten_joint_edits_is_never_having_made_it(make, tmp_path)
 
     # The same for one that was saved: removed first, applied then.
     result.revert()
-    assert same(base, with_it.model)
+    assert not changed(base, with_it.model)
     loaded = EditResult.from_pretrained(tmp_path / "ten")
     loaded.remove(3)
     loaded.save_pretrained(tmp_path / "nine")
@@ -172,7 +145,7 @@ def test_removing_an_edit_of_a_sequence_leaves_its_write_out(make):
     expected = base[f"{projection.name}.weight"] + sum(write.left @ write.right for write in kept)
     torch.testing.assert_close(projection.matrix, expected, rtol=1e-5, atol=1e-5)
     result.revert()
-    assert same(base, editor.model)
+    assert not changed(base, editor.model)
 
 
 def test_removing_the_only_edit_of_a_matrix(make, tmp_path):
@@ -187,7 +160,7 @@ def test_removing_the_only_edit_of_a_matrix(make, tmp_path):
     assert torch.equal(output_projection(editor.model, 1).matrix, base[f"{first.modules[0]}.weight"])
     both.save_pretrained(tmp_path / "second")
     both.revert()
-    assert same(base, editor.model)
+    assert not changed(base, editor.model)
 
 
 def test_bad_removals_change_nothing(make):
@@ -201,7 +174,7 @@ def test_bad_removals_change_nothing(make):
     later = weights(editor.model)
     with pytest.raises(EngramError, match=r"^model: expected .*changed since"):
         result.remove(1)
-    assert same(later, editor.model) and not same(edited, editor.model) and len(result) == 3
+    assert not changed(later, editor.model) and changed(edited, editor.model) and len(result) == 3
     single = make().edit(EDITS[0])
     with pytest.raises(ValueError, match=r"^number: expected one of several edits, got the only one"):
         single.remove(0)
@@ -223,4 +196,4 @@ def test_failure_while_applying_changes_nothing(make, monkeypatch):
     monkeypatch.setattr(result_module, "write_", failing)
     with pytest.raises(RuntimeError):
         result.apply(editor.model)
-    assert same(before, editor.model) and not result.applied
+    assert not changed(before, editor.model) and not result.applied

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from functools import partial
 
 import pytest
 
@@ -9,6 +10,7 @@ pytest.importorskip("transformers")
 
 import model_zoo
 import torch
+from editing_helpers import changed, small_editor, spy_on_values, weights
 
 from engram_kernels.editing import Edit, Editor, EditResult, load_model
 from engram_kernels.editing import run as run_module
@@ -28,59 +30,16 @@ def tokenizer():
     return model_zoo.byte_level_tokenizer()
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
 @pytest.fixture
-def make(tokenizer, cache):
-    """An editor of a small random model; few contexts and steps, so that a test takes a moment."""
-
-    def make(family="llama", dtype=torch.float32, **arguments):
-        model = model_zoo.small_model(family, dtype=dtype)
-        settings = {
-            "corpus": model_zoo.TEXTS,
-            "cache_dir": cache,
-            "contexts": ((4, 2), (6, 2)),
-            "ridge": 0.01,
-        }
-        settings["value"] = ValueOptions(steps=10, learning_rate=0.02, weight_decay=0.0)
-        return Editor(model, tokenizer, **{**settings, **arguments})
-
-    return make
-
-
-def bits(model):
-    return {
-        name: tensor.detach().clone().contiguous().view(torch.uint8)
-        for name, tensor in model.state_dict().items()
-    }
-
-
-def spy_on_values(monkeypatch):
-    """The list to which every value that is found is appended."""
-    found = []
-    whole = run_module.find_values
-
-    def spy(*arguments):
-        values = whole(*arguments)
-        found.extend(values)
-        return values
-
-    monkeypatch.setattr(run_module, "find_values", spy)
-    return found
-
-
-def changed(before, model):
-    return [name for name, tensor in bits(model).items() if not torch.equal(before[name], tensor)]
+def make(cache):
+    return partial(small_editor, cache_dir=cache)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_edit_changes_one_matrix_and_reverts_bit_for_bit(make, family, dtype):
     editor = make(family, dtype)
-    before = bits(editor.model)
+    before = weights(editor.model)
     result = editor.edit(TOWER)
     assert changed(before, editor.model) == [f"{module}.weight" for module in result.modules]
     (record,) = result.records
@@ -96,7 +55,7 @@ def test_edit_changes_one_matrix_and_reverts_bit_for_bit(make, family, dtype):
 @pytest.mark.parametrize("family", model_zoo.FAMILIES)
 def test_every_family_can_be_edited(make, family):
     editor = make(family)
-    before = bits(editor.model)
+    before = weights(editor.model)
     with editor.edit(TOWER, layers=2) as result:
         assert result.records[0].probability_after > result.records[0].probability_before
         assert changed(before, editor.model)
@@ -141,7 +100,7 @@ def test_factors_are_the_change(make):
 @pytest.mark.parametrize("method", ["rome", "emmet"])
 def test_list_of_edits(make, method):
     editor = make()
-    before = bits(editor.model)
+    before = weights(editor.model)
     result = editor.edit(EDITS, method=method)
     assert [record.edit for record in result.records] == EDITS
     assert len(result.writes) == (3 if method == "rome" else 1)
@@ -173,7 +132,7 @@ def test_sequential_list_is_the_edits_one_after_the_other(make):
     together.edit(EDITS)
     for edit in EDITS:
         apart.edit(edit)
-    assert changed(bits(together.model), apart.model) == []
+    assert changed(weights(together.model), apart.model) == []
 
 
 def test_edits_are_reproducible_and_leave_the_random_state(make):
@@ -181,8 +140,8 @@ def test_edits_are_reproducible_and_leave_the_random_state(make):
     first, second, other = make(), make(), make(seed=1)
     for editor in (first, second, other):
         editor.edit(TOWER)
-    assert changed(bits(first.model), second.model) == []
-    assert changed(bits(first.model), other.model) != []
+    assert changed(weights(first.model), second.model) == []
+    assert changed(weights(first.model), other.model) != []
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
@@ -195,18 +154,18 @@ def test_edit_works_wherever_it_is_called(make):
     learning = {name: parameter.requires_grad for name, parameter in other.model.named_parameters()}
     with torch.no_grad():
         other.edit(TOWER)
-    assert changed(bits(plain.model), other.model) == []
+    assert changed(weights(plain.model), other.model) == []
     assert other.model.training
     assert {name: parameter.requires_grad for name, parameter in other.model.named_parameters()} == learning
     assert all(parameter.grad is None for parameter in other.model.parameters())
     third = make()
     with torch.inference_mode():
         third.edit(TOWER)
-    assert changed(bits(plain.model), third.model) == []
+    assert changed(weights(plain.model), third.model) == []
     fourth = make()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         fourth.edit(TOWER)
-    assert changed(bits(plain.model), fourth.model) == []
+    assert changed(weights(plain.model), fourth.model) == []
 
 
 def test_every_module_keeps_its_own_training_flag(make):
@@ -231,7 +190,7 @@ def test_autocast_of_the_caller_sees_the_edit_and_the_revert(make):
 
 def test_context_manager_reverts_after_an_exception(make):
     editor = make()
-    before = bits(editor.model)
+    before = weights(editor.model)
     with pytest.raises(KeyError), editor.edit(TOWER):
         raise KeyError
     assert changed(before, editor.model) == []
@@ -248,10 +207,10 @@ def test_context_manager_keeps_the_exception_of_its_block(make):
 
 def test_revert_out_of_order_is_refused(make):
     editor = make()
-    before = bits(editor.model)
+    before = weights(editor.model)
     first = editor.edit(TOWER)
     second = editor.edit(COLOSSEUM)
-    edited = bits(editor.model)
+    edited = weights(editor.model)
     with pytest.raises(EngramError, match=r"^model: expected .*changed since"):
         first.revert()
     assert changed(edited, editor.model) == []
@@ -262,7 +221,7 @@ def test_revert_out_of_order_is_refused(make):
 
 def test_forced_revert_puts_the_first_matrix_back(make):
     editor = make()
-    before = bits(editor.model)
+    before = weights(editor.model)
     first = editor.edit(TOWER)
     editor.edit(COLOSSEUM)
     first.revert(force=True)
@@ -274,10 +233,10 @@ def test_forced_revert_puts_the_first_matrix_back(make):
 def test_saved_edit_is_repeated_bit_for_bit(make, tmp_path, dtype, method):
     editor = make("gpt2", dtype)
     result = editor.edit(EDITS, method=method)
-    edited = bits(editor.model)
+    edited = weights(editor.model)
     result.save_pretrained(tmp_path / "edit")
     result.revert()
-    before = bits(editor.model)
+    before = weights(editor.model)
 
     loaded = EditResult.from_pretrained(tmp_path / "edit")
     assert loaded.records == result.records
@@ -300,7 +259,7 @@ def test_saved_edit_refuses_another_base(make, tmp_path):
         result.save_pretrained(tmp_path / "edit")
     loaded = EditResult.from_pretrained(tmp_path / "edit")
     other = model_zoo.small_model(seed=1)
-    before = bits(other)
+    before = weights(other)
     with pytest.raises(EngramError, match=r"^model: expected .*the weights that the edit was made for"):
         loaded.apply(other)
     with pytest.raises(EngramError, match=r"^model: expected a matrix"):
@@ -412,7 +371,7 @@ BAD_CALLS = {
 def test_bad_calls_name_their_argument_and_change_nothing(make, case):
     arguments, error, word = BAD_CALLS[case]
     editor = make()
-    before = bits(editor.model)
+    before = weights(editor.model)
     with pytest.raises(error, match=rf"^{word}: expected .*, got ") as caught:
         editor.edit(**arguments)
     assert "\n" not in str(caught.value)
@@ -497,7 +456,7 @@ def test_unwritable_cache_fails_first(make, tmp_path):
 
 def test_empty_corpus_changes_nothing(make):
     editor = make(corpus=[])
-    before = bits(editor.model)
+    before = weights(editor.model)
     with pytest.raises(EngramError, match=r"^corpus: expected some text, got none$"):
         editor.edit(TOWER)
     assert changed(before, editor.model) == []
@@ -510,7 +469,7 @@ def test_model_with_nan_changes_nothing(make, place):
     editor = make()
     with torch.no_grad():
         editor.model.get_parameter(place)[0, 0] = float("nan")
-    before = bits(editor.model)
+    before = weights(editor.model)
     with pytest.raises((EngramError, ValueError), match=r"expected .*finite.*, got ") as caught:
         editor.edit(TOWER)
     assert "\n" not in str(caught.value)
@@ -519,7 +478,7 @@ def test_model_with_nan_changes_nothing(make, place):
 
 def test_failure_in_the_middle_of_a_list_changes_nothing(make, monkeypatch):
     one = make()
-    before = bits(one.model)
+    before = weights(one.model)
     whole = run_module.find_values
     written = []
 
@@ -542,7 +501,7 @@ def test_interruption_changes_nothing(make):
             raise KeyboardInterrupt
 
     editor = make(progress=interrupt)
-    before = bits(editor.model)
+    before = weights(editor.model)
     with pytest.raises(KeyboardInterrupt):
         editor.edit(EDITS)
     assert changed(before, editor.model) == []
@@ -553,7 +512,7 @@ def test_interruption_changes_nothing(make):
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_prompt_longer_than_the_context(make, family):
     editor = make(family, contexts=((6, 1),))
-    before = bits(editor.model)
+    before = weights(editor.model)
     with pytest.raises(EngramError, match=r"^prompt: expected at most 128 tokens .*, got \d+ in "):
         editor.edit(Edit("Rome", "{}" + " is in" * 200, "Italy"))
     # Just fits by itself, and no longer after a prefix.
@@ -572,7 +531,7 @@ def fits(editor, edit):
 @pytest.mark.parametrize("consistent_key", [True, False])
 def test_joint_edits_of_one_key(make, consistent_key, monkeypatch):
     editor = make(consistent_key=consistent_key, bare_share=1.0, contexts=())
-    before = bits(editor.model)
+    before = weights(editor.model)
     edits = [Edit("Rome", "{} is in", "Paris"), TOWER, Edit("Rome", "{} lies in", "Brazil")]
     with pytest.raises(EngramError, match=r"^edits: expected .*'Rome is in' and 'Rome lies in' .*'Rome'"):
         editor.edit(edits, method="emmet")

@@ -5,13 +5,14 @@ import json
 import math
 import random
 from dataclasses import asdict, replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 from model_zoo import TEXTS, byte_level_tokenizer, small_model
 
-from engram_kernels import EngramError, cli
+from engram_kernels import EngramError
 from engram_kernels.editing import Edit, Editor, load_model
 from engram_kernels.editing.values import ValueOptions
 from engram_kernels.evaluation import plots
@@ -22,6 +23,8 @@ from engram_kernels.evaluation.outcomes import Outcome, Retained, summarise
 from engram_kernels.evaluation.report import EvalReport
 from engram_kernels.evaluation.run import CHECKPOINTS, Evaluation
 from engram_kernels.models.digest import tensor_checksum
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 EASY_EDIT = {
     "case_id": 7,
@@ -66,15 +69,6 @@ ZSRE_EASY_EDIT = {
     "locality_ground_truth": "a word",
 }
 ALL = (EASY_EDIT, ROME, ZSRE, ZSRE_EASY_EDIT)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Models this small lose more by waiting for a second thread than they gain."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -676,21 +670,10 @@ def folder(tmp_path_factory, tokenizer):
 
 
 @pytest.fixture
-def engram(monkeypatch, folder, capsys):
-    """Run `engram eval`; return its exit status and what it printed."""
-    monkeypatch.setenv("COLUMNS", "200")
+def engram(engram, monkeypatch, folder):
     monkeypatch.setenv("ENGRAM_CACHE", str(folder / "cache"))
     monkeypatch.setenv("ENGRAM_DATA", str(folder))
-
-    def run(*arguments):
-        given = ("--model", folder, "--device", "cpu", "--corpus", folder / "corpus.txt", *arguments)
-        monkeypatch.setattr("sys.argv", ["engram", "eval", *map(str, given)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        printed = capsys.readouterr()
-        return ended.value.code or 0, printed.out, printed.err
-
-    return run
+    return partial(engram, "eval", "--model", folder, "--device", "cpu", "--corpus", folder / "corpus.txt")
 
 
 @pytest.fixture

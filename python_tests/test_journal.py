@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,34 +15,20 @@ pytest.importorskip("transformers")
 
 import model_zoo
 import torch
+from editing_helpers import changed, small_editor, weights
 
-from engram_kernels.editing import Edit, Editor
+from engram_kernels.editing import Edit
 from engram_kernels.editing import run as run_module
 from engram_kernels.editing.values import ValueOptions
 from engram_kernels.errors import EngramError
 
 EDITS = [Edit(f"Tower {a}{b}", "{} is in", "Japan") for a in "ABCDEFGHIJ" for b in "abcdefghij"]
+SETTINGS = {"contexts": ((4, 1),), "value": ValueOptions(steps=3, learning_rate=0.02, batch=4)}
 
 
 @pytest.fixture
 def make(tmp_path):
-    tokenizer = model_zoo.byte_level_tokenizer()
-
-    def make(model=None, **arguments):
-        settings = {"contexts": ((4, 1),), "ridge": 0.01, "cache_dir": tmp_path / "cache"}
-        settings["value"] = ValueOptions(steps=3, learning_rate=0.02, batch=4)
-        settings["corpus"] = model_zoo.TEXTS
-        return Editor(model or model_zoo.small_model(), tokenizer, **{**settings, **arguments})
-
-    return make
-
-
-def weights(model):
-    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-
-
-def same(before, model):
-    return all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    return partial(small_editor, cache_dir=tmp_path / "cache", **SETTINGS)
 
 
 METHODS = {
@@ -74,19 +61,19 @@ def test_a_cut_run_goes_on_to_the_same_bits(make, tmp_path, monkeypatch, name, a
     monkeypatch.setattr(run_module, "find_values", cut)
     with pytest.raises(Cut):
         editor.edit(EDITS[:12], **METHODS[name], directory=tmp_path / "run")
-    assert same(before, editor.model)
+    assert not changed(before, editor.model)
     calls.clear()
     monkeypatch.setattr(run_module, "find_values", lambda *arguments: calls.append(1) or find(*arguments))
     result = editor.edit(EDITS[:12], **METHODS[name], directory=tmp_path / "run")
-    assert same(weights(whole.model), editor.model)
+    assert not changed(weights(whole.model), editor.model)
     assert result.records == expected.records
     done = len(calls)
     result.revert()
-    assert same(before, editor.model)
+    assert not changed(before, editor.model)
 
     # Once more: nothing is left to find, and the same comes of it.
     again = editor.edit(EDITS[:12], **METHODS[name], directory=tmp_path / "run")
-    assert len(calls) == done and same(weights(whole.model), editor.model)
+    assert len(calls) == done and not changed(weights(whole.model), editor.model)
     assert again.records == expected.records
 
 
@@ -104,14 +91,14 @@ def test_another_run_is_refused(make, tmp_path):
             EngramError, match=rf"^directory: expected one of a run with the same {word}, got"
         ):
             editor.edit(**arguments, directory=tmp_path / "run")
-    other = make(model_zoo.small_model(seed=1))
+    other = make(model=model_zoo.small_model(seed=1))
     with pytest.raises(
         EngramError, match=r"^directory: expected one of a run with the same (prefixes|model)"
     ):
         other.edit(EDITS[:3], directory=tmp_path / "run")
     with pytest.raises(EngramError, match=r"^directory: expected one of a run with the same prefixes"):
         make(seed=3).edit(EDITS[:3], directory=tmp_path / "run")
-    assert same(before, editor.model)
+    assert not changed(before, editor.model)
 
 
 def test_bad_directories(make, tmp_path):
@@ -132,7 +119,7 @@ def test_bad_directories(make, tmp_path):
     (tmp_path / "other" / "run.json").unlink()
     with pytest.raises(EngramError, match=r"^directory: expected an empty one or a run's, got .*no run.json"):
         editor.edit(EDITS[:2], directory=tmp_path / "other")
-    assert same(before, editor.model)
+    assert not changed(before, editor.model)
 
 
 def test_spoilt_files_are_made_again(make, tmp_path):
@@ -142,7 +129,7 @@ def test_spoilt_files_are_made_again(make, tmp_path):
     for path in sorted((tmp_path / "run").glob("*/*00000[1-3].safetensors")):
         path.write_bytes(path.read_bytes()[:50])
     editor.edit(EDITS[:10], method="emmet", batch=5, directory=tmp_path / "run")
-    assert same(weights(whole.model), editor.model)
+    assert not changed(weights(whole.model), editor.model)
 
 
 SCRIPT = """

@@ -1,14 +1,17 @@
 """Batches of edits: one layer or several, a ridge or none, conflicts, failures, earlier edits kept."""
 
+from functools import partial
+
 import pytest
 
 pytest.importorskip("transformers")
 
 import model_zoo
 import torch
+from editing_helpers import changed, small_editor, spy_on_values, weights
 
 from engram_kernels.covariance import Covariance
-from engram_kernels.editing import Edit, Editor
+from engram_kernels.editing import Edit
 from engram_kernels.editing import run as run_module
 from engram_kernels.editing.layout import encode_texts
 from engram_kernels.editing.operators import null_space, preserving
@@ -24,50 +27,11 @@ EDITS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return model_zoo.byte_level_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
 @pytest.fixture
-def make(tokenizer, cache):
-    def make(family="llama", dtype=torch.float32, **arguments):
-        settings = {
-            "corpus": model_zoo.TEXTS,
-            "cache_dir": cache,
-            "contexts": ((4, 2), (6, 2)),
-            "ridge": 0.01,
-            "value": ValueOptions(steps=6, learning_rate=0.02, weight_decay=0.0),
-        }
-        return Editor(model_zoo.small_model(family, dtype=dtype), tokenizer, **{**settings, **arguments})
-
-    return make
-
-
-def weights(model):
-    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-
-
-def changed(before, model):
-    return [name for name, tensor in model.state_dict().items() if not torch.equal(before[name], tensor)]
-
-
-def record(monkeypatch):
-    """The list to which every value that is found is appended."""
-    found, whole = [], run_module.find_values
-
-    def spy(*arguments):
-        values = whole(*arguments)
-        found.extend(values)
-        return values
-
-    monkeypatch.setattr(run_module, "find_values", spy)
-    return found
+def make(cache):
+    return partial(
+        small_editor, cache_dir=cache, value=ValueOptions(steps=6, learning_rate=0.02, weight_decay=0.0)
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -88,7 +52,7 @@ def test_memit_writes_its_layers_and_reverts_bit_for_bit(make, family, dtype):
 def test_memit_is_the_papers_algorithm(make, family, monkeypatch):
     """Against MEMIT's own formula, layer after layer, in float64: an in×in solve of λC + KᵀK."""
     editor, ridge, layers = make(family), 0.3, [0, 1, 2]
-    found = record(monkeypatch)
+    found = spy_on_values(monkeypatch)
     before = weights(editor.model)
     covariances = {layer: torch.linalg.inv(editor.covariance(layer).inverse()) for layer in layers}
     result = editor.edit(EDITS, layers=layers, method="memit", ridge=ridge)
@@ -137,7 +101,7 @@ def test_subject_states_are_what_the_model_has_there(make):
 
 def test_one_layer_with_a_ridge_gives_up_a_little(make, monkeypatch):
     """At the keys the answers move by (λI + G)⁻¹ G of what was wanted."""
-    found = record(monkeypatch)
+    found = spy_on_values(monkeypatch)
     editor = make()
     projection = output_projection(editor.model, 1)
     before, inverse = projection.matrix.double().clone(), editor.covariance(1).inverse()

@@ -21,7 +21,15 @@ from engram_kernels.editing.trace import KINDS, ROLES, AverageTrace, best_layer,
 from engram_kernels.models.layers import decoder_layers
 
 PROMPT, SUBJECT = "In {} stands the Louvre in", "the Eiffel Tower"
-ATTENTION = {"llama": "self_attn", "gpt2": "attn", "opt": "self_attn", "gpt_neox": "attention"}
+# BLOOM gives its layers one bias a row and head; Gemma 2 scales embeddings and has windows.
+ATTENTION = {
+    "llama": "self_attn",
+    "gpt2": "attn",
+    "opt": "self_attn",
+    "gpt_neox": "attention",
+    "bloom": "self_attention",
+    "gemma2": "self_attn",
+}
 SHORT = {"samples": 3, "window": 3}
 
 
@@ -37,6 +45,8 @@ def small(family="llama", **arguments):
 def sharp(family="llama"):
     """A model that is sure of its answers, so that what is restored shows in them."""
     model = small(family)
+    if family == "bloom":  # It is sure of its last token as it is.
+        return model
     model.get_output_embeddings().register_forward_hook(lambda _module, _inputs, output: 8 * output)
     return model
 
@@ -56,6 +66,8 @@ def restored_module(model, family, kind, layer):
     block = decoder_layers(model)[1][layer]
     if kind == "hidden":
         return block
+    if family == "bloom":  # Its attention and MLP add what came before them.
+        return block.self_attention.dense if kind == "attention" else block.mlp.dense_4h_to_h
     if kind == "attention":
         return getattr(block, ATTENTION[family])
     return getattr(block, "mlp", None) or block.fc2
@@ -125,16 +137,18 @@ def test_equal_to_one_cell_at_a_time(tokenizer, family, kind):
     assert 0 < first and "".join(found.tokens[first:end]).strip() == SUBJECT
     with torch.no_grad():
         label = int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax())
-    assert found.answer == tokenizer.decode([label]).strip()
+    answer = tokenizer.decode([label])
+    assert found.answer == (answer.strip() or answer)
     noise = 0.9 * torch.randn(3, end - first, 32, generator=torch.Generator().manual_seed(5))
     window = 1 if kind == "hidden" else 3
     assert found.window == window
     clean, corrupted, truth = one_at_a_time(model, family, found, ids, noise, label, kind, window)
     # The comparison means something only where restoring does something.
-    assert (truth - corrupted).abs().max() > 0.02
+    effect = (truth - corrupted).abs().max().item()
+    assert effect > (2e-4 if family in ("bloom", "gemma2") else 0.02)
     for found in all_found:
         assert abs(found.clean - clean) < 1e-5 and abs(found.corrupted - corrupted) < 1e-5
-        assert (found.effects.double() - truth).abs().max() < 1e-5
+        assert (found.effects.double() - truth).abs().max() < min(1e-5, 0.01 * effect)
         assert torch.equal(found.indirect_effects, found.effects - found.corrupted)
         assert found.indirect_effects[:first].abs().max() == 0
 
@@ -142,19 +156,20 @@ def test_equal_to_one_cell_at_a_time(tokenizer, family, kind):
 def test_without_a_cache_of_keys_and_values(tokenizer, monkeypatch):
     model = sharp()
     expected = trace(model, tokenizer, PROMPT, SUBJECT, "mlp", batch=4, **SHORT)
-    monkeypatch.setattr(tracing, "_keys_and_values", lambda *_: None)
+    monkeypatch.setattr(tracing, "keys_and_values", lambda *_: None)
     found = trace(model, tokenizer, PROMPT, SUBJECT, "mlp", batch=4, **SHORT)
     assert (found.effects - expected.effects).abs().max() < 1e-5
     assert expected.indirect_effects.abs().max() > 0.05
 
 
-def test_the_work_that_is_saved(tokenizer):
-    """Only layers above the restored one run, and in small batches only tokens from the restored one on."""
+@pytest.mark.parametrize("batch", [2, 7, None])
+def test_the_work_that_is_saved(tokenizer, batch):
+    """Only layers above the restored one run, and only for the tokens from the restored one on."""
     model = small()
     seen = []
     for layer in decoder_layers(model)[1]:
         layer.mlp.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[:2].numel()))
-    found = trace(model, tokenizer, "{} is in", "Paris", batch=2, samples=2)
+    found = trace(model, tokenizer, "{} is in", "Paris", batch=batch, samples=2)
     tokens, depth = len(found.tokens), 4
     whole = (1 + 2) * tokens * depth
     # For layer l and token i of T: two copies, depth − 1 − l layers, T − i tokens.

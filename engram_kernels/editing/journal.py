@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -106,11 +105,6 @@ class Journal:
 
     def _path(self, kind: str, number: int) -> Path:
         return self.directory / kind / f"{number:06d}.safetensors"
-
-
-def digest(*contents: object) -> str:
-    """A digest of anything that JSON holds."""
-    return hashlib.sha256(json.dumps(contents, ensure_ascii=False).encode()).hexdigest()
 
 
 def _save(path: Path, tensors: dict[str, torch.Tensor]) -> None:

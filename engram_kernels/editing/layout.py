@@ -20,9 +20,9 @@ class Texts:
 
     @property
     def span(self) -> tuple[int, int]:
-        """The longest stretch from the subject's last token on, and the longest one before it."""
+        """The longest stretch that is read from the subject's last token on, and the longest before it."""
         rows = [*self.rewriting, self.essence]
-        return max(len(row.ids) - row.subject for row in rows), max(row.subject for row in rows)
+        return max(len(row.inputs) - row.subject for row in rows), max(row.subject for row in rows)
 
 
 def encode_texts(model, tokenizer, edit: Edit, prefixes: Sequence[str]) -> Texts:
@@ -83,4 +83,4 @@ class Layout:
         self.labels, self.place_owner = tensor(labels), tensor(place_owner)
         self.shares = tensor(shares, torch.float32)
         self.subjects = tensor([row.subject for row in self.rows])
-        self.lengths = tensor([len(row.ids) for row in self.rows])
+        self.lengths = tensor([len(row.inputs) for row in self.rows])

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
+
+from .. import _checks as check
+
+CONFLICTS = ("refuse", "last")
+FAILURES = ("raise", "skip")
 
 
 @dataclass(frozen=True)
@@ -35,3 +41,28 @@ METHODS = {
     # Fang et al. 2024, arXiv 2410.02355.
     "alphaedit": Method(layers=5, batch=100, ridge=10.0, null_space=0.02, preserve=True),
 }
+
+
+def check_method(method: object) -> None:
+    """Raise ValueError where there is no such method."""
+    _check_name("method", method, METHODS)
+
+
+def check_choices(method: object, batch: object, conflicts: object, failures: object) -> None:
+    """Check what needs no model to be checked.
+
+    Raises:
+        TypeError: `batch` is not an integer.
+        ValueError: a name is unknown, or `batch` is not positive.
+    """
+    check_method(method)
+    _check_name("conflicts", conflicts, CONFLICTS)
+    _check_name("failures", failures, FAILURES)
+    if batch is not None:
+        check.integer("batch", batch)
+        check.expect(batch > 0, "batch", "a positive number or None", batch)
+
+
+def _check_name(name: str, value: object, known: Collection[str]) -> None:
+    expected = f"one of {', '.join(map(repr, known))}"
+    check.expect(isinstance(value, str) and value in known, name, expected, repr(value))

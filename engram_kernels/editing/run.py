@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ..covariance import Covariance
 from ..errors import EngramError
-from ..models.digest import tensor_checksum
-from .journal import Journal, digest
+from ..models.digest import digest, weights_checksums
+from .journal import Journal
 from .layout import Texts, encode_texts
 from .operators import null_space, preserving
 from .result import (
@@ -28,7 +28,7 @@ from .result import (
 )
 from .structure import output_projection
 from .tokens import Edit
-from .values import Value, ValueOptions, find_values, target_log_probabilities, value_groups, widened
+from .values import Value, ValueOptions, find_values, target_log_probabilities, value_groups
 from .writing import write_values
 
 
@@ -98,14 +98,13 @@ class Run:
 
     def settings(self, covariances: dict[int, Covariance]) -> dict:
         """What the result depends on, for the journal."""
-        weights = sorted(self.model.state_dict().items())
         # Not all bits of them, which depend on the number of threads that inverted them.
         traces = [covariances[layer].inverse().trace().item() for layer in self.plan.layers]
         return {
             **asdict(self.plan),
             "edits": digest([asdict(edit) for edit in self.edits]),
             "prefixes": digest(self._prefixes),
-            "model": digest([(name, tensor_checksum(tensor)) for name, tensor in weights]),
+            "model": digest(weights_checksums(self.model)),
             "covariances": [f"{trace:.6e}" for trace in traces],
         }
 
@@ -165,9 +164,8 @@ class Run:
         """The values of a batch by number, in the order of the batch."""
         texts, options = [self.texts[number] for number in batch], self.plan.value
         found: dict[int, Value] = {}
-        with widened(self.model, options.widen):
-            for group in value_groups(texts, options, self.model.get_input_embeddings().weight.device):
-                found |= self._group([batch[i] for i in group], done + len(found), journal)
+        for group in value_groups(texts, options, self.model.get_input_embeddings().weight.device):
+            found |= self._group([batch[i] for i in group], done + len(found), journal)
         return {number: found[number] for number in batch if number in found}
 
     def _group(self, numbers: list[int], done: int, journal: Journal | None) -> dict[int, Value]:

@@ -16,15 +16,12 @@ from ..functional import second_moment_
 from ..models.digest import tensor_bytes
 from ..models.files import new_file
 from ..models.layers import decoder_layers
+from .passes import Reached, run_until_reached
 from .structure import Projection
 from .tokens import context_length
 
 CHUNK = 512
 BATCH = 4
-
-
-class _Reached(Exception):
-    """Stops a forward pass at the deepest layer that is observed: nothing above it is needed."""
 
 
 def weights_fingerprint(model: torch.nn.Module, projection: Projection) -> str:
@@ -131,15 +128,13 @@ def _observe(model, projections: Sequence[Projection], batch: torch.Tensor, sums
                     f"model: expected finite inputs to {projection.name!r}, got NaN or infinity"
                 ) from error
             if projection.layer == deepest:
-                raise _Reached
+                raise Reached
 
         return observe
 
     hooks = [projection.module.register_forward_pre_hook(observer(projection)) for projection in projections]
     try:
-        model(input_ids=batch.to(model.get_input_embeddings().weight.device), use_cache=False)
-    except _Reached:
-        pass
+        run_until_reached(model, input_ids=batch.to(model.get_input_embeddings().weight.device))
     finally:
         for hook in hooks:
             hook.remove()

@@ -67,6 +67,11 @@ class Row:
     subject: int
     target: int
 
+    @property
+    def inputs(self) -> list[int]:
+        """What a model reads to predict the target: all tokens but the target's last."""
+        return self.ids[:-1] if self.target < len(self.ids) else self.ids
+
 
 def encode_row(tokenizer, subject: str, prompt: str, target: str = "", prefix: str = "") -> Row:
     """Tokenise `prefix + prompt + " " + target` as one text, and find subject and target in it.

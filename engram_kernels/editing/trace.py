@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
-from itertools import groupby
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +13,8 @@ from .. import _checks as check
 from ..errors import EngramError
 from ..models.evaluating import evaluating
 from ..models.layers import decoder_layers
-from .forward import replaying
+from .forward import keys_and_values
+from .passes import replaying, takes
 from .structure import output_projection
 from .tokens import Edit, check_length, encode_row
 
@@ -28,9 +27,8 @@ ROLES = (
     "further tokens",
     "last token",
 )
-# In one forward pass, where no batch is asked for. On a CPU a pass of few rows, which leaves out all tokens
-# left of those restored, is the quickest.
-TOKENS = {"cpu": 128, "cuda": 16384}
+# In one forward pass, where no batch is asked for.
+TOKENS = {"cpu": 1024, "cuda": 16384}
 EMBEDDINGS = 4096
 
 
@@ -183,9 +181,9 @@ def trace(
     """
     check.expect(kind in KINDS, "kind", "'hidden', 'mlp' or 'attention'", repr(kind))
     for name, value in (("window", window), ("samples", samples), ("batch", 1 if batch is None else batch)):
-        _check_integer(name, value)
+        check.integer(name, value)
         check.expect(value >= 1, name, "at least 1", value)
-    _check_integer("seed", seed)
+    check.integer("seed", seed)
     check.number("noise", noise, at_least=0)
     if sigma is not None:
         check.number("sigma", sigma, at_least=0)
@@ -198,7 +196,7 @@ def trace(
         shape = (samples, span[1] - span[0], embedding.weight.shape[-1])
         runs = _Runs(
             model, kind, ids, span[0], noise * sigma * torch.randn(shape, generator=generator),
-            batch or max(1, TOKENS.get(embedding.weight.device.type, TOKENS["cpu"]) // len(ids)),
+            batch,
         )  # fmt: skip
         chances = runs.clean()
         label = int(chances.argmax()) if label is None else label
@@ -317,10 +315,12 @@ class _Runs:
         ids: the prompt's tokens.
         first: the subject's first token.
         noise: `[samples, subject tokens, width]`.
-        batch: the most rows in one forward pass.
+        batch: the most rows in one forward pass; None: by the number of tokens.
     """
 
-    def __init__(self, model: nn.Module, kind: str, ids: list[int], first: int, noise: Tensor, batch: int):
+    def __init__(
+        self, model: nn.Module, kind: str, ids: list[int], first: int, noise: Tensor, batch: int | None
+    ):
         self.model, self.kind, self.ids, self.first, self.batch = model, kind, ids, first, batch
         self.layers = decoder_layers(model)[1]
         self.modules = _modules(model, kind)
@@ -343,11 +343,11 @@ class _Runs:
         chances, caches = [], []
         with ExitStack() as stack:
             seen = [stack.enter_context(_recording(layer)) for layer in self.layers]
-            for copies in torch.arange(len(self.noise)).split(self.batch):
+            for copies in torch.arange(len(self.noise)).split(self._rows(len(self.ids))):
                 with self._corrupting(copies, 0):
                     found, cache = _next_token(self.model, self.ids, len(copies), use_cache=True)
                 chances.append(found[:, label].cpu())
-                caches.append(_keys_and_values(cache, len(self.layers), len(copies), len(self.ids)))
+                caches.append(keys_and_values(cache, len(self.layers), len(copies), len(self.ids)))
         self.corrupted_states = [torch.cat([_states(output) for output in outputs]) for outputs in seen]
         self.rest = [outputs[0][1:] if isinstance(outputs[0], tuple) else None for outputs in seen]
         if None not in caches:
@@ -357,31 +357,44 @@ class _Runs:
 
     def restored(self, label: int, window: int, progress: Callable[[int, int], None] | None = None) -> Tensor:
         """The label's mean probability with each cell restored `[tokens from the subject on, layers]`."""
-        samples, tokens, depth = len(self.noise), len(self.ids) - self.first, len(self.layers)
-        effects = torch.empty(tokens, depth)
+        samples, depth = len(self.noise), len(self.layers)
+        effects = torch.empty(len(self.ids) - self.first, depth)
         done = 0
-        for start, group in groupby(range(depth), lambda layer: self._start(layer, window)):
-            layers = list(group)
-            chances = []
-            # Token after token, so that the rows of one pass have much to their left in common.
-            for rows in torch.arange(tokens * len(layers) * samples).split(self.batch):
-                cells, copies = rows // samples, rows % samples
-                at, layer = self.first + cells // len(layers), layers[0] + cells % len(layers)
-                left = 0 if self.cached is None else int(at.min())
-                with self._corrupting(copies, left), self._replaying(start, copies, left):
-                    with self._restoring(at, layer, window, left):
-                        inputs = self._cache(copies, left)
-                        found, _ = _next_token(self.model, self.ids[left:], len(rows), **inputs)
-                chances.append(found[:, label].cpu())
-                done += len(rows)
-                if progress:
-                    progress(done // samples, effects.numel())
-            effects[:, layers] = torch.cat(chances).view(tokens, len(layers), samples).mean(-1)
+        for token in range(self.first, len(self.ids)):
+            left = 0 if self.cached is None else token
+            batch = self._rows(len(self.ids) - left)
+            for layers in torch.arange(depth).split(max(1, batch // samples)):
+                chances = []
+                for rows in torch.arange(len(layers) * samples).split(batch):
+                    layer, copies = layers[rows // samples], rows % samples
+                    chances.append(self._chances(label, token, layer, copies, window, left))
+                    done += len(rows)
+                    if progress:
+                        progress(done // samples, effects.numel())
+                effects[token - self.first, layers] = torch.cat(chances).view(-1, samples).mean(-1)
         return effects
 
-    def _start(self, layer: int, window: int) -> int:
+    def _chances(
+        self, label: int, token: int, layer: Tensor, copies: Tensor, window: int, left: int
+    ) -> Tensor:
+        """The label's probability in each of some rows, in one pass from token `left` on `[rows]`."""
+        with (
+            self._corrupting(copies, left),
+            self._entering(layer, copies, window, left),
+            self._restoring(token, layer, window, left),
+        ):
+            inputs = self._cache(layer, copies, window, left)
+            found, _ = _next_token(self.model, self.ids[left:], len(copies), **inputs)
+        return found[:, label].cpu()
+
+    def _rows(self, tokens: int) -> int:
+        """How many rows of as many tokens share a pass."""
+        device = self.model.get_input_embeddings().weight.device.type
+        return self.batch or max(1, TOKENS.get(device, TOKENS["cpu"]) // tokens)
+
+    def _start(self, layer: Tensor, window: int) -> Tensor:
         """The first layer that must run: those below give what they gave in the corrupted run."""
-        return layer + 1 if self.kind == "hidden" else max(0, layer - window // 2)
+        return layer + 1 if self.kind == "hidden" else (layer - window // 2).clamp(min=0)
 
     @contextmanager
     def _corrupting(self, copies: Tensor, left: int) -> Iterator[None]:
@@ -400,45 +413,95 @@ class _Runs:
         finally:
             hook.remove()
 
-    def _replaying(self, start: int, copies: Tensor, left: int) -> AbstractContextManager[None]:
-        """The layers below `start` replaced by stubs that give the corrupted state which enters it."""
-        if start == 0:
-            return nullcontext()
-        states = self.corrupted_states[start - 1]
-        return replaying(self.layers[:start], states[copies.to(states.device), left:], self.rest[start - 1])
+    @contextmanager
+    def _entering(self, layer: Tensor, copies: Tensor, window: int, left: int) -> Iterator[None]:
+        """Every row begins with the first layer that it must run: there it is appended to the batch."""
+        start, depth = self._start(layer, window), len(self.layers)
+        first = int(start[0])
+        with ExitStack() as stack:
+            if first > 0:
+                states = self._corrupted_state(first, copies[start == first], left)
+                stack.enter_context(replaying(self.layers[:first], states, self.rest[first - 1]))
+            for number in range(first, depth):
+                rows = int((start <= number).sum())
+                if rows < len(start):
+                    heads = getattr(self.model.config.get_text_config(), "num_attention_heads", 1)
+                    hook = _narrowing(len(start), rows, heads)
+                    add = self.layers[number].register_forward_pre_hook
+                    stack.callback(add(hook, with_kwargs=True).remove)
+                    hook = _appending(self._corrupted_state(number + 1, copies[start == number + 1], left))
+                    stack.callback(self.layers[number].register_forward_hook(hook).remove)
+            yield
+
+    def _corrupted_state(self, layer: int, copies: Tensor, left: int) -> Tensor:
+        """What enters a layer in the corrupted run, from token `left` on."""
+        states = self.corrupted_states[layer - 1]
+        return states[copies.to(states.device), left:]
 
     @contextmanager
-    def _restoring(self, at: Tensor, layer: Tensor, window: int, left: int) -> Iterator[None]:
-        """In every row, the clean outputs at token `at` of the modules in the window around `layer`."""
-        below = layer - window // 2
+    def _restoring(self, token: int, layer: Tensor, window: int, left: int) -> Iterator[None]:
+        """In every row, the clean outputs at a token of the modules in the window around its layer."""
+        below, start = layer - window // 2, self._start(layer, window)
         with ExitStack() as stack:
             for number in range(max(0, int(below.min())), min(len(self.modules), int(below.max()) + window)):
-                reached = (below <= number) & (number < below + window)
-                mask = (torch.arange(left, len(self.ids)) == at[:, None]) & reached[:, None]
-                hook = _graft(mask[..., None], self.clean_states[number][left:])
+                # A layer's output has the rows that begin after it.
+                entered = start <= (number + 1 if self.kind == "hidden" else number)
+                reached = ((below <= number) & (number < below + window))[entered]
+                hook = _graft(reached[:, None], token - left, self.clean_states[number][token])
                 stack.callback(self.modules[number].register_forward_hook(hook).remove)
             yield
 
-    def _cache(self, copies: Tensor, left: int) -> dict:
+    def _cache(self, layer: Tensor, copies: Tensor, window: int, left: int) -> dict:
         """The corrupted copies' keys and values of the tokens before `left`, as the model takes them."""
         if left == 0:
             return {}
         from transformers import DynamicCache
 
-        cache = DynamicCache()
-        for layer, tensors in enumerate(self.cached):
-            cache.update(*(tensor[copies.to(tensor.device), :, :left] for tensor in tensors), layer)
+        cache, start = DynamicCache(), self._start(layer, window)
+        for number, tensors in enumerate(self.cached):
+            # The model asks its first layer, which may not run, how many tokens went before.
+            mine = copies[start <= max(number, int(start[0]))]
+            cache.update(*(tensor[mine.to(tensor.device), :, :left] for tensor in tensors), number)
         return {"past_key_values": cache, "use_cache": True}
 
 
-def _graft(mask: Tensor, clean: Tensor) -> Callable:
-    """A forward hook: `clean [tokens, width]` where `mask [rows, tokens, 1]` is set, else what came."""
+def _narrowing(whole: int, rows: int, heads: int) -> Callable:
+    """A forward pre-hook: of what a layer is given for `whole` rows, that for the first `rows`."""
+
+    def narrow(given):
+        if isinstance(given, tuple):
+            return tuple(map(narrow, given))
+        if not isinstance(given, Tensor) or given.dim() < 2:
+            return given
+        # Some models (BLOOM) have one entry a row and head.
+        count = {whole: rows, whole * heads: rows * heads}.get(len(given))
+        return given if count is None else given[:count]
+
+    def hook(_module, arguments, keywords):
+        return narrow(arguments), {name: narrow(given) for name, given in keywords.items()}
+
+    return hook
+
+
+def _appending(entering: Tensor) -> Callable:
+    """A forward hook: more rows below those that came."""
+
+    def hook(_module, _inputs, output):
+        states = torch.cat([_states(output), entering.to(_states(output).device)])
+        return (states, *output[1:]) if isinstance(output, tuple) else states
+
+    return hook
+
+
+def _graft(rows: Tensor, token: int, clean: Tensor) -> Callable:
+    """A forward hook: `clean [width]` at a token, in the rows that `rows [rows, 1]` marks; else what came."""
 
     def hook(_module, _inputs, output):
         states = _states(output)
         # Some models (OPT) flatten [rows, tokens, width] before their MLP.
-        flat = states.reshape(*mask.shape[:2], -1)
-        grafted = torch.where(mask.to(flat.device), clean, flat).view(states.shape)
+        grafted = states.reshape(len(rows), -1, states.shape[-1]).clone()
+        grafted[:, token] = torch.where(rows.to(grafted.device), clean, grafted[:, token])
+        grafted = grafted.view(states.shape)
         return (grafted, *output[1:]) if isinstance(output, tuple) else grafted
 
     return hook
@@ -470,7 +533,7 @@ def _modules(model: nn.Module, kind: str) -> list[nn.Module]:
 
 
 def _attention(block: nn.Module, number: int) -> nn.Module:
-    """The child of a layer that is named attention and has modules of its own, as no norm or dropout has."""
+    """What gives the attention of a layer: the child of that name with modules of its own, as no norm has."""
     found = {
         name: child
         for name, child in block.named_children()
@@ -480,29 +543,21 @@ def _attention(block: nn.Module, number: int) -> nn.Module:
     if len(found) != 1:
         got = ", ".join(found) or "none"
         raise EngramError(f"model: expected one attention module in layer {number}, got {got}")
-    return next(iter(found.values()))
+    (module,) = found.values()
+    if takes(module, "residual"):
+        # It adds what came before it (BLOOM): what attention itself gives is its last projection's output.
+        return [child for child in module.children() if getattr(child, "weight", None) is not None][-1]
+    return module
 
 
 def _next_token(model: nn.Module, ids: list[int], rows: int, **inputs) -> tuple[Tensor, object]:
     """The next token's probabilities after as many copies of a text `[rows, vocabulary]`, and the cache."""
     device = model.get_input_embeddings().weight.device
     inputs = {"use_cache": False, **inputs}
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+    if takes(model, "logits_to_keep"):
         inputs["logits_to_keep"] = 1
     output = model(input_ids=torch.tensor([ids], device=device).expand(rows, -1), **inputs)
     return output.logits[:, -1].float().softmax(-1), getattr(output, "past_key_values", None)
-
-
-def _keys_and_values(cache, depth: int, rows: int, tokens: int) -> list[tuple[Tensor, Tensor]] | None:
-    """What attention kept, by layer, `[rows, heads, tokens, width]`; None if that is not all there is."""
-    layers = getattr(cache, "layers", [])
-    kept = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in layers]
-    plain = len(kept) == depth and all(
-        isinstance(tensor, Tensor) and tensor.dim() == 4 and tensor.shape[::2] == (rows, tokens)
-        for pair in kept
-        for tensor in pair
-    )
-    return kept if plain else None
 
 
 def _encode(
@@ -542,11 +597,6 @@ def _std(embedding: nn.Module, ids: Tensor) -> float:
         total, squares = total + rows.sum().item(), squares + rows.square().sum().item()
     count = len(ids) * embedding.weight.shape[-1]
     return max(0.0, (squares - total**2 / count) / (count - 1)) ** 0.5
-
-
-def _check_integer(name: str, value: object) -> None:
-    integer = isinstance(value, int) and not isinstance(value, bool)
-    check.expect(integer, name, "an integer", type(value).__name__, TypeError)
 
 
 def _to_dict(found: Trace | AverageTrace) -> dict:

@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 import torch
 from torch.nn import functional as F
@@ -15,6 +15,7 @@ from .. import _checks as check
 from ..errors import EngramError
 from . import forward
 from .layout import Layout, Texts
+from .passes import target_predictions
 from .structure import Projection
 
 # How far predictions from recorded states may be off those of a whole pass, as a share of the largest logit.
@@ -54,8 +55,7 @@ class ValueOptions:
 
     def __post_init__(self):
         for name, number in (("steps", self.steps), ("batch", 1 if self.batch is None else self.batch)):
-            integer = isinstance(number, int) and not isinstance(number, bool)
-            check.expect(integer, name, "an integer", type(number).__name__, TypeError)
+            check.integer(name, number)
             check.expect(number > 0, name, "a positive number", number)
         for name in ("incremental", "widen"):
             value = getattr(self, name)
@@ -137,7 +137,7 @@ def find_values(
     Returns:
         The value of each edit, or what went wrong with it alone: a loss that is not finite.
     """
-    with _only_delta_learns(model), widened(model, options.widen):
+    with _only_delta_learns(model), _widened(model, options.widen):
         return _optimise(model, projection, list(texts), weights, options, progress or (lambda _: None))
 
 
@@ -278,7 +278,7 @@ def _only_delta_learns(model: torch.nn.Module):
 
 
 @contextmanager
-def widened(model: torch.nn.Module, widen: bool = True) -> Iterator[None]:
+def _widened(model: torch.nn.Module, widen: bool) -> Iterator[None]:
     """Half-precision weights on a CPU without units for them are float32 meanwhile, and then as they were."""
     units = {
         torch.bfloat16: torch.cpu._is_amx_tile_supported,
@@ -301,23 +301,18 @@ def widened(model: torch.nn.Module, widen: bool = True) -> Iterator[None]:
             parameter.data = data
 
 
-@torch.no_grad()
 def target_log_probabilities(model: torch.nn.Module, texts: Sequence[Texts], rows: int = 32) -> list[float]:
     """`log p(target | prompt)` of each edit in its bare prompt, the sum over the target's tokens.
 
     Raises:
         EngramError: the model predicts NaN.
     """
-    device = model.get_input_embeddings().weight.device
-    totals: list[float] = []
-    for start in range(0, len(texts), rows):
-        layout = Layout(
-            [replace(text, rewriting=text.rewriting[:1]) for text in texts[start : start + rows]], device
-        )
-        logits = forward.whole_logits(model, layout)[: len(layout.labels)].float()
-        each = -F.cross_entropy(logits, layout.labels, reduction="none")
-        sums = each.new_zeros(len(layout.texts)).index_add(0, layout.place_owner, each)
-        totals += sums.tolist()
+    bare = [text.rewriting[0] for text in texts]
+    totals = [
+        chosen.sum().item()
+        for start in range(0, len(bare), rows)
+        for chosen, _ in target_predictions(model, bare[start : start + rows])
+    ]
     for text, total in zip(texts, totals, strict=True):
         if math.isnan(total):
             raise EngramError(f"model: expected finite predictions after {text.edit.text!r}, got NaN")

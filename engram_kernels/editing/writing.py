@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -12,16 +13,13 @@ from ..functional import rank_one_factors
 from ..models.layers import decoder_layers
 from .forward import adding
 from .layout import Texts
+from .passes import Reached, run_until_reached
 from .result import Write, write_
 from .structure import Projection
 from .tokens import pad_rows
 from .values import Value
 
 ROWS = 64
-
-
-class _Reached(Exception):
-    """Stops a forward pass where nothing further is needed."""
 
 
 def write_values(
@@ -148,7 +146,7 @@ def subject_states(
 
     def see_hidden(_module, _inputs, output):
         seen["hidden"] = output[0] if isinstance(output, tuple) else output
-        raise _Reached
+        raise Reached
 
     hooks = [
         projection.module.register_forward_pre_hook(see_keys),
@@ -158,10 +156,7 @@ def subject_states(
         for start in range(0, len(order), ROWS):
             batch = order[start : start + ROWS]
             ids, mask = pad_rows([rows[i].ids for i in batch], embedded)
-            try:
-                model(input_ids=ids, attention_mask=mask, use_cache=False)
-            except _Reached:
-                pass
+            run_until_reached(model, input_ids=ids, attention_mask=mask)
             places = torch.arange(len(batch)), torch.tensor([rows[i].subject for i in batch])
             for name, states in found.items():
                 # Some models (OPT) flatten [rows, longest, width] before their MLP.
@@ -183,17 +178,17 @@ def check_additive(model: nn.Module, projection: Projection, text: Texts) -> Non
     Raises:
         EngramError: it is another one.
     """
-    row = text.rewriting[0]
+    bare = replace(text, rewriting=text.rewriting[:1])
     device = projection.matrix.device
     generator = torch.Generator().manual_seed(0)
     width = projection.matrix.shape[0]
     change = torch.randn(1, width, generator=generator, device="cpu", dtype=torch.float32).to(device)
-    where = torch.tensor([row.subject], device=device)
+    where = torch.tensor([bare.rewriting[0].subject], device=device)
     with adding(projection, torch.zeros_like(where), where) as given:
         states = []
         for scale in (0.0, 1.0):
             given["delta"] = scale * change
-            states.append(_output(model, projection, row))
+            states.append(subject_states(model, projection, projection, [bare])[1][0, 0])
     change = change[0].to(states[0])
     off = (states[1] - states[0] - change).abs()
     room = 1e-3 + 8 * torch.finfo(projection.matrix.dtype).eps * (1 + states[0].abs() + change.abs())
@@ -202,24 +197,3 @@ def check_additive(model: nn.Module, projection: Projection, text: Texts) -> Non
             f"layers: expected one layer for this model, whose layers do not add the output of "
             f"{projection.name!r} to their own as it is, got several"
         )
-
-
-def _output(model: nn.Module, projection: Projection, row) -> Tensor:
-    """The output of the projection's layer at the subject's last token `[width]`, float32."""
-    seen = []
-
-    def see(_module, _inputs, output):
-        seen.append((output[0] if isinstance(output, tuple) else output)[0, row.subject].float())
-        raise _Reached
-
-    hook = decoder_layers(model)[1][projection.layer].register_forward_hook(see)
-    try:
-        model(
-            input_ids=torch.tensor([row.ids], device=model.get_input_embeddings().weight.device),
-            use_cache=False,
-        )
-    except _Reached:
-        pass
-    finally:
-        hook.remove()
-    return seen[0]

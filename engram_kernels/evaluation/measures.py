@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
-
-from ..editing.tokens import Row, context_length, encode_row, pad_rows
+from ..editing.passes import target_predictions
+from ..editing.tokens import Row, context_length, encode_row
 from ..errors import EngramError
 from .datasets import Case
 
@@ -94,7 +92,6 @@ def measure(model, tokenizer, cases: Sequence[Case], batch_size: int = 32) -> li
     return figures
 
 
-@torch.no_grad()
 def score(
     model, tokenizer, pairs: Iterable[tuple[str, str]], batch_size: int = 32
 ) -> dict[tuple[str, str], Answer]:
@@ -108,12 +105,12 @@ def score(
     answers = {}
     for at in range(0, len(rows), batch_size):
         batch = rows[at : at + batch_size]
-        for (pair, row), (mean, likeliest) in zip(
-            batch, _predictions(model, [row for _, row in batch]), strict=True
-        ):
-            if not math.isfinite(mean):
-                raise EngramError(f"model: expected finite predictions after {pair[0]!r}, got {mean}")
-            answers[pair] = Answer(mean, row.ids[row.target :], likeliest)
+        found = target_predictions(model, [row for _, row in batch])
+        for (pair, row), (chosen, likeliest) in zip(batch, found, strict=True):
+            answer = Answer(chosen.mean().item(), row.ids[row.target :], likeliest)
+            if not math.isfinite(answer.mean):
+                raise EngramError(f"model: expected finite predictions after {pair[0]!r}, got {answer.mean}")
+            answers[pair] = answer
     return answers
 
 
@@ -146,27 +143,3 @@ def _encode(model, tokenizer, prompt: str, answer: str) -> Row:
             f"got {len(row.ids)} in {prompt!r}"
         )
     return row
-
-
-def _predictions(model, rows: list[Row]) -> list[tuple[float, list[int]]]:
-    """Mean log-probability of each row's answer, and the likeliest tokens in its place."""
-    ids, mask = pad_rows([row.ids for row in rows], model.get_input_embeddings().weight.device)
-    # A token is predicted one position earlier.
-    places = [(i, at - 1) for i, row in enumerate(rows) for at in range(row.target, len(row.ids))]
-    # On the CPU: the states that they choose from may be on another device than the ids.
-    kept = torch.tensor(sorted({at for _, at in places}))
-    keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
-    options = {"logits_to_keep": kept} if keeps else {}
-    logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **options).logits.to(ids.device)
-    if not keeps:
-        logits = logits[:, kept]
-    which, at = (torch.tensor(part) for part in zip(*places, strict=True))
-    predicted = logits[which, torch.searchsorted(kept, at)].float().log_softmax(-1)
-    found = predicted.gather(-1, ids[which, at + 1][:, None])[:, 0].cpu().double()
-    likeliest = predicted.argmax(-1).tolist()
-    sizes = [len(row.ids) - row.target for row in rows]
-    ends = torch.tensor(sizes).cumsum(0).tolist()
-    return [
-        (found[end - size : end].mean().item(), likeliest[end - size : end])
-        for size, end in zip(sizes, ends, strict=True)
-    ]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import resource
 import sys
@@ -15,7 +13,7 @@ from pathlib import Path
 import torch
 
 from ..errors import EngramError
-from ..models.digest import tensor_checksum
+from ..models.digest import digest, tensor_checksum, weights_checksums
 from ..models.evaluating import evaluating
 from .datasets import Case
 from .fluency import fluency
@@ -63,7 +61,7 @@ class Evaluation:
         self.batch_size = batch_size
         self.seed = seed
         self.progress = progress or (lambda *_: None)
-        self._checksums = {name: tensor_checksum(tensor) for name, tensor in self._state().items()}
+        self._checksums = weights_checksums(editor.model)
 
     def prepare(self) -> None:
         """Collect the statistics and sample the contexts, which are no part of an edit's seconds."""
@@ -157,7 +155,7 @@ class Evaluation:
     @property
     def weights(self) -> str:
         """A digest of every weight of the model when this object was made."""
-        return hashlib.sha256(json.dumps(sorted(self._checksums.items())).encode()).hexdigest()
+        return digest(self._checksums)
 
     def weights_as_before(self) -> bool:
         """Whether every weight of the model is as it was when this object was made, bit for bit."""

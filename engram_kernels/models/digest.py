@@ -1,9 +1,10 @@
-"""Digests of tensors."""
+"""Digests of tensors and of settings."""
 
 import hashlib
+import json
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
@@ -16,3 +17,13 @@ def tensor_checksum(tensor: Tensor) -> str:
     digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
     digest.update(tensor_bytes(tensor))
     return digest.hexdigest()
+
+
+def weights_checksums(model: nn.Module) -> dict[str, str]:
+    """The checksum of every tensor of a model, by name."""
+    return {name: tensor_checksum(tensor) for name, tensor in sorted(model.state_dict().items())}
+
+
+def digest(*contents: object) -> str:
+    """A digest of anything that JSON holds."""
+    return hashlib.sha256(json.dumps(contents, ensure_ascii=False).encode()).hexdigest()

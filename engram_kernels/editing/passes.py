@@ -1,0 +1,107 @@
+"""Forward passes of a model that do only what is asked of them: some logits, some layers, replayed states."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from .tokens import Row, pad_rows
+
+
+class Reached(Exception):
+    """Raised by a hook to stop a forward pass: nothing above it is needed."""
+
+
+def run_until_reached(model: nn.Module, **inputs) -> None:
+    """Run a model up to where a hook raises `Reached`."""
+    try:
+        model(**inputs, use_cache=False)
+    except Reached:
+        pass
+
+
+def takes(module: nn.Module, argument: str) -> bool:
+    """Whether a module's forward has an argument of that name."""
+    return argument in _arguments(type(module))
+
+
+@functools.cache
+def _arguments(kind: type[nn.Module]) -> frozenset[str]:
+    return frozenset(inspect.signature(kind.forward).parameters)
+
+
+def logits_at(model: nn.Module, rows: Tensor, columns: Tensor, **inputs) -> Tensor:
+    """The predictions at some places `[places, vocabulary]`: the head sees these tokens and no others.
+
+    Args:
+        model: a causal language model.
+        rows, columns: `[places]`, of the batch.
+        inputs: of the model, `input_ids` among them.
+    """
+    head = model.get_output_embeddings()
+    picked: list[bool] = []
+
+    def pick(_module, arguments):
+        states = arguments[0]
+        if states.shape[:2] != inputs["input_ids"].shape:
+            return None
+        picked.append(True)
+        return (states[rows.to(states.device), columns.to(states.device)][None],)
+
+    hook = head.register_forward_pre_hook(pick) if isinstance(head, nn.Module) else None
+    try:
+        logits = model(**inputs).logits
+    finally:
+        if hook is not None:
+            hook.remove()
+    if picked:
+        return logits[0].to(rows.device)
+    return logits.to(rows.device)[rows, columns]
+
+
+@torch.no_grad()
+def target_predictions(model: nn.Module, rows: Sequence[Row]) -> list[tuple[Tensor, list[int]]]:
+    """What a model makes of the targets of some texts, in one pass.
+
+    Returns:
+        For each row the log-probabilities of its target's tokens, float64 on the CPU, and the likeliest
+        tokens in their places.
+    """
+    device = model.get_input_embeddings().weight.device
+    ids, mask = pad_rows([row.inputs for row in rows], device)
+    # A token is predicted one position earlier.
+    places = [(i, at - 1) for i, row in enumerate(rows) for at in range(row.target, len(row.ids))]
+    which, at = (torch.tensor(part, device=device) for part in zip(*places, strict=True))
+    logits = logits_at(model, which, at, input_ids=ids, attention_mask=mask, use_cache=False)
+    predicted = logits.float().log_softmax(-1)
+    labels = torch.tensor([token for row in rows for token in row.ids[row.target :]], device=device)
+    chosen = predicted.gather(-1, labels[:, None])[:, 0].cpu().double()
+    sizes = [len(row.ids) - row.target for row in rows]
+    likeliest = predicted.argmax(-1).cpu().split(sizes)
+    return [(mine, top.tolist()) for mine, top in zip(chosen.split(sizes), likeliest, strict=True)]
+
+
+@contextmanager
+def replaying(layers: Iterable[nn.Module], states: Tensor | None, rest: tuple | None) -> Iterator[None]:
+    """Some layers replaced by stubs that return these states, in a tuple with `rest` where there is one."""
+    stubbed = list(layers)
+    own = [layer.__dict__.get("forward") for layer in stubbed]
+
+    def replay(*_arguments, **_keywords):
+        return states if rest is None else (states, *rest)
+
+    try:
+        for layer in stubbed:
+            layer.forward = replay
+        yield
+    finally:
+        for layer, forward in zip(stubbed, own, strict=True):
+            if forward is None:
+                layer.__dict__.pop("forward", None)
+            else:
+                layer.forward = forward
