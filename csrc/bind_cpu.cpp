@@ -4,11 +4,13 @@
 
 #include "bind.h"
 #include "cpu/isa.h"
+#include "engram/memory.h"
 #include "engram/pages.h"
 #include "engram/rank_one.h"
 
 namespace py = pybind11;
 using engram::DType;
+using engram::StreamShape;
 using engram::WeightShape;
 
 static py::dict build_info() {
@@ -56,6 +58,18 @@ PYBIND11_MODULE(_cpu, module) {
                                           pointer<const double>(preconditioned), count,
                                           pointer<void>(residual), pointer<double>(gram), threads);
              });
+
+  module.def("memory_stream", [](uintptr_t precision_inverse, uintptr_t memory, uintptr_t weights,
+                                 uintptr_t latents, int dtype, int64_t batch, int64_t slots, int64_t width,
+                                 int64_t count, uintptr_t new_precision_inverse, uintptr_t new_memory,
+                                 uintptr_t readouts, uintptr_t leverages, int threads) {
+    py::gil_scoped_release release;
+    engram::cpu::memory_stream(pointer<const void>(precision_inverse), pointer<const void>(memory),
+                               pointer<const void>(weights), pointer<const void>(latents),
+                               static_cast<DType>(dtype), StreamShape{batch, slots, width, count},
+                               pointer<void>(new_precision_inverse), pointer<void>(new_memory),
+                               pointer<void>(readouts), pointer<void>(leverages), threads);
+  });
 
   module.def("graft_blend", [](const GraftRows& rows, double bias, int threads) {
     py::gil_scoped_release release;

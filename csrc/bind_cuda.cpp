@@ -9,10 +9,12 @@
 
 #include "bind.h"
 #include "cuda/error.h"
+#include "engram/memory.h"
 #include "engram/rank_one.h"
 
 namespace py = pybind11;
 using engram::DType;
+using engram::StreamShape;
 using engram::SystemKind;
 using engram::WeightShape;
 
@@ -95,4 +97,23 @@ PYBIND11_MODULE(_cuda, module) {
                                                 pointer<void>(workspace), pointer<void>(stream)),
                      "sparse_apply");
              });
+
+  module.def("memory_stream_workspace",
+             [](int dtype, int64_t batch, int64_t slots, int64_t width, int64_t count) {
+               return engram::cuda::memory_stream_workspace(static_cast<DType>(dtype),
+                                                            StreamShape{batch, slots, width, count});
+             });
+  module.def(
+      "memory_stream", [](uintptr_t precision_inverse, uintptr_t memory, uintptr_t weights, uintptr_t latents,
+                          int dtype, int64_t batch, int64_t slots, int64_t width, int64_t count,
+                          uintptr_t new_precision_inverse, uintptr_t new_memory, uintptr_t readouts,
+                          uintptr_t leverages, uintptr_t workspace, uintptr_t stream) {
+        check(engram::cuda::memory_stream(pointer<const void>(precision_inverse), pointer<const void>(memory),
+                                          pointer<const void>(weights), pointer<const void>(latents),
+                                          static_cast<DType>(dtype), StreamShape{batch, slots, width, count},
+                                          pointer<void>(new_precision_inverse), pointer<void>(new_memory),
+                                          pointer<void>(readouts), pointer<void>(leverages),
+                                          pointer<void>(workspace), pointer<void>(stream)),
+              "memory_stream");
+      });
 }

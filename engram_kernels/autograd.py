@@ -124,3 +124,58 @@ class GraftBlendPacked(torch.autograd.Function):
         d_pre = ops.graft_blend_packed(gradient, zeros, mask) if ctx.needs_input_grad[0] else None
         d_ft = ops.graft_blend_packed(zeros, gradient, mask) if ctx.needs_input_grad[1] else None
         return d_pre, d_ft, None
+
+
+class PseudoInverse(torch.autograd.Function):
+    """X = (AᵀA + λI)⁻¹Aᵀ [B, n, m] of a tall A; with S = (AᵀA + λI)⁻¹, dA = (I − A X) gᵀ S − Xᵀ g Xᵀ."""
+
+    @staticmethod
+    def forward(ctx, a: Tensor, ridge: float | None, relative: float) -> Tensor:
+        inverse, factor, _ = ops.pseudo_inverse(a, ridge, relative)
+        ctx.save_for_backward(a, inverse, factor)
+        return inverse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor):
+        a, inverse, factor = ctx.saved_tensors
+        solved = torch.cholesky_solve(gradient, factor).mT
+        return solved - a @ (inverse @ solved) - inverse.mT @ (gradient @ inverse.mT), None, None
+
+
+class MemorySolve(torch.autograd.Function):
+    """M = (A + λI)⁻¹B [B, K, C]; dB = (A + λI)⁻¹ g, dA = the symmetric part of −dB Mᵀ, as A counts by its."""
+
+    @staticmethod
+    def forward(ctx, gram: Tensor, cross: Tensor, ridge: float) -> Tensor:
+        memory, _ = ops.memory_solve(gram, cross, ridge)
+        ctx.save_for_backward(gram, memory)
+        ctx.ridge = ridge
+        return memory
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor):
+        gram, memory = ctx.saved_tensors
+        d_cross, _ = ops.memory_solve(gram, gradient.contiguous(), ctx.ridge)
+        d_gram = None
+        if ctx.needs_input_grad[0]:
+            d_gram = d_cross @ memory.mT
+            d_gram = -(d_gram + d_gram.mT) / 2
+        return d_gram, d_cross, None
+
+
+class MemoryStream(torch.autograd.Function):
+    """N sequential writes: P, M after the last, readouts [B, N, C] and leverages [B, N] after each."""
+
+    @staticmethod
+    def forward(
+        ctx, precision_inverse: Tensor, memory: Tensor, weights: Tensor, latents: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(precision_inverse, memory, weights, latents)
+        return ops.memory_stream(precision_inverse, memory, weights, latents)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *gradients: Tensor):
+        return ops.memory_stream_gradient(*ctx.saved_tensors, *(g.contiguous() for g in gradients))

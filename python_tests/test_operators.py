@@ -2,12 +2,13 @@
 
 import pytest
 import test_graft
+import test_memory
 import test_rank_one
 import torch
 
 from engram_kernels._ops import OPERATORS, ops
 
-FAMILIES = (test_rank_one, test_graft)
+FAMILIES = (test_rank_one, test_graft, test_memory)
 
 
 @pytest.mark.parametrize("name", OPERATORS)

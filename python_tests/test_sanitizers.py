@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 CPU = ROOT / "csrc" / "cpu"
 NATIVE = Path(__file__).parent / "native"
-FAMILIES = ("rank_one", "graft")
+FAMILIES = ("rank_one", "graft", "memory")
 COMPILER = shutil.which(os.environ.get("CXX", "c++"))
 X86 = platform.machine() in ("x86_64", "AMD64")
 # As in CMakeLists.txt.

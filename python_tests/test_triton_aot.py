@@ -15,7 +15,7 @@ if triton.knobs.runtime.interpret:
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from engram_kernels.backends.triton import graft, graft_kernels, rank_one  # noqa: E402
+from engram_kernels.backends.triton import graft, graft_kernels, memory, rank_one  # noqa: E402
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 WEIGHTS = {"fp32": "*fp32", "bf16": "*bf16", "fp16": "*fp16"}
@@ -78,12 +78,51 @@ def graft_cases():
 GRAFT_CASES = {name: case for name, *case in graft_cases()}
 
 
+STREAM = (
+    "precision_inverse", "memory", "weights", "latents", "new_precision_inverse", "new_memory", "readouts",
+    "leverages",
+)  # fmt: skip
+STRIDES = ("gram_batch", "gram_row", "gram_column", "cross_batch", "cross_row", "cross_column")
+
+
+def memory_cases():
+    """Yield name, kernel, signature, constants, launch, and whether sizes are multiples of 16."""
+    sizes = dict.fromkeys(("slots", "width", "count"), "i32")
+    for state, dtype in {"fp32": torch.float32, "fp64": torch.float64}.items():
+        pointer, most = f"*{state}", memory.STREAM_SLOTS[dtype]
+        signature = {**dict.fromkeys(STREAM, pointer), **sizes}
+        shapes = [(block - 1, width) for block in (16, 32, 64) if block <= most for width in (15, 31, 999)]
+        for slots, width in (*shapes, (most, 768)):
+            launch = memory.stream_launch(slots, width, dtype)
+            name = f"stream, {state}, K={slots}, C={width}"
+            yield name, memory.stream_kernel, signature, {}, launch, slots % 16 == 0
+        launch = memory.stream_launch(most, 64, dtype)
+        yield f"stream of 1 row, {state}", memory.stream_kernel, signature, {"count": 1}, launch, True
+        for row in ("*fp32", "*bf16", "*fp16", "*fp64"):
+            for ragged in (False, True):
+                optional = {"alpha": pointer, "ends": "*i64"} if ragged else {"alpha": None, "ends": None}
+                signature = {
+                    **{"gram": pointer, "cross": pointer, "weights": row, "latents": row},
+                    **{name: kind or "constexpr" for name, kind in optional.items()},
+                    **sizes,
+                    **dict.fromkeys(STRIDES, "i32"),
+                }
+                constants = {"HAS_ALPHA": ragged, "RAGGED": ragged, "gram_column": 1, "cross_column": 1}
+                constants |= {name: None for name, kind in optional.items() if kind is None}
+                name = f"accumulate, {state} from {row[1:]}{', ragged' if ragged else ''}"
+                launch = memory.ACCUMULATE_LAUNCH
+                yield name, memory.accumulate_kernel, signature, constants, launch, not ragged
+
+
+MEMORY_CASES = {name: case for name, *case in memory_cases()}
+
+
 def test_every_kernel_is_compiled():
-    compiled = {case[0] for case in (*CASES.values(), *GRAFT_CASES.values())}
+    compiled = {case[0] for case in (*CASES.values(), *GRAFT_CASES.values(), *MEMORY_CASES.values())}
     # Kernels end in _kernel; the other functions are parts of them.
     kernels = {
         value
-        for family in (rank_one, graft_kernels)
+        for family in (rank_one, graft_kernels, memory)
         for name, value in vars(family).items()
         if isinstance(value, triton.JITFunction) and name.endswith("_kernel")
     }
@@ -149,3 +188,14 @@ def test_graft_compiles_without_spills(case, capability):
     check_resources(case, used, capability)
     if aligned and case != "unpack":  # whatever the sizes, and though a list's pointers come from a table
         assert all(re.search(rf"{access}\.global\.(v4\.b32|v2\.b64)", ptx) for access in ("ld", "st"))
+
+
+@pytest.mark.parametrize("capability", SHARED_LIMIT)
+@pytest.mark.parametrize("case", MEMORY_CASES)
+def test_memory_compiles_without_spills(case, capability):
+    kernel, signature, constants, launch, sizes_divisible = MEMORY_CASES[case]
+    divisible = pointers(signature)
+    if sizes_divisible:
+        divisible |= {name for name, kind in signature.items() if kind == "i32" and name not in constants}
+    used, _ = resources(kernel, signature, constants, divisible, launch, capability)
+    check_resources(case, used, capability)

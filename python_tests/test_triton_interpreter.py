@@ -11,7 +11,11 @@ import torch
 
 HERE = Path(__file__).parent
 # The tests of each family that reach a Triton kernel, and that the interpreter has time for.
-FAMILIES = {"rank_one": "not 1000", "graft": "not top_k and not sparse and not thousand"}
+FAMILIES = {
+    "rank_one": "not 1000",
+    "graft": "not top_k and not sparse and not thousand",
+    "memory": "(stream or accumulate) and not gradients",
+}
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")

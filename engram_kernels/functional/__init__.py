@@ -14,6 +14,15 @@ from .graft import (
     top_k_mask,
     unpack_mask,
 )
+from .memory import (
+    memory_accumulate_,
+    memory_address,
+    memory_forget_,
+    memory_read,
+    memory_solve,
+    memory_stream,
+    pseudo_inverse,
+)
 from .rank_one import apply_low_rank_, rank_one_factors, rank_one_update
 from .second_moment import second_moment_
 
@@ -24,7 +33,14 @@ __all__ = [
     "graft_blend_packed",
     "graft_mask_step_",
     "graft_top_k",
+    "memory_accumulate_",
+    "memory_address",
+    "memory_forget_",
+    "memory_read",
+    "memory_solve",
+    "memory_stream",
     "pack_mask",
+    "pseudo_inverse",
     "rank_one_factors",
     "rank_one_update",
     "second_moment_",

@@ -6,7 +6,7 @@ DEVICES = ("cpu",)
 
 _module, _reason = extension("_cpu")
 if _module is not None:
-    from . import graft, rank_one  # noqa: F401
+    from . import graft, memory, rank_one  # noqa: F401
 
 
 def unavailable() -> str | None:

@@ -6,7 +6,7 @@ DEVICES = ("cuda",)
 
 _module, _missing = extension("_cuda")
 if _module is not None:
-    from . import graft, rank_one  # noqa: F401
+    from . import graft, memory, rank_one  # noqa: F401
 
 
 def unavailable() -> str | None:

@@ -1,6 +1,6 @@
 """The reference: plain PyTorch, the specification of every operator, on every device."""
 
-from . import graft, rank_one, second_moment  # noqa: F401
+from . import graft, memory, rank_one, second_moment  # noqa: F401
 
 DEVICES = None  # every one
 

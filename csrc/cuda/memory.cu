@@ -1,0 +1,93 @@
+// Launcher of the streaming write.
+//
+// A prediction, not a measurement: nothing of this has run on a GPU. K = 512, C = 768, fp32, on 132
+// multiprocessors: the state's 2.5 MB stay in shared memory, ten columns a block. A chunk of 16 writes costs
+// one barrier of the grid (1 to 2 us), 12 MB of exchange from the second-level cache (32 KB of U and 53 KB of
+// partial Gram matrices a block, 2 to 3 us with their latency), 16 dependent steps of the factorisation
+// (about 1 us) and 42 MFLOP (under 2 us): some 6 us, so 1,024 writes in 0.4 ms. The floor of their 2.7 GFLOP
+// is 0.05 ms; an eager loop of five launches a write cannot go below about 10 ms, as a CUDA graph 5 ms. At K
+// = C = 4096 the state passes through memory, 256 MB a chunk: a floor of 60 us at 4.3 TB/s.
+#include <cuda_runtime.h>
+
+#include "engram/memory.h"
+#include "memory_stream.cuh"
+
+namespace engram::cuda {
+namespace {
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads, 1)
+    memory_stream_kernel(const __grid_constant__ MemoryStream<T> stream) {
+  extern __shared__ uint4 bytes[];
+  DeviceBlock<typename MemoryStream<T>::Registers> block;
+  const auto member = stream.member(blockIdx.x);
+  auto shared = stream.share(blockIdx.x, reinterpret_cast<T*>(bytes));
+  auto* const counter = reinterpret_cast<uint32_t*>(stream.workspace + member.group * StreamPlan::kLine);
+  uint32_t turn = 0;
+  for (int64_t b = member.group; b < stream.shape.batch; b += stream.plan.groups) {
+    stream.begin(block, member, b, turn, shared);
+    for (int64_t row = 0; row < stream.shape.count; row += StreamPlan::kWrites) {
+      grid_barrier(counter, (turn + 1) * stream.plan.members);
+      stream.write(block, member, b, row, turn++, shared);
+    }
+    stream.end(block, member, b, shared);
+  }
+}
+
+int plan_for(DType dtype, const StreamShape& shape, StreamPlan& plan) {
+  int device = 0, multiprocessors = 0, shared = 0;
+  if (cudaGetDevice(&device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess)
+    return cudaGetLastError();
+  plan = stream_plan(shape, dtype == DType::f64 ? 8 : 4, multiprocessors, shared);
+  return plan.members > 0 ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+// As many blocks as are on the device at once: they wait for one another.
+template <typename T>
+int launch_stream(const void* precision_inverse, const void* memory, const void* weights, const void* latents,
+                  void* new_precision_inverse, void* new_memory, void* readouts, void* leverages,
+                  void* workspace, const StreamShape& shape, const StreamPlan& plan, void* stream) {
+  MemoryStream<T> program{static_cast<const T*>(precision_inverse),
+                          static_cast<const T*>(memory),
+                          static_cast<const T*>(weights),
+                          static_cast<const T*>(latents),
+                          static_cast<T*>(new_precision_inverse),
+                          static_cast<T*>(new_memory),
+                          static_cast<T*>(readouts),
+                          static_cast<T*>(leverages),
+                          static_cast<char*>(workspace),
+                          shape,
+                          plan};
+  void (*const kernel)(MemoryStream<T>) = memory_stream_kernel<T>;
+  void* arguments[] = {&program};
+  const auto queue = static_cast<cudaStream_t>(stream);
+  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                           static_cast<int>(plan.shared)) != cudaSuccess ||
+      cudaMemsetAsync(workspace, 0, plan.gram, queue) != cudaSuccess ||
+      cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), plan.blocks(), kThreads, arguments,
+                                  plan.shared, queue) != cudaSuccess)
+    return cudaGetLastError();
+  return cudaSuccess;
+}
+
+}  // namespace
+
+int memory_stream(const void* precision_inverse, const void* memory, const void* weights, const void* latents,
+                  DType dtype, StreamShape shape, void* new_precision_inverse, void* new_memory,
+                  void* readouts, void* leverages, void* workspace, void* stream) {
+  StreamPlan plan;
+  if (const int error = plan_for(dtype, shape, plan)) return error;
+  return (dtype == DType::f64 ? launch_stream<double>
+                              : launch_stream<float>)(precision_inverse, memory, weights, latents,
+                                                      new_precision_inverse, new_memory, readouts, leverages,
+                                                      workspace, shape, plan, stream);
+}
+
+int64_t memory_stream_workspace(DType dtype, StreamShape shape) {
+  StreamPlan plan;
+  return plan_for(dtype, shape, plan) ? -1 : plan.workspace;
+}
+
+}  // namespace engram::cuda

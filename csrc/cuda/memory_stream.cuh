@@ -1,0 +1,302 @@
+// N sequential writes to a memory, a readout after each, kWrites rows W and their latents Z at a time.
+//
+// X = [P | M] is the state, Y = [0 | Z] what W X should be. A chunk is one recursion for all columns of X:
+//   U = P W^T,  I + W U = L D L^T,  E = D^-1 L^-1 (Y - W X),  X += (U L^-T) E
+// Row t reads z_t - E_t of M's columns, and has the leverage 1 - 1/D_t. Every block owns some columns of X.
+// Once a chunk it needs U and W U of the others; both follow from X after the chunk before, so that one
+// barrier of the grid a chunk is enough. P is symmetric: a column of P is the row that lies in memory. Rows
+// that the last chunk lacks are zero, and change nothing.
+#pragma once
+
+#include "grid.cuh"
+#include "stream_factor.cuh"
+#include "stream_products.cuh"
+
+namespace engram::cuda {
+
+template <typename T>
+struct MemoryStream {
+  static constexpr int kWrites = StreamPlan::kWrites;
+  static constexpr int kVec = kVector<T>;
+  static constexpr int kTile = StreamPlan::tile(sizeof(T));
+  static constexpr int kEach = kTile / kThreads;  // slots of a tile that a thread looks at
+
+  using Factor = StreamFactor<T>;
+  using Products = StreamProducts<T>;
+  using Vector = Pack<T, kVec>;
+
+  // What a block has of its own from one barrier of the grid to the next.
+  struct Shared {
+    T* tile;  // [slots of a tile, Products::kPitch]: rows of the chunk that comes, transposed
+    T* sums;  // what the products need
+    Factor small;
+    T* products;  // [columns, kWrites]: W X of the chunk that comes
+    T* steps;     // [columns, kWrites]: Y, then E
+    T* state;     // [columns, pitch]: X
+  };
+
+  struct Registers {
+    T inverse[kEach][kWrites];  // rows of U, then of U L^-T
+    typename Products::Registers products;
+  };
+
+  // A block's part of a group's work.
+  struct Member {
+    int group, index;
+    int first;  // of its columns
+    int columns;
+    int squares;  // how many of them are P's: the first
+  };
+
+  const T* precision_inverse;
+  const T* memory;
+  const T* weights;
+  const T* latents;
+  T* new_precision_inverse;
+  T* new_memory;
+  T* readouts;
+  T* leverages;
+  char* workspace;
+  StreamShape shape;
+  StreamPlan plan;
+
+  ENGRAM_DEVICE Member member(int index) const {
+    Member m;
+    m.group = index / plan.members;
+    m.index = index % plan.members;
+    m.first = m.index * static_cast<int>(plan.columns);
+    m.columns = smaller(shape.slots + shape.width - m.first, static_cast<int>(plan.columns));
+    m.squares = m.first < shape.slots ? smaller(shape.slots - m.first, m.columns) : 0;
+    return m;
+  }
+
+  ENGRAM_DEVICE Shared share(int index, T* memory_of_block) const {
+    Shared s;
+    s.tile = memory_of_block;
+    s.sums = s.tile + padded(smaller(shape.slots, kTile)) * Products::kPitch;
+    s.small.lower = s.sums + kWarps * StreamPlan::kGroup * kWrites;
+    s.products = s.small.lower + kWrites * kWrites;
+    s.steps = s.products + plan.columns * kWrites;
+    s.state = plan.resident
+                  ? s.steps + plan.columns * kWrites
+                  : reinterpret_cast<T*>(workspace + plan.state) + index * plan.columns * plan.pitch;
+    return s;
+  }
+
+  // Takes memory b, and hands out what the first chunk needs as exchange number `turn`.
+  template <typename Block>
+  ENGRAM_DEVICE void begin(Block& block, const Member& m, int64_t b, uint32_t turn, Shared& shared) const {
+    move<true>(block, m, b, shared);
+    if (shape.count == 0) return;
+    sweep(block, m, b, 0, turn, false, shared);
+    publish(block, m, b, 0, turn, shared);
+  }
+
+  // Between two barriers: writes the chunk that begins at `row` from exchange number `turn`, and hands out
+  // what the next chunk needs as the exchange after it.
+  template <typename Block>
+  ENGRAM_DEVICE void write(Block& block, const Member& m, int64_t b, int64_t row, uint32_t turn,
+                           Shared& shared) const {
+    gather(block, m, b, row, turn, shared);
+    const int valid = smaller(shape.count - row, kWrites);
+    shared.small.factor(block, valid);
+    block.step([&](int thread, Registers&) {
+      if (m.index == 0 && thread < valid) {
+        const T gain = shared.small.gain(thread);
+        leverages[b * shape.count + row + thread] = gain / (1 + gain);
+      }
+      for (int column = thread; column < m.columns; column += kThreads) {
+        T* const steps = shared.steps + column * kWrites;
+        T step[1][kWrites];
+#pragma unroll
+        for (int t = 0; t < kWrites; ++t) step[0][t] = steps[t] - shared.products[column * kWrites + t];
+        shared.small.eliminate(step);
+#pragma unroll
+        for (int t = 0; t < kWrites; ++t) {
+          step[0][t] /= 1 + shared.small.gain(t);
+          if (column >= m.squares && t < valid)
+            readouts[(b * shape.count + row + t) * shape.width + m.first + column - shape.slots] =
+                steps[t] - step[0][t];
+          steps[t] = step[0][t];
+        }
+      }
+    });
+    sweep(block, m, b, row + kWrites, turn, true, shared);
+    if (row + kWrites < shape.count) publish(block, m, b, row + kWrites, turn + 1, shared);
+  }
+
+  template <typename Block>
+  ENGRAM_DEVICE void end(Block& block, const Member& m, int64_t b, Shared& shared) const {
+    move<false>(block, m, b, shared);
+  }
+
+ private:
+  static ENGRAM_DEVICE int smaller(int64_t amount, int limit) {
+    return amount < limit ? static_cast<int>(amount) : limit;
+  }
+  static ENGRAM_DEVICE int padded(int amount) { return (amount + kVec - 1) / kVec * kVec; }
+
+  // Where the blocks of a group leave U [K, kWrites], and each with columns of P its part of W U.
+  ENGRAM_DEVICE T* inverse_of(const Member& m, uint32_t turn) const {
+    return reinterpret_cast<T*>(workspace + plan.inverse) + (2 * m.group + turn % 2) * shape.slots * kWrites;
+  }
+  ENGRAM_DEVICE T* gram_of(const Member& m, uint32_t turn) const {
+    return reinterpret_cast<T*>(workspace + plan.gram) + (2 * m.group + turn % 2) * plan.holders * kThreads;
+  }
+
+  // Brings the block's columns of memory b into the state, or out of it. Neighbours in memory are
+  // neighbouring threads'; several are on their way at once.
+  template <bool kIn, typename Block>
+  ENGRAM_DEVICE void move(Block& block, const Member& m, int64_t b, Shared& shared) const {
+    constexpr int kBatch = 4;
+    const int slots = static_cast<int>(shape.slots), wide = m.columns - m.squares;
+    block.step([&](int thread, Registers&) {
+      for (int begin = thread; begin < m.columns * slots; begin += kBatch * kThreads) {
+        T* to[kBatch];
+        T values[kBatch];
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+          const int at = begin + i * kThreads, other = at - m.squares * slots;
+          if (at >= m.columns * slots) continue;
+          const bool square = other < 0;
+          const int column = square ? at / slots : m.squares + other % wide;
+          const int slot = square ? at % slots : other / wide;
+          const int64_t place = square ? (b * slots + m.first + column) * slots + slot
+                                       : (b * slots + slot) * shape.width + m.first + column - slots;
+          T* const inside = shared.state + column * plan.pitch + slot;
+          to[i] = kIn ? inside : (square ? new_precision_inverse : new_memory) + place;
+          values[i] = kIn ? (square ? precision_inverse : memory)[place] : *inside;
+        }
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i)
+          if (begin + i * kThreads < m.columns * slots) *to[i] = values[i];
+      }
+      const int padding = static_cast<int>(plan.pitch) - slots;
+      for (int i = thread; kIn && i < m.columns * padding; i += kThreads)
+        shared.state[i / padding * plan.pitch + slots + i % padding] = 0;
+    });
+  }
+
+  ENGRAM_DEVICE void fetch_inverse(const Member& m, uint32_t turn, int64_t first, int thread,
+                                   Registers& mine) const {
+#pragma unroll
+    for (int e = 0; e < kEach; ++e) {
+      const int64_t slot = first + e * kThreads + thread;
+#pragma unroll
+      for (int t = 0; t < kWrites; t += kVec) {
+        Vector values = {};
+        if (slot < shape.slots)
+          values = load_exchanged(reinterpret_cast<const Vector*>(inverse_of(m, turn) + slot * kWrites + t));
+#pragma unroll
+        for (int v = 0; v < kVec; ++v) mine.inverse[e][t + v] = values.at[v];
+      }
+    }
+  }
+
+  // W U as the sum of its parts, in an order that never varies; beside it, on its way together, Y and U.
+  template <typename Block>
+  ENGRAM_DEVICE void gather(Block& block, const Member& m, int64_t b, int64_t row, uint32_t turn,
+                            Shared& shared) const {
+    block.step([&](int thread, Registers& mine) {
+      fetch_inverse(m, turn, 0, thread, mine);
+      for (int i = thread; i < m.columns * kWrites; i += kThreads) {
+        const int column = i % m.columns, t = i / m.columns;
+        shared.steps[column * kWrites + t] =
+            column >= m.squares && row + t < shape.count
+                ? latents[(b * shape.count + row + t) * shape.width + m.first + column - shape.slots]
+                : T(0);
+      }
+      const T* const parts = gram_of(m, turn) + thread;
+      T sum = 0;
+#pragma unroll 8
+      for (int64_t i = 0; i < plan.holders; ++i) sum += load_exchanged(parts + i * kThreads);
+      shared.small.lower[thread] = sum;
+    });
+  }
+
+  // X += (U L^-T) E if asked to, then the products of X with the chunk that begins at `next`, in one pass
+  // over X.
+  template <typename Block>
+  ENGRAM_DEVICE void sweep(Block& block, const Member& m, int64_t b, int64_t next, uint32_t turn, bool update,
+                           Shared& shared) const {
+    for (int64_t first = 0; first < shape.slots; first += kTile) {
+      const int rows = smaller(shape.slots - first, kTile);
+      block.step([&](int thread, Registers& mine) {
+        T weight[kEach][kWrites];  // on its way while the state changes
+#pragma unroll
+        for (int e = 0; e < kEach; ++e)
+#pragma unroll
+          for (int t = 0; t < kWrites; ++t) {
+            const int slot = e * kThreads + thread;
+            weight[e][t] = slot < rows && next + t < shape.count
+                               ? weights[(b * shape.count + next + t) * shape.slots + first + slot]
+                               : T(0);
+          }
+        if (update) {
+          if (first > 0) fetch_inverse(m, turn, first, thread, mine);
+          shared.small.eliminate(mine.inverse);
+          change_state(m, first, rows, thread, mine, shared);
+        }
+#pragma unroll
+        for (int e = 0; e < kEach; ++e) {
+          const int slot = e * kThreads + thread;
+          if (slot >= padded(rows)) continue;
+#pragma unroll
+          for (int t = 0; t < kWrites; t += kVec) {
+            Vector values;
+#pragma unroll
+            for (int v = 0; v < kVec; ++v) values.at[v] = weight[e][t + v];
+            *reinterpret_cast<Vector*>(shared.tile + slot * Products::kPitch + t) = values;
+          }
+        }
+      });
+      if (next >= shape.count) continue;
+      const Products products = {shared.state + first, plan.pitch,  m.columns,      shared.tile,
+                                 padded(rows),         shared.sums, shared.products};
+      products.run(block, first > 0, [](auto& mine) -> auto& { return mine.products; });
+    }
+  }
+
+  ENGRAM_DEVICE void change_state(const Member& m, int64_t first, int rows, int thread, const Registers& mine,
+                                  Shared& shared) const {
+#pragma unroll 1
+    for (int column = 0; column < m.columns; ++column) {
+      T step[kWrites];
+#pragma unroll
+      for (int t = 0; t < kWrites; t += kVec) {
+        const auto values = *reinterpret_cast<const Vector*>(shared.steps + column * kWrites + t);
+#pragma unroll
+        for (int v = 0; v < kVec; ++v) step[t + v] = values.at[v];
+      }
+#pragma unroll
+      for (int e = 0; e < kEach; ++e) {
+        const int slot = e * kThreads + thread;
+        if (slot >= rows) continue;
+        T* const x = shared.state + column * plan.pitch + first + slot;
+        T sum = *x;
+#pragma unroll
+        for (int t = 0; t < kWrites; ++t) sum += mine.inverse[e][t] * step[t];
+        *x = sum;
+      }
+    }
+  }
+
+  template <typename Block>
+  ENGRAM_DEVICE void publish(Block& block, const Member& m, int64_t b, int64_t row, uint32_t turn,
+                             Shared& shared) const {
+    if (m.squares == 0) return;
+    block.step([&](int thread, Registers&) {
+      T* const inverse = inverse_of(m, turn) + m.first * kWrites;
+      for (int i = thread; i < m.squares * kWrites; i += kThreads) inverse[i] = shared.products[i];
+      const int s = thread / kWrites, t = thread % kWrites;
+      T sum = 0;
+      if (row + s < shape.count) {
+        const T* const weight = weights + (b * shape.count + row + s) * shape.slots + m.first;
+        for (int i = 0; i < m.squares; ++i) sum += weight[i] * shared.products[i * kWrites + t];
+      }
+      gram_of(m, turn)[m.index * kThreads + thread] = sum;
+    });
+  }
+};
+
+}  // namespace engram::cuda
