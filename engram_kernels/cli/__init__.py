@@ -1,11 +1,11 @@
-"""The command line: `engram doctor`, `engram edit`, `engram eval`, `engram graft` and `engram trace`."""
+"""The command line: `engram doctor`, `edit`, `eval`, `graft`, `memory` and `trace`."""
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
 from ..errors import EngramError
-from . import doctor, edit, evaluate, graft, trace
+from . import doctor, edit, evaluate, graft, memory, trace
 
 app = typer.Typer(
     help="Find, rewrite and transplant the engrams of language models.",
@@ -17,6 +17,7 @@ app.command()(doctor.doctor)
 app.command()(edit.edit)
 app.command("eval")(evaluate.evaluate)
 app.add_typer(graft.app, name="graft")
+app.add_typer(memory.app, name="memory")
 app.command()(trace.trace)
 
 

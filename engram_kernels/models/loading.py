@@ -87,7 +87,7 @@ def load_model(name_or_dir: str | os.PathLike, dtype: torch.dtype = torch.float3
 
     source = demo_model_directory() if str(name_or_dir) == DEMO_MODEL else name_or_dir
     try:
-        with _without_progress_bars(transformers):
+        with without_progress_bars(transformers):
             model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
             tokenizer = transformers.AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, SafetensorError) as error:
@@ -131,7 +131,7 @@ def demo_model_directory() -> Path:
     try:
         source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
         # float32 holds the 4-bit values times their scales, so every dtype starts from the same numbers.
-        with _without_progress_bars(transformers):
+        with without_progress_bars(transformers):
             model = transformers.AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
             # The weights are plain now, but transformers takes them for quantised and refuses to save.
             model.hf_quantizer = None
@@ -155,7 +155,7 @@ def demo_model_directory() -> Path:
 
 
 @contextmanager
-def _without_progress_bars(transformers):
+def without_progress_bars(transformers):
     """Loading a small local model takes seconds; its bars would break into the caller's own."""
     logging = transformers.utils.logging
     enabled = logging.is_progress_bar_enabled()

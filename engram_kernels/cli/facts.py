@@ -1,0 +1,94 @@
+"""Facts as texts: read from a file, and found again in a memory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from .examples import lines
+
+if TYPE_CHECKING:
+    from ..memory import EpisodicMemory
+    from ..memory.ledger import Id
+
+
+class Fact(NamedTuple):
+    """A line of a file of facts.
+
+    Attributes:
+        line: its number.
+        key: what will be asked; None: the fact itself.
+        value: the fact.
+        name: its id; None: the next free number.
+    """
+
+    line: int
+    key: str | None
+    value: str
+    name: str | None
+
+    @property
+    def asked(self) -> str:
+        return self.value if self.key is None else self.key
+
+    @property
+    def text(self) -> str:
+        return self.value if self.key is None else f"{self.key} → {self.value}"
+
+
+def read_facts(path: Path) -> list[Fact]:
+    """Facts, one a line: plain text, or a JSON object with "value" and perhaps "key" and "id"."""
+    facts = []
+    for number, line in lines("facts", path):
+        if not line.startswith("{"):
+            facts.append(Fact(number, None, line, None))
+            continue
+        try:
+            found = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"facts: expected JSON in line {number}, got {line[:60]!r} ({error})") from None
+        others = [name for name in found if name not in ("key", "value", "id")]
+        if others:
+            raise ValueError(f"facts: expected key, value and id in line {number}, got {others[0]!r}")
+        for name, expected in (("value", str), ("key", (str, type(None))), ("id", (str, int, type(None)))):
+            value = found.get(name)
+            if not isinstance(value, expected) or isinstance(value, bool) or value == "" or value == " ":
+                raise ValueError(f"facts: expected a text as {name!r} in line {number}, got {value!r}")
+        name = found.get("id")
+        facts.append(Fact(number, found.get("key"), found["value"], None if name is None else str(name)))
+    return facts
+
+
+def names_of(facts: Sequence[Fact], memory: EpisodicMemory) -> list[str]:
+    """An id for each fact: its own, else the next number that is free; refuses a fact that is known."""
+    known = {entry.text: name for name, entry in memory.ledger.items()}
+    taken = {fact.name for fact in facts} | set(map(str, memory.ids))
+    names, number = [], 0
+    for fact in facts:
+        if fact.text in known:
+            raise ValueError(
+                f"facts: expected new ones, got {fact.text[:60]!r} in line {fact.line}, which is known as "
+                f"{known[fact.text]!r}"
+            )
+        name = fact.name
+        while name is None:
+            number += 1
+            name = None if str(number) in taken else str(number)
+        known[fact.text] = name
+        names.append(name)
+    return names
+
+
+def find(memory: EpisodicMemory, ids: Sequence[str], texts: Sequence[str]) -> list[Id]:
+    """The ids that were named, by themselves or by the fact's text."""
+    by_text: dict[str | None, list[Id]] = {}
+    for name, entry in memory.ledger.items():
+        by_text.setdefault(entry.text, []).append(name)
+    found = list(ids)
+    for text in texts:
+        if text not in by_text:
+            raise ValueError(f"text: expected a fact of the memory, as it lists it, got {text!r}")
+        found += by_text[text]
+    return list(dict.fromkeys(found))

