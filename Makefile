@@ -6,7 +6,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN = $(VENV)/bin
 
-.PHONY: setup demo test lint format bench clean
+.PHONY: setup demo test lint format bench gpu clean
 
 setup: $(VENV)/.ready
 
@@ -41,6 +41,10 @@ format: setup
 
 bench: setup
 	$(BIN)/python -m pytest bench --benchmark-only
+
+# On a machine with a GPU, with the Python that is there; GPU="--dry-run" anywhere.
+gpu:
+	PYTHON=$(PYTHON) bench/gpu.sh $(GPU)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info engram_kernels/*.so

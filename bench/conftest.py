@@ -1,65 +1,84 @@
-"""Options, devices, and the table that closes a run."""
+"""Options, devices, the clock, and the table that closes a run."""
 
-import platform
-import subprocess
+import gc
 
 import harness
+import machine
 import pytest
+import report
+import results
 import torch
 
 ROWS: list[dict] = []
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("engram_kernels")
+    group.addoption(
+        "--results", metavar="FILE", help="keep every case in this file as soon as it is measured"
+    )
+    group.addoption(
+        "--smallest", action="store_true", help="of each benchmark and device only the first case"
+    )
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        item.add_marker(pytest.mark.benchmark(timer=harness.timer))
+    if config.getoption("--smallest"):
+        first = {}
+        for item in items:
+            first.setdefault((item.path, item.originalname, item.callspec.params.get("device")), item)
+        config.hook.pytest_deselected(items=[item for item in items if item not in first.values()])
+        items[:] = first.values()
 
 
 @pytest.fixture(params=["cpu", "cuda"])
 def device(request):
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("torch sees no CUDA device: not run on a GPU")
-    return request.param
+    yield request.param
+    if request.param == "cuda":
+        # What one case held is not there for the next one's peak.
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 @pytest.fixture
-def record(benchmark):
-    """Return a function that keeps a case for the table and for pytest-benchmark's own report."""
+def record(benchmark, request):
+    """Return a function that keeps a case for the table, the results file and pytest-benchmark's report."""
 
     def keep(
-        case: str, ours: str, outcomes: dict[str, harness.Outcome], traffic: float, floor: float
+        case: str,
+        ours: str,
+        outcomes: dict[str, harness.Outcome],
+        traffic: float,
+        floor: float,
+        work: dict[torch.dtype, float] | None = None,
     ) -> None:
-        row = {"case": case, "floor": floor, "seconds": outcomes[ours].median, "error": outcomes[ours].error}
-        row["gigabytes_per_second"] = traffic / row["seconds"] / 1e9
-        row["share_of_floor"] = floor / row["seconds"]
-        row["ratios"] = {name: o.median / row["seconds"] for name, o in outcomes.items() if name != ours}
+        variants = {name: outcome.summary() for name, outcome in outcomes.items()}
+        by_name = {str(dtype)[6:]: count for dtype, count in (work or {}).items()}
+        row = report.row(case, ours, variants, traffic, floor, by_name)
+        row["benchmark"] = request.node.nodeid
         ROWS.append(row)
         benchmark.extra_info.update(row)
+        if path := request.config.getoption("--results"):
+            with results.changed(path) as run:
+                run["cases"] = [old for old in run["cases"] if old["case"] != case] + [row]
 
     return keep
-
-
-def _commit() -> str:
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    return done.stdout.strip() or "unknown"
 
 
 def pytest_terminal_summary(terminalreporter):
     if not ROWS:
         return
     write = terminalreporter.write_line
-    where = (
-        torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else platform.processor() or platform.machine()
-    )
+    here = machine.describe()
+    where = here.get("gpu", here["processor"])
     write("")
-    write(f"commit {_commit()}, torch {torch.__version__}, {where}, {torch.get_num_threads()} threads")
+    write(f"commit {here['commit']}, torch {here['torch']}, {where}, {here['threads']} threads")
     for device in ["cpu"] + (["cuda"] if torch.cuda.is_available() else []):
-        write(f"{device}: copy {harness.copy_bandwidth(device) / 1e9:.1f} GB/s read and written")
-    baselines = list(dict.fromkeys(name for row in ROWS for name in row["ratios"]))
-    header = ["case", "seconds", "GB/s", "of floor", *(f"× {name}" for name in baselines)]
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1)]
-    for row in ROWS:
-        ratios = [f"{row['ratios'][name]:.2f}" if name in row["ratios"] else "" for name in baselines]
-        share = f"{row['share_of_floor']:.0%}"
-        lines.append(
-            [row["case"], f"{row['seconds']:.5f}", f"{row['gigabytes_per_second']:.1f}", share, *ratios]
-        )
-    for line in lines:
-        write("| " + " | ".join(line) + " |")
+        if any(row["device"] == device for row in ROWS):
+            write(f"{device}: copy {harness.copy_bandwidth(device) / 1e9:.1f} GB/s read and written")
+    for line in report.table(ROWS):
+        write(line)

@@ -1,32 +1,75 @@
-"""How everything here is timed: variants interleaved in one run, medians, and a floor beside each."""
+"""How everything here is timed: variants interleaved in one run, medians, and a floor beside each.
+
+Two clocks, caches cold for both. `seconds` is from the call to the end of its work, as a caller sees it. On a
+GPU `device_seconds` is the GPU's own, by CUDA events, with the launches queued up before the first begins; a
+call that waits for the GPU itself (a check for NaN does) has its waits counted.
+"""
 
 import functools
+import math
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
 # Larger than the last-level cache of any machine this is run on: data comes cold.
 FLUSH_BYTES = 256 << 20
+# Passes over them that keep a GPU busy while a call's launches queue up behind.
+COVER = 4
+# Of a large copy on a GPU, where it must take longer than a launch by far.
+COPY_BYTES = 2 << 30
+# After this many seconds a case begins no further round.
+PATIENCE = 30.0
+
+_CPU_MEMORY = Path("/proc/self/status")
+_CPU_PEAK = Path("/proc/self/clear_refs")
 
 
 @dataclass
 class Outcome:
-    """One variant's seconds, and the error that let it be timed."""
+    """One variant's seconds, the memory it took beyond what was there, and the error that let it be timed."""
 
     seconds: list[float] = field(default_factory=list)
+    device_seconds: list[float] = field(default_factory=list)
+    peak_bytes: int | None = None
     error: float = float("nan")
 
     @property
     def median(self) -> float:
         return statistics.median(self.seconds)
 
+    def summary(self) -> dict:
+        """The figures for a results file."""
+        error = self.error if math.isfinite(self.error) else None
+        kept = {"seconds": quantiles(self.seconds), "peak_bytes": self.peak_bytes, "error": error}
+        return kept | ({"device_seconds": quantiles(self.device_seconds)} if self.device_seconds else {})
+
+
+def quantiles(values: list[float]) -> dict:
+    """Median, the tenth and the ninetieth percentile (between neighbours, by position), and all values."""
+    ordered = sorted(values)
+
+    def at(share: float) -> float:
+        place = share * (len(ordered) - 1)
+        low = int(place)
+        return ordered[low] + (place - low) * (ordered[min(low + 1, len(ordered) - 1)] - ordered[low])
+
+    return {"median": statistics.median(ordered), "p10": at(0.1), "p90": at(0.9), "all": values}
+
 
 def synchronize(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
+
+
+def timer() -> float:
+    """The clock that pytest-benchmark is given: it waits for the GPU where one is in use."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 @functools.cache
@@ -49,36 +92,97 @@ def seconds(function: Callable[[], object], device: str) -> float:
     return time.perf_counter() - start
 
 
+def device_seconds(function: Callable[[], object]) -> float:
+    """Time one call with cold caches by the GPU's own clock."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    for _ in range(COVER):
+        flush("cuda")
+    start.record()
+    function()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def _resident(name: str) -> int | None:
+    if not _CPU_MEMORY.exists():
+        return None
+    lines = _CPU_MEMORY.read_text().splitlines()
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(name)), None)
+
+
+def memory_before(device: str) -> int | None:
+    """Begin a new high-water mark; return the bytes in use, or None where nobody counts them."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    try:
+        _CPU_PEAK.write_text("5")
+    except OSError:
+        return None
+    return _resident("VmRSS:")
+
+
+def memory_peak(device: str) -> int | None:
+    """Return the high-water mark: the allocator's on a GPU, the process's resident memory on a CPU."""
+    return torch.cuda.max_memory_allocated() if device == "cuda" else _resident("VmHWM:")
+
+
+def measure(outcome: Outcome, function: Callable[[], object], device: str) -> None:
+    """Add one call to an outcome: its seconds, and what memory it took beyond what was in use."""
+    _flusher(device)  # not the call's
+    before = memory_before(device)
+    outcome.seconds.append(seconds(function, device))
+    after = memory_peak(device)
+    if before is not None and after is not None:
+        outcome.peak_bytes = max(outcome.peak_bytes or 0, after - before)
+    if device == "cuda":
+        outcome.device_seconds.append(device_seconds(function))
+
+
 def interleave(
     variants: dict[str, Callable[[], object]], device: str, rounds: int, once: tuple[str, ...] = ()
 ) -> dict[str, Outcome]:
-    """Time the variants in turn, `rounds` times after one warm-up; those in `once` a single time, cold."""
+    """Time the variants in turn, `rounds` times after one warm-up; those in `once` a single time, cold.
+
+    A case that takes long has fewer rounds: none begins after `PATIENCE` seconds.
+    """
     outcomes = {name: Outcome() for name in variants}
     for name, function in variants.items():
         if name not in once:
             function()
+    begun = time.perf_counter()
     for i in range(rounds):
         for name, function in variants.items():
             if i == 0 or name not in once:
-                outcomes[name].seconds.append(seconds(function, device))
+                measure(outcomes[name], function, device)
+        if time.perf_counter() - begun > PATIENCE:
+            break
     return outcomes
 
 
 @functools.cache
 def copy_bandwidth(device: str) -> float:
     """Bytes a second of a large copy at its best, read and written both counted."""
-    source = torch.ones(FLUSH_BYTES // 4, device=device)
+    size = COPY_BYTES if device == "cuda" else FLUSH_BYTES
+    source = torch.ones(size // 4, device=device)
     target = torch.empty_like(source)
-    best = min(seconds(lambda: target.copy_(source), device) for _ in range(7))
-    return 2 * FLUSH_BYTES / best
+    return 2 * size / _best(lambda: target.copy_(source), device, 7)
 
 
 @functools.cache
 def gemm_rate(device: str, dtype: torch.dtype) -> float:
     """Operations a second of a large matrix product at its best."""
     size = 2048 if device == "cpu" else 8192
-    a = torch.randn(size, size, device=device, dtype=dtype)
-    return 2 * size**3 / min(seconds(lambda: a @ a, device) for _ in range(5))
+    a = torch.randn(size, size, device=device).to(dtype)
+    return 2 * size**3 / _best(lambda: a @ a, device, 5)
+
+
+def _best(function: Callable[[], object], device: str, rounds: int) -> float:
+    clock = device_seconds if device == "cuda" else functools.partial(seconds, device=device)
+    function()
+    return min(clock(function) for _ in range(rounds))
 
 
 def floor(device: str, traffic: float, work: dict[torch.dtype, float]) -> float:
@@ -101,5 +205,5 @@ def timed(benchmark, record, case, variants, device, size, traffic, work, errors
     outcomes = interleave(variants, device, rounds=15 if size < 10**7 else 5, once=once)
     for name, error in errors.items():
         outcomes[name].error = error
-    record(case, "engram", outcomes, traffic, floor(device, traffic, work))
+    record(case, "engram", outcomes, traffic, floor(device, traffic, work), work)
     benchmark.pedantic(variants["engram"], rounds=3)

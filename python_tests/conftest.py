@@ -19,7 +19,9 @@ def devices_of(backend: str) -> list[str]:
 
 
 CASES = [
-    (backend, device) for backend in ("torch", "cpu", "triton", "cuda") for device in devices_of(backend)
+    pytest.param((backend, device), marks=[pytest.mark.gpu] * (device == "cuda"))
+    for backend in ("torch", "cpu", "triton", "cuda")
+    for device in devices_of(backend)
 ]
 
 
