@@ -23,8 +23,8 @@ COUNTS = [1, 4, 64, 1024]
 # Within the range of the iteration, which starts from 5e-4 Aᵀ: eigenvalues of A from 1 to about 10.
 RIDGE = 1.0
 LOOP, UPSTREAM, PINV = "eager loop", "upstream iteration", "torch.linalg.pinv"
-# What a CPU of two cores does in a second, to leave out what takes too long: a guess, no measurement.
-CPU_BYTES, CPU_OPERATIONS = 5e9, 5e10
+# Bytes and operations a second, seconds a launch, to leave out what takes too long: guesses, not measured.
+RATES = {"cpu": (5e9, 5e10, 0.0), "cuda": (1e12, 5e12, 1e-5)}
 PATIENCE = 8.0
 CPU_STATE = 1 << 30
 
@@ -84,13 +84,13 @@ def iteration(a, steps=15):
 compiled_chunk = torch.compile(chunk)
 
 
-def seconds_on_cpu(slots, latent, batch, count, itemsize) -> dict[str, float]:
+def seconds(device, slots, latent, batch, count, itemsize) -> dict[str, float]:
     """About how long each slow baseline takes."""
-    writes = batch * count
+    writes, (byte_rate, operations, launch) = batch * count, RATES[device]
     return {
-        LOOP: 3 * writes * slots * (slots + latent) * itemsize / CPU_BYTES,
-        UPSTREAM: 60 * writes * slots**3 / CPU_OPERATIONS,
-        PINV: 100 * writes * slots**3 / CPU_OPERATIONS,
+        LOOP: 3 * writes * slots * (slots + latent) * itemsize / byte_rate + 6 * count * launch,
+        UPSTREAM: 60 * writes * slots**3 / operations + 40 * count * launch,
+        PINV: 100 * writes * slots**3 / operations + 1000 * count * launch,
     }
 
 
@@ -100,9 +100,8 @@ def seconds_on_cpu(slots, latent, batch, count, itemsize) -> dict[str, float]:
 def test_stream(benchmark, record, device, size, count, dtype):
     """P, M, and the readout and leverage after each of N writes, from an empty memory with a ridge."""
     slots, latent, batch = size
-    slow = {}
+    slow = seconds(device, slots, latent, batch, count, dtype.itemsize)
     if device == "cpu":
-        slow = seconds_on_cpu(slots, latent, batch, count, dtype.itemsize)
         if slow[LOOP] > PATIENCE:
             pytest.skip(f"the eager loop alone would take about {slow[LOOP]:.0f} s on a CPU")
         state = batch * slots * (slots + latent) * dtype.itemsize
@@ -145,8 +144,8 @@ def test_pseudo_inverse(benchmark, record, device, shape):
     """M⁺ of an fp32 memory, fp64 inside; the iteration in fp32, as upstream has it."""
     slots, latent = shape
     if device == "cpu" and slots > 1024:
-        seconds = 100 * slots**3 / CPU_OPERATIONS
-        pytest.skip(f"torch.linalg.pinv alone would take about {seconds:.0f} s on a CPU, several times")
+        alone = 100 * slots**3 / RATES["cpu"][1]
+        pytest.skip(f"torch.linalg.pinv alone would take about {alone:.0f} s on a CPU, several times")
     left, _ = torch.linalg.qr(torch.randn(slots, slots, dtype=torch.float64, device=device))
     right, _ = torch.linalg.qr(torch.randn(latent, slots, dtype=torch.float64, device=device))
     # Singular values where the iteration converges.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import _checks as check
-from .backends.torch.rank_one import lost_pivot
+from .backends.torch.rank_one import cholesky
 from .errors import EngramError
 
 # Each is a pass over the matrix; 20 come within a few percent on spectra that fall off slowly.
@@ -70,9 +70,9 @@ class Covariance:
         diagonal = matrix.diagonal(dim1=-2, dim2=-1)
         mean = diagonal.mean(-1, keepdim=True)
         diagonal += ridge * mean
-        factor, _ = torch.linalg.cholesky_ex(matrix)
         # A moment summed in fp32 is singular as far as fp32 can tell.
-        if bool(lost_pivot(factor, matrix, torch.finfo(moment.dtype).eps).any()):
+        factor, lost = cholesky(matrix, torch.finfo(moment.dtype).eps)
+        if bool(lost.any()):
             width = matrix.shape[-1]
             # Under the rounding of the moment itself a ridge would only hide that nothing is known.
             enough = max(1e-6, 10 * width * torch.finfo(moment.dtype).eps)

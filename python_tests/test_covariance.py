@@ -48,6 +48,13 @@ def test_a_moment_summed_in_fp32_is_singular_to_fp32():
             ek.Covariance.from_second_moment(moment, 500)
 
 
+@pytest.mark.parametrize("diagonal", [[-1.0, -1.0, -1.0], [1.0, -2.0, 1.0], [1.0, 1.0, -1.0]])
+def test_a_moment_that_is_not_positive_definite(diagonal):
+    """LAPACK leaves the pivot that failed as it is, and its square looks sound."""
+    with pytest.raises(ek.EngramError, match="moment: expected a positive definite matrix"):
+        ek.Covariance.from_second_moment(torch.diag(torch.tensor(diagonal)), 1)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -361,6 +361,10 @@ def test_a_pivot_lost_to_rounding_is_none(device):
     with pytest.raises(ek.EngramError, match="key 1 dependent"):
         ops.small_solve(nearly, torch.ones(1, 2, 1, device=device), "cholesky")
 
+    negative = -torch.eye(2, dtype=torch.float64, device=device)[None]
+    with pytest.raises(ek.EngramError):
+        ops.small_solve(negative, torch.ones(1, 2, 1, device=device), "cholesky")
+
 
 def operator_calls() -> dict[str, tuple]:
     """Arguments of each operator of this family, for test_operators.py."""

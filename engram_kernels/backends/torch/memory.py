@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import implements
-from .rank_one import lost_pivot
+from .rank_one import cholesky
 
 # Rows of a chunk of the streaming write: its products are GEMMs, its n × n algebra is small beside them.
 _CHUNK = 64
@@ -35,17 +35,11 @@ def memory_accumulate_(
             cross[b].addmm_(signed[start:end].mT, latents[start:end])
 
 
-def _cholesky(system: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The factor, and the order of the first pivot that is not positive or lost to rounding, or 0."""
-    factor, failed = torch.linalg.cholesky_ex(system)
-    return factor, torch.where(failed > 0, failed, lost_pivot(factor, system, eps))
-
-
 def _factor(gram: Tensor, ridge: float, eps: float) -> tuple[Tensor, Tensor]:
-    """The same of the symmetric part of A + λI."""
+    """The Cholesky factor of the symmetric part of A + λI, and which pivot was lost first, or 0."""
     system = (gram + gram.mT) / 2
     system.diagonal(dim1=-2, dim2=-1).add_(ridge)
-    return _cholesky(system, eps)
+    return cholesky(system, eps)
 
 
 @implements("memory_solve", "torch")
@@ -186,5 +180,5 @@ def pseudo_inverse(a: Tensor, ridge: float | None, relative: float) -> tuple[Ten
     trace = diagonal.sum(-1, keepdim=True)
     # A zero matrix has no scale; whatever is added, its pseudo-inverse is zero.
     diagonal += torch.where(trace > 0, relative * trace, 1.0) if ridge is None else ridge
-    factor, info = _cholesky(gram, torch.finfo(gram.dtype).eps)
+    factor, info = cholesky(gram)
     return torch.cholesky_solve(a.mT, factor).contiguous(), factor.contiguous(), info

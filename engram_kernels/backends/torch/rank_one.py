@@ -39,8 +39,7 @@ def small_solve(system: Tensor, right_hand_side: Tensor, kind: str) -> tuple[Ten
     """X = A⁻¹ Y in fp64; `info` is the order of the first pivot lost to rounding, 0 where there is none."""
     wide = right_hand_side.double()
     if kind == "cholesky":
-        factor, _ = torch.linalg.cholesky_ex(system)
-        info = lost_pivot(factor, system)
+        factor, info = cholesky(system)
         solution = torch.cholesky_solve(wide, factor)
     else:
         info = torch.zeros(system.shape[0], dtype=torch.int32, device=system.device)
@@ -48,13 +47,14 @@ def small_solve(system: Tensor, right_hand_side: Tensor, kind: str) -> tuple[Ten
     return solution.to(right_hand_side.dtype).contiguous(), info
 
 
-def lost_pivot(factor: Tensor, matrix: Tensor, eps: float = torch.finfo(torch.float64).eps) -> Tensor:
-    """Return the order of the first pivot that is no more than rounding of its diagonal entry, or 0.
+def cholesky(matrix: Tensor, eps: float = torch.finfo(torch.float64).eps) -> tuple[Tensor, Tensor]:
+    """Return the factor [B, n, n], and the order of the first pivot that is not above rounding, or 0, [B].
 
-    A Cholesky factorisation of a singular matrix need not fail: rounding can leave a tiny positive pivot, and
-    a solution of noise. A pivot under `n · eps` of the entry it came from carries no digit of the matrix,
-    whose own entries are known to `eps`.
+    A factorisation of a singular matrix need not fail: rounding can leave a tiny positive pivot, and a
+    solution of noise. A pivot under `n · eps` of the entry it came from carries no digit of the matrix, whose
+    own entries are known to `eps`.
     """
+    factor, failed = torch.linalg.cholesky_ex(matrix)
     pivots = factor.diagonal(dim1=-2, dim2=-1).square()
     entries = matrix.diagonal(dim1=-2, dim2=-1)
     count = matrix.shape[-1]
@@ -62,9 +62,9 @@ def lost_pivot(factor: Tensor, matrix: Tensor, eps: float = torch.finfo(torch.fl
     order = torch.arange(1, count + 1, device=matrix.device)
     first = torch.where(lost, order, count + 1)
     if count == 0:
-        return torch.zeros(matrix.shape[:-2], dtype=torch.int32, device=matrix.device)
+        return factor, failed
     first = first.amin(-1)
-    return torch.where(first > count, 0, first).to(torch.int32)
+    return factor, torch.where(failed > 0, failed, torch.where(first > count, 0, first)).to(torch.int32)
 
 
 @implements("apply_low_rank_", "torch")
