@@ -12,6 +12,7 @@ import engram_kernels as ek
 from engram_kernels.memory import EpisodicMemory
 from engram_kernels.memory.episodic import FP32_CONDITION
 from engram_kernels.memory.ridge import candidates, choose_ridge, leave_one_out
+from engram_kernels.models.digest import digest
 
 K, C = 48, 64
 STATE = ("gram", "cross", "count", "energy", "ridges")
@@ -829,3 +830,111 @@ def test_a_write_that_fails_on_its_way_leaves_the_old_files(tmp_path, monkeypatc
     with pytest.raises(ek.EngramError, match=r"^directory: expected one that can be written.*No space"):
         memory.save_pretrained(folder, replace=True)
     assert EpisodicMemory.from_pretrained(folder).ids == ids
+
+
+# -- what is forgotten leaves nothing ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", [1e4, 1e8, 1e10])
+def test_a_large_row_does_not_drown_the_others_when_it_is_forgotten(scale):
+    """The rounding of a large row's term is larger than the others' terms: they are summed anew."""
+    kept, large = latents(8, C), scale * latents(1, C, seed=1)
+    memory, never = EpisodicMemory(K, C), EpisodicMemory(K, C)
+    for written in (memory, never):
+        written.write(kept, ids=range(8))
+    memory.write(large, ids=["large"])
+    memory.forget(ids=["large"])
+    assert apart(memory.matrix(), never.matrix().numpy()) < 1e-12
+    memory.overwrite([3], large)
+    memory.overwrite([3], kept[3:4])
+    assert apart(memory.matrix(), never.matrix().numpy()) < 1e-12
+    assert torch.equal(memory.energy, never.energy)
+
+
+def test_rows_without_ids_cannot_be_summed_anew_which_is_said():
+    memory = EpisodicMemory(K, C)
+    memory.write(latents(8, C))
+    memory.write(1e6 * latents(1, C, seed=1), ids=["large"])
+    with pytest.warns(UserWarning, match="memory 0: what was forgotten has left rounding of about"):
+        memory.forget(ids=["large"])
+
+
+def test_the_last_rows_without_ids_must_be_those_that_are_there():
+    memory = EpisodicMemory(K, C)
+    memory.write(latents(1, C))
+    before = frozen(memory)
+    with pytest.raises(ek.EngramError, match=r"^values: expected the last 1 rows that were written without"):
+        memory.forget(0.1 * latents(1, C))
+    with pytest.raises(ek.EngramError, match=r"^values: expected the last 1 rows that were written without"):
+        memory.forget(torch.zeros(1, C))
+    assert_unchanged(memory, before)
+
+
+def test_rows_of_the_ledger_do_not_vouch_for_rows_without_ids():
+    named, memory = latents(1, C), EpisodicMemory(K, C)
+    memory.write(named, ids=["a"])
+    memory.write(latents(3, C, seed=1))
+    before = frozen(memory)
+    with pytest.raises(ek.EngramError, match=r"^w: expected rows that the memory holds"):
+        memory.forget(0.999 * named)
+    assert_unchanged(memory, before)
+    memory.forget(ids=["a"])
+    assert len(memory) == 3 and torch.linalg.eigvalsh(memory.gram[0])[0] > -1e-12
+
+
+def test_a_state_is_loaded_whole_or_not_at_all():
+    memory = EpisodicMemory(K, C)
+    memory.write(latents(3, C), ids=[1, 2, 3])
+    before = frozen(memory)
+    memory.load_state_dict({}, strict=False)
+    assert_unchanged(memory, before)
+    other = EpisodicMemory(K // 2, C)
+    with pytest.raises(RuntimeError, match="gram: expected"):
+        memory.load_state_dict(other.state_dict())
+    with pytest.raises(RuntimeError, match=r"ridges: expected 0.01, got \[5.0\]"):
+        memory.load_state_dict(EpisodicMemory(K, C, ridge=5.0).state_dict())
+    assert_unchanged(memory, before)
+
+
+def test_the_ridge_can_be_changed():
+    memory, other = EpisodicMemory(K, C), EpisodicMemory(K, C, ridge=3.0)
+    for written in (memory, other):
+        written.write(latents(5, C), ids=range(5))
+    memory.matrix()
+    memory.ridge = 3.0
+    assert torch.equal(memory.matrix(), other.matrix())
+    with pytest.raises(ValueError, match=r"^ridge: expected a number above 0"):
+        memory.ridge = 0
+    assert memory.ridge == 3.0
+    memory.write(latents(1, C, seed=1))
+    with pytest.raises(ValueError, match=r"^ridge: expected a number, as there are rows without ids"):
+        memory.ridge = "loo"
+
+
+def test_a_ridge_must_show_in_the_states_type_and_an_encoder_is_a_name():
+    with pytest.raises(ValueError, match=r"^ridge: expected a number that fits float32, got 1e-60"):
+        EpisodicMemory(K, C, ridge=1e-60, state_dtype=torch.float32)
+    with pytest.raises(TypeError, match=r"^encoder: expected its name, or None, got Linear"):
+        EpisodicMemory(K, C, encoder=torch.nn.Linear(1, 1))
+
+
+def test_large_latents_are_read_by_content():
+    values = 1e80 * latents(4, C)
+    memory = EpisodicMemory(K, C, ridge=1e158)
+    memory.write(values)
+    assert memory.read(values).norm() > 0.5 * values.norm()
+
+
+def test_a_folder_names_no_file_outside(tmp_path):
+    memory = EpisodicMemory(K, C)
+    memory.save_pretrained(tmp_path / "memory")
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    path = tmp_path / "memory" / "config.json"
+    config = json.loads(path.read_text())
+    del config["checksum"]
+    config["weights"] = "../victim"
+    path.write_text(json.dumps(config | {"checksum": digest(config)}))
+    with pytest.raises(ek.EngramError, match=r"^directory: expected a saved memory, .*its tensors are in"):
+        memory.save_pretrained(tmp_path / "memory", replace=True)
+    assert victim.read_text() == "mine"

@@ -28,6 +28,9 @@ ADDRESSINGS = ("memory", "prior")
 LOO = "loo"
 RIDGE = 1e-2
 
+# The state is summed anew from the ledger once its rows are less than this share of all that was written.
+HELD_SHARE = 0.1
+
 # An fp32 state is warned about where its condition number times the rounding of fp32 passes the root of that
 # rounding: half of the digits of M are lost then.
 FP32_CONDITION = torch.finfo(torch.float32).eps ** -0.5
@@ -106,7 +109,9 @@ class EpisodicMemory(nn.Module):
             check.expect(value >= 1, name, "at least 1", value)
         check.integer("seed", seed)
         check.expect(state_dtype in STATE_DTYPES, "state_dtype", "float64 or float32", state_dtype, TypeError)
-        self.ridge = _checked_ridge(ridge)
+        named = encoder is None or isinstance(encoder, str)
+        check.expect(named, "encoder", "its name, or None", type(encoder).__name__, TypeError)
+        self._ridge = _checked_ridge(ridge, state_dtype)
         self.encoder = encoder
         self.ledger = Ledger()
         prior, inverse = addressing_matrix(m0, slots, latent, seed)
@@ -121,6 +126,21 @@ class EpisodicMemory(nn.Module):
         self.register_buffer("m0_pinv", inverse.to(state_dtype))
         self._found: dict[str, Tensor] = {}
         self._warned = False
+
+    @property
+    def ridge(self) -> float | str:
+        """λ as it was asked for, a number or "loo"; it can be changed at any time."""
+        return self._ridge
+
+    @ridge.setter
+    def ridge(self, ridge: float | str) -> None:
+        ridge = _checked_ridge(ridge, self.state_dtype)
+        named = ridge != LOO or len(self.ledger) == len(self)
+        check.expect(named, "ridge", "a number, as there are rows without ids", repr(ridge))
+        self._ridge = ridge
+        if ridge != LOO:
+            self.ridges.fill_(ridge)
+        self._found.clear()
 
     @property
     def slots(self) -> int:
@@ -238,16 +258,16 @@ class EpisodicMemory(nn.Module):
             for name, argument in (("keys", keys), ("memory", memory), ("cu_seqlens", cu_seqlens)):
                 check.expect(argument is None, name, "None with ids", "one")
             names, rows = self._kept(ids)
-            weights = self._weights(rows.keys)
-            self._accumulate(rows, weights, rows.values, -weights.new_ones(len(weights)))
         else:
             rows = rows_of(values, keys, self.batch, self.latent, memory, cu_seqlens)
             check.same_device("values", values, self.gram.device)
-            names = self.ledger.match(rows, self.count.tolist(), self.state_dtype)
-            weights = self._weights(rows.keys)
-            self._downdate(rows, weights)
+            names, unnamed = self.ledger.match(rows, self.count.tolist(), self.state_dtype)
+            self._check_unnamed(rows, unnamed)
+        weights = self._weights(rows.keys)
+        self._accumulate(rows, weights, rows.values, -weights.new_ones(len(weights)))
         self.ledger.remove(names)
         self._changed([-size for size in rows.sizes], self.energy)
+        self._settle(self._energy_of(rows, weights))
 
     @torch.no_grad()
     def overwrite(self, ids: Sequence[Id], values: Tensor, texts: Sequence[str | None] | None = None) -> None:
@@ -286,6 +306,7 @@ class EpisodicMemory(nn.Module):
                 for entry, value, text in zip(old, values, said, strict=True)
             ],
         )
+        self._settle(self._energy_of(rows, weights))
 
     def read(
         self,
@@ -491,8 +512,28 @@ class EpisodicMemory(nn.Module):
         self._found.clear()
         return self
 
-    def _load_from_state_dict(self, *args, **kwargs) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ) -> None:
+        """The whole state or nothing of it: the ledger belongs to the one that is there."""
+        missing, wrong = [], []
+        for name, buffer in self._buffers.items():
+            loaded = state_dict.get(prefix + name)
+            if loaded is None:
+                missing.append(prefix + name)
+            elif loaded.shape != buffer.shape:
+                wrong.append(f"{prefix}{name}: expected {list(buffer.shape)}, got {list(loaded.shape)}")
+        if not missing and not wrong and self.ridge != LOO:
+            ridges = state_dict[prefix + "ridges"].to(self.ridges)
+            if not torch.equal(ridges, self.ridges):
+                wrong.append(f"{prefix}ridges: expected {self.ridge}, got {ridges.tolist()}")
+        if missing or wrong:
+            missing_keys += missing
+            error_msgs += wrong
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
         self.ledger.clear()
         self._found.clear()
 
@@ -514,19 +555,69 @@ class EpisodicMemory(nn.Module):
         else:
             memory_accumulate_(self.gram, self.cross, weights, values, alpha, cu_seqlens=rows.cu_seqlens)
 
-    def _downdate(self, rows: Rows, weights: Tensor) -> None:
-        """Take rows out as their leverage allows; on copies, so that a memory that refuses spares all."""
+    def _check_unnamed(self, rows: Rows, unnamed: Sequence[bool]) -> None:
+        """Check by their leverage that the rows without ids can have held these; the ledger's stay sound.
+
+        Raises:
+            EngramError: they cannot, or they would be the last ones and something would be left.
+        """
         self._refresh_ridges()
-        values = rows.values.to(self.state_dtype)
-        done = []
-        for memories, (address, value) in _together(rows, weights, values):
-            for offset, number in enumerate(range(memories.start, memories.stop)):
-                gram, cross = self.gram[number].clone(), self.cross[number].clone()
-                ridge = float(self.ridges[number])
-                memory_forget_(gram, cross, address[offset], value[offset], ridge=ridge)
-                done.append((number, gram, cross))
-        for number, gram, cross in done:
-            self.gram[number], self.cross[number] = gram, cross
+        start = 0
+        for number, size in enumerate(rows.sizes):
+            mine = [i for i in range(start, start + size) if unnamed[i]]
+            start += size
+            if not mine:
+                continue
+            kept = [entry for _, entry in self.ledger.items() if entry.memory == number]
+            named = self._rows_of_entries(kept)
+            weights, gone = self._weights(named.keys), self._weights(rows.keys[mine])
+            with self._plain():
+                gram = self.gram[number] - weights.mT @ weights
+                cross = self.cross[number] - weights.mT @ named.values
+            values = rows.values[mine].to(self.state_dtype)
+            memory_forget_(gram, cross, gone, values, ridge=float(self.ridges[number]))
+            if int(self.count[number]) - len(kept) == len(mine):
+                rounding = 8 * self.slots * torch.finfo(self.state_dtype).eps * self.energy[number]
+                limits = rounding[0], (rounding[0] * rounding[1]).sqrt()
+                if gram.norm() > limits[0] or cross.norm() > limits[1]:
+                    raise EngramError(
+                        f"values: expected the last {len(mine)} rows that were written without ids, got "
+                        "others, which would leave something behind; reset() forgets everything"
+                    )
+
+    def _settle(self, gone: Tensor) -> None:
+        """Sum a memory anew from its ledger where most of what was ever written is gone.
+
+        What was taken out has left its rounding: ε of the largest that was ever there.
+
+        Args:
+            gone: the energy of the rows that were taken out just now, [batch, 2].
+        """
+        held = self.gram.diagonal(dim1=-2, dim2=-1).sum(-1)
+        stale = (held < HELD_SHARE * self.energy[:, 0]) | (gone > (1 - HELD_SHARE) * self.energy).any(-1)
+        for number in (stale & (self.count > 0)).nonzero().flatten().tolist():
+            entries = [entry for _, entry in self.ledger.items() if entry.memory == number]
+            if len(entries) == int(self.count[number]):
+                rows = self._rows_of_entries(entries)
+                weights = self._weights(rows.keys)
+                for buffer in (self.gram, self.cross, self.energy):
+                    buffer[number] = 0
+                energy = self._energy_with(rows, weights)
+                self._accumulate(rows, weights, rows.values, None)
+                self.energy.copy_(energy)
+            else:
+                self._warn_of_rounding(number)
+
+    def _warn_of_rounding(self, number: int) -> None:
+        eps = torch.finfo(self.state_dtype).eps
+        lost = eps * float(self.energy[number, 0] / self.ridges[number])
+        if lost > eps**0.5 and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"memory {number}: what was forgotten has left rounding of about {lost:.1e} of what is still "
+                "there; rows that are written with ids can be summed anew",
+                stacklevel=4,
+            )
 
     def _changed(self, added: Sequence[int], energy: Tensor) -> None:
         """Count what came and went; a memory that holds nothing any more is zero."""
@@ -539,13 +630,17 @@ class EpisodicMemory(nn.Module):
             self.energy.masked_fill_(empty[:, 0], 0)
         self._found.clear()
 
-    def _energy_with(self, rows: Rows, weights: Tensor) -> Tensor:
-        """`energy` with these rows, or an error: every entry of A and B is smaller, so it must be finite."""
+    def _energy_of(self, rows: Rows, weights: Tensor) -> Tensor:
+        """Σ ‖w‖² and Σ ‖z‖² of rows, for each memory, [batch, 2]."""
         squares = torch.stack(
             [weights.square().sum(-1), rows.values.to(self.state_dtype).square().sum(-1)], dim=-1
         )
         owners = torch.tensor(rows.owners, dtype=torch.int64, device=squares.device)
-        energy = self.energy.index_add(0, owners, squares)
+        return torch.zeros_like(self.energy).index_add(0, owners, squares)
+
+    def _energy_with(self, rows: Rows, weights: Tensor) -> Tensor:
+        """`energy` with these rows, or an error: every entry of A and B is smaller, so it must be finite."""
+        energy = self.energy + self._energy_of(rows, weights)
         if not check.is_finite(energy):
             dtype = str(self.state_dtype).removeprefix("torch.")
             raise ValueError(
@@ -611,7 +706,7 @@ class EpisodicMemory(nn.Module):
         self._found["ridges"] = self.ridges
 
 
-def _checked_ridge(ridge: float | str) -> float | str:
+def _checked_ridge(ridge: float | str, dtype: torch.dtype) -> float | str:
     if ridge == LOO:
         return LOO
     expected = "a number above 0, or 'loo'"
@@ -622,6 +717,9 @@ def _checked_ridge(ridge: float | str) -> float | str:
             f"ridge: expected {expected}, got {ridge} (without a ridge, a memory of fewer rows than slots "
             "has no solution, and its pseudo-inverse does not forget)"
         )
+    shown = float(torch.tensor(float(ridge), dtype=torch.float64).to(dtype))
+    fits = 0 < shown < float("inf")
+    check.expect(fits, "ridge", f"a number that fits {str(dtype).removeprefix('torch.')}", ridge)
     return float(ridge)
 
 

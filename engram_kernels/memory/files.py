@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -114,6 +115,9 @@ def _config(directory: Path) -> dict:
             raise ValueError(f"its format is {config['format']!r}, not {FORMAT}")
         if config.pop("checksum") != digest(config):
             raise ValueError(f"{CONFIG} was changed")
+        # It is read, and deleted when the memory is replaced: never a path to somewhere else.
+        if not re.fullmatch(r"memory-[0-9a-f]{16}\.safetensors", config["weights"]):
+            raise ValueError(f"its tensors are in {config['weights']!r}")
         return config
     except _DAMAGE as error:
         raise _foreign(directory, error) from error

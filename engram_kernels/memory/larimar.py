@@ -6,7 +6,6 @@ import inspect
 import json
 import os
 import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -458,12 +457,10 @@ class LarimarModel(PreTrainedModel, GenerationMixin):
         self._save_memory(folder)
 
     def _save_memory(self, folder: Path) -> None:
-        with tempfile.TemporaryDirectory(prefix=".", dir=folder) as temporary:
-            if len(self.memory):
-                self.memory.save_pretrained(Path(temporary) / MEMORY)
+        if len(self.memory):
+            self.memory.save_pretrained(folder / MEMORY, replace=True)
+        else:
             shutil.rmtree(folder / MEMORY, ignore_errors=True)
-            if len(self.memory):
-                (Path(temporary) / MEMORY).rename(folder / MEMORY)
 
     @classmethod
     def from_pretrained(
@@ -511,7 +508,11 @@ class LarimarModel(PreTrainedModel, GenerationMixin):
             )
         model.load_state_dict(state, strict=False)
         if (folder / MEMORY).is_dir():
-            model.memory = EpisodicMemory.from_pretrained(folder / MEMORY)
+            memory = EpisodicMemory.from_pretrained(folder / MEMORY)
+            got, wanted = memory.extra_repr(), model.memory.extra_repr()
+            if got != wanted:
+                raise EngramError(f"directory: expected a memory of {wanted}, got one of {got}")
+            model.memory = memory.to(model.memory.gram.device)
         return model.eval()
 
     def _is_stored(self, name: str) -> bool:

@@ -89,8 +89,8 @@ class Ledger:
             )
         return {name: self._entries[name] for name in ids}
 
-    def match(self, rows: Rows, counts: Sequence[int], dtype: torch.dtype) -> list[Id]:
-        """The ids of those of the rows that are here, bit for bit in `dtype`.
+    def match(self, rows: Rows, counts: Sequence[int], dtype: torch.dtype) -> tuple[list[Id], list[bool]]:
+        """The ids of those of the rows that are here, bit for bit in `dtype`; and which rows are not.
 
         Args:
             rows: to be looked for.
@@ -109,9 +109,10 @@ class Ledger:
         for name, entry in self._entries.items():
             here.setdefault(bits(entry.memory, entry.key, entry.value), []).append(name)
             unnamed[entry.memory] -= 1
-        names, others = [], [0] * len(unnamed)
+        names, strangers, others = [], [], [0] * len(unnamed)
         for owner, key, value in zip(rows.owners, rows.keys, rows.values, strict=True):
             same = here.get(bits(owner, key, value))
+            strangers.append(not same)
             if same:
                 names.append(same.pop())
             else:
@@ -122,7 +123,7 @@ class Ledger:
                     f"values: expected rows that were written, got {wanted} that the ledger does not have, "
                     f"where {there or 'none'} {'was' if there == 1 else 'were'} written without ids"
                 )
-        return names
+        return names, strangers
 
     def add(self, ids: Sequence[Id], entries: Sequence[Entry]) -> None:
         """Take up entries, or give those of known ids others."""

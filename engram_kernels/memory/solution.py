@@ -56,7 +56,7 @@ def cut_inverse(matrix: Tensor, energy: Tensor, ridges: Tensor) -> Tensor:
     slots, norm = matrix.shape[-2], _norm(matrix)
     weights, values = energy.unbind(-1)
     spread = torch.finfo(matrix.dtype).eps / slots**0.5
-    rounding = spread * (weights * norm + (weights * values).sqrt()) / ridges
+    rounding = spread * (weights * norm + weights.sqrt() * values.sqrt()) / ridges
     resolved = (8 * slots * torch.finfo(torch.float64).eps) ** 0.5 * torch.linalg.matrix_norm(matrix)
     cutoff = torch.maximum(rounding, resolved)
     # A cut-off of its own for each memory: (M/c)⁺/c with a ridge of 1.
