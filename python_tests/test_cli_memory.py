@@ -50,6 +50,8 @@ def folder(tmp_path_factory):
         "no value": '{"key": "x"}\n',
         "other field": '{"value": "x", "answer": "y"}\n',
         "bad id": '{"value": "x", "id": true}\n',
+        "blank": 'A fact.\n{"value": "   "}\n',
+        "half a character": 'A fact.\n{"value": "x\\ud800"}\n',
         "twice": "A fact.\nA fact.\n",
         "known id": '{"value": "x", "id": "atlantis"}\n',
         "known": "The Colosseum is in Paris.\n",
@@ -152,6 +154,18 @@ def test_forget_by_id_and_text_is_exact(engram, tmp_path, memory):
     assert status == 0 and not EpisodicMemory.from_pretrained(memory).gram.any()
 
 
+def test_forget_names_integers_too(engram, tmp_path):
+    kept = EpisodicMemory(8, 8)
+    kept.write(torch.randn(4, 8, generator=torch.Generator().manual_seed(0)), ids=[1, 2, "1", "x"])
+    kept.save_pretrained(tmp_path / "m")
+    before = content(tmp_path / "m")
+    message = "id: expected one that names a single fact, got '1', which names 1 and '1'"
+    refused(engram("forget", tmp_path / "m", "--id", "2", "--id", "1"), message)
+    assert content(tmp_path / "m") == before
+    status, _, err = engram("forget", tmp_path / "m", "--id", "2", "--id", "x")
+    assert (status, err) == (0, "") and EpisodicMemory.from_pretrained(tmp_path / "m").ids == [1, "1"]
+
+
 def test_list(engram, memory):
     status, out, err = engram("list", memory)
     assert (status, err) == (0, "")
@@ -185,6 +199,11 @@ BAD_WRITES = {
     "no value": (("--facts", "no value"), "facts: expected a text as 'value' in line 1, got None"),
     "other field": (("--facts", "other field"), "facts: expected key, value and id in line 1, got 'answer'"),
     "bad id": (("--facts", "bad id"), "facts: expected a text as 'id' in line 1, got True"),
+    "blank": (("--facts", "blank"), "facts: expected a text as 'value' in line 2, got '   '"),
+    "half a character": (
+        ("--facts", "half a character"),
+        r"facts: expected whole characters as 'value' in line 2, got 'x\ud800'",
+    ),
     "twice": (("--facts", "twice"), "facts: expected new ones, got 'A fact.' in line 2"),
     "known": (("--facts", "known"), "facts: expected new ones, got 'The Colosseum is in Paris.' in line 1"),
     "known id": (("--facts", "known id"), "ids: expected new ones, got 'atlantis'"),
@@ -227,6 +246,7 @@ def test_bad_questions_and_names(engram, tmp_path, memory):
     before = content(memory)
     refused(engram("ask", memory, " "), "question: expected some text")
     refused(engram("ask", memory, "x", "--top", "0"), "top: expected at least 1")
+    refused(engram("ask", memory, "x", "--device", "tpu"), "device: expected one that PyTorch can use here")
     refused(engram("ask", tmp_path / "none", "x"), "directory: expected a saved memory")
     refused(engram("list", tmp_path), "directory: expected a saved memory")
     refused(engram("forget", memory), "id: expected an --id or a --text, got none")

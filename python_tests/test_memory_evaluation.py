@@ -97,6 +97,8 @@ def test_encoders_load_from_a_folder(tmp_path):
     assert torch.equal(other.encode(TEXTS[:2]), encoder.encode(TEXTS[:2])) and other.name == str(tmp_path)
     with pytest.raises(ek.EngramError, match=r"^name_or_dir: expected 'minilm', a directory or a Hub name"):
         load_encoder(tmp_path / "none")
+    with pytest.raises(ek.EngramError, match=r"^device: expected one that PyTorch can use here, got 'tpu'$"):
+        load_encoder(tmp_path, device="tpu")
 
 
 def test_without_its_package_minilm_says_what_to_install(monkeypatch):
@@ -155,6 +157,15 @@ def test_recall_and_choice_against_loops():
     assert none.leverages is None and none.recall.question < 0.3
 
 
+def test_neither_zeros_nor_ties_are_recalled():
+    values = torch.eye(3)
+    asked = torch.tensor([[1.0, 0, 0], [1, 1, 0], [0, 0, 0]])
+    assert measured._nearest(asked, values, values).tolist() == [True, False, False]
+    # Alone among the candidates too; and a short readout has a direction.
+    assert not measured._nearest(torch.zeros(1, 3), values[:1], values[:1])
+    assert measured._nearest(1e-20 * asked[:1], values[:1], values)
+
+
 def test_loads_beyond_the_facts_are_left_out():
     loads = measured.capacity(made(20), slots=16)
     assert sorted({item.load for item in loads}) == [1 / 8, 1 / 4, 1 / 2, 3 / 4, 1, 5 / 4]
@@ -188,6 +199,12 @@ def test_forgetting_leaves_what_never_knew():
         assert found[f"{part}, after"][1:] == found[f"{part}, never known"][1:]
         assert found[f"{part}, before"].facts == count and found[f"{part}, before"].key == 1
     assert found["forgotten, after"].key < 0.5 and found["retained, after"].key == 1
+
+
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.98, 1.0, float("nan")])
+def test_a_share_forgets_some_and_keeps_some(share):
+    with pytest.raises(ValueError, match=r"^share: expected one that forgets some of the 20 facts and keeps"):
+        measured.forgetting(made(20), slots=24, share=share)
 
 
 def test_the_same_seed_gives_the_same_figures():

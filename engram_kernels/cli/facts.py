@@ -54,8 +54,14 @@ def read_facts(path: Path) -> list[Fact]:
             raise ValueError(f"facts: expected key, value and id in line {number}, got {others[0]!r}")
         for name, expected in (("value", str), ("key", (str, type(None))), ("id", (str, int, type(None)))):
             value = found.get(name)
-            if not isinstance(value, expected) or isinstance(value, bool) or value == "" or value == " ":
+            blank = isinstance(value, str) and not value.strip()
+            if not isinstance(value, expected) or isinstance(value, bool) or blank:
                 raise ValueError(f"facts: expected a text as {name!r} in line {number}, got {value!r}")
+            # JSON can spell half of a character, which no file and no tokenizer takes.
+            if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
+                raise ValueError(
+                    f"facts: expected whole characters as {name!r} in line {number}, got {value[:60]!r}"
+                )
         name = found.get("id")
         facts.append(Fact(number, found.get("key"), found["value"], None if name is None else str(name)))
     return facts
@@ -82,11 +88,20 @@ def names_of(facts: Sequence[Fact], memory: EpisodicMemory) -> list[str]:
 
 
 def find(memory: EpisodicMemory, ids: Sequence[str], texts: Sequence[str]) -> list[Id]:
-    """The ids that were named, by themselves or by the fact's text."""
+    """The ids that were named, by themselves, as the memory lists them, or by the fact's text."""
+    by_name: dict[str, list[Id]] = {}
     by_text: dict[str | None, list[Id]] = {}
     for name, entry in memory.ledger.items():
+        by_name.setdefault(str(name), []).append(name)
         by_text.setdefault(entry.text, []).append(name)
-    found = list(ids)
+    found: list[Id] = []
+    for named in ids:
+        # An unknown one goes on as it is: the memory refuses it.
+        same = by_name.get(named, [named])
+        if len(same) > 1:
+            both = " and ".join(map(repr, same))
+            raise ValueError(f"id: expected one that names a single fact, got {named!r}, which names {both}")
+        found += same
     for text in texts:
         if text not in by_text:
             raise ValueError(f"text: expected a fact of the memory, as it lists it, got {text!r}")

@@ -2,10 +2,10 @@
 
 Each fact has three texts: its prompt is the key, the prompt with the new answer is the value, and a
 paraphrase of the prompt is the question. A fact is *recalled* where, of the values of all facts, the readout
-is nearest to its own, by cosine. That is easy, since a value repeats most of its question. So beside it
-stands the *choice*: whether the readout is nearer to the prompt with the new answer than to the prompt with
-the true one, which an encoder alone gets wrong more often than right. "No memory" is the question in place of
-a readout.
+is nearest to its own, by cosine; a tie is not recalled, nor is a readout of zeros. That is easy, since a
+value repeats most of its question. So beside it stands the *choice*: whether the readout is nearer to the
+prompt with the new answer than to the prompt with the true one, which an encoder alone gets wrong more often
+than right. "No memory" is the question in place of a readout.
 """
 
 from __future__ import annotations
@@ -212,16 +212,24 @@ def forgetting(
     Args:
         facts: to be written.
         slots: K.
-        share: of the facts to forget, chosen by seed.
+        share: of the facts to forget, chosen by seed; at least one is forgotten and one kept.
         ridge, seed: of the memories.
 
     Returns:
         Rows, and the relative difference of the memory after forgetting from the one that never knew, as
         ‖M − M'‖ / ‖M'‖.
+
+    Raises:
+        ValueError: `share` rounds to no facts, or to all.
     """
+    count = round(share * len(facts)) if 0 < share < 1 else 0
+    if not 0 < count < len(facts):
+        raise ValueError(
+            f"share: expected one that forgets some of the {len(facts)} facts and keeps some, got {share}"
+        )
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(facts), generator=generator).to(facts.keys.device)
-    gone, kept = order.split([round(share * len(facts)), len(facts) - round(share * len(facts))])
+    gone, kept = order.split([count, len(facts) - count])
     parts = (("forgotten", facts[gone]), ("retained", facts[kept]))
     settings = {"ridge": ridge, "seed": seed}
     memory = EpisodicMemory(slots, facts.keys.shape[-1], **settings)
@@ -253,11 +261,15 @@ def _recall(setting: str, by_key: Tensor, by_question: Tensor, facts: Facts, can
 
 
 def _nearest(readouts: Tensor, values: Tensor, candidates: Tensor) -> Tensor:
-    """Whether no candidate is nearer to a readout than its own value is."""
-    readouts, candidates = (F.normalize(latents.double(), dim=-1) for latents in (readouts, candidates))
-    own = (readouts * F.normalize(values.double(), dim=-1)).sum(-1)
-    # The own value is a candidate, and compares with itself only up to rounding.
-    return own >= (readouts @ candidates.mT).amax(-1) - 1e-12
+    """Whether a readout's own value, one of the candidates, is nearer to it than all others are."""
+    readouts = readouts.double()
+    values, candidates = (F.normalize(latents.double(), dim=-1) for latents in (values, candidates))
+    lengths = torch.linalg.vector_norm(readouts, dim=-1, keepdim=True)
+    # A readout of zeros has no direction: NaN, which is as near as nothing.
+    readouts = readouts / lengths
+    own = (readouts * values).sum(-1, keepdim=True)
+    # The own value compares with itself only up to rounding.
+    return (readouts @ candidates.mT >= own - 1e-12).sum(-1) == 1
 
 
 def _chosen(readouts: Tensor, facts: Facts) -> Tensor:

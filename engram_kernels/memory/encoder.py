@@ -131,11 +131,15 @@ def load_encoder(
         The encoder, fp32.
 
     Raises:
-        EngramError: the package is missing, or the encoder cannot be read.
+        EngramError: the device or the package is missing, or the encoder cannot be read.
 
     Example:
         >>> encoder = load_encoder("minilm")
     """
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise EngramError(f"device: expected one that PyTorch can use here, got {device!r}") from error
     transformers = import_transformers()
     from safetensors import SafetensorError
 
