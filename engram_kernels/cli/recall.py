@@ -75,20 +75,24 @@ def evaluate(
         facts = measured.encode_cases(cases, spoken, progress=progress)
         # As many as slots, where a memory is at its limit.
         some = facts[:slots]
-        progress("measure", 0, 4)
+        progress("measure", 0, 5)
         single = measured.single(some, slots, seed)
-        progress("measure", 1, 4)
+        progress("measure", 1, 5)
         stops = [max(1, len(some) >> shift) for shift in (3, 2, 1, 0)]
         sequential = measured.sequential(some, slots, stops, seed=seed)
-        progress("measure", 2, 4)
+        progress("measure", 2, 5)
         forgotten, apart = measured.forgetting(some, slots, share, seed=seed)
-        progress("measure", 3, 4)
+        progress("measure", 3, 5)
         loads = measured.capacity(facts, slots, seed=seed)
-        progress("measure", 4, 4)
+        progress("measure", 4, 5)
+        halved = max(1, slots // 2)
+        long = measured.long_context(facts, halved, [max(2, halved // 8), max(2, halved // 2)], seed)
+        progress("measure", 5, 5)
     for title, found in (
         ("One fact at a time", single),
         ("Written one after the other", sequential),
         (f"{share:.0%} forgotten", forgotten),
+        (f"A long context, {halved:,} slots", long),
     ):
         console.print(_table(title, found))
     console.print(f"The memory differs from one that never knew them by {apart:.1e} of its norm.")
@@ -116,6 +120,7 @@ def evaluate(
             "sequential": [row._asdict() for row in sequential],
             "forgetting": [row._asdict() for row in forgotten],
             "difference_from_never_known": apart,
+            "long_context": {"slots": halved, "rows": [row._asdict() for row in long]},
             "capacity": [item._asdict() | {"recall": item.recall._asdict()} for item in loads],
         }
         write_json(report, content)

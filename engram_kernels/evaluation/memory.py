@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..memory import EpisodicMemory, SentenceEncoder
+from ..memory import EpisodicMemory, SentenceEncoder, read_recursively
 from .datasets import Case
 
 VANISHING = 1e-6
@@ -244,6 +244,35 @@ def forgetting(
     rows.append(_recall("forgotten, no memory", forgotten.keys, forgotten.questions, forgotten, facts.values))
     apart = torch.linalg.norm(memory.matrix() - never.matrix()) / torch.linalg.norm(never.matrix())
     return rows, float(apart)
+
+
+@torch.no_grad()
+def long_context(facts: Facts, slots: int, chunks: Sequence[int], seed: int = 0) -> list[Recall]:
+    """Ask about all facts at once, many more than slots: one memory of all, and memories read recursively.
+
+    Args:
+        facts: of one long context.
+        slots: K.
+        chunks: facts a memory, of which a row each is made (`read_recursively`).
+        seed: of the memories.
+    """
+    memory = EpisodicMemory(slots, facts.keys.shape[-1], seed=seed)
+    memory.write(facts.values, keys=facts.keys)
+    rows = [_ask("one memory", memory, facts, facts.values)]
+    for chunk in chunks:
+        # From the second level on every query has memories of its own.
+        by_key, by_question = (
+            torch.cat(
+                [
+                    read_recursively(facts.values, some, memory, facts.keys, chunk, addressing="prior")
+                    for some in asked.split(_BATCH)
+                ]
+            )
+            for asked in (facts.keys, facts.questions)
+        )
+        rows.append(_recall(f"chunks of {chunk:,}, recursively", by_key, by_question, facts, facts.values))
+    rows.append(_recall("no memory", facts.keys, facts.questions, facts, facts.values))
+    return rows
 
 
 def _ask(
