@@ -1,13 +1,15 @@
 """`engram memory`, with a small random encoder on disk."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
 from model_zoo import word_piece_tokenizer
 
-from engram_kernels import cli
 from engram_kernels.memory import EpisodicMemory, load_encoder
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 FACTS = """The Eiffel Tower is in Rome.
 {"key": "What is the capital of Atlantis?", "value": "Poseidonia is it.", "id": "atlantis"}
@@ -60,29 +62,11 @@ def folder(tmp_path_factory):
     return path
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Models this small lose more by waiting for a second thread than they gain."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
-def engram(monkeypatch, folder, capsys):
-    """Run the command line; return its exit status and what it printed."""
+def engram(engram, monkeypatch, folder):
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.chdir(folder)
-
-    def run(*arguments):
-        monkeypatch.setattr("sys.argv", ["engram", "memory", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        printed = capsys.readouterr()
-        return ended.value.code or 0, printed.out, printed.err
-
-    return run
+    return partial(engram, "memory")
 
 
 @pytest.fixture

