@@ -378,12 +378,14 @@ class _Runs:
         self, label: int, token: int, layer: Tensor, copies: Tensor, window: int, left: int
     ) -> Tensor:
         """The label's probability in each of some rows, in one pass from token `left` on `[rows]`."""
+        # The first layer that each must run: those below give what they gave in the corrupted run.
+        start = layer + 1 if self.kind == "hidden" else (layer - window // 2).clamp(min=0)
         with (
             self._corrupting(copies, left),
-            self._entering(layer, copies, window, left),
-            self._restoring(token, layer, window, left),
+            self._entering(start, copies, left),
+            self._restoring(token, layer, start, window, left),
         ):
-            inputs = self._cache(layer, copies, window, left)
+            inputs = self._cache(start, copies, left)
             found, _ = _next_token(self.model, self.ids[left:], len(copies), **inputs)
         return found[:, label].cpu()
 
@@ -391,10 +393,6 @@ class _Runs:
         """How many rows of as many tokens share a pass."""
         device = self.model.get_input_embeddings().weight.device.type
         return self.batch or max(1, TOKENS.get(device, TOKENS["cpu"]) // tokens)
-
-    def _start(self, layer: Tensor, window: int) -> Tensor:
-        """The first layer that must run: those below give what they gave in the corrupted run."""
-        return layer + 1 if self.kind == "hidden" else (layer - window // 2).clamp(min=0)
 
     @contextmanager
     def _corrupting(self, copies: Tensor, left: int) -> Iterator[None]:
@@ -414,10 +412,9 @@ class _Runs:
             hook.remove()
 
     @contextmanager
-    def _entering(self, layer: Tensor, copies: Tensor, window: int, left: int) -> Iterator[None]:
-        """Every row begins with the first layer that it must run: there it is appended to the batch."""
-        start, depth = self._start(layer, window), len(self.layers)
-        first = int(start[0])
+    def _entering(self, start: Tensor, copies: Tensor, left: int) -> Iterator[None]:
+        """Every row begins with its layer `start`, which never falls: there it is appended to the batch."""
+        first, depth = int(start[0]), len(self.layers)
         with ExitStack() as stack:
             if first > 0:
                 states = self._corrupted_state(first, copies[start == first], left)
@@ -439,9 +436,9 @@ class _Runs:
         return states[copies.to(states.device), left:]
 
     @contextmanager
-    def _restoring(self, token: int, layer: Tensor, window: int, left: int) -> Iterator[None]:
+    def _restoring(self, token: int, layer: Tensor, start: Tensor, window: int, left: int) -> Iterator[None]:
         """In every row, the clean outputs at a token of the modules in the window around its layer."""
-        below, start = layer - window // 2, self._start(layer, window)
+        below = layer - window // 2
         with ExitStack() as stack:
             for number in range(max(0, int(below.min())), min(len(self.modules), int(below.max()) + window)):
                 # A layer's output has the rows that begin after it.
@@ -451,13 +448,13 @@ class _Runs:
                 stack.callback(self.modules[number].register_forward_hook(hook).remove)
             yield
 
-    def _cache(self, layer: Tensor, copies: Tensor, window: int, left: int) -> dict:
+    def _cache(self, start: Tensor, copies: Tensor, left: int) -> dict:
         """The corrupted copies' keys and values of the tokens before `left`, as the model takes them."""
         if left == 0:
             return {}
         from transformers import DynamicCache
 
-        cache, start = DynamicCache(), self._start(layer, window)
+        cache = DynamicCache()
         for number, tensors in enumerate(self.cached):
             # The model asks its first layer, which may not run, how many tokens went before.
             mine = copies[start <= max(number, int(start[0]))]

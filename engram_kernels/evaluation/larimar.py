@@ -1,8 +1,8 @@
 """What a decoder says from its memory, about facts that neither it nor its conditioning was trained on.
 
 An answer is *right* where its first token is the target's; beside it stands the F1 of its words against the
-target's. Each question is asked of the decoder with
-the fact's memory, of the bare decoder, and with the memory of another case, which shows what is read from it.
+target's. Each question is asked of the decoder with the fact's memory, of the bare decoder, and with the
+memory of another case, which shows what is read from it.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from .datasets import Case
 from .measures import mean
 
 Progress = Callable[[str, int, int], None]
+_BATCH = 50
 
 
 class Answer(NamedTuple):
@@ -52,7 +53,7 @@ def say(
     prompts: Sequence[str],
     readouts: Tensor | None,
     tokens: int = 8,
-    batch_size: int = 50,
+    batch_size: int = _BATCH,
     progress: Callable[[int], None] | None = None,
 ) -> list[Answer]:
     """Greedy answers to prompts, each by its readout; by the bare decoder where readouts is None."""
@@ -271,18 +272,15 @@ def _questions(cases: Sequence[Case]) -> list[_Question]:
 
 def _read_each(scoped: ScopedModel, values: Tensor, keys: Tensor, queries: Tensor) -> Tensor:
     """Readouts of memories of one fact each."""
-    present = torch.ones(50, 1, dtype=torch.bool, device=values.device)
+    model = scoped.model
+    blocks = zip(*(rows.split(_BATCH) for rows in (values, keys, queries)), strict=True)
     readouts = [
         read_episode(
-            values[at : at + 50, None],
-            keys[at : at + 50, None],
-            queries[at : at + 50],
-            present[: len(values) - at],
-            scoped.model.memory,
-            scoped.model.config.addressing,
+            value[:, None], key[:, None], query, query.new_ones(len(query), 1, dtype=torch.bool),
+            model.memory, model.config.addressing,
         )[0]
-        for at in range(0, len(values), 50)
-    ]
+        for value, key, query in blocks
+    ]  # fmt: skip
     return torch.cat(readouts)
 
 

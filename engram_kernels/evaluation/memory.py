@@ -260,14 +260,8 @@ def long_context(facts: Facts, slots: int, chunks: Sequence[int], seed: int = 0)
     memory.write(facts.values, keys=facts.keys)
     rows = [_ask("one memory", memory, facts, facts.values)]
     for chunk in chunks:
-        # From the second level on every query has memories of its own.
         by_key, by_question = (
-            torch.cat(
-                [
-                    read_recursively(facts.values, some, memory, facts.keys, chunk, addressing="prior")
-                    for some in asked.split(_BATCH)
-                ]
-            )
+            read_recursively(facts.values, asked, memory, facts.keys, chunk, addressing="prior")
             for asked in (facts.keys, facts.questions)
         )
         rows.append(_recall(f"chunks of {chunk:,}, recursively", by_key, by_question, facts, facts.values))

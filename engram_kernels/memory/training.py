@@ -83,7 +83,7 @@ def read_episode(
     check.shape("facts_mask", present, (batch, facts), "[batch, N]")
     weights = memory_address(keys, memory.m0_pinv)
     held = weights * present.to(weights.dtype).unsqueeze(-1)
-    matrix = memory_solve(held.mT @ held, held.mT @ values.to(held.dtype), ridge=_ridge(memory))
+    matrix = memory_solve(held.mT @ held, held.mT @ values.to(held.dtype), ridge=fixed_ridge(memory))
     inverse = memory.m0_pinv if addressing == "prior" else soft_inverse(matrix)
     reading = memory_address(queries.unsqueeze(-2), inverse)
     if noise:
@@ -277,7 +277,8 @@ class EpisodeCollator:
         return encoded["input_ids"], targets
 
 
-def _ridge(memory: EpisodicMemory) -> float:
+def fixed_ridge(memory: EpisodicMemory) -> float:
+    """λ of a memory for whose like, written on the way, none can be chosen."""
     check.expect(memory.ridge != "loo", "ridge", "a number for memories in a batch", repr(memory.ridge))
     return memory.ridge
 

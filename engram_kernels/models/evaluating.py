@@ -8,7 +8,10 @@ import torch
 
 @contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Off meanwhile: dropout, the caller's autocast, and inference mode, which forbids gradients."""
+    """Off meanwhile: dropout, the caller's autocast, and inference mode, which forbids gradients.
+
+    Gradients are on within, whatever the caller's mode: who wants none puts `torch.no_grad()` inside.
+    """
     training = [(module, module.training) for module in model.modules()]
     kinds = {parameter.device.type for parameter in model.parameters()}
     model.eval()

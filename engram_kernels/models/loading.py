@@ -6,6 +6,7 @@ import importlib.util
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -77,6 +78,33 @@ def load_model(name_or_dir: str | os.PathLike, dtype: torch.dtype = torch.float3
     """
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"dtype: expected torch.float32, torch.bfloat16 or torch.float16, got {dtype}")
+    demo = (DEMO_MODEL, demo_model_directory)
+    return read_pretrained(
+        "AutoModelForCausalLM", name_or_dir, demo, "a causal language model", dtype, device
+    )
+
+
+def read_pretrained(
+    auto: str,
+    name_or_dir: str | os.PathLike,
+    demo: tuple[str, Callable[[], Path]],
+    kind: str,
+    dtype: torch.dtype,
+    device,
+):
+    """Read a model in evaluation mode and its tokenizer.
+
+    Args:
+        auto: the class of transformers that reads it.
+        name_or_dir: the demonstration's word, a name on the Hub, or a directory.
+        demo: that word, and what gives its directory.
+        kind: what is expected, for the error.
+        dtype: of the weights.
+        device: where the model goes; None leaves it on the CPU.
+
+    Raises:
+        EngramError: the device cannot be used, transformers is missing, or there is no such model.
+    """
     try:
         # Before the load, which may take minutes.
         torch.empty(0, device=device)
@@ -85,16 +113,17 @@ def load_model(name_or_dir: str | os.PathLike, dtype: torch.dtype = torch.float3
     transformers = import_transformers()
     from safetensors import SafetensorError
 
-    source = demo_model_directory() if str(name_or_dir) == DEMO_MODEL else name_or_dir
+    word, directory = demo
+    source = directory() if str(name_or_dir) == word else name_or_dir
     try:
-        with without_progress_bars(transformers):
-            model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+        with _without_progress_bars(transformers):
+            model = getattr(transformers, auto).from_pretrained(source, dtype=dtype)
             tokenizer = transformers.AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, SafetensorError) as error:
         reason = " ".join(str(error).split()).split(". ")[0]
         raise EngramError(
-            f"name_or_dir: expected {DEMO_MODEL!r}, a directory or a Hub name of a causal language model, "
-            f"got {str(name_or_dir)!r} ({reason})"
+            f"name_or_dir: expected {word!r}, a directory or a Hub name of {kind}, got {str(name_or_dir)!r} "
+            f"({reason})"
         ) from error
     return (model if device is None else model.to(device)).eval(), tokenizer
 
@@ -131,7 +160,7 @@ def demo_model_directory() -> Path:
     try:
         source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
         # float32 holds the 4-bit values times their scales, so every dtype starts from the same numbers.
-        with without_progress_bars(transformers):
+        with _without_progress_bars(transformers):
             model = transformers.AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
             # The weights are plain now, but transformers takes them for quantised and refuses to save.
             model.hf_quantizer = None
@@ -155,7 +184,7 @@ def demo_model_directory() -> Path:
 
 
 @contextmanager
-def without_progress_bars(transformers):
+def _without_progress_bars(transformers):
     """Loading a small local model takes seconds; its bars would break into the caller's own."""
     logging = transformers.utils.logging
     enabled = logging.is_progress_bar_enabled()

@@ -8,7 +8,7 @@ from .. import implements
 from ..native import DTYPE_CODES
 
 # The C++ kernel passes over the state once a row, the reference's GEMMs once a chunk of rows. The kernel wins
-# at cache speed, up to this many bytes of state, and beyond for a few rows (bench/bench_memory.py).
+# at cache speed, up to this many bytes of state, and beyond for a few rows: measured on one thread.
 _CACHED_STATE = 1 << 19
 _FEW_ROWS = 4
 
