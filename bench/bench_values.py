@@ -61,7 +61,7 @@ def plain_loop(model, projection, text: Texts, options: ValueOptions) -> tuple[t
         nll = -(chosen.sum(1)[:-1] / wanted.sum(1)[:-1]).mean()
         essence = predictions[-1, len(text.essence.inputs) - 1]
         unedited = essence.detach() if unedited is None else unedited
-        kl = torch.nn.functional.kl_div(essence, unedited, log_target=True, reduction="sum")
+        kl = torch.nn.functional.kl_div(unedited, essence, log_target=True, reduction="sum")
         loss = nll + options.kl_weight * kl + options.weight_decay * delta.norm() / start.norm() ** 2
         losses.append(loss.item())
         if losses[-1] < options.stop_loss or step == options.steps - 1:

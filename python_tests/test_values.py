@@ -61,7 +61,7 @@ def plain_loop(model, projection, text, options):
         subject[0] = text.essence.subject
         essence = model(torch.tensor([text.essence.ids])).logits[0, -1].log_softmax(-1)
         unedited = essence.detach() if unedited is None else unedited
-        kl = (unedited.exp() * (unedited - essence)).sum()
+        kl = (essence.exp() * (essence - unedited)).sum()
         loss = nll + options.kl_weight * kl + options.weight_decay * delta.norm() / start.norm() ** 2
         losses.append(loss.item())
         if loss < options.stop_loss or step == options.steps - 1:
@@ -106,10 +106,15 @@ def test_no_whole_pass_after_the_first(family, tokenizer, monkeypatch):
     find_values(model, output_projection(model, 2), texts_of(model, tokenizer), WEIGHTS, OPTIONS)
     below.remove()
     states = [output[0] if isinstance(output, tuple) else output for output in seen]
-    # The stub's hook still fires, with the recorded states of the tokens from the subject on.
-    assert len(states) == 1 + OPTIONS.steps
-    assert all(state.shape[1] < states[0].shape[1] for state in states[1:])
-    assert all(state is states[1] for state in states[2:])
+    # The prefixes, the rest of what stands left of the subjects, and the tokens from there on are read once.
+    prefixes, rest, recorded = states[:3]
+    assert len(prefixes) == len(WEIGHTS) + 1
+    assert len(rest) == len(recorded) == len(EDITS) * len(prefixes)
+    # The stub's hook still fires, with the recorded states; two texts are held against whole passes.
+    replayed = [state for state in states if state is states[3]]
+    others = [state for state in states[3:] if state is not states[3]]
+    assert len(replayed) == OPTIONS.steps
+    assert [len(state) for state in others] == [1, 1]
 
 
 @pytest.mark.parametrize("incremental", [True, False])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -18,15 +19,16 @@ class Reached(Exception):
 
 
 def run_until_reached(model: nn.Module, **inputs) -> None:
-    """Run a model up to where a hook raises `Reached`."""
+    """Run a model up to where a hook raises `Reached`; it keeps nothing unless its inputs say so."""
     try:
-        model(**inputs, use_cache=False)
+        model(**{"use_cache": False, **inputs})
     except Reached:
         pass
 
 
 def takes(module: nn.Module, argument: str) -> bool:
-    """Whether a module's forward has an argument of that name."""
+    """Whether a module's forward has an argument of that name; PEFT's wrapper hands it on to its base."""
+    module = module.get_base_model() if hasattr(module, "get_base_model") else module
     return argument in _arguments(type(module))
 
 
@@ -60,7 +62,8 @@ def logits_at(model: nn.Module, rows: Tensor, columns: Tensor, **inputs) -> Tens
         if hook is not None:
             hook.remove()
     if picked:
-        return logits[0].to(rows.device)
+        # A view: the backward pass of an index would fill a second tensor of this size.
+        return logits.flatten(0, 1).to(rows.device)
     return logits.to(rows.device)[rows, columns]
 
 
@@ -84,6 +87,23 @@ def target_predictions(model: nn.Module, rows: Sequence[Row]) -> list[tuple[Tens
     sizes = [len(row.ids) - row.target for row in rows]
     likeliest = predicted.argmax(-1).cpu().split(sizes)
     return [(mine, top.tolist()) for mine, top in zip(chosen.split(sizes), likeliest, strict=True)]
+
+
+@contextmanager
+def grouped_queries(device: torch.device) -> Iterator[None]:
+    """Attention with fewer keys than queries reads each key where it is, instead of a copy for every query.
+
+    On a CPU torch does so under a mask too; transformers asks for it by this variable only.
+    """
+    name = "TRANSFORMERS_SDPA_FORCE_GQA"
+    if device.type != "cpu" or name in os.environ:
+        yield
+        return
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[name]
 
 
 @contextmanager

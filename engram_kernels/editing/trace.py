@@ -13,9 +13,9 @@ from .. import _checks as check
 from ..errors import EngramError
 from ..models.evaluating import evaluating
 from ..models.layers import decoder_layers
-from .forward import keys_and_values
+from .left import keys_and_values
 from .passes import replaying, takes
-from .structure import output_projection
+from .structure import mlp_output
 from .tokens import Edit, check_length, encode_row
 
 KINDS = ("hidden", "mlp", "attention")
@@ -520,12 +520,12 @@ def _states(output: Tensor | tuple) -> Tensor:
 
 
 def _modules(model: nn.Module, kind: str) -> list[nn.Module]:
-    """The module of each layer whose output is restored; an MLP's output is that of its last projection."""
+    """The module of each layer whose output is restored."""
     layers = decoder_layers(model)[1]
     if kind == "hidden":
         return list(layers)
     if kind == "mlp":
-        return [output_projection(model, number).module for number in range(len(layers))]
+        return [mlp_output(model, number) for number in range(len(layers))]
     return [_attention(layer, number) for number, layer in enumerate(layers)]
 
 

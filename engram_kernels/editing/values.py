@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -15,8 +16,8 @@ from .. import _checks as check
 from ..errors import EngramError
 from . import forward
 from .layout import Layout, Texts
-from .passes import target_predictions
-from .structure import Projection
+from .passes import logits_at, target_predictions
+from .structure import Projection, is_plain
 
 # How far predictions from recorded states may be off those of a whole pass, as a share of the largest logit.
 AGREEMENT = {torch.float32: 1e-4, torch.bfloat16: 1e-1, torch.float16: 2e-2}
@@ -98,14 +99,15 @@ def value_groups(texts: Sequence[Texts], options: ValueOptions, device: torch.de
     asked for, the stretch from the subject on, which every step runs, is of one length in a group.
     """
     padded = options.batch is not None or device.type != "cpu"
-    size = options.batch or (64 if padded else 4)
+    size = options.batch or (64 if padded else 6)
+    order = sorted(range(len(texts)), key=lambda i: texts[i].span)
     groups: list[list[int]] = []
-    for i in sorted(range(len(texts)), key=lambda i: texts[i].span):
-        group = groups[-1] if groups else []
-        if 0 < len(group) < size and (padded or texts[group[0]].span[0] == texts[i].span[0]):
-            group.append(i)
-        else:
-            groups.append([i])
+    for _, alike in itertools.groupby(order, key=lambda i: None if padded else texts[i].span[0]):
+        alike = list(alike)
+        # In groups of like size: a small one for what is left over would waste the device.
+        count = math.ceil(len(alike) / size)
+        bounds = [math.ceil(len(alike) * number / count) for number in range(count + 1)]
+        groups += [alike[start:end] for start, end in itertools.pairwise(bounds)]
     return groups
 
 
@@ -122,7 +124,7 @@ def find_values(
     `δ` of an edit is added to the projection's output at the subject's last token, in the prompt itself, in
     the prompt after each prefix, and in "{subject} is a". It minimises (Meng et al. 2022, eq. 4, and code)
 
-        mean −log p(target) + kl_weight · KL(p₀ ‖ p) + weight_decay · ‖δ‖ / ‖v₀‖²
+        mean −log p(target) + kl_weight · KL(p ‖ p₀) + weight_decay · ‖δ‖ / ‖v₀‖²
 
     Each edit has its own `δ`, Adam state, clamp and end; those that have ended leave the batch.
 
@@ -138,17 +140,34 @@ def find_values(
         The value of each edit, or what went wrong with it alone: a loss that is not finite.
     """
     with _only_delta_learns(model), _widened(model, options.widen):
-        return _optimise(model, projection, list(texts), weights, options, progress or (lambda _: None))
+        arguments = model, projection, list(texts), weights, options, progress or (lambda _: None)
+        if options.incremental:
+            try:
+                return _optimise(*arguments, incremental=True)
+            except _UnfitError as error:
+                warnings.warn(f"{type(model).__name__} {error}: running it whole", stacklevel=2)
+        return _optimise(*arguments, incremental=False)
 
 
-def _optimise(model, projection: Projection, texts: list[Texts], weights, options, report) -> list:
+class _UnfitError(Exception):
+    """The model cannot be run from recorded states."""
+
+
+def _optimise(model, projection, texts: list[Texts], weights, options, report, incremental: bool) -> list:
     layout = Layout(texts, model.get_input_embeddings().weight.device)
-    recorded = _record(model, projection, layout, options.incremental)
+    try:
+        recorded = forward.record(model, projection, layout, incremental)
+    except Exception as error:
+        if not incremental:
+            raise
+        # Models with other memories than attention's ask a cache for what it has not.
+        reason = f"cannot start from recorded states ({type(error).__name__}: {error})"
+        raise _UnfitError(reason) from error
     starts = recorded.values[layout.bare.to(recorded.values.device)]
     norms = starts.norm(dim=-1)
     deltas = [torch.zeros_like(start, requires_grad=True) for start in starts]
     optimizer = torch.optim.Adam(deltas, lr=options.learning_rate)
-    predictions = _Predictions(model, projection, layout, recorded)
+    predictions = _Predictions(model, projection, layout, recorded.context)
     losses: list[list[float]] = [[] for _ in texts]
     failed: dict[int, EngramError] = {}
     active = list(range(len(texts)))
@@ -156,6 +175,11 @@ def _optimise(model, projection: Projection, texts: list[Texts], weights, option
         with torch.enable_grad():
             delta = torch.stack([deltas[i] for i in active])
             nll, kl = predictions.losses(delta)
+            if not nll.requires_grad:
+                raise EngramError(
+                    "model: expected one that gradients pass through, got one of whose layers some stop them "
+                    "(quantised activations do): make the edit on the model in full precision"
+                )
             # The norm's own gradient at zero is zero, as a subgradient.
             decay = delta.norm(dim=-1) / norms[active] ** 2
             loss = nll + options.kl_weight * kl + options.weight_decay * decay.to(nll.device)
@@ -164,7 +188,8 @@ def _optimise(model, projection: Projection, texts: list[Texts], weights, option
             losses[i].append(value)
             if not math.isfinite(value):
                 text = texts[i].edit.text
-                failed[i] = EngramError(f"model: expected a finite loss after {text!r}, got {value}")
+                why = "" if norms[i] else ": the projection answers 0, as an expert that does not get it"
+                failed[i] = EngramError(f"model: expected a finite loss after {text!r}, got {value}{why}")
         going = [
             i for i, value in zip(active, values, strict=True)
             if i not in failed and value >= options.stop_loss and step < options.steps - 1
@@ -189,7 +214,7 @@ def _optimise(model, projection: Projection, texts: list[Texts], weights, option
     return [
         failed.get(i)
         or Value(
-            key=weights.to(keys) @ keys[i],
+            key=_mean(weights.to(keys), keys[i]),
             bare_key=keys[i, 0],
             change=deltas[i].detach(),
             initial_norm=norms[i].item(),
@@ -199,52 +224,53 @@ def _optimise(model, projection: Projection, texts: list[Texts], weights, option
     ]
 
 
-def _record(model, projection: Projection, layout: Layout, incremental: bool) -> forward.Record:
-    """One whole pass; with the states to go on from, where they are wanted and the model gives them."""
-    recorded, reason = None, "it keeps no keys and values"
-    if incremental:
-        try:
-            recorded = forward.record(model, projection, layout, cached=True)
-        except Exception as error:
-            # Models with other memories than attention's ask a cache for what it has not.
-            reason = f"{type(error).__name__}: {error}"
-        if recorded is not None and recorded.context is not None:
-            return recorded
-        warnings.warn(f"{type(model).__name__} cannot start from recorded states ({reason})", stacklevel=2)
-    return recorded or forward.record(model, projection, layout, cached=False)
+def _mean(weights: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """The weighted mean of the keys; those of tokens that an expert does not get are 0, and left out."""
+    there = keys.any(-1)
+    return weights @ keys if there.all() else weights[there] @ keys[there] / weights[there].sum()
 
 
 class _Predictions:
-    """The losses of the edits still in the batch, from recorded states where the model gives them."""
+    """The losses of the edits still in the batch, from recorded states where the model gives them.
 
-    def __init__(self, model, projection: Projection, layout: Layout, recorded: forward.Record):
-        self.model, self.projection, self.layout = model, projection, layout
-        self.unedited = recorded.logits[len(layout.labels) :].float().log_softmax(-1)
-        self.context = recorded.context
-        # Of the whole pass, to hold the first partial one against.
-        self.whole: torch.Tensor | None = recorded.logits
+    The first ones are asked for with `δ` = 0, and are the unedited model's.
+    """
+
+    def __init__(self, model, projection: Projection, layout: Layout, context: forward.Context | None):
+        self.model, self.projection, self.layout, self.context = model, projection, layout, context
+        self.unedited: torch.Tensor | None = None
 
     def _logits(self, delta: torch.Tensor) -> torch.Tensor:
-        if self.context is not None:
-            logits = forward.partial_logits(self.model, self.projection, self.layout, self.context, delta)
-            whole, self.whole = self.whole, None
-            if whole is None or _agree(logits.detach(), whole):
-                return logits
-            self.context = None
-            name = type(self.model).__name__
-            warnings.warn(f"{name} predicts otherwise from recorded states: running it whole", stacklevel=2)
-        return forward.full_logits(self.model, self.projection, self.layout, delta)
+        if self.context is None:
+            return forward.full_logits(self.model, self.projection, self.layout, delta)
+        logits = forward.partial_logits(self.model, self.projection, self.layout, self.context, delta)
+        if self.unedited is None and not self._holds(logits.detach()):
+            raise _UnfitError("predicts otherwise from recorded states")
+        return logits
+
+    @torch.no_grad()
+    def _holds(self, logits: torch.Tensor) -> bool:
+        """Whether the unedited predictions in the shortest and the longest row are those of a whole pass."""
+        layout = self.layout
+        for row in {int(layout.lengths.argmin()), int(layout.lengths.argmax())}:
+            places = (layout.place_rows == row).nonzero()[:, 0]
+            ids = torch.tensor([layout.rows[row].inputs], device=places.device)
+            columns = layout.place_positions[places]
+            inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+            if not _agree(logits[places], logits_at(self.model, places * 0, columns, **inputs)):
+                return False
+        return True
 
     def losses(self, delta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`mean −log p(target)` and `KL(p₀ ‖ p)` of every edit `[edits]`."""
+        """`mean −log p(target)` and `KL(p ‖ p₀)` of every edit `[edits]`."""
         layout = self.layout
-        logits = self._logits(delta).float()
-        count = len(layout.labels)
-        each = F.cross_entropy(logits[:count], layout.labels, reduction="none") * layout.shares
+        targets, essences = self._logits(delta).float().split([len(layout.labels), len(layout.texts)])
+        each = F.cross_entropy(targets, layout.labels, reduction="none") * layout.shares
         nll = each.new_zeros(len(delta)).index_add(0, layout.place_owner, each)
-        kl = F.kl_div(logits[count:].log_softmax(-1), self.unedited, log_target=True, reduction="none").sum(
-            -1
-        )
+        essences = essences.log_softmax(-1)
+        if self.unedited is None:
+            self.unedited = essences.detach()
+        kl = F.kl_div(self.unedited, essences, log_target=True, reduction="none").sum(-1)
         return nll, kl
 
     def keep(self, edits: list[int]) -> None:
@@ -279,7 +305,11 @@ def _only_delta_learns(model: torch.nn.Module):
 
 @contextmanager
 def _widened(model: torch.nn.Module, widen: bool) -> Iterator[None]:
-    """Half-precision weights on a CPU without units for them are float32 meanwhile, and then as they were."""
+    """Half-precision weights on a CPU without units for them are float32 meanwhile, and then as they were.
+
+    Not beside quantised ones, which take states of the type that they were made for.
+    """
+    widen = widen and all(map(is_plain, model.parameters()))
     units = {
         torch.bfloat16: torch.cpu._is_amx_tile_supported,
         torch.float16: getattr(torch.cpu, "_is_amx_fp16_supported", lambda: False),
