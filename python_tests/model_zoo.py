@@ -135,6 +135,8 @@ def small_model(
     }
     ids = {"pad_token_id": None, "bos_token_id": 0, "eos_token_id": 0}
     grouped = {"num_key_value_heads": 2}
+    falcon = {"vocab_size": vocabulary, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
     configurations = {
         "llama": lambda: hf.LlamaConfig(**llama, **grouped, **ids),
         "qwen3": lambda: hf.Qwen3Config(**llama, **grouped, **ids, head_dim=16),
@@ -176,7 +178,21 @@ def small_model(
         "gemma2": lambda: hf.Gemma2Config(
             **llama, **grouped, **ids, head_dim=8, sliding_window=8, final_logit_softcapping=5.0
         ),
+        "gemma": lambda: hf.GemmaConfig(**llama, **grouped, **ids, head_dim=8),
+        "gemma3": lambda: hf.Gemma3TextConfig(**llama, **grouped, **ids, head_dim=8, sliding_window=8),
+        "mistral": lambda: hf.MistralConfig(**llama, **grouped, **ids, sliding_window=8),
+        "qwen2": lambda: hf.Qwen2Config(**llama, **grouped, **ids),
+        "phi": lambda: hf.PhiConfig(**llama, **ids),
+        "olmo2": lambda: hf.Olmo2Config(**llama, **grouped, **ids),
+        "stablelm": lambda: hf.StableLmConfig(**llama, **grouped, **ids),
+        # With one head of keys and values, attention beside the MLP.
+        "falcon_7b": lambda: hf.FalconConfig(**falcon, **ids, multi_query=True, parallel_attn=True),
+        "falcon_40b": lambda: hf.FalconConfig(**falcon, **ids, new_decoder_architecture=True, num_kv_heads=2),
         "mixtral": lambda: hf.MixtralConfig(**llama, **grouped, **ids, num_local_experts=2),
+        "qwen2_moe": lambda: hf.Qwen2MoeConfig(
+            **llama, **grouped, **ids, **experts, shared_expert_intermediate_size=48
+        ),
+        "qwen3_moe": lambda: hf.Qwen3MoeConfig(**llama, **grouped, **ids, **experts, head_dim=16),
     }
     state = torch.random.get_rng_state()
     try:
@@ -185,7 +201,7 @@ def small_model(
         # The usual initial 0.02 leaves so small a model without any opinion to edit.
         with torch.no_grad():
             for parameter in model.parameters():
-                if parameter.dim() == 2:
+                if parameter.dim() >= 2:
                     parameter.mul_(5)
     finally:
         torch.random.set_rng_state(state)

@@ -30,7 +30,7 @@ def save_result(result: EditResult, directory: str | os.PathLike) -> None:
     report = {
         "format": FORMAT,
         "sites": [
-            {name: getattr(site, name) for name in ("module", "layer", "transposed")}
+            {name: getattr(site, name) for name in ("module", "layer", "transposed", "experts")}
             | {"base_checksum": site.base_checksum, "edited_checksum": site.edited_checksum}
             for site in result.sites
         ],
@@ -66,16 +66,20 @@ def load_result(directory: str | os.PathLike) -> EditResult:
                 f"directory: expected an edit of format {FORMAT}, got format {report['format']}"
             )
         tensors = load_file(directory / "edit.safetensors")
-        adapter = load_file(directory / ADAPTER)
         sites = [Site(**site) for site in report["sites"]]
+        peft_tensors = load_file(directory / ADAPTER)
+        adapter = {
+            site.module: _own(site, *(peft_tensors[_lora(site, factor)] for factor in "BA")) for site in sites
+        }
         writes, used = [], {site.module: 0 for site in sites}
         for number, entry in enumerate(report["writes"]):
             module, start = entry["module"], used[entry["module"]]
             used[module] = stop = start + len(entry["edits"])
+            left, right = adapter[module]
             write = Write(
                 module=module,
-                left=adapter[_lora(module, "B")][:, start:stop].clone(memory_format=torch.contiguous_format),
-                right=adapter[_lora(module, "A")][start:stop].clone(),
+                left=left[:, start:stop].clone(memory_format=torch.contiguous_format),
+                right=right[start:stop].clone(),
                 keys=tensors[f"{number}.keys"].clone(),
                 changes=tensors[f"{number}.changes"].clone(),
                 ridge=float(entry["ridge"]),
@@ -86,15 +90,25 @@ def load_result(directory: str | os.PathLike) -> EditResult:
         skipped = [SkippedEdit(**{**entry, "edit": Edit(**entry["edit"])}) for entry in report["skipped"]]
         _check(records, writes, sites, used, adapter)
         return EditResult(records, writes, sites, skipped)
-    except (OSError, AttributeError, KeyError, IndexError, TypeError, ValueError, SafetensorError) as error:
+    except (
+        OSError,
+        AttributeError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+        SafetensorError,
+    ) as error:
         raise EngramError(f"directory: expected saved edits, got {str(directory)!r} ({error})") from error
 
 
 def adapter_config(result: EditResult) -> dict:
     """What PEFT needs to know: one rank a module, scale 1, no base model's name."""
-    ranks = {site.module: result.factors(site.module)[1].shape[0] for site in result.sites}
-    rank = max(ranks.values())
+    rank, plain = _rank(result), [site.module for site in result.sites if site.experts is None]
+    ranks = {module: result.factors(module)[1].shape[0] for module in plain}
     others = {module: count for module, count in ranks.items() if count != rank}
+    # Only newer PEFT knows of parameters beside modules.
+    fused = [site.module.rpartition(".")[0] for site in result.sites if site.experts is not None]
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -107,17 +121,24 @@ def adapter_config(result: EditResult) -> dict:
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": any(site.transposed for site in result.sites),
-        "target_modules": list(ranks),
+        "target_modules": plain,
+        **({"target_parameters": sorted(set(fused))} if fused else {}),
     }
 
 
 def adapter_tensors(result: EditResult) -> dict[str, torch.Tensor]:
-    """The factors under PEFT's names."""
+    """The factors under PEFT's names; those of experts that are not written are 0, and have the same rank."""
     tensors = {}
     for site in result.sites:
-        left, right = result.factors(site.module)
-        tensors[_lora(site.module, "A")] = right.cpu().contiguous()
-        tensors[_lora(site.module, "B")] = left.cpu().contiguous()
+        left, right = (factor.cpu().contiguous() for factor in result.factors(site.module))
+        if site.experts is not None:
+            (out, used), width, rows = left.shape, right.shape[1], _rank(result) * site.experts
+            whole_left = tensors.get(_lora(site, "B"), left.new_zeros(out, rows))
+            whole_right = tensors.get(_lora(site, "A"), left.new_zeros(rows, width))
+            own_left, own_right = _own(site, whole_left, whole_right)
+            own_left[:, :used], own_right[:used] = left, right
+            left, right = whole_left, whole_right
+        tensors[_lora(site, "A")], tensors[_lora(site, "B")] = right, left
     return tensors
 
 
@@ -130,8 +151,23 @@ def write_tensors(writes: list[Write], names: tuple[str, ...] = TENSORS) -> dict
     }
 
 
-def _lora(module: str, factor: str) -> str:
+def _rank(result: EditResult) -> int:
+    return max(result.factors(site.module)[1].shape[0] for site in result.sites)
+
+
+def _lora(site: Site, factor: str) -> str:
+    # PEFT wraps the module of all experts.
+    module = site.module if site.experts is None else site.module.rsplit(".", 2)[0]
     return f"base_model.model.{module}.lora_{factor}.weight"
+
+
+def _own(site: Site, left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A site's own part of an adapter's tensors, as views `[out, rank]` and `[rank, in]`."""
+    if site.experts is None:
+        return left, right
+    number = int(site.module.rpartition(".")[2])
+    left = left.view(left.shape[0], -1, site.experts)[..., number]
+    return left, right.view(site.experts, -1, right.shape[1])[number]
 
 
 def _write_json(path: Path, content: object) -> None:
@@ -143,11 +179,13 @@ def _check(records, writes: list[Write], sites: list[Site], used: dict[str, int]
     for site in sites:
         for name, kinds in (
             ("module", str), ("layer", int), ("transposed", bool),
-            ("base_checksum", str), ("edited_checksum", (str, type(None))),
+            ("base_checksum", str), ("edited_checksum", (str, type(None))), ("experts", (int, type(None))),
         ):  # fmt: skip
             if not isinstance(getattr(site, name), kinds):
                 raise ValueError(f"{name} {getattr(site, name)!r} is of the wrong kind")
-        if adapter[_lora(site.module, "A")].shape[0] != used[site.module] or not used[site.module]:
+        _, right = adapter[site.module]
+        # Beyond a shorter one of several experts there are zeros.
+        if not 0 < used[site.module] <= len(right) or right[used[site.module] :].any():
             raise ValueError(f"its adapter of {site.module!r} has another rank than its writes")
     if not writes:
         raise ValueError("it has no writes")

@@ -86,6 +86,8 @@ class Site:
         transposed: whether the model keeps the matrix as `[in, out]`.
         base_checksum: of the weight before the first write.
         edited_checksum: of the weight after the last; None where the writes were never done in this order.
+        experts: how many experts share the tensor that it is a part of, the name's last number being its own;
+            None where it is a weight by itself.
     """
 
     module: str
@@ -93,6 +95,7 @@ class Site:
     transposed: bool
     base_checksum: str
     edited_checksum: str | None = None
+    experts: int | None = None
     _projection: Projection | None = field(default=None, repr=False, compare=False)
     _original: Tensor | None = field(default=None, repr=False, compare=False)
 
@@ -104,6 +107,7 @@ class Site:
             layer=projection.layer,
             transposed=projection.transposed,
             base_checksum=matrix_checksum(projection),
+            experts=getattr(projection.module, "count", None),
             _projection=projection,
             _original=snapshot(projection),
         )
@@ -334,9 +338,8 @@ class EditResult:
             skipped += [replace(item, number=item.number + asked) for item in result.skipped]
             asked += len(result.records) + len(result.skipped)
             for site in result.sites:
-                sites.setdefault(
-                    site.module, Site(site.module, site.layer, site.transposed, site.base_checksum)
-                )
+                alone = replace(site, edited_checksum=None, _projection=None, _original=None)
+                sites.setdefault(site.module, alone)
         return cls(records, writes, list(sites.values()), skipped)
 
     def _write(self) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..covariance import Covariance
 from ..errors import EngramError
 from ..models.digest import digest, weights_checksums
+from ..models.layers import adapter_settings
 from .journal import Journal
 from .layout import Texts, encode_texts
 from .operators import null_space, preserving
@@ -104,7 +105,7 @@ class Run:
             **asdict(self.plan),
             "edits": digest([asdict(edit) for edit in self.edits]),
             "prefixes": digest(self._prefixes),
-            "model": digest(weights_checksums(self.model)),
+            "model": digest(weights_checksums(self.model), *adapter_settings(self.model)),
             "covariances": [f"{trace:.6e}" for trace in traces],
         }
 

@@ -13,9 +13,9 @@ import torch
 
 from ..errors import EngramError
 from ..functional import second_moment_
-from ..models.digest import tensor_bytes
+from ..models.digest import plain_tensors, tensor_bytes
 from ..models.files import new_file
-from ..models.layers import decoder_layers
+from ..models.layers import adapter_settings, decoder_layers
 from .passes import Reached, run_until_reached
 from .structure import Projection
 from .tokens import context_length
@@ -33,6 +33,8 @@ def weights_fingerprint(model: torch.nn.Module, projection: Projection) -> str:
     irrelevant = ("_name_or_path", "transformers_version")
     settings = {name: value for name, value in model.config.to_dict().items() if name not in irrelevant}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    for adapter in adapter_settings(model):
+        digest.update(repr(adapter).encode())
     for name, tensor in _feeding(model, projection):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor_bytes(tensor))
@@ -44,20 +46,26 @@ def weights_state(model: torch.nn.Module, projection: Projection) -> tuple:
 
     Only writes through `.data` go unseen. Inference tensors count no writes: each state of one is a new one.
     """
-    return tuple(
-        (name, tensor.data_ptr(), object() if tensor.is_inference() else tensor._version)
-        for name, tensor in _feeding(model, projection)
+    return (
+        projection.name,
+        *adapter_settings(model),
+        *(
+            (name, tensor.data_ptr(), object() if tensor.is_inference() else tensor._version)
+            for name, tensor in _feeding(model, projection)
+        ),
     )
 
 
 def _feeding(model: torch.nn.Module, projection: Projection) -> list[tuple[str, torch.Tensor]]:
     """The tensors on which the projection's inputs depend: not its own weight, nor the layers above it."""
     stack, layers = decoder_layers(model)
-    skipped = [f"{stack}.{i}." for i in range(projection.layer + 1, len(layers))] + [projection.name + "."]
+    skipped = [f"{stack}.{i}." for i in range(projection.layer + 1, len(layers))]
+    skipped.append(f"{projection.path or projection.name}.")
     return [
-        (name, tensor)
+        part
         for name, tensor in sorted(model.state_dict().items())
         if not name.startswith(tuple(skipped))
+        for part in plain_tensors(name, tensor)
     ]
 
 

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from ..errors import EngramError
-from ..models.layers import decoder_layers
+from ..models.layers import decoder_layer, decoder_layers
+from .experts import Expert, is_fused, opened_expert
 
 EDITABLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -19,12 +20,21 @@ DEFAULT_DEPTH = 0.2
 
 @dataclass(frozen=True)
 class Projection:
-    """The output projection of a layer's MLP: an associative memory from keys `[in]` to values `[out]`."""
+    """The output projection of a layer's MLP: an associative memory from keys `[in]` to values `[out]`.
+
+    Attributes:
+        layer: index of the decoder layer.
+        name: of the module, as it is in the model without adapters: edits are kept under this name.
+        module: the linear map itself.
+        transposed: whether it keeps its weight as `[in, out]`.
+        path: where the module stands in this model, inside of an adapter's wrapper; None: under its name.
+    """
 
     layer: int
     name: str
     module: nn.Module
     transposed: bool
+    path: str | None = None
 
     @property
     def matrix(self) -> torch.Tensor:
@@ -41,39 +51,51 @@ def default_layer(model: nn.Module) -> int:
 def output_projection(model: nn.Module, layer: int) -> Projection:
     """The output projection of the MLP of decoder layer `layer`.
 
-    Among the linear maps that are children of one module, an MLP has one or two that read the hidden size and
-    write the intermediate size (or twice that, where gate and up are fused), and then one that maps back;
-    attention has three or a fused one of another width. The layer must hold exactly one MLP.
+    Where a LoRA of PEFT wraps it, this is the map inside: the LoRA adds its part to whatever that one
+    answers, so what is written there changes the sum by just as much, with the LoRA on or off.
 
     Args:
-        model: a causal language model.
+        model: a causal language model, also one of PEFT's.
         layer: index of the decoder layer, counted from 0.
 
     Raises:
         TypeError: `layer` is not an integer.
         ValueError: `layer` is out of range.
-        EngramError: the layer has no MLP of plain linear maps, or several (a mixture of experts), or its
-            matrix cannot be edited soundly (quantised, parametrised, on the meta device, made in inference
-            mode, shared with another module).
+        EngramError: the layer has no MLP of linear maps, or several, or its matrix cannot be edited
+            soundly (quantised, parametrised, on the meta device, made in inference mode, shared with another
+            module, in an adapter that does not add to it or is merged into it).
     """
-    if isinstance(layer, bool) or not isinstance(layer, int):
-        raise TypeError(f"layer: expected an integer, got {type(layer).__name__}")
-    stack, layers = decoder_layers(model)
-    if not 0 <= layer < len(layers):
-        raise ValueError(f"layer: expected from 0 to {len(layers) - 1} for this model, got {layer}")
-    block = layers[layer]
-    for name, module in block.named_modules():
-        if hasattr(module, "base_layer"):
-            raise EngramError(
-                f"model: expected plain weights in layer {layer}, got an adapter on {name!r}: merge it first"
-            )
-        if hasattr(module, "qweight") or any(
-            _is_packed(weight) for weight in module.parameters(recurse=False)
-        ):
-            raise EngramError(
-                f"model: expected floating-point weights in layer {layer}, got quantised ones in {name!r}"
-            )
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        raise EngramError("model: expected one that reads its prompt alone, got one with a learnt prompt")
+    path, module = wrapped_projection(model, layer)
+    while hasattr(module, "base_layer"):
+        _check_adapter(module, path)
+        path, module = f"{path}.base_layer", module.base_layer
+    name = path.removeprefix("base_model.model.").replace(".base_layer", "")
+    projection = Projection(layer, name, module, _is_transposed(module), path)
+    _check_editable(model, projection)
+    return projection
+
+
+def wrapped_projection(model: nn.Module, layer: int) -> tuple[str, nn.Module]:
+    """The path and the module of a layer's output projection, whatever its weight and the adapters around it.
+
+    Among the linear maps that are children of one module, an MLP has one or two that read the hidden size and
+    write the intermediate size (or twice that, where gate and up are fused), and then one that maps back;
+    attention has three or a fused one of another width. The layer must hold exactly one MLP. Of a mixture of
+    experts that is the shared expert, which every token passes, but where a routed one is open.
+
+    Raises:
+        TypeError: `layer` is not an integer.
+        ValueError: `layer` is out of range.
+        EngramError: the layer has no MLP of linear maps, or several.
+    """
+    path, block = decoder_layer(model, layer)
     hidden = model.get_input_embeddings().weight.shape[-1]
+    for name, module in block.named_modules():
+        expert = opened_expert(module)
+        if expert is not None:
+            return f"{path}.{name}.down_proj.{expert.number}", expert
     found = [
         (f"{name}.{child}" if name else child, module)
         for name, parent in block.named_modules()
@@ -84,12 +106,27 @@ def output_projection(model: nn.Module, layer: int) -> Projection:
         width = getattr(model.config, "intermediate_size", None)
         found = [(name, module) for name, module in found if _shape(module)[0] == width] or found
     if len(found) != 1:
-        got = ", ".join(name for name, _ in found) or "none"
-        raise EngramError(f"model: expected one MLP of plain linear maps in layer {layer}, got {got}")
+        routed = any(parameter.dim() == 3 for parameter in block.parameters())
+        none = "routed experts alone: open one with editing.open_expert" if routed else "none"
+        got = ", ".join(name for name, _ in found) or none
+        raise EngramError(f"model: expected one MLP of linear maps in layer {layer}, got {got}")
     name, module = found[0]
-    projection = Projection(layer, f"{stack}.{layer}.{name}", module, _is_transposed(module))
-    _check_editable(model, projection)
-    return projection
+    return f"{path}.{name}", module
+
+
+def mlp_output(model: nn.Module, layer: int) -> nn.Module:
+    """What gives the output of a layer's MLP: its last projection with what wraps it, or a block of experts.
+
+    Raises:
+        TypeError: `layer` is not an integer.
+        ValueError: `layer` is out of range.
+        EngramError: the layer has no MLP of linear maps, or several.
+    """
+    _, block = decoder_layer(model, layer)
+    for name, module in block.named_modules():
+        if is_fused(module) and "." in name:
+            return block.get_submodule(name.rpartition(".")[0])
+    return wrapped_projection(model, layer)[1]
 
 
 def _mlp_outputs(parent: nn.Module, hidden: int) -> list[tuple[str, nn.Module]]:
@@ -109,7 +146,8 @@ def _mlp_outputs(parent: nn.Module, hidden: int) -> list[tuple[str, nn.Module]]:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or _is_transposed(module)
+    """Also one that is quantised, whose weight has any shape, or wrapped by an adapter."""
+    return _is_transposed(module) or (hasattr(module, "in_features") and hasattr(module, "out_features"))
 
 
 def _is_transposed(module: nn.Module) -> bool:
@@ -119,20 +157,44 @@ def _is_transposed(module: nn.Module) -> bool:
 
 def _shape(module: nn.Module) -> tuple[int, int]:
     """`(in, out)` of a linear map."""
-    rows, columns = module.weight.shape
-    return (rows, columns) if _is_transposed(module) else (columns, rows)
+    if _is_transposed(module):
+        return tuple(module.weight.shape)
+    return module.in_features, module.out_features
 
 
-def _is_packed(weight: torch.Tensor) -> bool:
-    return not weight.is_floating_point() or weight.element_size() == 1
+def _check_adapter(wrapper: nn.Module, path: str) -> None:
+    """Raise unless what the wrapper answers is what its base answers, and something that it adds."""
+    if not (hasattr(wrapper, "lora_A") and hasattr(wrapper, "lora_B")):
+        raise EngramError(
+            f"model: expected no adapter but LoRA on {path!r}, got {type(wrapper).__name__}: merge it first"
+        )
+    if any(getattr(wrapper, name, None) for name in ("lora_variant", "lora_magnitude_vector")):
+        raise EngramError(
+            f"model: expected an adapter that adds to the output of {path!r}, got a variant of LoRA that may "
+            "not, such as DoRA: merge it first (merge_and_unload)"
+        )
+    if getattr(wrapper, "merged_adapters", None):
+        raise EngramError(
+            f"model: expected the weight of {path!r} by itself, got it with a LoRA merged into it: unmerge "
+            "the LoRA (unmerge_adapter), or merge it for good (merge_and_unload)"
+        )
 
 
 def _check_editable(model: nn.Module, projection: Projection) -> None:
-    weight = projection.module._parameters.get("weight")
-    if weight is None:
+    module = projection.module
+    opened = isinstance(module, Expert)
+    weight = module.weight if opened else module._parameters.get("weight")
+    if weight is None and is_plain(getattr(module, "weight", None)):
         raise EngramError(
             f"model: expected a plain weight in {projection.name!r}, got one that is computed from others "
             "(parametrised or pruned): make it permanent first"
+        )
+    if not is_plain(weight):
+        got = type(module).__name__ if weight is None else f"{type(weight).__name__} of {weight.dtype}"
+        raise EngramError(
+            f"model: expected a plain floating-point weight in {projection.name!r}, got {got}; where it is "
+            f"quantised, editing.dequantize_layer(model, {projection.layer}) makes this one plain, or make "
+            "the edit on the model in full precision and load what it saves on this one with PEFT"
         )
     if weight.is_inference():
         raise EngramError(
@@ -148,10 +210,13 @@ def _check_editable(model: nn.Module, projection: Projection) -> None:
         )
     # By memory, not by object: two parameters may be views of one storage.
     memory = weight.untyped_storage().data_ptr()
+    path = projection.path or projection.name
+    own = path.rpartition(".")[0] if opened else f"{path}.weight"
     sharing = [
         name
         for name, parameter in model.named_parameters(remove_duplicate=False)
-        if name != f"{projection.name}.weight"
+        if name != own
+        and is_plain(parameter)
         and parameter.device == weight.device
         and parameter.untyped_storage().data_ptr() == memory
     ]
@@ -159,3 +224,12 @@ def _check_editable(model: nn.Module, projection: Projection) -> None:
         raise EngramError(
             f"model: expected a weight of its own in {projection.name!r}, got one shared with {sharing[0]!r}"
         )
+
+
+def is_plain(weight: torch.Tensor | None) -> bool:
+    """Whether a weight lies in memory as what it is: some quantised ones are tensors of their own class."""
+    return (
+        type(weight) in (torch.Tensor, nn.Parameter)
+        and weight.is_floating_point()
+        and weight.element_size() > 1
+    )

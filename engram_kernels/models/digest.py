@@ -19,9 +19,21 @@ def tensor_checksum(tensor: Tensor) -> str:
     return digest.hexdigest()
 
 
+def plain_tensors(name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
+    """A tensor by its name, or those that one of a class of its own (quantised) is made of, by theirs."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return [(name, tensor)]
+    parts, _ = tensor.__tensor_flatten__()
+    return [inner for part in parts for inner in plain_tensors(f"{name}.{part}", getattr(tensor, part))]
+
+
 def weights_checksums(model: nn.Module) -> dict[str, str]:
     """The checksum of every tensor of a model, by name."""
-    return {name: tensor_checksum(tensor) for name, tensor in sorted(model.state_dict().items())}
+    return {
+        part: tensor_checksum(inner)
+        for name, tensor in sorted(model.state_dict().items())
+        for part, inner in plain_tensors(name, tensor)
+    }
 
 
 def digest(*contents: object) -> str:
