@@ -6,7 +6,14 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN = $(VENV)/bin
 
-.PHONY: setup demo test lint format bench gpu clean
+# Of test-wheel: which of make wheels', and arguments of pytest.
+WHEEL ?= cuda
+TESTS ?=
+# Triton 3.6, which comes with it, has an interpreter for older versions of numpy.
+OLDEST = torch==2.10.0 numpy<2.4
+BUILD_TESTS = $(addprefix python_tests/test_,$(addsuffix .py,backends build cli graft hub_layout operators rank_one wheels))
+
+.PHONY: setup demo test lint format bench gpu wheels test-wheel test-versions clean
 
 setup: $(VENV)/.ready
 
@@ -41,6 +48,21 @@ format: setup
 
 bench: setup
 	$(BIN)/python -m pytest bench --benchmark-only
+
+wheels:
+	rm -rf dist
+	ENGRAM_CPU=off ENGRAM_CUDA=off $(PYTHON) -m pip wheel --quiet --no-deps --wheel-dir dist/torch .
+	ENGRAM_CPU=on ENGRAM_CUDA=off $(PYTHON) -m pip wheel --quiet --no-deps --wheel-dir dist/cpu .
+	ENGRAM_CPU=on ENGRAM_CUDA=on $(PYTHON) -m pip wheel --quiet --no-deps --wheel-dir dist/cuda .
+
+test-wheel:
+	PYTHON=$(PYTHON) .ci/test-wheel dist/$(WHEEL)/*.whl "$(TORCH)" $(TESTS)
+
+test-versions: wheels
+	$(MAKE) test-wheel TORCH="$(OLDEST)"
+	$(MAKE) test-wheel
+	$(MAKE) test-wheel WHEEL=cpu TESTS="$(BUILD_TESTS)"
+	$(MAKE) test-wheel WHEEL=torch TESTS="$(BUILD_TESTS)"
 
 # On a machine with a GPU, with the Python that is there; GPU="--dry-run" anywhere.
 gpu:

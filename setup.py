@@ -1,8 +1,8 @@
 """Build the extension modules with CMake and ninja; everything declarative is in pyproject.toml.
 
 Environment:
-    ENGRAM_CPU         auto (default: when a C++ compiler is found), on, off
-    ENGRAM_CUDA        auto (default: when nvcc is found), on, off
+    ENGRAM_CPU         auto (default: on Linux, when a C++ compiler is found), on, off
+    ENGRAM_CUDA        auto (default: on Linux, when nvcc is found), on, off
     ENGRAM_CUDA_ARCHS  GPU architectures, default 80;90a;100a; the last one also as PTX for later GPUs
     MAX_JOBS           processes at a time, default the number of cores
     CXX, CUDACXX       the compilers
@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -30,7 +31,9 @@ def setting(name: str) -> str:
     value = os.environ.get(name) or "auto"
     if value not in ("auto", "on", "off"):
         fail(f"{name}: expected auto, on or off, got {value!r}")
-    return value
+    # The kernels were only ever built on Linux. Elsewhere a compiler that is found, as macOS's c++, which may
+    # only ask for Xcode, must not stop an installation that works without them.
+    return "off" if value == "auto" and sys.platform != "linux" else value
 
 
 def find_compiler() -> str | None:
@@ -83,6 +86,14 @@ def jobs() -> int:
     if not text.isdigit() or int(text) == 0:
         fail(f"MAX_JOBS: expected a positive number, got {text!r}")
     return int(text)
+
+
+class FreshBuild(build):
+    """Gather the package anew: a wheel would carry whatever else an earlier build left, a module too many."""
+
+    def run(self) -> None:
+        shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
 
 
 class CMakeBuild(build_ext):
@@ -142,5 +153,5 @@ class CMakeBuild(build_ext):
 
 setup(
     ext_modules=[Extension(f"engram_kernels.{name}", sources=[]) for name in wanted_modules()],
-    cmdclass={"build_ext": CMakeBuild},
+    cmdclass={"build": FreshBuild, "build_ext": CMakeBuild},
 )

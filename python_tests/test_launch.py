@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import engram_kernels as ek
+
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "bench"))
 import cases  # noqa: E402
@@ -235,7 +237,7 @@ def test_cuda_stream(printed, gpu):
 
 # -- what no kernel does -------------------------------------------------------------------------------------
 
-SOURCES = sorted((ROOT / "engram_kernels").rglob("*.py"))
+SOURCES = sorted(Path(ek.__file__).parent.rglob("*.py"))
 
 
 def test_nothing_is_tuned_at_the_first_call():

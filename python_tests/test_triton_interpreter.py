@@ -1,5 +1,6 @@
 """The Triton kernels on CPU tensors under Triton's interpreter, in a process of their own."""
 
+import importlib.metadata
 import importlib.util
 import os
 import subprocess
@@ -18,9 +19,20 @@ FAMILIES = {
 }
 
 
+def before(package: str, version: tuple[int, int]) -> bool:
+    """Whether a package is there, of an earlier version."""
+    if importlib.util.find_spec(package) is None:
+        return False
+    return tuple(map(int, importlib.metadata.version(package).split(".")[:2])) < version
+
+
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the kernels are tested compiled")
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this is the child process already")
+@pytest.mark.skipif(
+    before("triton", (3, 7)) and not before("numpy", (2, 4)),
+    reason="the interpreter of Triton before 3.7 does not run under numpy 2.4",
+)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_triton_kernels_interpreted(family):
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}

@@ -9,9 +9,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .._namespace import NAMESPACE
 from ..backends import select
 
-NAMESPACE = "engram_kernels"
 _library = torch.library.Library(NAMESPACE, "DEF")
 
 # The operators by name, for `engram doctor` and for tests.
@@ -84,4 +84,4 @@ def define(
     torch.library.register_fake(f"{NAMESPACE}::{name}", trace, lib=_library)
 
 
-ops = torch.ops.engram_kernels
+ops = getattr(torch.ops, NAMESPACE)

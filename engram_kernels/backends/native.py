@@ -13,7 +13,7 @@ DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.floa
 def extension(name: str) -> tuple[ModuleType | None, str | None]:
     """Import an extension module; return it, or the reason why there is none."""
     try:
-        return importlib.import_module(f"engram_kernels.{name}"), None
+        return importlib.import_module(f"...{name}", __name__), None
     except ModuleNotFoundError:
         return None, f"the extension module {name} is not built"
     except ImportError as error:

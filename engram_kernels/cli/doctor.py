@@ -63,7 +63,7 @@ def _build(backend: str) -> str:
     if backend not in ("cpu", "cuda"):
         return ""
     try:
-        module = importlib.import_module(f"engram_kernels._{backend}")
+        module = importlib.import_module(f"..._{backend}", __name__)
     except ImportError:
         return ""
     return ", ".join(f"{name} {value}" for name, value in module.build_info().items())

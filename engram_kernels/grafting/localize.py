@@ -115,7 +115,7 @@ def localize(
         pre,
         ft,
         dict(zip(mask.names, chosen, strict=True)),
-        base_model=base_model or _public_name(getattr(settings, "_name_or_path", None)),
+        base_model=base_model or public_name(getattr(settings, "_name_or_path", None)),
         base_revision=getattr(settings, "_commit_hash", None),
         recipe={"name": recipe if isinstance(recipe, str) else "own", **dataclasses.asdict(plan)}
         | {"sparsity": sparsity, "accumulate": accumulate, "seed": seed},
@@ -307,6 +307,6 @@ def _checked(loss: Tensor) -> float:
     return value
 
 
-def _public_name(name: str | None) -> str | None:
+def public_name(name: str | None) -> str | None:
     """A model's name on the Hub, or its folder's: where the folder lies is nobody else's business."""
     return (Path(name).name if Path(name).is_dir() else name) if name else None

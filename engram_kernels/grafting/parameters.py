@@ -96,7 +96,10 @@ def tensors_of(source: object, names: Sequence[str], argument: str) -> dict[str,
         EngramError: a tensor is missing, or a file cannot be read.
     """
     if isinstance(source, nn.Module):
-        found: Mapping[str, Tensor] = dict(source.named_parameters(remove_duplicate=False))
+        named = dict(source.named_parameters(remove_duplicate=False))
+        # An adapter moves the weight `x.weight` that it adapts to `x.base_layer.weight`: it is the same one.
+        adapted = {name.replace(".base_layer.", "."): weight for name, weight in named.items()}
+        found: Mapping[str, Tensor] = named | adapted
     elif isinstance(source, Mapping):
         found = source
     elif isinstance(source, (str, Path)):

@@ -8,6 +8,7 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from safetensors import SafetensorError
@@ -49,7 +50,7 @@ class LarimarConfig(PreTrainedConfig):
     """
 
     model_type = "larimar"
-    keys_to_ignore_at_inference = ("parts", "readout", "past_key_values")
+    keys_to_ignore_at_inference: ClassVar = ["parts", "readout", "past_key_values"]
 
     def __init__(
         self,
@@ -436,16 +437,22 @@ class LarimarModel(PreTrainedModel, GenerationMixin):
         return super().generate(inputs, readout=readout, **kwargs)
 
     def save_pretrained(
-        self, save_directory: str | os.PathLike, state_dict: dict | None = None, **_kwargs
+        self,
+        save_directory: str | os.PathLike,
+        state_dict: dict | None = None,
+        is_main_process: bool = True,
+        **_kwargs,
     ) -> None:
         """Write `config.json`, `model.safetensors` and, where facts are written, the folder `memory`.
 
         Stored are the conditioning and each base that has no name or is trained; the others are loaded by
-        their names again.
+        their names again. Of several processes only the main one writes.
 
         Raises:
             EngramError: the folder cannot be made or written.
         """
+        if not is_main_process:
+            return
         folder = writable_directory(save_directory, "save_directory")
         state = self.state_dict() if state_dict is None else state_dict
         stored = {name: tensor for name, tensor in state.items() if self._is_stored(name)}

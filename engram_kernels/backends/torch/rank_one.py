@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ..._ops.define import ops
 from .. import implements
 
 # Elements of a half-precision weight converted at a time: a panel stays near the cache, the weight is never
@@ -83,5 +84,5 @@ def apply_low_rank_(weight: Tensor, left: Tensor, right: Tensor, scale: float) -
 def low_rank_update(weight: Tensor, left: Tensor, right: Tensor, scale: float) -> Tensor:
     """The same out of place: a copy, and the fastest in-place kernel there is for it."""
     updated = weight.detach().clone(memory_format=torch.contiguous_format)
-    torch.ops.engram_kernels.apply_low_rank_(updated, left.detach(), right.detach(), scale)
+    ops.apply_low_rank_(updated, left.detach(), right.detach(), scale)
     return updated
