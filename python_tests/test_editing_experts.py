@@ -231,3 +231,16 @@ def test_bad_input():
         open_expert(model, 1, 0),
     ):
         pass
+
+
+def test_a_copy_of_a_model_with_an_open_expert_asks_its_own():
+    ids = torch.tensor([[5, 17, 200, 31]])
+    model = model_zoo.small_model("mixtral")
+    with open_expert(model, 1, 0), torch.no_grad():
+        other = copy.deepcopy(model)
+        answers = other(ids).logits
+        model.model.layers[1].mlp.experts.down_proj.mul_(3)
+        assert torch.equal(other(ids).logits, answers)
+        other.model.layers[1].mlp.experts.down_proj.mul_(3)
+        assert torch.equal(other(ids).logits, model(ids).logits)
+        assert not torch.equal(other(ids).logits, answers)

@@ -381,9 +381,10 @@ def test_layers_that_cannot_be_made_plain():
     packed.scales[0] = torch.nan
     with pytest.raises(EngramError, match="got NaN or infinity"):
         dequantize_layer(model, 1)
-    packed.forward = lambda keys: keys[:, :32] + 1
-    with pytest.raises(EngramError, match=r"^model: expected linear maps, got a Packed that is not one"):
-        dequantize_layer(model, 1)
+    for forward in (lambda keys: keys[:, :32] + 1, lambda keys: keys[:, :32].relu()):
+        packed.forward = forward
+        with pytest.raises(EngramError, match=r"^model: expected linear maps, got a Packed that is not one"):
+            dequantize_layer(model, 1)
     assert model.model.layers[1].mlp.down_proj is packed
     _, wrapped = with_lora()
     with pytest.raises(

@@ -436,6 +436,16 @@ def test_other_modules_are_refused():
         ek.integrations.accelerate(importlib.import_module("json"))
     with pytest.raises(EngramError, match="expected a library that can be imported, got 'no_such_library'"):
         ek.integrations.accelerate("no_such_library")
+    for name in ("", "..", "rome."):
+        with pytest.raises(EngramError, match=r"module_or_name: expected a module or its name, got '"):
+            ek.integrations.accelerate(name)
+
+
+def test_a_library_that_fails_at_its_import(tmp_path, monkeypatch):
+    (tmp_path / "needs_a_gpu.py").write_text("raise RuntimeError('no device')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(EngramError, match=r"got 'needs_a_gpu' \(RuntimeError: no device\)"):
+        ek.integrations.accelerate("needs_a_gpu")
 
 
 @pytest.mark.parametrize("setup", [ROMES[2], ROMES[3], MEMITS[2]], indirect=True, ids=str)
@@ -677,6 +687,11 @@ def test_a_covariance_that_remembers_is_an_ordinary_tensor():
         ours, theirs = function(moment), function(plain)
         assert type(ours) is type(theirs)
         numpy.testing.assert_array_equal(ours, theirs)
+    assert type(copy.deepcopy(moment)) is torch.Tensor
+    file = io.BytesIO()
+    torch.save(moment, file)
+    file.seek(0)
+    assert torch.equal(torch.load(file), plain)
 
 
 SYSTEMS = {

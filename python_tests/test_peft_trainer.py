@@ -14,6 +14,7 @@ import model_zoo
 import pytest
 import torch
 from editing_helpers import changed, small_editor, weights
+from transformers import TrainerCallback
 
 from engram_kernels.editing import Edit, EditResult
 from engram_kernels.editing.values import ValueOptions
@@ -498,3 +499,58 @@ def test_only_the_main_process_writes_a_memory(tmp_path):
 
     small_larimar().save_pretrained(tmp_path / "model", is_main_process=False)
     assert not (tmp_path / "model").exists()
+
+
+class Unfreezing(TrainerCallback):
+    """Trains the last layer alone at first, and all of them from the second step on."""
+
+    def on_train_begin(self, args, state, control, model, **_kwargs):
+        model.model.layers[:-1].requires_grad_(False)
+
+    def on_step_begin(self, args, state, control, model, **_kwargs):
+        if state.global_step == 1:
+            for layer in model.model.layers:
+                layer.requires_grad_(True)
+
+
+def test_weights_that_are_unfrozen_on_the_way_have_their_base(tmp_path):
+    model = frozen_outside(model_zoo.small_model())
+    base = copy.deepcopy(model)
+    callbacks = [Unfreezing(), GraftCallback(sparsity=1.0)]
+    trainer(model, tmp_path, callbacks, max_steps=3, save_strategy="no").train()
+    assert any(name.startswith("model.layers.0.") for name in changed(weights(base), model))
+    Graft.from_pretrained(tmp_path / "graft").apply(base)
+    assert not changed(weights(base), model)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"recipe": "nope"}, "recipe: expected one of"),
+        ({"steps": 0}, "steps: expected at least"),
+        ({"batches": 5}, "batches: expected some, got int"),
+        ({"batches": iter([{}]), "steps": 1, "every": 1}, "batches: expected some that can be gone through"),
+        ({"folder": "checkpoint-4"}, "folder: expected a name that is not checkpoint's"),
+    ],
+)
+def test_what_the_end_would_refuse_is_refused_at_once(options, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        GraftCallback(**{"batches": [{}], **options})
+
+
+def test_an_earlier_training_leaves_no_graft_in_a_checkpoint(tmp_path):
+    for every in (1, 2):
+        model = frozen_outside(model_zoo.small_model())
+        callback = GraftCallback(sparsity=0.01, every=every)
+        trainer(model, tmp_path, [callback], max_steps=2, save_strategy="steps", save_steps=1).train()
+    assert not (tmp_path / "checkpoint-1" / "graft").exists()
+    assert Graft.from_pretrained(tmp_path / "checkpoint-2" / "graft").metrics == {"global_step": 2}
+
+
+def test_files_beside_a_grafts_own_are_not_deleted(tmp_path):
+    (tmp_path / "graft").mkdir()
+    for name in ("graft_config.json", "notes.txt"):
+        (tmp_path / "graft" / name).write_text("mine")
+    with pytest.raises(EngramError, match="folder: expected a new one, or a graft to replace"):
+        trainer(frozen_outside(model_zoo.small_model()), tmp_path, [GraftCallback(sparsity=0.01)]).train()
+    assert (tmp_path / "graft" / "notes.txt").read_text() == "mine"

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import os
 
 import pytest
 
@@ -12,6 +13,7 @@ import torch
 
 from engram_kernels.editing import Edit, forward, values
 from engram_kernels.editing.layout import Layout, encode_texts
+from engram_kernels.editing.passes import grouped_queries
 from engram_kernels.editing.structure import output_projection
 from engram_kernels.editing.values import ValueOptions, find_values, target_log_probabilities, value_groups
 from engram_kernels.errors import EngramError
@@ -323,3 +325,20 @@ def test_gradients_flags_and_hooks_are_as_before(tokenizer):
     assert [parameter.requires_grad for parameter in model.parameters()] == before
     assert [module.__dict__.get("forward") for module in model.modules()] == forwards
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_grouped_queries_leave_the_environment_as_it_was(monkeypatch):
+    """Also where one thread goes in while another is within, and where the user has set the variable."""
+    cpu, name = torch.device("cpu"), "TRANSFORMERS_SDPA_FORCE_GQA"
+    monkeypatch.delenv(name, raising=False)
+    first, second = grouped_queries(cpu), grouped_queries(cpu)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert os.environ[name] == "1"
+    second.__exit__(None, None, None)
+    assert name not in os.environ
+    monkeypatch.setenv(name, "0")
+    with grouped_queries(cpu):
+        assert os.environ[name] == "0"
+    assert os.environ[name] == "0"

@@ -6,6 +6,7 @@ is open, its part is computed once more beside the others', so that hooks see it
 
 from __future__ import annotations
 
+import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -78,11 +79,13 @@ def open_expert(model: nn.Module, layer: int, expert: int) -> Iterator[Expert]:
         raise ValueError(f"expert: expected from 0 to {count - 1} in layer {layer}, got {expert}")
     if opened_expert(experts) is not None:
         raise EngramError(f"layer: expected one with no expert open, got {layer}: one at a time")
-    opened, plain = Expert(experts, expert), experts.forward
     own = experts.__dict__.get("forward")
-    _check_gated(opened, plain, layer)
+    _check_gated(Expert(experts, expert), experts.forward, layer)
 
-    def forward(states: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
+    def forward(self: nn.Module, states: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
+        # Bound, so that a copy of the model asks its own experts.
+        opened = opened_expert(self)
+        plain = types.MethodType(type(self).forward, self) if own is None else own
         mine = chosen == expert
         keys = opened.keys(states).masked_fill(~mine.any(-1, keepdim=True), 0.0)
         share = (shares * mine).sum(-1, keepdim=True)
@@ -90,9 +93,9 @@ def open_expert(model: nn.Module, layer: int, expert: int) -> Iterator[Expert]:
         added = opened(keys) - opened.forward(keys)
         return plain(states, chosen, shares) + (share * added).to(states.dtype)
 
-    experts.forward, experts.opened = forward, (opened,)
+    experts.forward, experts.opened = types.MethodType(forward, experts), (Expert(experts, expert),)
     try:
-        yield opened
+        yield opened_expert(experts)
     finally:
         del experts.opened
         if own is None:

@@ -20,7 +20,7 @@ from torch import nn
 from ..models.layers import decoder_layers
 from .layout import Layout
 from .left import Left, inputs_after, left_of_subjects
-from .passes import Reached, grouped_queries, logits_at, replaying, run_until_reached
+from .passes import Reached, logits_at, replaying, run_until_reached
 from .structure import Projection
 from .tokens import pad_rows
 
@@ -160,11 +160,7 @@ def partial_logits(
     first = torch.arange(rows, device=context.ids.device) * width
     columns = layout.place_positions - layout.subjects[layout.place_rows]
     below = decoder_layers(model)[1][: projection.layer]
-    with (
-        grouped_queries(context.ids.device),
-        replaying(below, context.hidden, context.rest),
-        adding(projection, layout.owner, first) as given,
-    ):
+    with replaying(below, context.hidden, context.rest), adding(projection, layout.owner, first) as given:
         given["delta"] = delta
         inputs = inputs_after(model, context.left, context.ids, context.mask)
         return logits_at(model, layout.place_rows, columns, **inputs)

@@ -16,7 +16,7 @@ from .. import _checks as check
 from ..errors import EngramError
 from . import forward
 from .layout import Layout, Texts
-from .passes import logits_at, target_predictions
+from .passes import grouped_queries, logits_at, target_predictions
 from .structure import Projection, is_plain
 
 # How far predictions from recorded states may be off those of a whole pass, as a share of the largest logit.
@@ -139,7 +139,8 @@ def find_values(
     Returns:
         The value of each edit, or what went wrong with it alone: a loss that is not finite.
     """
-    with _only_delta_learns(model), _widened(model, options.widen):
+    device = model.get_input_embeddings().weight.device
+    with _only_delta_learns(model), _widened(model, options.widen), grouped_queries(device):
         arguments = model, projection, list(texts), weights, options, progress or (lambda _: None)
         if options.incremental:
             try:

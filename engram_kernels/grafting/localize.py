@@ -85,7 +85,7 @@ def localize(
     check.number("sparsity", sparsity, at_least=0)
     check.expect(sparsity <= 1, "sparsity", "at most 1", sparsity)
     _check_integer("seed", seed)
-    plan, accumulate = _plan(recipe, {"steps": steps, "lr": lr, "l1": l1}, accumulate, batches)
+    plan, accumulate = checked_plan(recipe, {"steps": steps, "lr": lr, "l1": l1}, accumulate, batches)
     parameters = graftable_parameters(pre_model, include, exclude)
     pre = {name: parameter.detach() for name, parameter in parameters.items()}
     ft = _matching(tensors_of(ft_model, list(pre), "ft_model"), pre)
@@ -219,8 +219,12 @@ class _InPlace:
         self.pending.clear()
 
 
-def _plan(recipe: str | Recipe, given: dict, accumulate: int | None, batches) -> tuple[Recipe, int]:
-    """The recipe with every number in its place, and the batches a step."""
+def checked_plan(recipe: str | Recipe, given: dict, accumulate: int | None, batches) -> tuple[Recipe, int]:
+    """The recipe with every number in its place, and the batches a step.
+
+    Raises:
+        ValueError, TypeError: an argument of `localize` that cannot be used.
+    """
     if not isinstance(recipe, Recipe):
         check.expect(recipe in RECIPES, "recipe", f"one of {', '.join(RECIPES)} or a Recipe", repr(recipe))
         recipe = RECIPES[recipe]

@@ -114,8 +114,13 @@ def acceleration(module_or_name: ModuleType | str) -> Acceleration:
     got = type(module_or_name).__name__
     check.expect(is_either, "module_or_name", "a module or its name", got, TypeError)
     library = module_or_name if isinstance(module_or_name, str) else module_or_name.__name__
+    named = all(part.isidentifier() for part in library.split("."))
+    check.expect(named, "module_or_name", "a module or its name", repr(library), EngramError)
     try:
         importlib.import_module(library)
+    except Exception as error:
+        raise _not_imported(library, error) from error
+    try:
         algorithms = next((known for told, known in LIBRARIES.items() if _has(library, told)), None)
         check.expect(
             algorithms is not None, "module_or_name",
@@ -124,11 +129,14 @@ def acceleration(module_or_name: ModuleType | str) -> Acceleration:
         report = Acceleration(library)
         planned = [each for algorithm in algorithms for each in _replacements(library, algorithm, report)]
     except ImportError as error:
-        raise EngramError(
-            f"module_or_name: expected a library that can be imported, got {library!r} ({error})"
-        ) from error
+        raise _not_imported(library, error) from error
     report.apply(planned)
     return report
+
+
+def _not_imported(library: str, error: Exception) -> EngramError:
+    reason = f"{type(error).__name__}: {error}"
+    return EngramError(f"module_or_name: expected a library that can be imported, got {library!r} ({reason})")
 
 
 def _has(library: str, module: str) -> bool:

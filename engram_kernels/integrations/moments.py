@@ -12,6 +12,7 @@ it does not solve that, or nothing is remembered, the dense solve follows.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, replace
 
 import torch
@@ -85,6 +86,12 @@ class Moment(Tensor):
             special = _special(func, args, kwargs or {})
             return func(*args, **(kwargs or {})) if special is None else special
 
+    def __deepcopy__(self, memo: dict) -> Tensor:
+        return copy.deepcopy(self.as_subclass(Tensor), memo)
+
+    def __reduce_ex__(self, protocol: int):
+        return self.as_subclass(Tensor).__reduce_ex__(protocol)
+
 
 def remembering(covariance: Tensor, factor: Factor) -> Tensor:
     """A covariance `[in, in]` that remembers its factor; its values, type and device are the same."""
@@ -129,6 +136,8 @@ def _invert(matrix: Moment, origin: Origin) -> Tensor | None:
     """`(scale · C)⁻¹` from the factor; None where the dense inverse must do."""
     if origin.summed or origin.scale <= 0 or matrix.dtype != torch.float64:
         return None
+    if matrix.device != origin.covariance.device:
+        return None
     inverse = origin.factor.inverse(origin.covariance)
     if inverse is None:
         return None
@@ -142,6 +151,8 @@ def _solve(system: Tensor, keys: Tensor) -> Tensor | None:
     if origin is None or not origin.summed or origin.scale <= 0:
         return None
     if system.dtype != torch.float64 or keys.dtype != torch.float64 or keys.dim() != 2:
+        return None
+    if system.device != origin.covariance.device:
         return None
     lower = origin.factor.lower(origin.covariance) if keys.shape[1] < len(keys) else None
     if lower is None:

@@ -19,8 +19,8 @@ from .. import _checks as check
 from ..errors import EngramError
 from ..functional import graft_top_k
 from ..grafting import Graft, graftable_parameters, localize
-from ..grafting.files import CONFIG
-from ..grafting.localize import public_name
+from ..grafting.files import CONFIG, WEIGHTS
+from ..grafting.localize import checked_plan, public_name
 from ..grafting.parameters import tensors_of
 from ..models.evaluating import evaluating
 
@@ -44,7 +44,8 @@ class GraftCallback(TrainerCallback):
             training begins, and kept in main memory.
         sparsity: the share of the graftable weights to keep; 1e-4 is 0.01 %.
         batches: what `localize` learns the positions from. None: the largest changes.
-        every: checkpoints from one graft to the next; None: only one at the end.
+        every: checkpoints from one graft to the next, counted anew when a training goes on; None: only one at
+            the end.
         folder: the graft's name.
         include, exclude: glob patterns of parameter names, as for `graftable_parameters`.
         base_model: what the graft shall call its base. Default: the configuration's name, without folders.
@@ -86,11 +87,19 @@ class GraftCallback(TrainerCallback):
             check.expect(every >= 1, "every", "at least 1, or None", every)
         named = isinstance(folder, str) and folder.strip(".") and Path(folder).name == folder
         check.expect(named, "folder", "a name without folders", repr(folder))
+        reserved = folder.startswith(PREFIX_CHECKPOINT_DIR)
+        check.expect(not reserved, "folder", f"a name that is not {PREFIX_CHECKPOINT_DIR}'s", repr(folder))
         known = set(inspect.signature(localize).parameters) - set(_OWN)
         for name in options:
             check.expect(name in known, "options", f"some of {', '.join(sorted(known))}", name, TypeError)
         lacking = batches is None and bool(options)
         check.expect(not lacking, "batches", "some, as there are options of localize", "none", TypeError)
+        if batches is not None:
+            check.expect(isinstance(batches, Iterable), "batches", "some", type(batches).__name__, TypeError)
+            once = every is not None and isinstance(batches, Iterator)
+            check.expect(not once, "batches", "some that can be gone through again", "an iterator", TypeError)
+            given = {name: options.get(name) for name in ("steps", "lr", "l1")}
+            checked_plan(options.get("recipe", "rounds"), given, options.get("accumulate"), batches)
         self.base = base
         self.sparsity = sparsity
         self.batches = batches
@@ -125,12 +134,22 @@ class GraftCallback(TrainerCallback):
         self._before = self._weights_before(graftable | trained, state.global_step)
         self._saves = 0
 
+    def on_pre_optimizer_step(self, args, state, control, model: nn.Module, **_kwargs) -> None:
+        """Keep a copy of weights that are trained from here on, and were their own base until now."""
+        for name, weight in model.named_parameters() if self._before else ():
+            before = self._before.get(name)
+            if before is not None and weight.requires_grad and _same_memory(before, weight):
+                self._before[name] = weight.detach().to("cpu", copy=True)
+
     def on_save(self, args, state, control, model: nn.Module, **_kwargs) -> None:
-        """Save a graft into the checkpoint that was just written."""
+        """Save a graft into the checkpoint that was just written; one of an earlier training leaves it."""
         self._saves += 1
+        folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}" / self.folder
         if self.every is not None and self._saves % self.every == 0:
-            checkpoint = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-            self._save(checkpoint / self.folder, state, model)
+            self._save(folder, state, model)
+        elif state.is_world_process_zero and folder.exists():
+            _check_replaceable(folder)
+            shutil.rmtree(folder)
 
     def on_train_end(self, args, state, control, model: nn.Module, **_kwargs) -> None:
         """Save the graft of the whole training."""
@@ -157,7 +176,7 @@ class GraftCallback(TrainerCallback):
             given, wanted = (f"{list(x.shape)} of {x.dtype}" for x in (before[name], weight))
             if given != wanted:
                 raise EngramError(f"base: expected {wanted} in {name!r}, got {given}")
-            if weight.requires_grad and before[name].data_ptr() == weight.data_ptr():
+            if weight.requires_grad and _same_memory(before[name], weight):
                 raise EngramError(
                     f"base: expected weights that stay, got in {name!r} those that are trained: "
                     "give None, and they are copied"
@@ -169,9 +188,10 @@ class GraftCallback(TrainerCallback):
             return
         self.graft = self._find(model)
         self.graft.metrics = {"global_step": state.global_step}
-        _check_replaceable(folder)
         # Whole under another name first: at every moment there is an old graft, a new one, or none.
         fresh = folder.with_name(f".{folder.name}-new")
+        for each in (folder, fresh):
+            _check_replaceable(each)
         shutil.rmtree(fresh, ignore_errors=True)
         self.graft.save_pretrained(fresh)
         shutil.rmtree(folder, ignore_errors=True)
@@ -232,7 +252,13 @@ def _check_whole(model: nn.Module) -> None:
             raise EngramError(f"model: expected whole weights in every process, got a part of {name!r}")
 
 
+def _same_memory(before: Tensor, weight: Tensor) -> bool:
+    return before.device == weight.device and before.data_ptr() == weight.data_ptr()
+
+
 def _check_replaceable(folder: Path) -> None:
-    """A folder that is not there, empty, or a graft's."""
-    if folder.exists() and not (folder / CONFIG).is_file() and (folder.is_file() or any(folder.iterdir())):
+    """A folder that is not there, or holds the files of a graft and nothing else."""
+    if folder.exists() and (
+        folder.is_file() or not {path.name for path in folder.iterdir()} <= {CONFIG, WEIGHTS}
+    ):
         raise EngramError(f"folder: expected a new one, or a graft to replace, got {str(folder)!r}")
