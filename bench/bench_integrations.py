@@ -35,22 +35,9 @@ from engram_kernels.models.files import new_file
 
 SAMPLES = 100
 NAMES = {
-    "smollm2": {
-        "rewrite_module_tmp": "model.layers.{}.mlp.down_proj",
-        "layer_module_tmp": "model.layers.{}",
-        "mlp_module_tmp": "model.layers.{}.mlp",
-        "attn_module_tmp": "model.layers.{}.self_attn",
-        "ln_f_module": "model.norm",
-        "lm_head_module": "model.embed_tokens",
-    },
-    "gpt2": {
-        "rewrite_module_tmp": "transformer.h.{}.mlp.c_proj",
-        "layer_module_tmp": "transformer.h.{}",
-        "mlp_module_tmp": "transformer.h.{}.mlp",
-        "attn_module_tmp": "transformer.h.{}.attn",
-        "ln_f_module": "transformer.ln_f",
-        "lm_head_module": "transformer.wte",
-    },
+    # The head is tied, and has no name of its own among the parameters.
+    "smollm2": {**checkouts.NAMES["llama"], "lm_head_module": "model.embed_tokens"},
+    "gpt2": checkouts.NAMES["gpt2"],
 }
 # EasyEdit's own for a Llama of this size (hparams/ROME and hparams/MEMIT), but for the layers.
 SETTINGS = {

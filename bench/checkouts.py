@@ -22,6 +22,25 @@ from types import ModuleType
 VARIABLES = {"easyeditor": "ENGRAM_EASYEDIT", "rome": "ENGRAM_ROME", "memit": "ENGRAM_MEMIT"}
 PORTED = {'"cuda"': '"cpu"', "cur_out[0][": "cur_out[", ".output[0][": ".output["}
 BARE = ("easyeditor", "easyeditor.models")
+# What hyper-parameters call the modules of a family.
+NAMES = {
+    "gpt2": {
+        "rewrite_module_tmp": "transformer.h.{}.mlp.c_proj",
+        "layer_module_tmp": "transformer.h.{}",
+        "mlp_module_tmp": "transformer.h.{}.mlp",
+        "attn_module_tmp": "transformer.h.{}.attn",
+        "ln_f_module": "transformer.ln_f",
+        "lm_head_module": "transformer.wte",
+    },
+    "llama": {
+        "rewrite_module_tmp": "model.layers.{}.mlp.down_proj",
+        "layer_module_tmp": "model.layers.{}",
+        "mlp_module_tmp": "model.layers.{}.mlp",
+        "attn_module_tmp": "model.layers.{}.self_attn",
+        "ln_f_module": "model.norm",
+        "lm_head_module": "lm_head",
+    },
+}
 
 
 def location(library: str) -> Path | None:

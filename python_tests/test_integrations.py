@@ -35,29 +35,12 @@ from engram_kernels.models.loading import package_file
 sys.path.append(str(Path(__file__).parent.parent / "bench"))
 
 import checkouts
+from checkouts import NAMES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 SAMPLES = 100
 PREFIXES = ["The map of it. {}", "Therefore I think, as it is. {}"]
-NAMES = {
-    "gpt2": {
-        "rewrite_module_tmp": "transformer.h.{}.mlp.c_proj",
-        "layer_module_tmp": "transformer.h.{}",
-        "mlp_module_tmp": "transformer.h.{}.mlp",
-        "attn_module_tmp": "transformer.h.{}.attn",
-        "ln_f_module": "transformer.ln_f",
-        "lm_head_module": "transformer.wte",
-    },
-    "llama": {
-        "rewrite_module_tmp": "model.layers.{}.mlp.down_proj",
-        "layer_module_tmp": "model.layers.{}",
-        "mlp_module_tmp": "model.layers.{}.mlp",
-        "attn_module_tmp": "model.layers.{}.self_attn",
-        "ln_f_module": "model.norm",
-        "lm_head_module": "lm_head",
-    },
-}
 REQUESTS = [
     ("The Eiffel Tower", "{} is located in the city of", "Rome in Italy"),
     ("Rome", "Therefore I think that {} is the capital of", "Japan"),
@@ -171,6 +154,14 @@ class Setup:
         with contextlib.redirect_stdout(io.StringIO()):
             return execute(model or self.model, self.tokenizer, requests, self.settings)
 
+    def accelerated(self) -> dict:
+        """The same with nothing left to the library, which fills its cache anew."""
+        self.cache.clear()
+        with ek.integrations.accelerate(self.case.library) as report:
+            deltas = self.run()
+        assert not report.declined
+        return deltas
+
     def run_in_float64(self) -> dict:
         """The library's own algorithm with model, value and inverse in float64."""
         for layer, (total, count) in self.moments.items():
@@ -233,10 +224,7 @@ def setup(request, tmp_path, monkeypatch):
 def test_rome_is_nearer_to_fp64_than_its_own_code(setup):
     truth = setup.run_in_float64()
     theirs = setup.run()
-    setup.cache.clear()
-    with ek.integrations.accelerate(setup.case.library) as report:
-        ours = setup.run()
-    assert not report.declined
+    ours = setup.accelerated()
     assert kinds(ours) == kinds(theirs)
     for name, error in errors(ours, truth).items():
         assert error < 1e-3 and error < errors(theirs, truth)[name]
@@ -246,10 +234,7 @@ def test_rome_is_nearer_to_fp64_than_its_own_code(setup):
 def test_memit_is_as_near_to_fp64_as_asked(setup):
     truth = setup.run_in_float64()
     theirs = setup.run()
-    setup.cache.clear()
-    with ek.integrations.accelerate(setup.case.library) as report:
-        ours = setup.run()
-    assert not report.declined
+    ours = setup.accelerated()
     assert kinds(ours) == kinds(theirs)
     assert all(error < 1e-5 for error in errors(ours, truth).values())
     assert all(error < 1e-5 for error in errors(ours, theirs).values())
@@ -458,10 +443,7 @@ def test_a_target_whose_text_is_cut_otherwise_in_the_prompt(setup):
     joined = tokenizer(prompt.format(subject) + tokenizer.decode(tokens[:-1]))["input_ids"]
     assert joined[1 - len(tokens) :] != tokens[:-1]
     truth, theirs = setup.run_in_float64(), setup.run()
-    setup.cache.clear()
-    with ek.integrations.accelerate("easyeditor") as report:
-        ours = setup.run()
-    assert not report.declined
+    ours = setup.accelerated()
     assert all(error < (1e-3 if setup.case.is_rome else 1e-5) for error in errors(ours, truth).values())
     assert kinds(ours) == kinds(theirs)
 
@@ -471,10 +453,8 @@ def test_half_precision_gives_the_same_types_and_is_as_near_to_fp64(setup):
     setup.model = setup.model.bfloat16()
     truth = setup.run_in_float64()
     theirs = setup.run()
-    setup.cache.clear()
-    with ek.integrations.accelerate("easyeditor") as report:
-        ours = setup.run()
-    assert not report.declined and kinds(ours) == kinds(theirs)
+    ours = setup.accelerated()
+    assert kinds(ours) == kinds(theirs)
     own = errors(theirs, truth)
     assert all(error <= 2 * own[name] for name, error in errors(ours, truth).items())
 
@@ -837,10 +817,8 @@ def test_the_same_numbers_on_smollm2(setup):
     setup.settings.layers = setup.layers
     setup.save_statistics(width=1536)
     theirs = setup.run()
-    setup.cache.clear()
-    with ek.integrations.accelerate("easyeditor") as report:
-        ours = setup.run()
-    assert not report.declined and kinds(ours) == kinds(theirs)
+    ours = setup.accelerated()
+    assert kinds(ours) == kinds(theirs)
     truth = setup.run_in_float64()
     (apart,), (error,), (own,) = (
         errors(*pair).values() for pair in ((ours, theirs), (ours, truth), (theirs, truth))

@@ -74,10 +74,11 @@ def dequantize_layer(model: nn.Module, layer: int, dtype: torch.dtype | None = N
 
 def _answers(module: nn.Module, dtype: torch.dtype) -> Tensor:
     """The matrix `[out, in]` of a linear map, some rows of the identity at a time."""
+    other = EngramError(f"model: expected linear maps, got a {type(module).__name__} that is not one")
     width = module.in_features
     device = next(tensor.device for tensor in (*module.parameters(), *module.buffers()))
     if module(torch.zeros(1, width, dtype=dtype, device=device)).nan_to_num().any():
-        raise EngramError(f"model: expected linear maps, got a {type(module).__name__} that is not one")
+        raise other
     columns = []
     for begin in range(0, width, ROWS):
         units = torch.zeros(min(ROWS, width - begin), width, dtype=dtype, device=device)
@@ -89,5 +90,5 @@ def _answers(module: nn.Module, dtype: torch.dtype) -> Tensor:
     states = torch.randn(4, width, generator=generator, device="cpu").to(device, dtype)
     expected = states.float() @ matrix.float().T
     if (module(states).float() - expected).norm() > 0.05 * expected.norm():
-        raise EngramError(f"model: expected linear maps, got a {type(module).__name__} that is not one")
+        raise other
     return matrix

@@ -71,7 +71,7 @@ def open_expert(model: nn.Module, layer: int, expert: int) -> Iterator[Expert]:
         >>> with open_expert(model, 6, expert):
         ...     result = Editor(model, tokenizer).edit(edit, layers=6)
     """
-    _, experts = routed_experts(model, layer)
+    experts = routed_experts(model, layer)
     count = experts.down_proj.shape[0]
     if isinstance(expert, bool) or not isinstance(expert, int):
         raise TypeError(f"expert: expected an integer, got {type(expert).__name__}")
@@ -79,23 +79,23 @@ def open_expert(model: nn.Module, layer: int, expert: int) -> Iterator[Expert]:
         raise ValueError(f"expert: expected from 0 to {count - 1} in layer {layer}, got {expert}")
     if opened_expert(experts) is not None:
         raise EngramError(f"layer: expected one with no expert open, got {layer}: one at a time")
-    own = experts.__dict__.get("forward")
-    _check_gated(Expert(experts, expert), experts.forward, layer)
+    opened, own = Expert(experts, expert), experts.__dict__.get("forward")
+    _check_gated(opened, experts.forward, layer)
 
     def forward(self: nn.Module, states: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
         # Bound, so that a copy of the model asks its own experts.
-        opened = opened_expert(self)
+        mine = opened_expert(self)
         plain = types.MethodType(type(self).forward, self) if own is None else own
-        mine = chosen == expert
-        keys = opened.keys(states).masked_fill(~mine.any(-1, keepdim=True), 0.0)
-        share = (shares * mine).sum(-1, keepdim=True)
+        sent = chosen == mine.number
+        keys = mine.keys(states).masked_fill(~sent.any(-1, keepdim=True), 0.0)
+        share = (shares * sent).sum(-1, keepdim=True)
         # Nothing, unless a hook changed the answer.
-        added = opened(keys) - opened.forward(keys)
+        added = mine(keys) - mine.forward(keys)
         return plain(states, chosen, shares) + (share * added).to(states.dtype)
 
-    experts.forward, experts.opened = types.MethodType(forward, experts), (Expert(experts, expert),)
+    experts.forward, experts.opened = types.MethodType(forward, experts), (opened,)
     try:
-        yield opened_expert(experts)
+        yield opened
     finally:
         del experts.opened
         if own is None:
@@ -111,7 +111,7 @@ def routed_expert(model: nn.Module, tokenizer, edit: Edit, layer: int) -> int:
         TypeError, ValueError: there is no such layer.
         EngramError: the layer has no routed experts, or the prompt cannot be used.
     """
-    _, experts = routed_experts(model, layer)
+    experts = routed_experts(model, layer)
     row = check_length(model, encode_row(tokenizer, edit.subject, edit.prompt, edit.target), edit)
     seen = []
 
@@ -130,15 +130,14 @@ def routed_expert(model: nn.Module, tokenizer, edit: Edit, layer: int) -> int:
     return int(chosen[shares.argmax()])
 
 
-def routed_experts(model: nn.Module, layer: int) -> tuple[str, nn.Module]:
-    """The name and the module of a layer's routed experts.
+def routed_experts(model: nn.Module, layer: int) -> nn.Module:
+    """The module of a layer's routed experts.
 
     Raises:
         TypeError, ValueError: there is no such layer.
         EngramError: it has none, or none of a layout that is known.
     """
-    name, block = decoder_layer(model, layer)
-    found = [(f"{name}.{child}", module) for child, module in block.named_modules() if is_fused(module)]
+    found = list(filter(is_fused, decoder_layer(model, layer)[1].modules()))
     if len(found) != 1:
         raise EngramError(f"layer: expected one whose routed experts are one tensor, got {layer} without any")
     return found[0]

@@ -60,7 +60,7 @@ def _feeding(model: torch.nn.Module, projection: Projection) -> list[tuple[str, 
     """The tensors on which the projection's inputs depend: not its own weight, nor the layers above it."""
     stack, layers = decoder_layers(model)
     skipped = [f"{stack}.{i}." for i in range(projection.layer + 1, len(layers))]
-    skipped.append(f"{projection.path or projection.name}.")
+    skipped.append(f"{projection.path}.")
     return [
         part
         for name, tensor in sorted(model.state_dict().items())

@@ -27,14 +27,14 @@ class Projection:
         name: of the module, as it is in the model without adapters: edits are kept under this name.
         module: the linear map itself.
         transposed: whether it keeps its weight as `[in, out]`.
-        path: where the module stands in this model, inside of an adapter's wrapper; None: under its name.
+        path: where the module stands in this model, inside of an adapter's wrapper.
     """
 
     layer: int
     name: str
     module: nn.Module
     transposed: bool
-    path: str | None = None
+    path: str
 
     @property
     def matrix(self) -> torch.Tensor:
@@ -210,7 +210,7 @@ def _check_editable(model: nn.Module, projection: Projection) -> None:
         )
     # By memory, not by object: two parameters may be views of one storage.
     memory = weight.untyped_storage().data_ptr()
-    path = projection.path or projection.name
+    path = projection.path
     own = path.rpartition(".")[0] if opened else f"{path}.weight"
     sharing = [
         name

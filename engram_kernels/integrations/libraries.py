@@ -116,27 +116,26 @@ def acceleration(module_or_name: ModuleType | str) -> Acceleration:
     library = module_or_name if isinstance(module_or_name, str) else module_or_name.__name__
     named = all(part.isidentifier() for part in library.split("."))
     check.expect(named, "module_or_name", "a module or its name", repr(library), EngramError)
-    try:
-        importlib.import_module(library)
-    except Exception as error:
-        raise _not_imported(library, error) from error
-    try:
-        algorithms = next((known for told, known in LIBRARIES.items() if _has(library, told)), None)
-        check.expect(
-            algorithms is not None, "module_or_name",
-            "easyeditor, or the package rome or memit of its repository", repr(library), EngramError,
-        )  # fmt: skip
-        report = Acceleration(library)
-        planned = [each for algorithm in algorithms for each in _replacements(library, algorithm, report)]
-    except ImportError as error:
-        raise _not_imported(library, error) from error
-    report.apply(planned)
+    _imported(library)
+    algorithms = next((known for told, known in LIBRARIES.items() if _has(library, told)), None)
+    check.expect(
+        algorithms is not None, "module_or_name",
+        "easyeditor, or the package rome or memit of its repository", repr(library), EngramError,
+    )  # fmt: skip
+    report = Acceleration(library)
+    report.apply([each for algorithm in algorithms for each in _replacements(library, algorithm, report)])
     return report
 
 
-def _not_imported(library: str, error: Exception) -> EngramError:
-    reason = f"{type(error).__name__}: {error}"
-    return EngramError(f"module_or_name: expected a library that can be imported, got {library!r} ({reason})")
+def _imported(module: str) -> ModuleType:
+    """A module of a library, whatever its import may raise."""
+    try:
+        return importlib.import_module(module)
+    except Exception as error:
+        raise EngramError(
+            f"module_or_name: expected a library that can be imported, got {module!r} "
+            f"({type(error).__name__}: {error})"
+        ) from error
 
 
 def _has(library: str, module: str) -> bool:
@@ -149,8 +148,8 @@ def _has(library: str, module: str) -> bool:
 def _replacements(library: str, algorithm: Algorithm, report: Acceleration) -> Iterator[Replacement]:
     """What is replaced for an algorithm, all of it checked; notes in the report what is not."""
     package = ".".join(filter(None, (library, algorithm.package)))
-    main = importlib.import_module(f"{package}.{algorithm.main}")
-    home = importlib.import_module(f"{package}.{algorithm.value}")
+    main = _imported(f"{package}.{algorithm.main}")
+    home = _imported(f"{package}.{algorithm.value}")
     search = _SEARCHES[algorithm.value]
     names = f"{_SEARCH} {search.names} {algorithm.names}"
     value = known_function(main, algorithm.value, Known(names, search.parameters, (0.05,), ESSENCE))
@@ -171,8 +170,8 @@ def _replacements(library: str, algorithm: Algorithm, report: Acceleration) -> I
         function = replacing(states, states_at, report)
         yield Replacement(tools, "get_reprs_at_idxs", function, "stops at the layer that is asked for")
     if algorithm.value == "compute_v":
-        keys = importlib.import_module(f"{package}.compute_u")
-        statistics = importlib.import_module(f"{package}.layer_stats")
+        keys = _imported(f"{package}.compute_u")
+        statistics = _imported(f"{package}.layer_stats")
         known_function(keys, "get_inv_cov", Known(f"inv_mom2_cache {_MOMENT}"))
         known_function(statistics, "SecondMoment.moment", Known("count mom2", "self"))
         function = in_double(keys.layer_stats)

@@ -115,8 +115,8 @@ def _special(func, args, kwargs) -> Tensor | None:
         return _invert(args[0], first)
     if func in _WIDENED:
         result = func(*args, **kwargs)
-        # In any other type the values are others.
-        same = result.dtype in (args[0].dtype, torch.float64)
+        # In any other type the values are others, and elsewhere they are not with the covariance.
+        same = result.dtype in (args[0].dtype, torch.float64) and result.device == args[0].device
         return Moment.of(result, first) if same else result
     if len(args) != 2 or kwargs or first.summed:
         return None
@@ -136,8 +136,6 @@ def _invert(matrix: Moment, origin: Origin) -> Tensor | None:
     """`(scale · C)⁻¹` from the factor; None where the dense inverse must do."""
     if origin.summed or origin.scale <= 0 or matrix.dtype != torch.float64:
         return None
-    if matrix.device != origin.covariance.device:
-        return None
     inverse = origin.factor.inverse(origin.covariance)
     if inverse is None:
         return None
@@ -151,8 +149,6 @@ def _solve(system: Tensor, keys: Tensor) -> Tensor | None:
     if origin is None or not origin.summed or origin.scale <= 0:
         return None
     if system.dtype != torch.float64 or keys.dtype != torch.float64 or keys.dim() != 2:
-        return None
-    if system.device != origin.covariance.device:
         return None
     lower = origin.factor.lower(origin.covariance) if keys.shape[1] < len(keys) else None
     if lower is None:

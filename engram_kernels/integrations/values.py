@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..editing.layout import Texts
-from ..editing.passes import Reached
+from ..editing.passes import Reached, run_until_reached
 from ..editing.structure import Projection
 from ..editing.tokens import Edit, Row
 from ..editing.values import ValueOptions, find_values
@@ -140,7 +140,7 @@ def _search(
     except (TypeError, ValueError) as error:
         raise Declined(f"its hyper-parameters give {error}") from error
     # Where δ is added, which need not be a matrix.
-    place = Projection(layer, name, model.get_submodule(name), transposed=False)
+    place = Projection(layer, name, model.get_submodule(name), transposed=False, path=name)
     shares = torch.full((len(texts.rewriting),), 1.0 / len(texts.rewriting))
     (found,) = find_values(model, place, [texts], shares, options)
     if isinstance(found, EngramError):
@@ -221,10 +221,7 @@ def _start(model, name: str, row: Row, layer: int, hparams, check_loss: Callable
     hook = model.get_submodule(name).register_forward_hook(see)
     try:
         if check_loss is None:
-            try:
-                model(input_ids=ids, use_cache=False)
-            except Reached:
-                pass
+            run_until_reached(model, input_ids=ids)
         else:
             check_loss(model, ids, layer, hparams)
     finally:
