@@ -71,9 +71,8 @@ def define(
         if results is not None and not capturing:
             results(result, *args)
         for i in written:
-            for tensor in args[i] if isinstance(args[i], list) else [args[i]]:
-                if not tensor.is_inference():
-                    torch.autograd.graph.increment_version(tensor)
+            tensors = args[i] if isinstance(args[i], list) else [args[i]]
+            torch.autograd.graph.increment_version([x for x in tensors if not x.is_inference()])
         return result
 
     def trace(*args):

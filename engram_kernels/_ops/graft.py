@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
-from .define import compute_dtype, define, ops
+from ..backends import select
+from .define import compute_dtype, define
 
 
 def packed_size(count: int) -> int:
@@ -19,18 +20,23 @@ def packed_size(count: int) -> int:
     return (count + 7) // 8
 
 
+# A call may bring a thousand tensors: what is right is passed quickly, and words are made for what is wrong.
 def _flat(name: str, tensor: Tensor) -> None:
-    check.expect(tensor.dim() == 1, name, "one dimension", list(tensor.shape))
-    check.expect(tensor.is_contiguous(), name, "a contiguous tensor", f"stride {tensor.stride()}")
+    if tensor.dim() != 1:
+        raise ValueError(f"{name}: expected one dimension, got {list(tensor.shape)}")
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name}: expected a contiguous tensor, got stride {tensor.stride()}")
 
 
-def _like(name: str, tensor: Tensor, pre: Tensor, dtype: torch.dtype) -> None:
-    """Check that a tensor has the shape and device of `pre`, and the given dtype."""
-    if tensor.dtype == dtype and tensor.shape == pre.shape and tensor.device == pre.device:
-        return _flat(name, tensor)
-    check.floating(name, tensor, (dtype,))
-    check.shape(name, tensor, pre.shape, "the shape of pre")
-    check.same_device(name, tensor, pre.device)
+def _like(
+    name: str, tensor: Tensor, other: Tensor, dtype: torch.dtype, meaning: str = "the shape of pre"
+) -> None:
+    """Check that a tensor is flat, has another's shape and device, and the given dtype."""
+    if tensor.dtype != dtype or tensor.shape != other.shape or tensor.device != other.device:
+        check.floating(name, tensor, (dtype,))
+        check.shape(name, tensor, other.shape, meaning)
+        check.same_device(name, tensor, other.device)
+    _flat(name, tensor)
 
 
 def _packed(name: str, mask: Tensor, count: int, device: torch.device) -> None:
@@ -216,13 +222,14 @@ define(
 
 def _faults_arguments(weights: list[Tensor], indices: list[Tensor]) -> None:
     _tensors("indices", indices, len(weights), "one for each of weights")
+    device, integers = weights[0].device, indices[0].dtype
     for weight, index in zip(weights, indices, strict=True):
         check.floating("weights", weight)
+        check.same_device("weights", weight, device)
         _flat("weights", weight)
-        check.same_device("weights", weight, weights[0].device)
-        known = index.dtype in (torch.int32, torch.int64) and index.dtype == indices[0].dtype
-        check.expect(known, "indices", "int32 or int64, the same in all tensors", index.dtype, TypeError)
-        check.same_device("indices", index, weight.device)
+        if index.dtype != integers or integers not in (torch.int32, torch.int64):
+            raise TypeError(f"indices: expected int32 or int64, the same in all tensors, got {index.dtype}")
+        check.same_device("indices", index, device)
         _flat("indices", index)
 
 
@@ -233,17 +240,15 @@ def _sparse_arguments(
     for name, tensors in (("values", values), ("overwritten", overwritten)):
         _tensors(name, tensors, len(weights), "one for each of weights")
         for weight, index, value in zip(weights, indices, tensors, strict=True):
-            check.floating(name, value, (weight.dtype,))
-            check.shape(name, value, index.shape, "one for each index")
-            check.same_device(name, value, weight.device)
-            _flat(name, value)
+            _like(name, value, index, weight.dtype, "one for each index")
 
 
 def _sparse_values(
     weights: list[Tensor], indices: list[Tensor], values: list[Tensor], overwritten: list[Tensor]
 ) -> None:
     _apart("weights", weights, values)
-    if not int(ops.sparse_faults(weights, indices)):
+    checked = weights, indices
+    if not int(select("sparse_faults", weights[0].device, checked)(*checked)):
         return
     # Unsorted indices are as good as sorted ones; the rest is named here, where time no longer matters.
     for number, (weight, index) in enumerate(zip(weights, indices, strict=True)):

@@ -1,6 +1,8 @@
 """What the bindings of `_cpu` and `_cuda` share: type codes, tensors and lists of them as pointers."""
 
 import importlib
+from collections.abc import Iterable
+from itertools import repeat
 from types import ModuleType
 
 import torch
@@ -60,30 +62,23 @@ def weight_arguments(weight: Tensor) -> tuple[int, ...]:
     )
 
 
+def _addresses(tensors: list[Tensor]) -> Iterable[int]:
+    """Return where each tensor begins; an empty list stands for null pointers."""
+    return map(Tensor.data_ptr, tensors) if tensors else repeat(0)
+
+
 def graft_rows(pre: list[Tensor], out=(), ft=(), logits=(), base=(), gradient=()) -> list[tuple[int, ...]]:
     """Return one `engram::GraftTensor` for each tensor; an empty list stands for null pointers."""
-    columns = (out, pre, ft, logits, base, gradient)
-    return [
-        (
-            *(column[i].data_ptr() if column else 0 for column in columns),
-            tensor.numel(),
-            DTYPE_CODES[tensor.dtype],
-        )
-        for i, tensor in enumerate(pre)
-    ]
+    pointers = map(_addresses, (out, pre, ft, logits, base, gradient))
+    return list(
+        zip(*pointers, map(Tensor.numel, pre), (DTYPE_CODES[tensor.dtype] for tensor in pre), strict=False)
+    )
 
 
 def sparse_rows(
     weights: list[Tensor], indices: list[Tensor], values=(), overwritten=()
 ) -> list[tuple[int, ...]]:
     """Return one `engram::SparseTensor` for each weight; an empty list stands for null pointers."""
-    columns = (weights, indices, values, overwritten)
-    return [
-        (
-            *(column[i].data_ptr() if column else 0 for column in columns),
-            indices[i].numel(),
-            weight.numel(),
-            weight.element_size(),
-        )
-        for i, weight in enumerate(weights)
-    ]
+    pointers = map(_addresses, (weights, indices, values, overwritten))
+    sizes = map(Tensor.numel, indices), map(Tensor.numel, weights), map(Tensor.element_size, weights)
+    return list(zip(*pointers, *sizes, strict=False))

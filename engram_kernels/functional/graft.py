@@ -341,14 +341,14 @@ def sparse_apply_(
     """
     weights, indices, values = (
         _list("weights", weights),
-        _list("indices", indices, False),
+        _list("indices", indices),
         _list("values", values),
     )
     for name, tensors in (("indices", indices), ("values", values)):
         check.expect(len(tensors) == len(weights), name, f"{len(weights)} tensors, as weights", len(tensors))
     if not weights:
         return []
-    indices = [index.reshape(-1).contiguous() for index in indices]
+    indices = [_flat(index) for index in indices]
     if len({index.dtype for index in indices}) > 1:
         indices = [index.long() if index.dtype == torch.int32 else index for index in indices]
     values = [_flat(x) for x in values]
@@ -385,17 +385,17 @@ class _Written:
 
 
 def _flat(tensor: Tensor) -> Tensor:
+    if tensor.dim() == 1 and tensor.is_contiguous() and not tensor.requires_grad:
+        return tensor
     return tensor.detach().reshape(-1).contiguous()
 
 
-def _list(name: str, tensors: object, floating: bool = True) -> list[Tensor]:
+def _list(name: str, tensors: object) -> list[Tensor]:
     known = isinstance(tensors, Sequence) and not isinstance(tensors, Tensor)
     check.expect(known, name, "a list of tensors", type(tensors).__name__, TypeError)
     for tensor in tensors:
-        if floating:
-            check.floating(name, tensor)
-        else:
-            check.expect(isinstance(tensor, Tensor), name, "tensors", type(tensor).__name__, TypeError)
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
     return list(tensors)
 
 
@@ -416,7 +416,7 @@ def _check_packed(name: str, mask: Tensor | None) -> None:
 
 
 def _masks(base: Sequence[Tensor] | None, count: int) -> list[Tensor]:
-    masks = [] if base is None else _list("base", base, False)
+    masks = [] if base is None else _list("base", base)
     check.expect(base is None or len(masks) == count, "base", f"{count} packed masks", len(masks))
     return masks
 
