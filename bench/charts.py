@@ -1,4 +1,4 @@
-"""Charts of a run on a GPU, as SVG: the roofline and shares of the floor, and the speed-ups."""
+"""Charts of a run, as SVG: the roofline and shares of the floor, and the speed-ups."""
 
 from pathlib import Path
 
@@ -12,22 +12,22 @@ from report import by_operation
 STYLE = {"svg.hashsalt": "engram", "svg.fonttype": "none"}
 
 
-def _save(figure, path: Path) -> None:
+def _save(figure, path: Path, source: str) -> None:
     with matplotlib.rc_context(STYLE):
-        figure.savefig(path, format="svg", metadata={"Date": None})
+        figure.savefig(path, format="svg", metadata={"Date": None, "Source": source})
     pyplot.close(figure)
 
 
-def draw_roofline(run: dict, rows: list[dict], path: Path) -> None:
+def draw_roofline(run: dict, rows: list[dict], path: Path, source: str) -> None:
     """Operations a second against operations a byte, under measured roofs; and the shares of the floor."""
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 5), layout="constrained")
-    rates = run["rates"]["cuda"]
+    rates = run["rates"][rows[0]["device"]]
     intensities = [10**exponent for exponent in (-2, -1, 0, 1, 2, 3, 4)]
     for dtype, peak in rates["gemm"].items():
         left.plot(intensities, [min(x * rates["copy"], peak) for x in intensities], label=f"{dtype} roof")
     for name, cases in by_operation([line for line in rows if line["work"]]).items():
         work = [sum(case["work"].values()) for case in cases]
-        clock = [case["device_seconds"] for case in cases]
+        clock = [case["device_seconds"] or case["seconds"] for case in cases]
         left.scatter(
             [w / case["traffic"] for w, case in zip(work, cases, strict=True)],
             [w / seconds for w, seconds in zip(work, clock, strict=True)],
@@ -43,10 +43,10 @@ def draw_roofline(run: dict, rows: list[dict], path: Path) -> None:
     right.set(xlabel="share of the floor, %", yticks=range(len(groups)), yticklabels=list(groups))
     right.set_xlim(left=0)
     right.invert_yaxis()
-    _save(figure, path)
+    _save(figure, path, source)
 
 
-def draw_speedups(rows: list[dict], path: Path) -> None:
+def draw_speedups(rows: list[dict], path: Path, source: str) -> None:
     """How many times longer each baseline takes, a point a case."""
     groups = by_operation(rows)
     baselines = list(dict.fromkeys(name for line in rows for name in line["ratios"]))
@@ -64,4 +64,4 @@ def draw_speedups(rows: list[dict], path: Path) -> None:
     axes.set(yticks=range(len(groups)), yticklabels=list(groups))
     axes.invert_yaxis()
     axes.legend(fontsize=7)
-    _save(figure, path)
+    _save(figure, path, source)

@@ -5,7 +5,9 @@ GPU `device_seconds` is the GPU's own, by CUDA events, with the launches queued 
 call that waits for the GPU itself (a check for NaN does) has its waits counted.
 """
 
+import ctypes
 import functools
+import gc
 import math
 import statistics
 import time
@@ -112,11 +114,21 @@ def _resident(name: str) -> int | None:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(name)), None)
 
 
+@functools.cache
+def _give_back() -> Callable[[int], int]:
+    """glibc's way to give memory that was freed back to the system; does nothing in other libraries."""
+    return getattr(ctypes.CDLL(None), "malloc_trim", lambda keep: 0)
+
+
 def memory_before(device: str) -> int | None:
     """Begin a new high-water mark; return the bytes in use, or None where nobody counts them."""
+    gc.collect()
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
+    if not _CPU_PEAK.exists():
+        return None
+    _give_back()(0)  # a call that is served out of what an earlier one freed would seem to take nothing
     try:
         _CPU_PEAK.write_text("5")
     except OSError:
@@ -129,14 +141,19 @@ def memory_peak(device: str) -> int | None:
     return torch.cuda.max_memory_allocated() if device == "cuda" else _resident("VmHWM:")
 
 
-def measure(outcome: Outcome, function: Callable[[], object], device: str) -> None:
-    """Add one call to an outcome: its seconds, and what memory it took beyond what was in use."""
-    _flusher(device)  # not the call's
+def peak_bytes(function: Callable[[], object], device: str) -> int | None:
+    """Call a function; return what memory it took at most, beyond what was in use."""
+    synchronize(device)
     before = memory_before(device)
-    outcome.seconds.append(seconds(function, device))
+    function()
+    synchronize(device)
     after = memory_peak(device)
-    if before is not None and after is not None:
-        outcome.peak_bytes = max(outcome.peak_bytes or 0, after - before)
+    return None if before is None or after is None else max(0, after - before)
+
+
+def measure(outcome: Outcome, function: Callable[[], object], device: str) -> None:
+    """Add the seconds of one call to an outcome."""
+    outcome.seconds.append(seconds(function, device))
     if device == "cuda":
         outcome.device_seconds.append(device_seconds(function))
 
@@ -144,14 +161,15 @@ def measure(outcome: Outcome, function: Callable[[], object], device: str) -> No
 def interleave(
     variants: dict[str, Callable[[], object]], device: str, rounds: int, once: tuple[str, ...] = ()
 ) -> dict[str, Outcome]:
-    """Time the variants in turn, `rounds` times after one warm-up; those in `once` a single time, cold.
+    """Time the variants in turn, `rounds` times after a warm-up, whose memory is measured.
 
-    A case that takes long has fewer rounds: none begins after `PATIENCE` seconds.
+    Those in `once` are timed a single time, cold, and their memory is not measured. A case that takes long
+    has fewer rounds: none begins after `PATIENCE` seconds.
     """
     outcomes = {name: Outcome() for name in variants}
     for name, function in variants.items():
         if name not in once:
-            function()
+            outcomes[name].peak_bytes = peak_bytes(function, device)
     begun = time.perf_counter()
     for i in range(rounds):
         for name, function in variants.items():

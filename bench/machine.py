@@ -1,7 +1,7 @@
 """What a benchmark ran on: versions, the device and its clocks as found, and the rates of copies and GEMMs.
 
     python bench/machine.py describe FILE       write versions and devices into a file of results
-    python bench/machine.py rates FILE          measure the rates, and write them beside the clocks
+    python bench/machine.py rates FILE [cpu]    measure the rates, and write them beside the clocks
 
 Nothing here changes a setting of the GPU.
 """
@@ -67,9 +67,9 @@ def describe() -> dict:
         "commit": commit(),
         "processor": processor(),
         "threads": torch.get_num_threads(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "package": str(Path(ek.__file__).parent),
         "backends": ek.backends(),
         **{name: version(name) for name in ("triton", "transformers", "numpy", "pytest-benchmark")},
     }
@@ -112,14 +112,14 @@ def rates(device: str) -> dict:
     }
 
 
-def main(command: str, path: str) -> None:
+def main(command: str, path: str | Path, device: str | None = None) -> None:
     if command == "describe":
         found = describe()
         with results.changed(path) as run:
             run["machine"] |= found
         print(f"{found.get('gpu', 'no GPU')}; backends: {backends_of(found)}")
         return
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     before = clocks()
     measured = rates(device)
     with results.changed(path) as run:

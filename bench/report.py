@@ -2,15 +2,20 @@
 
     python bench/report.py table FILE                    what a run did and measured
     python bench/report.py resources FILE LOG            keep what the compilers say that kernels use
-    python bench/report.py docs                          write the GPU sections of the documentation anew
+    python bench/report.py docs                          write the sections of the documentation anew
     python bench/report.py docs --check                  say whether they are what the files make of them
+
+A section stands between `<!-- results: DEVICE PART... [of FAMILY] -->` and `<!-- end of results -->`. The
+device is `cpu` or `gpu`, the parts are those of `PARTS` and `CHARTS`, the family is a benchmark file's name
+without `bench_`.
 
 Importing it needs nothing but Python; charts need matplotlib.
 """
 
+import os
+import re
 import statistics
 import sys
-import tempfile
 from pathlib import Path
 
 import resources
@@ -19,8 +24,11 @@ import results
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
 DOCS = ROOT / "docs"
-BEGIN, END = "<!-- GPU results: bench/report.py docs -->", "<!-- end of GPU results -->"
-NO_RUN = "**No GPU run.** `bench/results/` has no file of one, so there is no figure."
+DOCUMENTS = (DOCS / "performance.md", ROOT / "README.md")
+SECTION = re.compile(r"(<!-- results: ([a-z_ ]+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
+DEVICES = {"cpu": "cpu", "gpu": "cuda"}
+NO_RUN = "**No {} run.** `bench/results/` has no file of one, so there is no figure."
+CHARTS = ("roofline", "speedups")
 
 
 # -- rows ----------------------------------------------------------------------------------------------------
@@ -90,18 +98,24 @@ def by_operation(rows: list[dict]) -> dict[str, list[dict]]:
     return found
 
 
+def spread(values: list[float]) -> str:
+    """The median, and the least and the most where there are several."""
+    middle = f"{statistics.median(values):.3g}"
+    return middle if len(values) == 1 else f"{middle} ({min(values):.3g}–{max(values):.3g})"
+
+
 def summary(rows: list[dict]) -> list[str]:
-    """Of each operation the number of cases and the medians over them, as Markdown."""
-    baselines = list(dict.fromkeys(name for line in rows for name in line["ratios"]))
-    lines = [["operation", "cases", "of floor", *(f"× {name}" for name in baselines)]]
-    lines.append(["---"] + ["---:"] * (len(lines[0]) - 1))
+    """Of each operation the medians over its cases, and the least and the most, as Markdown."""
+    lines = ["| operation | cases | % of floor | times the seconds |", "| --- | ---: | ---: | --- |"]
     for name, cases in by_operation(rows).items():
-        cells = [name, str(len(cases)), f"{statistics.median(c['share_of_floor'] for c in cases):.0%}"]
-        for other in baselines:
-            ratios = [case["ratios"][other] for case in cases if other in case["ratios"]]
-            cells.append(f"{statistics.median(ratios):.2f}" if ratios else "")
-        lines.append(cells)
-    return ["| " + " | ".join(line) + " |" for line in lines]
+        baselines = dict.fromkeys(other for case in cases for other in case["ratios"])
+        ratios = [
+            f"{other} {spread([case['ratios'][other] for case in cases if other in case['ratios']])}"
+            for other in baselines
+        ]
+        shares = spread([100 * case["share_of_floor"] for case in cases])
+        lines.append(f"| {name} | {len(cases)} | {shares} | {', '.join(ratios)} |")
+    return lines
 
 
 # -- a run ---------------------------------------------------------------------------------------------------
@@ -111,7 +125,12 @@ def conditions(run: dict) -> str:
     """Where and with what a run was made, in a sentence."""
     found = run["machine"]
     words = [found.get("gpu") or found.get("processor") or "unknown machine"]
-    words += [f"{name} {found[name]}" for name in ("driver", "torch", "triton") if found.get(name)]
+    if not found.get("gpu") and "threads" in found:
+        words.append(
+            f"{found['threads']} threads, {found.get('instructions', 'no vector instructions known')}"
+        )
+    names = ("driver", "torch", *("triton",) * bool(found.get("gpu")))
+    words += [f"{name} {found[name]}" for name in names if found.get(name)]
     rates = next((run["rates"][device] for device in ("cuda", "cpu") if device in run["rates"]), None)
     if rates:
         words.append(f"copy {rates['copy'] / 1e9:.1f} GB/s read and written")
@@ -139,89 +158,115 @@ def whole(run: dict) -> list[str]:
 # -- documentation -------------------------------------------------------------------------------------------
 
 
-def gpu_runs(folder: Path) -> dict[str, dict]:
-    """The newest run of each GPU with a measured case, by a short name for files."""
-    newest: dict[str, dict] = {}
+def machine_of(run: dict, device: str) -> str | None:
+    return run["machine"].get("gpu" if device == "gpu" else "processor")
+
+
+def measured(run: dict, device: str, family: str | None = None) -> list[dict]:
+    """The cases of a device, or of one benchmark file on it."""
+    cases = [line for line in run["cases"] if line["device"] == DEVICES[device]]
+    return [line for line in cases if family is None or f"bench_{family}.py" in line["benchmark"]]
+
+
+def newest(folder: Path, device: str) -> dict[str, tuple[str, dict]]:
+    """The newest run with a measured case of each machine, and its file's name, by a short name for files."""
+    found: dict[str, tuple[str, dict]] = {}
     for path in sorted(folder.glob("*.json")):
         run = results.load(path)
-        gpu = run["machine"].get("gpu")
-        if gpu and any(line["device"] == "cuda" for line in run["cases"]):
-            name = results.name_of(gpu, "").removesuffix("-.json")
-            if name not in newest or newest[name]["begun"] < run["begun"]:
-                newest[name] = run
-    return newest
+        if machine_of(run, device) and measured(run, device):
+            name = results.name_of(machine_of(run, device), "").removesuffix("-.json")
+            if name not in found or found[name][1]["begun"] < run["begun"]:
+                found[name] = path.name, run
+    return found
 
 
-def measured_on_gpu(run: dict) -> list[dict]:
-    return [line for line in run["cases"] if line["device"] == "cuda"]
+PARTS = {
+    "conditions": lambda run, rows: [conditions(run)],
+    "table": lambda run, rows: table(rows),
+    "summary": lambda run, rows: summary(rows),
+}
 
 
-def performance_section(runs: dict[str, dict]) -> list[str]:
-    """For docs/performance.md: every case, and the charts."""
-    if not runs:
-        return [NO_RUN]
-    lines = []
-    for name, run in runs.items():
-        lines += ["", conditions(run), ""]
-        lines += [f"![Roofline]({name}-roofline.svg)", "", f"![Speed-ups]({name}-speedups.svg)", ""]
-        lines += table(measured_on_gpu(run))
-    return lines[1:]
-
-
-def readme_section(runs: dict[str, dict]) -> list[str]:
-    """For the README: medians over the cases of each operation."""
-    if not runs:
-        return [NO_RUN]
-    lines = []
-    for run in runs.values():
-        lines += ["", conditions(run), "", *summary(measured_on_gpu(run))]
-    return [*lines[1:], "", "Every case: [docs/performance.md](docs/performance.md)."]
-
-
-def replaced(text: str, section: list[str], name: str) -> str:
-    """The text with what stands between its two marks exchanged.
+def section(words: str, folder: Path, document: Path) -> list[str]:
+    """The lines that a section's mark asks for.
 
     Raises:
-        ValueError: the marks are not there once each, in order.
+        ValueError: a device, part or family that there is not.
     """
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end or BEGIN in after or END in after:
-        raise ValueError(f"{name}: expected the marks {BEGIN!r} and {END!r}, once each")
-    return "\n".join([before + BEGIN, *section, END + after])
+    asked, _, family = words.partition(" of ")
+    device, *parts = asked.split()
+    for word, known in ((device, DEVICES), *((part, (*PARTS, *CHARTS)) for part in parts)):
+        if word not in known:
+            raise ValueError(f"{document.name}: expected one of {', '.join(known)}, got {word!r}")
+    lines = []
+    for name, (_, run) in newest(folder, device).items():
+        rows = measured(run, device, family or None)
+        if not rows:
+            raise ValueError(f"{document.name}: expected a family that was measured, got {family!r}")
+        for part in parts:
+            chart = os.path.relpath(DOCS / f"{name}-{part}.svg", document.parent)
+            made = [f"![{part.capitalize()}]({chart})"] if part in CHARTS else PARTS[part](run, rows)
+            lines += ["", *made]
+    return [*lines, ""] if lines else [NO_RUN.format(device.upper())]
 
 
-def documents(runs: dict[str, dict], folder: Path) -> dict[Path, bytes]:
-    """Every file that the results make, by its path in the repository; charts are drawn in `folder` first."""
-    made = {}
-    if runs:
-        import charts
-    for path, section in (
-        (DOCS / "performance.md", performance_section(runs)),
-        (ROOT / "README.md", readme_section(runs)),
-    ):
-        made[path] = replaced(path.read_text(encoding="utf-8"), section, path.name).encode()
-    for name, run in runs.items():
-        rows = measured_on_gpu(run)
-        charts.draw_roofline(run, rows, folder / f"{name}-roofline.svg")
-        charts.draw_speedups(rows, folder / f"{name}-speedups.svg")
-        for chart in ("roofline", "speedups"):
-            path = f"{name}-{chart}.svg"
-            made[DOCS / path] = (folder / path).read_bytes()
-    return made
+def written(document: Path, folder: Path = RESULTS) -> str:
+    """A document's text with every section made anew.
+
+    Raises:
+        ValueError: a mark that says what there is not, or none that ends a section.
+    """
+    text = document.read_text(encoding="utf-8")
+    if not text.count("<!-- results:") == text.count("<!-- end of results -->") == len(SECTION.findall(text)):
+        raise ValueError(f"{document.name}: expected every section to begin and end with its mark")
+
+    def anew(found: re.Match) -> str:
+        begin, words, end = found.groups()
+        return "\n".join([begin[:-1], *section(words, folder, document), end])
+
+    return SECTION.sub(anew, text)
+
+
+def draw(folder: Path = RESULTS, target: Path = DOCS) -> list[Path]:
+    """Draw the charts of every machine; each names the file that it was made of."""
+    import charts
+
+    drawn = []
+    for device in DEVICES:
+        for name, (source, run) in newest(folder, device).items():
+            rows, paths = measured(run, device), [target / f"{name}-{chart}.svg" for chart in CHARTS]
+            charts.draw_roofline(run, rows, paths[0], source)
+            charts.draw_speedups(rows, paths[1], source)
+            drawn += paths
+    return drawn
+
+
+def stale(folder: Path = RESULTS) -> list[Path]:
+    """The documents, and the charts that they show, that are not of the newest results.
+
+    A chart is known by the file that it names: other versions of matplotlib draw other bytes.
+    """
+    found = [path for path in DOCUMENTS if path.read_text(encoding="utf-8") != written(path, folder)]
+    for device in DEVICES:
+        for name, (source, _) in newest(folder, device).items():
+            charts = [DOCS / f"{name}-{chart}.svg" for chart in CHARTS]
+            found += [
+                path for path in charts if not path.exists() or source not in path.read_text(encoding="utf-8")
+            ]
+    return found
 
 
 def write_documents(check: bool = False) -> int:
-    with tempfile.TemporaryDirectory() as folder:
-        made = documents(gpu_runs(RESULTS), Path(folder))
-    stale = [path for path, new in made.items() if not path.exists() or path.read_bytes() != new]
-    for path in stale:
+    old = stale()
+    for path in old:
         print(f"{path.relative_to(ROOT)}: {'not what the results make of it' if check else 'written'}")
-        if not check:
-            path.write_bytes(made[path])
-    if not stale:
-        print(f"{len(made)} files are what the results make of them")
-    return int(check and bool(stale))
+    if old and not check:
+        for path in DOCUMENTS:
+            path.write_text(written(path), encoding="utf-8")
+        draw()
+    if not old:
+        print("the documentation is what the results make of it")
+    return int(check and bool(old))
 
 
 def main(command: str, *words: str) -> int:

@@ -3,7 +3,7 @@
     python bench/results.py begin FILE COMMAND        a new file
     python bench/results.py stage FILE NAME STATUS SECONDS DETAIL
     python bench/results.py values FILE JSON          keep what bench_values.py wrote
-    python bench/results.py name GPU COMMIT           what to call it
+    python bench/results.py name DEVICE COMMIT           what to call it
 
 Needs nothing but Python: it must work where the package does not build.
 """
@@ -65,14 +65,14 @@ def changed(path: str | os.PathLike) -> Iterator[dict]:
         os.replace(temporary, path)
 
 
-def name_of(gpu: str, commit: str) -> str:
+def name_of(device: str, commit: str) -> str:
     """Return the file's name: `h200-1a2b3c4.json`.
 
     Example:
         >>> name_of("NVIDIA H100 80GB HBM3", "1a2b3c4")
         'h100-80gb-hbm3-1a2b3c4.json'
     """
-    words = re.sub(r"[^a-z0-9]+", "-", gpu.lower().removeprefix("nvidia")).strip("-")
+    words = re.sub(r"[^a-z0-9]+", "-", device.lower().removeprefix("nvidia")).strip("-")
     return f"{words or 'unknown'}-{commit}.json"
 
 
