@@ -8,7 +8,7 @@ import torch
 from model_zoo import byte_level_tokenizer, small_model
 
 from engram_kernels.editing import Trace
-from engram_kernels.editing.trace import AverageTrace
+from engram_kernels.editing.traces import AverageTrace
 
 FACT = ("--prompt", "{} lies in", "--subject", "Paris")
 

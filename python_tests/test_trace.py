@@ -13,11 +13,11 @@ import model_zoo
 import torch
 
 from engram_kernels import EngramError
-from engram_kernels.editing import Editor, Trace, average, trace_plots
-from engram_kernels.editing import trace as tracing
+from engram_kernels.editing import Editor, Trace, average, trace_plots, trace_runs
 from engram_kernels.editing.structure import output_projection
 from engram_kernels.editing.tokens import encode_row
-from engram_kernels.editing.trace import KINDS, ROLES, AverageTrace, best_layer, embedding_std, known, trace
+from engram_kernels.editing.trace import KINDS, embedding_std, known, trace
+from engram_kernels.editing.traces import ROLES, AverageTrace, best_layer
 from engram_kernels.models.layers import decoder_layers
 
 PROMPT, SUBJECT = "In {} stands the Louvre in", "the Eiffel Tower"
@@ -158,7 +158,7 @@ def test_equal_to_one_cell_at_a_time(tokenizer, family, kind):
 def test_without_a_cache_of_keys_and_values(tokenizer, monkeypatch):
     model = sharp()
     expected = trace(model, tokenizer, PROMPT, SUBJECT, "mlp", batch=4, **SHORT)
-    monkeypatch.setattr(tracing, "keys_and_values", lambda *_: None)
+    monkeypatch.setattr(trace_runs, "keys_and_values", lambda *_: None)
     found = trace(model, tokenizer, PROMPT, SUBJECT, "mlp", batch=4, **SHORT)
     assert (found.effects - expected.effects).abs().max() < 1e-5
     assert expected.indirect_effects.abs().max() > 0.05

@@ -25,7 +25,7 @@ from .common import (
 )
 
 if TYPE_CHECKING:
-    from ..editing.trace import AverageTrace, Trace
+    from ..editing.traces import AverageTrace, Trace
 
 
 def trace(
@@ -61,9 +61,10 @@ def trace(
     Example: engram trace --prompt "{} is located in the city of" --subject "The Eiffel Tower" --out trace.png
     """
     from ..editing import load_model
-    from ..editing.trace import KINDS, average, embedding_std, known
+    from ..editing.trace import KINDS, embedding_std, known
     from ..editing.trace import trace as trace_fact
     from ..editing.trace_plots import draw
+    from ..editing.traces import average
 
     kinds = list(dict.fromkeys(kind or ["hidden"]))
     for name in kinds:

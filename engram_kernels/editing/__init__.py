@@ -6,7 +6,7 @@ from .editor import Editor
 from .experts import open_expert, routed_expert
 from .result import EditResult
 from .tokens import Edit
-from .trace import Trace, average
+from .traces import Trace, average
 
 __all__ = [
     "Edit",

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from ..models.files import new_file
 from ..models.pictures import STYLE, import_matplotlib
-from .trace import AverageTrace, Trace
+from .traces import AverageTrace, Trace
 
 # As in the paper: purple, green, red; from no effect to the largest.
 COLOURS = {
