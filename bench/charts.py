@@ -5,7 +5,7 @@ from pathlib import Path
 import matplotlib
 
 matplotlib.use("Agg")
-from matplotlib import pyplot
+from matplotlib import pyplot, ticker
 from report import by_operation
 
 # Fixed identifiers, and below no date: the same figures give the same file.
@@ -18,13 +18,20 @@ def _save(figure, path: Path, source: str) -> None:
     pyplot.close(figure)
 
 
+def _title(run: dict) -> str:
+    found = run["machine"]
+    device = found.get("gpu") or found.get("processor")
+    return f"{device}, torch {found.get('torch')}, commit {found.get('commit')}"
+
+
 def draw_roofline(run: dict, rows: list[dict], path: Path, source: str) -> None:
     """Operations a second against operations a byte, under measured roofs; and the shares of the floor."""
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 5), layout="constrained")
+    figure.suptitle(_title(run))
     rates = run["rates"][rows[0]["device"]]
-    intensities = [10**exponent for exponent in (-2, -1, 0, 1, 2, 3, 4)]
     for dtype, peak in rates["gemm"].items():
-        left.plot(intensities, [min(x * rates["copy"], peak) for x in intensities], label=f"{dtype} roof")
+        ridge = peak / rates["copy"]
+        left.plot([1e-2, ridge, 1e4], [1e-2 * rates["copy"], peak, peak], label=f"{dtype} roof")
     for name, cases in by_operation([line for line in rows if line["work"]]).items():
         work = [sum(case["work"].values()) for case in cases]
         clock = [case["device_seconds"] or case["seconds"] for case in cases]
@@ -46,22 +53,33 @@ def draw_roofline(run: dict, rows: list[dict], path: Path, source: str) -> None:
     _save(figure, path, source)
 
 
-def draw_speedups(rows: list[dict], path: Path, source: str) -> None:
+def _kind(baseline: str) -> str:
+    """What baselines of one colour have in common: every upstream's algorithm, every eager one."""
+    first = baseline.partition(" ")[0]
+    return first if first in ("eager", "upstream") else baseline
+
+
+def draw_speedups(run: dict, rows: list[dict], path: Path, source: str) -> None:
     """How many times longer each baseline takes, a point a case."""
     groups = by_operation(rows)
-    baselines = list(dict.fromkeys(name for line in rows for name in line["ratios"]))
-    figure, axes = pyplot.subplots(figsize=(8, 1 + 0.4 * len(groups)), layout="constrained")
-    for index, name in enumerate(baselines):
+    kinds = list(dict.fromkeys(_kind(name) for line in rows for name in line["ratios"]))
+    figure, axes = pyplot.subplots(figsize=(9, 1.4 + 0.42 * len(groups)), layout="constrained")
+    axes.set_title(_title(run), fontsize=9)
+    for index, kind in enumerate(kinds):
         points = [
-            (case["ratios"][name], place + 0.6 * (index / max(1, len(baselines)) - 0.4))
+            (ratio, place + 0.7 * ((index + 0.5) / len(kinds) - 0.5))
             for place, cases in enumerate(groups.values())
             for case in cases
-            if name in case["ratios"]
+            for name, ratio in case["ratios"].items()
+            if _kind(name) == kind
         ]
-        axes.scatter([x for x, _ in points], [y for _, y in points], s=14, label=name)
+        axes.scatter([x for x, _ in points], [y for _, y in points], s=12, label=kind)
     axes.axvline(1, color="grey", linewidth=0.8)
-    axes.set(xscale="log", xlabel="seconds of the baseline over ours")
+    axes.set(xscale="log", xlabel="times as long as engram_kernels; right of the line it is faster")
+    axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _place: f"{value:g}"))
     axes.set(yticks=range(len(groups)), yticklabels=list(groups))
+    axes.set_yticks([place + 0.5 for place in range(len(groups) - 1)], minor=True)
+    axes.grid(axis="y", which="minor", color="0.9")
     axes.invert_yaxis()
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     _save(figure, path, source)

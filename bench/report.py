@@ -236,7 +236,7 @@ def draw(folder: Path = RESULTS, target: Path = DOCS) -> list[Path]:
         for name, (source, run) in newest(folder, device).items():
             rows, paths = measured(run, device), [target / f"{name}-{chart}.svg" for chart in CHARTS]
             charts.draw_roofline(run, rows, paths[0], source)
-            charts.draw_speedups(rows, paths[1], source)
+            charts.draw_speedups(run, rows, paths[1], source)
             drawn += paths
     return drawn
 
