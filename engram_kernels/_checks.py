@@ -67,10 +67,20 @@ def no_overlap(name: str, tensor: Tensor) -> None:
             reach = stride * size
 
 
+def span(tensor: Tensor) -> tuple[int, int]:
+    """Return the address of a tensor's first byte, and the one behind its last."""
+    begin = tensor.data_ptr()
+    if tensor.numel() == 0:
+        return begin, begin
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return begin, begin + (last + 1) * tensor.element_size()
+
+
 def own_memory(name: str, tensor: Tensor, written: Tensor) -> None:
-    """Check that a tensor is no view of the memory that is about to be written."""
-    shared = tensor.untyped_storage().data_ptr() == written.untyped_storage().data_ptr()
-    expect(not shared or tensor.numel() == 0, name, "memory of its own", "a view of the tensor to be written")
+    """Check that a tensor does not reach into the memory that is about to be written."""
+    (begin, end), (first, last) = span(tensor), span(written)
+    shared = begin < last and first < end
+    expect(not shared, name, "memory of its own", "a view of the tensor to be written")
 
 
 def is_finite(tensor: Tensor) -> bool:

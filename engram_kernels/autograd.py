@@ -1,10 +1,24 @@
 """Gradients: one `torch.autograd.Function` an operator, made of operator calls and transposes."""
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ._ops import ops
+
+
+def _backward(body: Callable) -> staticmethod:
+    """A backward in its tensors' own types, also where autocast is on; differentiable once."""
+
+    @functools.wraps(body)
+    def run(ctx, *gradients: Tensor):
+        with torch.autocast(gradients[0].device.type, enabled=False):
+            return body(ctx, *gradients)
+
+    return staticmethod(once_differentiable(run))
 
 
 class ResidualGram(torch.autograd.Function):
@@ -17,8 +31,7 @@ class ResidualGram(torch.autograd.Function):
         ctx.save_for_backward(weight, keys, preconditioned)
         return ops.residual_gram(weight, keys, values, preconditioned)
 
-    @staticmethod
-    @once_differentiable
+    @_backward
     def backward(ctx, d_residual: Tensor, d_gram: Tensor):
         weight, keys, preconditioned = ctx.saved_tensors
         d_weight = d_keys = d_values = d_preconditioned = None
@@ -43,8 +56,7 @@ class SmallSolve(torch.autograd.Function):
         ctx.kind = kind
         return solution
 
-    @staticmethod
-    @once_differentiable
+    @_backward
     def backward(ctx, d_solution: Tensor):
         system, solution = ctx.saved_tensors
         transposed = {"cholesky": "cholesky", "unit_lower": "unit_upper", "unit_upper": "unit_lower"}[
@@ -70,8 +82,7 @@ class LowRankUpdate(torch.autograd.Function):
         ctx.scale = scale
         return ops.low_rank_update(weight, left, right, scale)
 
-    @staticmethod
-    @once_differentiable
+    @_backward
     def backward(ctx, gradient: Tensor):
         left, right = ctx.saved_tensors
         wide = gradient.to(left.dtype)
@@ -92,8 +103,7 @@ class GraftBlend(torch.autograd.Function):
         ctx.bias = bias
         return ops.graft_blend(pre, ft, logits, base, bias)
 
-    @staticmethod
-    @once_differentiable
+    @_backward
     def backward(ctx, gradient: Tensor):
         pre, ft, logits, base = ctx.saved_tensors
         gradient = gradient.contiguous()
@@ -115,8 +125,7 @@ class GraftBlendPacked(torch.autograd.Function):
         ctx.save_for_backward(mask)
         return ops.graft_blend_packed(pre, ft, mask)
 
-    @staticmethod
-    @once_differentiable
+    @_backward
     def backward(ctx, gradient: Tensor):
         (mask,) = ctx.saved_tensors
         gradient = gradient.contiguous()
@@ -135,8 +144,7 @@ class PseudoInverse(torch.autograd.Function):
         ctx.save_for_backward(a, inverse, factor)
         return inverse
 
-    @staticmethod
-    @once_differentiable
+    @_backward
     def backward(ctx, gradient: Tensor):
         a, inverse, factor = ctx.saved_tensors
         solved = torch.cholesky_solve(gradient, factor).mT
@@ -148,16 +156,15 @@ class MemorySolve(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, gram: Tensor, cross: Tensor, ridge: float) -> Tensor:
-        memory, _ = ops.memory_solve(gram, cross, ridge)
+        memory, _ = ops.memory_solve(gram, cross, ridge, True)
         ctx.save_for_backward(gram, memory)
         ctx.ridge = ridge
         return memory
 
-    @staticmethod
-    @once_differentiable
+    @_backward
     def backward(ctx, gradient: Tensor):
         gram, memory = ctx.saved_tensors
-        d_cross, _ = ops.memory_solve(gram, gradient.contiguous(), ctx.ridge)
+        d_cross, _ = ops.memory_solve(gram, gradient.contiguous(), ctx.ridge, False)
         d_gram = None
         if ctx.needs_input_grad[0]:
             d_gram = d_cross @ memory.mT
@@ -175,7 +182,6 @@ class MemoryStream(torch.autograd.Function):
         ctx.save_for_backward(precision_inverse, memory, weights, latents)
         return ops.memory_stream(precision_inverse, memory, weights, latents)
 
-    @staticmethod
-    @once_differentiable
+    @_backward
     def backward(ctx, *gradients: Tensor):
         return ops.memory_stream_gradient(*ctx.saved_tensors, *(g.contiguous() for g in gradients))

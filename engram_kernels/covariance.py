@@ -149,27 +149,33 @@ class Covariance:
 
         Raises:
             FileNotFoundError: there is no such file.
+            ValueError: torch knows no such device.
             EngramError: the file is not a covariance.
         """
         from safetensors import SafetensorError, safe_open
 
+        try:
+            device = torch.device(device)
+        except RuntimeError as error:
+            raise ValueError(f"device: expected one that torch knows, got {device!r}") from error
         if not Path(path).is_file():
             raise FileNotFoundError(
                 f"path: expected a covariance file, got {os.fspath(path)!r}, which does not exist"
             )
         try:
-            with safe_open(path, framework="pt", device=str(device)) as file:
+            with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 if metadata.get("format") != "engram_kernels.covariance":
                     raise EngramError(
                         f"path: expected a covariance file, got {os.fspath(path)!r} of another format"
                     )
                 tensors = file.get_tensor("inverse"), file.get_tensor("largest")
-                return cls(*tensors, int(metadata["count"]), float(metadata["ridge"]))
-        except SafetensorError as error:
+                found = cls(*tensors, int(metadata["count"]), float(metadata["ridge"]))
+        except (SafetensorError, KeyError, ValueError) as error:
             raise EngramError(
                 f"path: expected a covariance file, got {os.fspath(path)!r}: {error}"
             ) from error
+        return found.to(device)
 
     def __repr__(self) -> str:
         device = self._inverse.device
@@ -178,8 +184,8 @@ class Covariance:
 
 def _largest_eigenvalue(matrix: Tensor) -> Tensor:
     """Estimate the largest eigenvalue of a positive matrix by power iteration, [1] or [B, 1]."""
-    generator = torch.Generator().manual_seed(0)
-    vector = torch.randn((*matrix.shape[:-1], 1), generator=generator, dtype=matrix.dtype).to(matrix.device)
+    generator, shape = torch.Generator().manual_seed(0), (*matrix.shape[:-1], 1)
+    vector = torch.randn(shape, generator=generator, dtype=matrix.dtype, device="cpu").to(matrix.device)
     for _ in range(_POWER_STEPS):
         vector = matrix @ (vector / vector.norm(dim=-2, keepdim=True))
     return vector.norm(dim=-2)

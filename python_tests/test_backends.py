@@ -28,6 +28,16 @@ def test_use_backend_nests_and_ends_on_errors():
     assert forced() is None
 
 
+@pytest.mark.skipif(ek.backends()["cpu"] is not None, reason="the CPU kernels are not built")
+def test_a_block_takes_only_its_own_backend_away():
+    first = ek.use_backend("torch")
+    first.__enter__()
+    with ek.use_backend("cpu"):
+        first.__exit__(None, None, None)
+        assert forced() == "cpu"
+    assert forced() is None
+
+
 def test_unknown_backend():
     with pytest.raises(ValueError, match="name: expected one of torch, cpu, triton, cuda, got 'mps'"):
         with ek.use_backend("mps"):

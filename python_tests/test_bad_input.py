@@ -128,6 +128,42 @@ def test_overlapping_weights_and_aliasing_factors_are_refused():
     assert torch.equal(weight, before)
 
 
+def test_halves_of_one_buffer_are_memory_of_their_own():
+    buffer = torch.randn(40)
+    weight, left = buffer[:20].view(4, 5), buffer[20:28].view(4, 2)
+    expected = weight + left @ torch.ones(2, 5)
+    torch.testing.assert_close(ek.apply_low_rank_(weight, left, torch.ones(2, 5)), expected)
+
+
+def test_states_that_are_also_read_are_refused():
+    moment = torch.eye(4, dtype=torch.float64)
+    with pytest.raises(ValueError, match="inputs: expected memory of its own"):
+        ek.second_moment_(moment, moment[:2])
+    with pytest.raises(ValueError, match="B: expected memory of its own"):
+        ek.memory_accumulate_(moment, moment, torch.ones(2, 4), torch.ones(2, 4))
+    assert torch.equal(moment, torch.eye(4, dtype=torch.float64))
+
+
+def test_strided_tensors_that_are_also_read_are_refused():
+    memory, (pre, ft, gradient) = torch.zeros(4, 6), torch.randn(3, 6, 4)
+    logits = [memory.T]
+    message = "expected memory of its own for a strided tensor, got shared memory"
+    for call in (
+        lambda: ek.graft_mask_step_(logits, [gradient], [pre], [ft], out=[memory.T]),
+        lambda: ek.graft_mask_step_(logits, [gradient], [pre], [ft], out=[memory.view(6, 4)]),
+        lambda: ek.graft_blend_all_([memory.T], [pre], [ft], logits),
+        lambda: ek.sparse_apply_(logits, [torch.tensor([1])], [memory[0, :1]]),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    assert not memory.any()
+
+
+def test_a_matrix_of_zeros_has_no_full_rank():
+    with pytest.raises(ek.EngramError, match="a: expected a matrix of full rank"):
+        ek.pseudo_inverse(torch.zeros(3, 3), ridge=0.0)
+
+
 BAD_MOMENTS = {
     "half accumulator": ({"accumulator": torch.zeros(7, 7).half()}, TypeError, "accumulator: "),
     "accumulator of another width": (

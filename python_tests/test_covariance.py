@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from test_rank_one import covariance_of, error
 
 import engram_kernels as ek
@@ -94,6 +95,15 @@ def test_bad_files(tmp_path):
     (tmp_path / "broken").write_bytes(b"not safetensors")
     with pytest.raises(ek.EngramError, match="path: "):
         ek.Covariance.load(tmp_path / "broken")
+    tensors = {"inverse": torch.eye(3), "largest": torch.ones(1)}
+    for number, count in enumerate(({}, {"count": "many"})):
+        path = tmp_path / f"incomplete {number}"
+        save_file(tensors, path, {"format": "engram_kernels.covariance", "ridge": "0.0", **count})
+        with pytest.raises(ek.EngramError, match=r"path: expected a covariance file, got .*incomplete"):
+            ek.Covariance.load(path)
     given = ek.Covariance.from_second_moment(torch.eye(3), 1)
+    given.save(tmp_path / "sound")
+    with pytest.raises(ValueError, match="device: expected one that torch knows, got 'abacus'"):
+        ek.Covariance.load(tmp_path / "sound", device="abacus")
     with pytest.raises(OSError):
         given.save(tmp_path / "no such folder" / "file")

@@ -7,7 +7,7 @@ against fp64. No tolerance is tuned.
 import numpy as np
 import pytest
 import torch
-from test_rank_one import LAYOUTS, error, wide
+from test_rank_one import LAYOUTS, error, rounding, wide
 
 import engram_kernels as ek
 from engram_kernels._ops import ops
@@ -38,8 +38,8 @@ def rows(batch: tuple, count: int, slots: int, latent: int, dtype=torch.float64)
     return w.to(dtype), torch.randn(*batch, count, latent, dtype=torch.float64).to(dtype)
 
 
-def bound(eager, truth, dtype: torch.dtype) -> float:
-    return max(2 * error(eager, truth), torch.finfo(dtype).eps)
+def bound(eager, truth, dtype: torch.dtype, terms: int) -> float:
+    return max(2 * error(eager, truth), rounding(dtype, terms))
 
 
 def ends_of(lengths: list[int]) -> list[int]:
@@ -150,7 +150,7 @@ def test_address(device, batch, dtype):
         got = ek.memory_address(z.to(device), inverse.to(device))
         truth = np.einsum("...nc,...ck->...nk", wide(z), wide(inverse))
         assert got.dtype == inverse.dtype
-        assert error(got, truth) <= bound(z.to(inverse.dtype) @ inverse, truth, inverse.dtype)
+        assert error(got, truth) <= bound(z.to(inverse.dtype) @ inverse, truth, inverse.dtype, 11)
 
 
 @pytest.mark.parametrize("dtype", ROWS)
@@ -190,31 +190,32 @@ def dense_sums(A, B, w, z, alpha=None):
     return A, B
 
 
-@pytest.mark.parametrize("dtype", ROWS)
 @pytest.mark.parametrize("state_dtype", STATES)
 @pytest.mark.parametrize(
     "shape",
     [(1, 1, 1, 1), (1, 1, 33, 70), (3, 5, 7, 9), (2, 16, 65, 33), (1, 40, 17, 3), (2, 0, 4, 5)],
     ids=str,
 )
-def test_accumulate(device, shape, state_dtype, dtype):
+def test_accumulate(device, shape, state_dtype):
     batch, count, slots, latent = shape
-    w, z = rows((batch,), count, slots, latent, dtype)
-    start = torch.randn(batch, slots, slots), torch.randn(batch, slots, latent)
-    for alpha in (None, torch.tensor([1.0, -1.0, 0.0]).repeat(batch, count)[:, :count]):
-        A, B = (tensor.to(device, state_dtype) for tensor in start)
-        truth = dense_sums(A, B, w, z, alpha)
-        signed = w if alpha is None else w * alpha.unsqueeze(-1).to(dtype)
-        signed = signed.to(state_dtype).mT
-        eager = (
-            torch.baddbmm(A.cpu(), signed, w.to(state_dtype)),
-            torch.baddbmm(B.cpu(), signed, z.to(state_dtype)),
-        )
-        given = None if alpha is None else alpha.to(device)
-        got = ek.memory_accumulate_(A, B, w.to(device), z.to(device), given)
-        assert got[0] is A and got[1] is B
-        for mine, reference, exact in zip(got, eager, truth, strict=True):
-            assert error(mine, exact) <= bound(reference, exact, state_dtype)
+    # Every type of rows where there are several tiles; a GPU compiles a kernel for each.
+    for dtype in ROWS if slots > 32 else [torch.float32]:
+        w, z = rows((batch,), count, slots, latent, dtype)
+        start = torch.randn(batch, slots, slots), torch.randn(batch, slots, latent)
+        for alpha in (None, torch.tensor([1.0, -1.0, 0.0]).repeat(batch, count)[:, :count]):
+            A, B = (tensor.to(device, state_dtype) for tensor in start)
+            truth = dense_sums(A, B, w, z, alpha)
+            signed = w if alpha is None else w * alpha.unsqueeze(-1).to(dtype)
+            signed = signed.to(state_dtype).mT
+            eager = (
+                torch.baddbmm(A.cpu(), signed, w.to(state_dtype)),
+                torch.baddbmm(B.cpu(), signed, z.to(state_dtype)),
+            )
+            given = None if alpha is None else alpha.to(device)
+            got = ek.memory_accumulate_(A, B, w.to(device), z.to(device), given)
+            assert got[0] is A and got[1] is B
+            for mine, reference, exact in zip(got, eager, truth, strict=True):
+                assert error(mine, exact) <= bound(reference, exact, state_dtype, count)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -223,12 +224,12 @@ def test_accumulate_strided(device, layout, count):
     slots, latent = 9, 13
     w, z = rows((2,), count, slots, latent)
     A, B = state((2,), slots, latent)
-    truth = reference(ek.memory_accumulate_, A.clone(), B.clone(), w, z)
+    truth = dense_sums(A, B, w, z)
     lay = LAYOUTS[layout]
     A, B, w, z = (lay(tensor.to(device)) for tensor in (A, B, w, z))
     ek.memory_accumulate_(A, B, w, z)
     for mine, exact in zip((A, B), truth, strict=True):
-        assert error(mine, exact) < 1e-15
+        assert error(mine, exact) <= rounding(torch.float64, count)
 
 
 def test_accumulate_leaves_the_rest_of_the_storage(device):
@@ -253,7 +254,7 @@ def test_accumulate_takes_any_leading_dimensions_and_types_of_alpha(device):
             one = ek.memory_accumulate_(*state((), 5, 6, device=device), w[i, j][kept], z[i, j][kept])
             for mine, same, exact in zip(got, whole, one, strict=True):
                 assert torch.equal(mine, same)
-                assert error(mine[i, j], exact) < 1e-15 if kept.any() else not mine[i, j].any()
+                assert error(mine[i, j], exact) <= 2 * rounding(torch.float64, len(kept))
 
 
 @pytest.mark.parametrize("lengths", [[3, 0, 5, 1, 0], [0, 0], [40, 2], [7]], ids=str)
@@ -305,9 +306,9 @@ def test_solve(device, shape, dtype):
     truth = np.linalg.solve(system, B.double().numpy())
     eager = torch.cholesky_solve(B, torch.linalg.cholesky(A + 0.25 * identity))
     assert got.dtype == dtype and got.shape == B.shape
-    # The oracle is fp64 itself: its dense solves lose what the condition number says.
-    oracle_error = torch.finfo(torch.float64).eps * np.max(np.linalg.cond(system), initial=1)
-    assert error(got, truth) <= max(bound(eager, truth, dtype), oracle_error)
+    # What a Cholesky solver may lose, whatever its order of sums (Higham 2002, theorem 10.4); the oracle too.
+    own = (3 * slots + 1) * torch.finfo(dtype).eps * np.max(np.linalg.cond(system), initial=1)
+    assert error(got, truth) <= max(2 * error(eager, truth), own)
 
 
 def test_solve_is_least_squares():
@@ -408,8 +409,9 @@ def test_stream(device, poisoned, shape, dtype):
     got, eager, exact = ((*outputs[:3], 1 - outputs[3]) for outputs in (got, eager, exact))
     for mine, reference, truth in zip(got, eager, exact, strict=True):
         assert mine.dtype == dtype
-        # fp64 is compared with fp64: within the rounding that the two orders of sums may differ by.
-        own = torch.finfo(dtype).eps * (count + slots)
+        # fp64 is compared with fp64: within the rounding that the two orders of sums may differ by, and that
+        # of the root, the squares and the quotients of a single write.
+        own = torch.finfo(dtype).eps * (count + slots + 4)
         assert error(mine, truth) <= max(2 * error(reference, truth), own)
 
 
@@ -466,7 +468,8 @@ def test_stream_strided(device, layout):
     inputs = [tensor.to(device) for tensor in (*start_of(2, 5, 7), *rows((2,), 9, 5, 7))]
     truth = ek.memory_stream(*inputs)
     got = ek.memory_stream(*(LAYOUTS[layout](tensor) for tensor in inputs))
-    assert all(torch.equal(a, b) for a, b in zip(got, truth, strict=True))
+    # Not bit for bit: where memory is misaligned, a library may sum in another order.
+    assert all(error(a, b) < 1e-13 for a, b in zip(got, truth, strict=True))
 
 
 def test_stream_takes_any_leading_dimensions(device):
@@ -755,9 +758,8 @@ BAD_FORGETS = {
 
 
 @pytest.fixture
-def memories(device):
-    if device.type != "cpu":
-        pytest.skip("the checks know nothing of backends: they are made on the CPU")
+def memories():
+    """On the CPU: the checks know nothing of backends."""
     w, z = rows((2,), 5, 3, 4)
     A, B = ek.memory_accumulate_(*state((2,), 3, 4), w, z)
     return {"A": A, "B": B, "w": w, "z": z}
@@ -775,12 +777,12 @@ def raises_and_leaves(function, arguments: dict, change: dict, kind, message: st
 
 
 @pytest.mark.parametrize("case", BAD_ROWS | BAD_ALPHAS)
-def test_bad_accumulate_changes_nothing(device, memories, case):
+def test_bad_accumulate_changes_nothing(memories, case):
     raises_and_leaves(ek.memory_accumulate_, memories, *(BAD_ROWS | BAD_ALPHAS)[case])
 
 
 @pytest.mark.parametrize("case", BAD_ROWS | BAD_FORGETS)
-def test_bad_forget_changes_nothing(device, memories, case):
+def test_bad_forget_changes_nothing(memories, case):
     memories["A"] += 10 * torch.eye(3, dtype=torch.float64)  # so that one memory's A takes the other's rows
     raises_and_leaves(
         lambda **given: ek.memory_forget_(**{"ridge": 0.1, **given}),
@@ -822,7 +824,7 @@ BAD_STREAMS = {
 
 
 @pytest.mark.parametrize("case", BAD_STREAMS)
-def test_bad_stream(device, memories, case):
+def test_bad_stream(memories, case):
     P = torch.eye(3, dtype=torch.float64).repeat(2, 1, 1)
     arguments = {"P": P, "M": memories["B"], "w": memories["w"], "z": memories["z"]}
     raises_and_leaves(ek.memory_stream, arguments, *BAD_STREAMS[case])
@@ -945,7 +947,7 @@ def operator_calls() -> dict[str, tuple]:
     P, M = torch.eye(3).repeat(2, 1, 1), torch.randn(2, 3, 4)
     return {
         "memory_accumulate_": (A.clone(), B.clone(), w, z, torch.ones(2, 5, dtype=torch.float64), None),
-        "memory_solve": (A, B, 0.1),
+        "memory_solve": (A, B, 0.1, True),
         "memory_leverages": (A, w, None, 0.1, 0.99),
         "memory_stream": (P, M, w, z),
         "memory_stream_gradient": (P, M, w, z, P, M, z, w[..., 0].contiguous()),

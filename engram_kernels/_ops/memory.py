@@ -125,6 +125,8 @@ def _accumulate_values(
     alpha: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> None:
+    apart = cross.numel() == 0 or cross.data_ptr() != gram.data_ptr()
+    check.expect(apart, "B", "memory of its own", "the memory of A")
     for written in (gram, cross):
         check.own_memory("w", weights, written)
         check.own_memory("z", latents, written)
@@ -144,25 +146,28 @@ define(
 # -- memory_solve --------------------------------------------------------------------------------------------
 
 
-def _solve_arguments(gram: Tensor, cross: Tensor, ridge: float) -> None:
+def _solve_arguments(gram: Tensor, cross: Tensor, ridge: float, finite: bool) -> None:
     check_state("AB", gram, cross)
     check.expect(gram.dim() == 3, "A", "three dimensions [B, K, K]", list(gram.shape))
 
 
-def _solve_results(result: tuple[Tensor, Tensor], gram: Tensor, cross: Tensor, ridge: float) -> None:
+def _solve_results(
+    result: tuple[Tensor, Tensor], gram: Tensor, cross: Tensor, ridge: float, finite: bool
+) -> None:
     memory, info = result
     failed = info.nonzero().flatten().tolist()
-    if failed or not check.is_finite(memory):
+    if failed or (finite and not check.is_finite(memory)):
         check.finite("A", gram)
         check.finite("B", cross)
     if failed:
         raise _singular(failed[0], gram.shape[0], ridge)
 
 
+# `finite` says whether B must be; a gradient need not, and gives what it gives.
 define(
-    "memory_solve(Tensor gram, Tensor cross, float ridge) -> (Tensor, Tensor)",
+    "memory_solve(Tensor gram, Tensor cross, float ridge, bool finite) -> (Tensor, Tensor)",
     _solve_arguments,
-    fake=lambda gram, cross, ridge: (
+    fake=lambda gram, cross, ridge, finite: (
         torch.empty_like(cross, memory_format=torch.contiguous_format),
         gram.new_empty(gram.shape[0], dtype=torch.int32),
     ),
@@ -332,7 +337,9 @@ def _pseudo_inverse_results(
     check.finite("a", a)
     entries = a.abs().max().item()
     sizes = math.sqrt(torch.finfo(torch.float64).tiny) < entries < math.sqrt(torch.finfo(torch.float64).max)
-    check.expect(sizes, "a", "entries whose squares fit float64", f"entries up to {entries:.1e}")
+    check.expect(
+        sizes or entries == 0, "a", "entries whose squares fit float64", f"entries up to {entries:.1e}"
+    )
     where = f" matrix {failed[0]}" if failed and a.shape[0] > 1 else " one"
     raise EngramError(
         f"a: expected a matrix of full rank, got{where} without it and ridge {ridge or 0:g}; give a larger "

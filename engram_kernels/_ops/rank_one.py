@@ -96,7 +96,8 @@ def _small_solve_results(
             f"keys: expected linearly independent rows, got key {order - 1} dependent on those before it"
             f"{f' in matrix {matrix}' if system.shape[0] > 1 else ''}; drop it, or give a ridge above 0"
         )
-    if not check.is_finite(result[0]):
+    # What is not finite before, as a gradient may be, need not be finite after.
+    if not check.is_finite(result[0]) and check.is_finite(right_hand_side):
         raise EngramError("keys: expected keys whose update fits the type, got coefficients that overflow it")
 
 

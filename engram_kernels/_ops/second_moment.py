@@ -21,6 +21,7 @@ def _second_moment_arguments(accumulator: Tensor, inputs: Tensor, mask: Tensor |
 
 
 def _second_moment_values(accumulator: Tensor, inputs: Tensor, mask: Tensor | None) -> None:
+    check.own_memory("inputs", inputs, accumulator)
     check.finite("inputs", inputs if mask is None else inputs[mask])
 
 

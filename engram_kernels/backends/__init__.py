@@ -28,7 +28,8 @@ class Implementation(NamedTuple):
 
 
 _table: dict[str, dict[str, Implementation]] = {}
-_forced: list[str] = []
+# By the `with` block that forces it: blocks of several threads need not end in the order of their beginning.
+_forced: list[tuple[object, str]] = []
 
 
 def implements(
@@ -69,7 +70,7 @@ def backends() -> dict[str, str | None]:
 
 def forced() -> str | None:
     """Return the backend forced by `use_backend` or by the environment variable ENGRAM_BACKEND, read once."""
-    return _forced[-1] if _forced else _environment()
+    return _forced[-1][1] if _forced else _environment()
 
 
 @functools.cache
@@ -102,11 +103,12 @@ def use_backend(name: str) -> Iterator[None]:
     reason = unavailable(name)
     if reason is not None:
         raise EngramError(f"name: expected a backend that can run here, got {name!r}, which cannot: {reason}")
-    _forced.append(name)
+    block = object(), name
+    _forced.append(block)
     try:
         yield
     finally:
-        _forced.pop()
+        _forced.remove(block)
 
 
 def _order(device: str) -> tuple[str, ...]:

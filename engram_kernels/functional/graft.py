@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -233,7 +234,7 @@ def graft_blend_all_(
     masks = _masks(base, len(out))
     check.number("bias", bias)
     if out:
-        with _Written("out", out) as targets:
+        with _Written("out", out, pre, ft, logits, masks) as targets:
             ops.graft_blend_all_(
                 targets,
                 [_flat(x) for x in pre],
@@ -299,7 +300,11 @@ def graft_mask_step_(
     for name, value in (("bias", bias), ("lr", lr), ("l1", l1)):
         check.number(name, value)
     if logits:
-        with _Written("logits", logits) as targets, _Written("out", out) as blended:
+        read = grads, pre, ft, masks
+        with (
+            _Written("logits", logits, out, *read) as targets,
+            _Written("out", out, logits, *read) as blended,
+        ):
             ops.graft_mask_step_(
                 targets,
                 [_flat(x) for x in grads],
@@ -353,7 +358,7 @@ def sparse_apply_(
         indices = [index.long() if index.dtype == torch.int32 else index for index in indices]
     values = [_flat(x) for x in values]
     overwritten = [torch.empty_like(x) for x in values]
-    with _Written("weights", weights) as targets:
+    with _Written("weights", weights, indices, values) as targets:
         ops.sparse_apply_(targets, indices, values, overwritten)
     return overwritten
 
@@ -361,19 +366,20 @@ def sparse_apply_(
 class _Written:
     """Flat tensors to write to: views of contiguous memory; copies of other, put back at the end."""
 
-    def __init__(self, name: str, tensors: list[Tensor]):
-        self.name = name
+    def __init__(self, name: str, tensors: list[Tensor], *others: list[Tensor]):
+        self.name, self.others = name, others
         self.tensors = [tensor.detach() for tensor in tensors]
 
     def __enter__(self) -> list[Tensor]:
-        strided = [tensor for tensor in self.tensors if not tensor.is_contiguous()]
-        for tensor in strided:
-            check.no_overlap(self.name, tensor)
-            # The operator sees a copy, and cannot see that two of them go back to one place.
-            storage = tensor.untyped_storage().data_ptr()
-            sharing = [x for x in self.tensors if x.untyped_storage().data_ptr() == storage]
-            alone = len(sharing) == 1
-            check.expect(alone, self.name, "memory of its own for a strided tensor", "shared memory")
+        strided = [i for i, tensor in enumerate(self.tensors) if not tensor.is_contiguous()]
+        if strided:
+            # The operator sees a copy, and cannot see what else lies where that goes back to.
+            spans = [check.span(tensor) for tensor in chain(self.tensors, *self.others)]
+            for i in strided:
+                check.no_overlap(self.name, self.tensors[i])
+                begin, end = spans[i]
+                shared = any(first < end and begin < last for first, last in spans[:i] + spans[i + 1 :])
+                check.expect(not shared, self.name, "memory of its own for a strided tensor", "shared memory")
         self.flat = [tensor.reshape(-1) for tensor in self.tensors]
         return self.flat
 

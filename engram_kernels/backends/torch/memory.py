@@ -43,7 +43,7 @@ def _factor(gram: Tensor, ridge: float, eps: float) -> tuple[Tensor, Tensor]:
 
 
 @implements("memory_solve", "torch")
-def memory_solve(gram: Tensor, cross: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+def memory_solve(gram: Tensor, cross: Tensor, ridge: float, finite: bool) -> tuple[Tensor, Tensor]:
     """M = (A + λI)⁻¹ B; `info` is the order of the first pivot lost to rounding, 0 where there is none."""
     factor, info = _factor(gram, ridge, torch.finfo(gram.dtype).eps)
     return torch.cholesky_solve(cross, factor).contiguous(), info
