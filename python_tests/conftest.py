@@ -25,6 +25,17 @@ CASES = [
 ]
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """Hide the GPU from tests without the marker: what chooses a device by itself takes the CPU in them."""
+    with pytest.MonkeyPatch.context() as patch:
+        if item.get_closest_marker("gpu") is None:
+            patch.setattr(torch.cuda, "is_available", lambda: False)
+            patch.setattr(torch.cuda, "device_count", lambda: 0)
+            patch.setenv("CUDA_VISIBLE_DEVICES", "")  # for child processes: this one has looked already
+        return (yield)
+
+
 @pytest.fixture(params=CASES, ids=lambda case: f"{case[0]}-{case[1]}")
 def device(request):
     """Force each backend that can run here, and give the device that it serves."""

@@ -434,6 +434,44 @@ def test_without_a_gpu_it_says_so(tmp_path):
 
 
 @needs_bash
+@pytest.mark.parametrize(
+    ("answer", "measured"),
+    [("Error: Device not supported", True), ("Invalid __global__ write of size 4 bytes", False)],
+)
+def test_on_a_gpu_only_what_is_wrong_with_the_kernels_stops_the_benchmarks(tmp_path, answer, measured):
+    """Neither the plugins of pytest that may be missing, nor a sanitizer that the machine refuses the GPU."""
+    tree, programs = tmp_path / "tree", tmp_path / "bin"
+    shutil.copytree(BENCH, tree / "bench")
+    programs.mkdir()
+    scripts = {
+        "nvidia-smi": "echo NVIDIA H200",
+        "compute-sanitizer": f"echo '{answer}'; exit 9",
+        "python": 'case "$*" in\n'
+        "*find_spec*) exit 1 ;;\n"
+        '*"-m pytest"*" -n "* | *"-m pytest"*--timeout*) echo unrecognized arguments; exit 4 ;;\n'
+        '*"-m pytest"* | *machine.py*) echo 3 passed; exit 0 ;;\n'
+        f'esac\nexec {sys.executable} "$@"',
+    }
+    for name, text in scripts.items():
+        (programs / name).write_text(f"#!/bin/sh\n{text}\n")
+        (programs / name).chmod(0o755)
+    environment = {"PATH": f"{programs}{os.pathsep}{os.environ['PATH']}", "PYTHON": str(programs / "python")}
+    done = subprocess.run(
+        ["bash", tree / "bench" / "gpu.sh", "--stages", "tests memcheck rates rank_one"],
+        env={**os.environ, **environment, "ENGRAM_COMMIT": "1a2b3c4", "TMPDIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    run = results.load(tree / "bench" / "results" / "h200-1a2b3c4.json")
+    stages = {stage["name"]: stage["status"] for stage in run["stages"]}
+    expected = {"tests": "passed", "memcheck": "failed"}
+    expected |= dict.fromkeys(("rates", "rank_one"), "passed") if measured else {"benchmarks": "skipped"}
+    assert stages == expected, done.stdout + done.stderr
+    assert done.returncode == 1  # a sanitizer that saw nothing is no success
+
+
+@needs_bash
 def test_an_unknown_option_prints_the_usage(tmp_path):
     done, run = gpu_sh(tmp_path, "--help")
     assert done.returncode == 2 and run is None and "--dry-run" in done.stdout

@@ -3,13 +3,14 @@
 import struct
 import sys
 
-import matplotlib
 import pytest
 import torch
 
 from engram_kernels import EngramError
 from engram_kernels.grafting import Graft
 from engram_kernels.grafting.plots import Grid, Point, curve, heat_map, percent
+
+matplotlib = pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 
 KINDS = (
     *(f"self_attn.{name}_proj.weight" for name in "qkvo"),

@@ -34,6 +34,11 @@ def error(got, truth) -> float:
     return float(np.sqrt(((got - truth) ** 2).sum()) / (scale if scale > 0 else 1))
 
 
+def rounding(dtype: torch.dtype, terms: int) -> float:
+    """What two libraries' orders of summing so many terms may differ by: a random walk of their roundings."""
+    return torch.finfo(dtype).eps * max(1, terms) ** 0.5
+
+
 def covariance_of(width: int, condition: float) -> torch.Tensor:
     """A random covariance with eigenvalues spread evenly in logarithm from 1 down to 1 / condition."""
     basis, _ = torch.linalg.qr(torch.randn(width, width, dtype=torch.float64))
@@ -75,6 +80,23 @@ def truncates(device: torch.device, dtype: torch.dtype) -> bool:
     return forced() == "triton" and device.type == "cpu" and dtype == torch.bfloat16
 
 
+@functools.cache
+def expected(mode: str, shape: tuple[int, int, int], condition: float, dtype: torch.dtype):
+    """The write in fp64 by the oracle and by the eager formula, the same for every backend."""
+    weight, keys, values, covariance = problem(*shape, condition)
+    weight, ridge = weight.to(dtype), ridge_of(mode, shape)
+    truth = oracle.write(
+        mode, *(x.numpy() for x in (weight.double(), keys.float().double(), values, covariance)), ridge
+    )
+    inverse = torch.linalg.inv(covariance)
+    eager = eager_write(mode, weight, keys.float(), values.to(compute_dtype(weight)), inverse, ridge)
+    return truth, eager
+
+
+def ridge_of(mode: str, shape: tuple[int, int, int]) -> float:
+    return 0.5 if mode == "joint" and shape[2] == 1000 else 0.0
+
+
 # -- rank_one_update -----------------------------------------------------------------------------------------
 
 SHAPES = [(33, 65, 0), (33, 65, 1), (31, 97, 7), (33, 129, 64), (9, 1031, 1000)]
@@ -88,24 +110,22 @@ def test_write_against_dense_fp64(device, mode, shape, condition):
         if truncates(device, dtype):
             continue
         weight, keys, values, covariance = problem(*shape, condition)
-        weight = weight.to(dtype).double()
-        ridge = 0.5 if mode == "joint" and shape[2] == 1000 else 0.0
-        truth = oracle.write(
-            mode, *(x.numpy() for x in (weight, keys.float().double(), values, covariance)), ridge
-        )
-        inverse = torch.linalg.inv(covariance)
-        eager = eager_write(
-            mode, weight.to(dtype), keys.float(), values.to(compute_dtype(weight)), inverse, ridge
-        )
+        truth, eager = expected(mode, shape, condition, dtype)
         whole = ek.Covariance.from_second_moment(covariance.to(device) * 10, 10)
-        for given in (whole, inverse.to(device)):
+        for given in (whole, torch.linalg.inv(covariance).to(device)):
             got = ek.rank_one_update(
-                weight.to(device, dtype), keys.float().to(device), values.to(device), given, mode, ridge
+                weight.to(device, dtype),
+                keys.float().to(device),
+                values.to(device),
+                given,
+                mode,
+                ridge_of(mode, shape),
             )
             assert got.dtype == dtype
             # The oracle is fp64 itself: its dense solves lose what the condition number says.
             oracle_error = torch.finfo(torch.float64).eps * condition * shape[1]
-            assert error(got, truth) <= max(2 * error(eager, truth), oracle_error)
+            own = max(rounding(compute_dtype(weight.to(dtype)), shape[1]), oracle_error)
+            assert error(got, truth) <= max(2 * error(eager, truth), own)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -194,7 +214,8 @@ def test_gradients_of_low_precision_weights(device, dtype):
     ]
     ek.rank_one_update(*leaves, inverse.to(device)).backward(direction.to(device, dtype))
     for leaf, reference, exact in zip(leaves, same_type, truth, strict=True):
-        assert error(leaf.grad, exact) <= 2 * error(reference, exact)
+        own = rounding(leaf.dtype, weight.shape[1])
+        assert error(leaf.grad, exact) <= max(2 * error(reference, exact), own)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -259,7 +280,7 @@ def test_apply_low_rank(device, dtype, shape, layout):
     around = weight.untyped_storage().nbytes()
     got = ek.apply_low_rank_(weight, left.to(device), right.to(device), 0.7)
     assert got is weight and weight.untyped_storage().nbytes() == around
-    assert error(weight, truth) <= max(2 * error(eager, truth), torch.finfo(compute).eps)
+    assert error(weight, truth) <= max(2 * error(eager, truth), rounding(compute, count))
 
 
 def test_apply_low_rank_leaves_the_rest_of_the_storage(device):
@@ -276,14 +297,14 @@ def test_apply_low_rank_leaves_the_rest_of_the_storage(device):
 
 def test_addresses_beyond_32_bits(device):
     """Rows 2³⁰ elements apart: four of them reach past 2³¹, in memory that is reserved and not touched."""
-    if device.type == "cuda":
-        pytest.skip("device memory is not reserved lazily")
+    if device.type == "cuda" and torch.cuda.mem_get_info()[0] < 8 << 30:
+        pytest.skip("needs 8 GiB of free device memory, which is not reserved lazily")
     columns = 5
-    storage = torch.empty(3 * 2**30 + columns, dtype=torch.bfloat16)
+    storage = torch.empty(3 * 2**30 + columns, dtype=torch.bfloat16, device=device)
     weight = storage.as_strided((4, columns), (2**30, 1))
-    start = torch.randn(4, columns).bfloat16()
+    start = torch.randn(4, columns, device=device).bfloat16()
     weight.copy_(start)
-    left, right = torch.randn(4, 2), torch.randn(2, columns)
+    left, right = torch.randn(4, 2, device=device), torch.randn(2, columns, device=device)
     ek.apply_low_rank_(weight, left, right)
     assert torch.equal(weight, ek.apply_low_rank_(start.clone(), left, right))
 
@@ -326,11 +347,10 @@ def test_residual_gram(device, poisoned, dtype, shape, layout):
     exact = wide(values) - wide(keys) @ wide(start).swapaxes(1, 2)
     eager = values - keys @ start.to(compute).mT
     assert residual.dtype == compute and gram.dtype == torch.float64
-    assert error(residual, exact) <= max(2 * error(eager, exact), torch.finfo(compute).eps)
+    assert error(residual, exact) <= max(2 * error(eager, exact), rounding(compute, cols))
     exact = wide(keys) @ wide(preconditioned).swapaxes(1, 2)
-    assert error(gram, exact) <= max(
-        2 * error(keys.double() @ preconditioned.mT, exact), torch.finfo(torch.double).eps
-    )
+    eager = keys.double() @ preconditioned.mT
+    assert error(gram, exact) <= max(2 * error(eager, exact), rounding(torch.float64, cols))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -402,10 +422,10 @@ def test_second_moment(device, accumulator, dtype):
     got = ek.second_moment_(moment, inputs.to(device), mask.to(device))
     ek.second_moment_(moment, inputs.to(device))
     rows = torch.cat([inputs[mask], inputs.reshape(-1, 17)])
-    truth = 2.0 + rows.double().T @ rows.double()
+    truth = 2.0 + wide(rows).T @ wide(rows)
     eager = 2.0 + rows.to(accumulator).T @ rows.to(accumulator)
     assert got is moment
-    assert error(moment, truth) <= max(2 * error(eager, truth), torch.finfo(accumulator).eps)
+    assert error(moment, truth) <= max(2 * error(eager, truth), rounding(accumulator, len(rows)))
 
 
 def test_second_moment_of_many_rows_and_of_none(device):

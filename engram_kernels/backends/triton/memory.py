@@ -37,7 +37,8 @@ def _entries(row, at, size, n, count):
     return tl.load(row + at, mask=(at < size) & (n + 0 * at < count), other=0.0)
 
 
-@triton.jit
+# Of its own for 1 row and for multiples of 16, a kernel would save nothing, and be compiled at first use.
+@triton.jit(do_not_specialize=["count"])
 def stream_kernel(
     precision_inverse, memory, weights, latents, new_precision_inverse, new_memory, readouts, leverages,
     slots, width, count,
@@ -112,7 +113,7 @@ def _add_products(
     tl.store(place, old + total, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def accumulate_kernel(
     gram, cross, weights, latents, alpha, ends, slots, width, count,
     gram_batch, gram_row, gram_column, cross_batch, cross_row, cross_column,
