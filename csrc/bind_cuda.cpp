@@ -1,9 +1,11 @@
 // Python module `_cuda`. Pointers and streams come as integers: tensors, and the checks of their shapes, stay
-// in Python. Nothing here touches the driver before a kernel is launched: the module imports without a GPU.
+// in Python. Nothing here touches the driver before it is called: the module imports without a GPU. A launch
+// lets other threads of Python run: where the queue is full it waits, perhaps for what itself waits for them.
 #include <cuda_runtime_api.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <optional>
 #include <stdexcept>
 #include <string>
 
@@ -23,6 +25,11 @@ static void check(int code, const char* name) {
   throw std::runtime_error(std::string(name) + ": the launch failed: " + engram::cuda::error_string(code));
 }
 
+static std::optional<std::string> runtime_error() {
+  const int code = engram::cuda::runtime_error();
+  return code == 0 ? std::nullopt : std::optional<std::string>(engram::cuda::error_string(code));
+}
+
 static py::dict build_info() {
   py::dict info;
   info["cuda"] = std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10);
@@ -34,11 +41,13 @@ static py::dict build_info() {
 PYBIND11_MODULE(_cuda, module) {
   module.doc() = "CUDA C++ kernels.";
   module.def("build_info", build_info);
+  module.def("runtime_error", runtime_error);
   module.def("small_solve_limit", engram::cuda::small_solve_limit);
 
   module.def("apply_low_rank", [](uintptr_t weight, int dtype, int64_t batch, int64_t rows, int64_t cols,
                                   int64_t batch_stride, int64_t row_stride, uintptr_t left, uintptr_t right,
                                   int64_t rank, double scale, uintptr_t stream) {
+    py::gil_scoped_release release;
     check(engram::cuda::apply_low_rank(pointer<void>(weight), static_cast<DType>(dtype),
                                        WeightShape{batch, rows, cols, batch_stride, row_stride},
                                        pointer<const void>(left), pointer<const void>(right), rank, scale,
@@ -50,6 +59,7 @@ PYBIND11_MODULE(_cuda, module) {
                                  int64_t batch_stride, int64_t row_stride, uintptr_t keys, uintptr_t values,
                                  uintptr_t preconditioned, int64_t count, uintptr_t residual, uintptr_t gram,
                                  uintptr_t stream) {
+    py::gil_scoped_release release;
     check(engram::cuda::residual_gram(pointer<const void>(weight), static_cast<DType>(dtype),
                                       WeightShape{batch, rows, cols, batch_stride, row_stride},
                                       pointer<const void>(keys), pointer<const void>(values),
@@ -61,6 +71,7 @@ PYBIND11_MODULE(_cuda, module) {
   module.def("small_solve", [](uintptr_t system, uintptr_t rhs, bool rhs_is_double, int kind, int64_t batch,
                                int64_t n, int64_t columns, uintptr_t solution, uintptr_t info,
                                uintptr_t stream) {
+    py::gil_scoped_release release;
     check(engram::cuda::small_solve(pointer<const double>(system), pointer<const void>(rhs), rhs_is_double,
                                     static_cast<SystemKind>(kind), batch, n, columns, pointer<void>(solution),
                                     pointer<int32_t>(info), pointer<void>(stream)),
@@ -68,6 +79,7 @@ PYBIND11_MODULE(_cuda, module) {
   });
 
   module.def("pack_mask", [](uintptr_t mask, int64_t size, uintptr_t packed, uintptr_t stream) {
+    py::gil_scoped_release release;
     check(engram::cuda::pack_mask(pointer<const uint8_t>(mask), size, pointer<uint8_t>(packed),
                                   pointer<void>(stream)),
           "pack_mask");
@@ -77,6 +89,7 @@ PYBIND11_MODULE(_cuda, module) {
   module.def("top_k_mask",
              [](const GraftRows& rows, int64_t k, uintptr_t workspace, uintptr_t invalid, uintptr_t stream) {
                const auto tensors = graft_tensors(rows);
+               py::gil_scoped_release release;
                check(engram::cuda::top_k_mask(tensors.data(), tensors.size(), k, pointer<void>(workspace),
                                               pointer<int64_t>(invalid), pointer<void>(stream)),
                      "top_k_mask");
@@ -86,6 +99,7 @@ PYBIND11_MODULE(_cuda, module) {
   module.def("sparse_faults", [](const SparseRows& rows, bool wide_indices, uintptr_t workspace,
                                  uintptr_t faults, uintptr_t stream) {
     const auto tensors = sparse_tensors(rows);
+    py::gil_scoped_release release;
     check(engram::cuda::sparse_faults(tensors.data(), tensors.size(), wide_indices, pointer<void>(workspace),
                                       pointer<int64_t>(faults), pointer<void>(stream)),
           "sparse_faults");
@@ -93,6 +107,7 @@ PYBIND11_MODULE(_cuda, module) {
   module.def("sparse_apply",
              [](const SparseRows& rows, bool wide_indices, uintptr_t workspace, uintptr_t stream) {
                const auto tensors = sparse_tensors(rows);
+               py::gil_scoped_release release;
                check(engram::cuda::sparse_apply(tensors.data(), tensors.size(), wide_indices,
                                                 pointer<void>(workspace), pointer<void>(stream)),
                      "sparse_apply");
@@ -108,6 +123,7 @@ PYBIND11_MODULE(_cuda, module) {
                           int dtype, int64_t batch, int64_t slots, int64_t width, int64_t count,
                           uintptr_t new_precision_inverse, uintptr_t new_memory, uintptr_t readouts,
                           uintptr_t leverages, uintptr_t workspace, uintptr_t stream) {
+        py::gil_scoped_release release;
         check(engram::cuda::memory_stream(pointer<const void>(precision_inverse), pointer<const void>(memory),
                                           pointer<const void>(weights), pointer<const void>(latents),
                                           static_cast<DType>(dtype), StreamShape{batch, slots, width, count},

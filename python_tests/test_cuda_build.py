@@ -1,4 +1,7 @@
-"""Every CUDA source through nvcc for each default GPU: it builds without a warning, and no kernel spills."""
+"""Every CUDA source through nvcc for each default GPU: it builds without a warning, and no kernel spills.
+
+And what the module that was built says where it cannot run.
+"""
 
 import os
 import re
@@ -7,6 +10,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
+
+from engram_kernels.backends import cuda
 
 CSRC = Path(__file__).parents[1] / "csrc"
 SOURCES = sorted((CSRC / "cuda").glob("*.cu"))
@@ -66,3 +72,30 @@ def test_no_kernel_spills(source, architecture, tmp_path):
             f"{kernel['registers']:>4} {kernel['shared'] or 0:>6} {kernel['stack']:>4} {spilled:>4}  {name}"
         )
         assert int(kernel["stack"]) == 0 and spilled == 0, f"{name} spills on sm_{architecture}:\n{report}"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_the_module_says_why_it_cannot_run():
+    module = pytest.importorskip("engram_kernels._cuda", exc_type=ImportError)
+    error = module.runtime_error()
+    assert "CUDA" in error
+    assert module.runtime_error() == error
+
+
+class Module:
+    """Stands for the extension module on a machine with a GPU."""
+
+    def __init__(self, error: str | None):
+        self.runtime_error = lambda: error
+
+    def build_info(self) -> dict[str, str]:
+        return {"cuda": "13.0"}
+
+
+@pytest.mark.parametrize("error", [None, "CUDA driver version is insufficient for CUDA runtime version"])
+def test_a_runtime_that_cannot_use_the_gpu_is_a_reason(monkeypatch, error):
+    monkeypatch.setattr(cuda, "_missing", None)
+    monkeypatch.setattr(cuda, "_module", Module(error))
+    monkeypatch.setattr(cuda, "no_nvidia_gpu", lambda: None)
+    expected = error and f"the CUDA 13.0 of the module _cuda cannot run here: {error}"
+    assert cuda.unavailable() == expected

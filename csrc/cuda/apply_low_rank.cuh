@@ -22,6 +22,7 @@ struct LowRankUpdate {
   static constexpr int kRows = 4;
   static constexpr int kTileRows = kThreads / kLanes * kRows;
   static constexpr int kTileCols = kLanes * kVec;
+  static constexpr int kBlocks = kVec == 8 ? 2 : 3;  // a multiprocessor, as many as its registers allow
 
   struct Shared {
     Pack<Sum, kTileCols> right[kDepth];

@@ -1,12 +1,4 @@
-// Launcher of the streaming write.
-//
-// A prediction, not a measurement: nothing of this has run on a GPU. K = 512, C = 768, fp32, on 132
-// multiprocessors: the state's 2.5 MB stay in shared memory, ten columns a block. A chunk of 16 writes costs
-// one barrier of the grid (1 to 2 us), 12 MB of exchange from the second-level cache (32 KB of U and 53 KB of
-// partial Gram matrices a block, 2 to 3 us with their latency), 16 dependent steps of the factorisation
-// (about 1 us) and 42 MFLOP (under 2 us): some 6 us, so 1,024 writes in 0.4 ms. The floor of their 2.7 GFLOP
-// is 0.05 ms; an eager loop of five launches a write cannot go below about 10 ms, as a CUDA graph 5 ms. At K
-// = C = 4096 the state passes through memory, 256 MB a chunk: a floor of 60 us at 4.3 TB/s.
+// Launcher of the streaming write. What it should take on a GPU, and why: docs/gpu-notes.md.
 #include <cuda_runtime.h>
 
 #include "engram/memory.h"
@@ -35,11 +27,13 @@ __global__ void __launch_bounds__(kThreads, 1)
 }
 
 int plan_for(DType dtype, const StreamShape& shape, StreamPlan& plan) {
-  int device = 0, multiprocessors = 0, shared = 0;
+  int device = 0, multiprocessors = 0, shared = 0, cooperative = 0;
   if (cudaGetDevice(&device) != cudaSuccess ||
       cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device) != cudaSuccess ||
-      cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess)
+      cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&cooperative, cudaDevAttrCooperativeLaunch, device) != cudaSuccess)
     return cudaGetLastError();
+  if (!cooperative) return cudaErrorNotSupported;
   plan = stream_plan(shape, dtype == DType::f64 ? 8 : 4, multiprocessors, shared);
   return plan.members > 0 ? cudaSuccess : cudaErrorInvalidValue;
 }

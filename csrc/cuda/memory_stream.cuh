@@ -97,7 +97,7 @@ struct MemoryStream {
   template <typename Block>
   ENGRAM_DEVICE void write(Block& block, const Member& m, int64_t b, int64_t row, uint32_t turn,
                            Shared& shared) const {
-    gather(block, m, b, row, turn, shared);
+    gather(block, m, turn, shared);
     const int valid = smaller(shape.count - row, kWrites);
     shared.small.factor(block, valid);
     block.step([&](int thread, Registers&) {
@@ -193,25 +193,49 @@ struct MemoryStream {
     }
   }
 
-  // W U as the sum of its parts, in an order that never varies; beside it, on its way together, Y and U.
+  // The lower triangle of W U as the sum of its parts, in an order that never varies; beside it, on its way
+  // together, U. The upper one is not read.
   template <typename Block>
-  ENGRAM_DEVICE void gather(Block& block, const Member& m, int64_t b, int64_t row, uint32_t turn,
-                            Shared& shared) const {
+  ENGRAM_DEVICE void gather(Block& block, const Member& m, uint32_t turn, Shared& shared) const {
+    constexpr int kBatch = 32;
     block.step([&](int thread, Registers& mine) {
       fetch_inverse(m, turn, 0, thread, mine);
-      for (int i = thread; i < m.columns * kWrites; i += kThreads) {
-        const int column = i % m.columns, t = i / m.columns;
-        shared.steps[column * kWrites + t] =
-            column >= m.squares && row + t < shape.count
-                ? latents[(b * shape.count + row + t) * shape.width + m.first + column - shape.slots]
-                : T(0);
-      }
       const T* const parts = gram_of(m, turn) + thread;
+      const int64_t holders = in_lower(thread) ? plan.holders : 0;
       T sum = 0;
-#pragma unroll 8
-      for (int64_t i = 0; i < plan.holders; ++i) sum += load_exchanged(parts + i * kThreads);
+      for (int64_t begin = 0; begin < holders; begin += kBatch) {
+        T part[kBatch];
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i)
+          part[i] = begin + i < holders ? load_exchanged(parts + (begin + i) * kThreads) : T(0);
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) sum += part[i];
+      }
       shared.small.lower[thread] = sum;
     });
+  }
+
+  static ENGRAM_DEVICE bool in_lower(int thread) { return thread % kWrites <= thread / kWrites; }
+
+  // Y of the chunk that begins at `row`.
+  ENGRAM_DEVICE void fetch_latents(const Member& m, int64_t b, int64_t row, int thread,
+                                   Shared& shared) const {
+    constexpr int kBatch = 4;
+    for (int begin = thread; begin < m.columns * kWrites; begin += kBatch * kThreads) {
+      T values[kBatch];
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const int at = begin + i * kThreads, column = at % m.columns, t = at / m.columns;
+        values[i] = t < kWrites && column >= m.squares && row + t < shape.count
+                        ? latents[(b * shape.count + row + t) * shape.width + m.first + column - shape.slots]
+                        : T(0);
+      }
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const int at = begin + i * kThreads, column = at % m.columns, t = at / m.columns;
+        if (t < kWrites) shared.steps[column * kWrites + t] = values[i];
+      }
+    }
   }
 
   // X += (U L^-T) E if asked to, then the products of X with the chunk that begins at `next`, in one pass
@@ -259,35 +283,49 @@ struct MemoryStream {
 
   ENGRAM_DEVICE void change_state(const Member& m, int64_t first, int rows, int thread, const Registers& mine,
                                   Shared& shared) const {
+    constexpr int kBatch = 8;
 #pragma unroll 1
-    for (int column = 0; column < m.columns; ++column) {
-      T step[kWrites];
+    for (int begin = 0; begin < m.columns; begin += kBatch) {
+      T* const state = shared.state + begin * plan.pitch + first + thread;
+      T x[kBatch][kEach];  // all on their way at once: a state that does not fit is far
 #pragma unroll
-      for (int t = 0; t < kWrites; t += kVec) {
-        const auto values = *reinterpret_cast<const Vector*>(shared.steps + column * kWrites + t);
+      for (int c = 0; c < kBatch; ++c)
 #pragma unroll
-        for (int v = 0; v < kVec; ++v) step[t + v] = values.at[v];
-      }
+        for (int e = 0; e < kEach; ++e)
+          if (begin + c < m.columns && e * kThreads + thread < rows)
+            x[c][e] = state[c * plan.pitch + e * kThreads];
 #pragma unroll
-      for (int e = 0; e < kEach; ++e) {
-        const int slot = e * kThreads + thread;
-        if (slot >= rows) continue;
-        T* const x = shared.state + column * plan.pitch + first + slot;
-        T sum = *x;
+      for (int c = 0; c < kBatch; ++c) {
+        if (begin + c >= m.columns) continue;
+        T step[kWrites];
 #pragma unroll
-        for (int t = 0; t < kWrites; ++t) sum += mine.inverse[e][t] * step[t];
-        *x = sum;
+        for (int t = 0; t < kWrites; t += kVec) {
+          const auto values = *reinterpret_cast<const Vector*>(shared.steps + (begin + c) * kWrites + t);
+#pragma unroll
+          for (int v = 0; v < kVec; ++v) step[t + v] = values.at[v];
+        }
+#pragma unroll
+        for (int e = 0; e < kEach; ++e) {
+          if (e * kThreads + thread >= rows) continue;
+#pragma unroll
+          for (int t = 0; t < kWrites; ++t) x[c][e] += mine.inverse[e][t] * step[t];
+          state[c * plan.pitch + e * kThreads] = x[c][e];
+        }
       }
     }
   }
 
+  // Hands out what others need. The latents are fetched on this side of the barrier: they come from memory,
+  // which takes longest, and wait for nobody.
   template <typename Block>
   ENGRAM_DEVICE void publish(Block& block, const Member& m, int64_t b, int64_t row, uint32_t turn,
                              Shared& shared) const {
-    if (m.squares == 0) return;
     block.step([&](int thread, Registers&) {
+      fetch_latents(m, b, row, thread, shared);
+      if (m.squares == 0) return;
       T* const inverse = inverse_of(m, turn) + m.first * kWrites;
       for (int i = thread; i < m.squares * kWrites; i += kThreads) inverse[i] = shared.products[i];
+      if (!in_lower(thread)) return;
       const int s = thread / kWrites, t = thread % kWrites;
       T sum = 0;
       if (row + s < shape.count) {

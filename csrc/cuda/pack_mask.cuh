@@ -19,25 +19,40 @@ struct PackMask {
 
   template <typename Block>
   ENGRAM_DEVICE void run(Block& block, int64_t index, Shared&) const {
+    const int64_t first = index * kBytes * kThreads;
+    const bool whole = (first + kBytes * kThreads) * 8 <= size && reinterpret_cast<uintptr_t>(mask) % 8 == 0;
     block.step([&](int thread, Registers&) {
-#pragma unroll
-      for (int i = 0; i < kBytes; ++i) {
-        const int64_t byte = (index * kBytes + i) * kThreads + thread;
-        if (byte * 8 < size) packed[byte] = pack(mask + byte * 8, size - byte * 8);
-      }
+      if (whole)
+        pack_whole(first + thread);
+      else
+        pack_some(first + thread);
     });
   }
 
  private:
-  static ENGRAM_DEVICE uint8_t pack(const uint8_t* from, int64_t valid) {
-    Pack<uint8_t, 8> bools{};
-    if (valid >= 8 && reinterpret_cast<uintptr_t>(from) % sizeof(bools) == 0) {
-      bools = load_streaming(reinterpret_cast<const Pack<uint8_t, 8>*>(from));
-    } else {
+  using Bools = Pack<uint8_t, 8>;
+
+  // All loads come before the first store: for all the compiler knows, it could change what they read.
+  ENGRAM_DEVICE void pack_whole(int64_t byte) const {
+    Bools bools[kBytes];
 #pragma unroll
-      for (int i = 0; i < 8; ++i)
-        if (i < valid) bools.at[i] = from[i];
+    for (int i = 0; i < kBytes; ++i)
+      bools[i] = load_streaming(reinterpret_cast<const Bools*>(mask) + byte + i * kThreads);
+#pragma unroll
+    for (int i = 0; i < kBytes; ++i) packed[byte + i * kThreads] = pack(bools[i]);
+  }
+
+  ENGRAM_DEVICE void pack_some(int64_t byte) const {
+    for (int i = 0; i < kBytes; ++i, byte += kThreads) {
+      Bools bools{};
+#pragma unroll
+      for (int j = 0; j < 8; ++j)
+        if (byte * 8 + j < size) bools.at[j] = mask[byte * 8 + j];
+      if (byte * 8 < size) packed[byte] = pack(bools);
     }
+  }
+
+  static ENGRAM_DEVICE uint8_t pack(const Bools& bools) {
     uint64_t word;
     memcpy(&word, &bools, sizeof word);
     return static_cast<uint8_t>(word * 0x0102040810204080u >> 56);  // every bit moves to its place at once

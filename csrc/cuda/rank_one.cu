@@ -10,7 +10,8 @@ namespace engram::cuda {
 namespace {
 
 template <typename Weight>
-__global__ void __launch_bounds__(kThreads, 2) apply_low_rank_kernel(LowRankUpdate<Weight> update) {
+__global__ void __launch_bounds__(kThreads, LowRankUpdate<Weight>::kBlocks)
+    apply_low_rank_kernel(LowRankUpdate<Weight> update) {
   __shared__ typename LowRankUpdate<Weight>::Shared shared;
   DeviceBlock<typename LowRankUpdate<Weight>::Registers> block;
   update.run(block, blockIdx.x, shared);

@@ -18,6 +18,9 @@ struct StreamProducts {
   static constexpr int kPitch = kWrites + kVec;  // of the tile's rows, so that they begin in different banks
   static constexpr int kLines = 4;
   static constexpr int kShares = kWarp / (kWrites / kLines * kGroup / kLines);  // threads of a warp a sum
+  // Rounds whose columns are on their way at once: a state that does not fit is far. In fp64 two would fill
+  // the registers.
+  static constexpr int kAhead = sizeof(T) == 4 ? 2 : 1;
   static_assert(kShares == kLines, "each of the threads with the same sums writes those of one column");
 
   using Vector = Pack<T, kVec>;
@@ -79,6 +82,7 @@ struct StreamProducts {
       for (int t = 0; t < kLines; ++t) mine.sum[i][t] = 0;
     }
     const int share = thread / kWarp * kShares + thread % kShares;
+#pragma unroll kAhead
     for (int slot = share * kVec; slot < slots; slot += kWarps * kShares * kVec) {
       Vector x[kLines];
 #pragma unroll

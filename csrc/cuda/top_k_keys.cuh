@@ -49,26 +49,36 @@ struct KeyRanges {
  private:
   template <typename T>
   static ENGRAM_DEVICE void load(const GraftTensor& tensor, int64_t at, int valid, uint32_t (&keys)[kKeys]) {
-    float pre[kKeys], ft[kKeys];
-    widened(static_cast<const T*>(tensor.pre) + at, valid, pre);
-    if (tensor.ft) widened(static_cast<const T*>(tensor.ft) + at, valid, ft);
+    const auto* const pre = static_cast<const T*>(tensor.pre) + at;
+    const auto* const ft = tensor.ft ? static_cast<const T*>(tensor.ft) + at : pre;
+    Pack<T, kKeys> from{}, to{};  // both on their way before either is used
+    if (valid == kKeys && reinterpret_cast<uintptr_t>(pre) % 16 == 0 &&
+        reinterpret_cast<uintptr_t>(ft) % 16 == 0) {
+      fetch(pre, from);
+      if (tensor.ft) fetch(ft, to);
+    } else {
 #pragma unroll
-    for (int i = 0; i < kKeys; ++i) keys[i] = ordered(tensor.ft ? fabsf(ft[i] - pre[i]) : pre[i]);
+      for (int i = 0; i < kKeys; ++i) {
+        if (i >= valid) continue;
+        from.at[i] = pre[i];
+        to.at[i] = ft[i];
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kKeys; ++i) {
+      const float value = widen(from.at[i]);
+      keys[i] = ordered(tensor.ft ? fabsf(widen(to.at[i]) - value) : value);
+    }
   }
 
   template <typename T>
-  static ENGRAM_DEVICE void widened(const T* from, int valid, float (&values)[kKeys]) {
+  static ENGRAM_DEVICE void fetch(const T* from, Pack<T, kKeys>& keys) {
     constexpr int kVec = kVector<T>;
-    const bool vector = valid == kKeys && reinterpret_cast<uintptr_t>(from) % 16 == 0;
 #pragma unroll
     for (int i = 0; i < kKeys; i += kVec) {
-      Pack<T, kVec> some{};
-      if (vector) some = load_streaming(reinterpret_cast<const Pack<T, kVec>*>(from + i));
+      const auto some = load_streaming(reinterpret_cast<const Pack<T, kVec>*>(from + i));
 #pragma unroll
-      for (int v = 0; v < kVec; ++v) {
-        if (!vector && i + v < valid) some.at[v] = from[i + v];
-        values[i + v] = widen(some.at[v]);
-      }
+      for (int v = 0; v < kVec; ++v) keys.at[i + v] = some.at[v];
     }
   }
 };

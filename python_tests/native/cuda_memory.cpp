@@ -256,6 +256,9 @@ void test_shapes() {
     check_stream<T>({3, 33, 1, count}, kH200);
     check_stream<T>({2, 8, 50, count}, one);
   }
+  // More columns than threads fetch latents for at once; more parts of a Gram matrix than are on their way.
+  check_stream<T>({1, 3, 90, 17}, one);
+  check_stream<T>({1, 300, 4, 17}, kH200);
   // Several tiles of slots, the last of them short; more memories than groups; one block for all.
   check_stream<T>({1, 530, 9, 35}, {20, 227 << 10});
   check_stream<T>({7, 20, 30, 50}, {9, 227 << 10});

@@ -29,7 +29,10 @@ def _declines_stream(
     if memory.numel() == 0:
         return "leaves memories without slots or entries to the reference"
     if _workspace(precision_inverse, latents) < 0:
-        return f"needs more shared memory than the device has for latents of {memory.shape[-1]} entries"
+        return (
+            "needs cooperative launches, and more shared memory than the device has for latents of "
+            f"{memory.shape[-1]} entries"
+        )
     return None
 
 
