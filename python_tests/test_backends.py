@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import engram_kernels as ek
-from engram_kernels.backends import explain, forced
+from engram_kernels.backends import _environment, explain, forced
 
 
 def test_every_backend_is_listed_with_a_reason():
@@ -62,14 +62,27 @@ def test_the_native_kernel_serves_what_it_takes_and_the_reference_the_rest():
     assert first == "cpu" and "rank 1000" in reason and second == ("torch", None)
 
 
-@pytest.mark.parametrize(("value", "status"), [("torch", 0), ("", 0), ("gpu", 1)])
-def test_environment_variable(value, status):
+@pytest.mark.parametrize(("value", "expected"), [("torch", "torch"), ("", None)])
+def test_environment_variable(monkeypatch, value, expected):
+    """As a new process reads it, but without waiting for one to import torch."""
+    monkeypatch.setenv("ENGRAM_BACKEND", value)
+    _environment.cache_clear()
+    try:
+        assert forced() == expected
+        (first, reason), *_ = explain("apply_low_rank_", "cpu")
+        assert reason is None and (first == "torch" if expected else first in ("cpu", "torch"))
+        got = ek.apply_low_rank_(torch.ones(2, 2), torch.ones(2, 1), torch.ones(1, 2))
+        assert torch.equal(got, torch.full((2, 2), 2.0))
+    finally:
+        _environment.cache_clear()
+
+
+def test_an_environment_variable_that_names_no_backend():
+    environment = {**os.environ, "ENGRAM_BACKEND": "gpu"}
     program = (
         "import torch, engram_kernels as ek; "
         "ek.apply_low_rank_(torch.ones(2, 2), torch.ones(2, 1), torch.ones(1, 2))"
     )
-    environment = {**os.environ, "ENGRAM_BACKEND": value}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
-    assert done.returncode == status, done.stderr
-    if status:
-        assert "ENGRAM_BACKEND: expected one of torch, cpu, triton, cuda, got 'gpu'" in done.stderr
+    assert done.returncode == 1, done.stderr
+    assert "ENGRAM_BACKEND: expected one of torch, cpu, triton, cuda, got 'gpu'" in done.stderr

@@ -22,13 +22,7 @@ from engram_kernels.memory import EpisodicMemory, SentenceEncoder
 from engram_kernels.memory.conditioning import first_token
 from engram_kernels.memory.larimar import LarimarConfig, LarimarModel
 from engram_kernels.memory.long_context import read_recursively
-from engram_kernels.memory.scope import (
-    ScopeDetector,
-    ScopedModel,
-    key_scores,
-    readout_scores,
-    stored_keys,
-)
+from engram_kernels.memory.scope import ScopeDetector, ScopedModel, key_scores, stored_keys
 from engram_kernels.memory.training import (
     Episode,
     EpisodeCollator,
@@ -494,6 +488,27 @@ def test_save_and_load_whole(tmp_path):
     assert len(LarimarModel.from_pretrained(tmp_path).memory) == 0
 
 
+@pytest.mark.parametrize("written", [False, True])
+def test_a_folder_that_holds_something_else_is_left_alone(tmp_path, written):
+    model = small_larimar()
+    if written:
+        model.write(torch.randint(1, 300, (2, 5)), ids=["a", "b"])
+    (tmp_path / "memory").mkdir()
+    (tmp_path / "memory" / "notes.txt").write_text("mine")
+    with pytest.raises(ek.EngramError, match=r"^directory: expected a new or empty one, got .*memory'$"):
+        model.save_pretrained(tmp_path)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["memory", "notes.txt"]
+
+
+def test_weights_may_be_read_by_all_and_options_are_not_swallowed(tmp_path):
+    model = small_larimar()
+    with pytest.raises(TypeError, match="push_to_hub"):
+        model.save_pretrained(tmp_path / "model", push_to_hub=True)
+    assert not (tmp_path / "model").exists()
+    model.save_pretrained(tmp_path / "model")
+    assert (tmp_path / "model" / "model.safetensors").stat().st_mode & 0o777 == 0o644
+
+
 def test_save_and_load_by_name(tmp_path, monkeypatch):
     from engram_kernels.memory import larimar
 
@@ -548,10 +563,11 @@ def test_scores():
     ]
     torch.testing.assert_close(key_scores(queries, keys), torch.tensor(expected))
     assert key_scores(queries, keys[:0]).tolist() == [-1.0] * 4
+    # In the queries' dtype, whatever the memory's.
+    torch.testing.assert_close(key_scores(queries, keys.double()), torch.tensor(expected))
     memory = EpisodicMemory(32, LATENT)
     memory.write(keys, ids=list("abc"))
     torch.testing.assert_close(stored_keys(memory).float(), keys)
-    torch.testing.assert_close(readout_scores(keys, memory.read(keys)), torch.ones(3), rtol=1e-3, atol=1e-3)
     assert stored_keys(EpisodicMemory(32, LATENT)).shape == (0, LATENT)
 
 
@@ -566,8 +582,25 @@ def test_calibration_is_the_best_threshold():
     apart = ScopeDetector.calibrate(torch.tensor([0.9, 0.8]), torch.tensor([0.2, 0.5]))
     assert apart.threshold == pytest.approx(0.65)
     assert apart(torch.tensor([0.64, 0.66])).tolist() == [False, True]
-    with pytest.raises(ValueError, match="outside: expected some scores, got none"):
-        ScopeDetector.calibrate(inside, outside[:0])
+    assert ScopeDetector(0.5)(torch.tensor([0.4375, 0.5])).tolist() == [False, True]
+    # Two thresholds that tell three of four right: the one in the wider gap.
+    for inside, outside, expected in (
+        ([0.2, 0.9], [0.1, 0.6], 0.75),
+        ([0.4, 0.9], [0.1, 0.8], 0.25),
+    ):
+        found = ScopeDetector.calibrate(torch.tensor(inside), torch.tensor(outside))
+        assert found.threshold == pytest.approx(expected)
+
+
+def test_scores_that_are_no_numbers_are_refused():
+    scores = torch.rand(4)
+    with pytest.raises(ValueError, match=r"^outside: expected some scores, got none"):
+        ScopeDetector.calibrate(scores, scores[:0])
+    for arguments, name in (((scores * torch.nan, scores), "inside"), ((scores, scores / 0), "outside")):
+        with pytest.raises(ValueError, match=rf"^{name}: expected finite values, got 4"):
+            ScopeDetector.calibrate(*arguments)
+    with pytest.raises(TypeError, match=r"^threshold: expected a number, got str$"):
+        ScopeDetector("0.5")
 
 
 def scoped_model():
@@ -592,16 +625,21 @@ def test_answers_from_memory_and_from_the_bare_decoder():
 
     bare = [said(prompt, None) for prompt in prompts]
     assert scoped.answer(prompts, max_new_tokens=5) == bare  # nothing is written
-    scoped.write(prompts[:2], ["Rome", "Paris"])
+    assert scoped.write(prompts[:2], ["Rome", "Paris"]) == prompts[:2]
+    assert model.memory.ledger[prompts[1]].text == f"{prompts[1]} Paris"
     assert scoped.in_scope(prompts) == [True, True, False, False, False]
     readouts = model.read(encode(prompts))
     expected = [said(prompts[i], readouts[i : i + 1]) for i in range(2)] + bare[2:]
     assert scoped.answer(prompts, max_new_tokens=5) == expected
     assert expected[:2] != bare[:2]
+    model.decoder.generation_config.update(do_sample=True, temperature=100.0)
+    assert scoped.answer(iter(prompts), max_new_tokens=5) == expected  # greedy, unless asked otherwise
     scoped.forget([prompts[0]])
     assert scoped.answer(prompts[:1], max_new_tokens=5) == bare[:1]
     scoped.forget([prompts[1]])
     assert scoped.answer(prompts, max_new_tokens=5) == bare
+    assert scoped.write(prompts[:1], ["Rome"], ids=["a name"]) == ["a name"]
+    scoped.forget(["a name"])
     with pytest.raises(ValueError, match="targets: expected 2, one a prompt, got 1"):
         scoped.write(prompts[:2], ["Rome"])
 
@@ -610,9 +648,11 @@ def test_scoped_model_is_saved(tmp_path, monkeypatch):
     from engram_kernels.memory import scope
 
     scoped = scoped_model()
-    scoped.save_pretrained(tmp_path / "nameless")
-    with pytest.raises(ek.EngramError, match="directory: expected bases with names"):
-        ScopedModel.from_pretrained(tmp_path / "nameless")
+    for names in ((None, None), ("an-encoder", None), (None, "a-decoder")):
+        scoped.model.config.encoder_name, scoped.model.config.decoder_name = names
+        scoped.save_pretrained(tmp_path / f"{names}")
+        with pytest.raises(ek.EngramError, match="directory: expected bases with names"):
+            ScopedModel.from_pretrained(tmp_path / f"{names}")
     scoped.model.config.encoder_name, scoped.model.config.decoder_name = "an-encoder", "a-decoder"
     scoped.write([FACTS[0].prompt], ["Rome"])
     scoped.save_pretrained(tmp_path / "named")
@@ -670,6 +710,25 @@ def test_recursive_reading_is_differentiable_and_checks():
         read_recursively(values, queries, memory, addressing="x")
 
 
+@pytest.mark.parametrize("addressing", ["prior", "memory"])
+def test_memories_are_solved_in_their_own_dtype_inside_autocast(addressing):
+    memory = EpisodicMemory(16, LATENT, ridge=0.1, state_dtype=torch.float32)
+    values, queries = torch.randn(2, 20, LATENT), torch.randn(2, LATENT)
+
+    def read():
+        present = torch.ones(2, 20, dtype=torch.bool)
+        return (
+            read_recursively(values[0], queries, memory, chunk=4, addressing=addressing),
+            *read_episode(values, values, queries, present, memory, addressing),
+        )
+
+    plain = read()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = read()
+    for one, other in zip(inside, plain, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_configuration_is_checked():
     with pytest.raises(ValueError, match="hidden: expected a size, or 0 for none, got -1"):
         LarimarConfig(hidden=-1)
@@ -708,6 +767,17 @@ def test_warm_start_teaches_first_tokens():
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="conditioning: expected a hidden layer, got none"):
         warm_start(small_larimar(hidden=0).conditioning, latents, tokens, embeddings)
+
+
+def test_warm_start_is_made_where_the_latents_are(monkeypatch):
+    """The meta device stands in for a GPU; what reads values back gets made-up ones."""
+    monkeypatch.setattr(torch.Tensor, "unique", lambda tensor: tensor)
+    monkeypatch.setattr(torch.Tensor, "item", lambda tensor: 1.0)
+    conditioning = small_larimar().conditioning.to("meta")
+    with torch.device("meta"):  # also as the caller's default
+        latents, tokens, embeddings = torch.empty(6, LATENT), torch.arange(6), torch.empty(20, 32)
+        warm_start(conditioning, latents, tokens, embeddings, steps=2, batch_size=4)
+    warm_start(conditioning, latents, tokens, embeddings, steps=2, batch_size=4)
 
 
 def cases():
@@ -767,6 +837,21 @@ def test_forgetting_and_locality_through_the_detector():
     assert local["prompts in scope"] == 1 and local["neighbours in scope"] == 0
     counts = evaluation.batch_edits(scoped, cases(), [1, 3], tokens=4)
     assert list(counts) == [1, 3] and counts[3]["prompt"].count == 3
+
+
+def test_memories_of_the_evaluation_lie_where_the_latents_do(monkeypatch):
+    places = []
+
+    def written(memory, values, keys, ids):
+        places.extend((memory.gram.device.type, values.device.type, keys.device.type))
+
+    scoped = scoped_model()
+    monkeypatch.setattr(EpisodicMemory, "write", written)
+    monkeypatch.setattr(
+        scoped.encoder, "encode", lambda texts: torch.empty(len(texts), LATENT, device="meta")
+    )
+    evaluation._memory_of(scoped, cases())
+    assert places == ["meta"] * 3
 
 
 def test_example(tmp_path, monkeypatch, capsys):

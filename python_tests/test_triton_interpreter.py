@@ -11,9 +11,10 @@ import pytest
 import torch
 
 HERE = Path(__file__).parent
-# The tests of each family that reach a Triton kernel, and that the interpreter has time for.
+# The tests of each family that reach a Triton kernel, and that the interpreter has time for. What
+# torch.compile sees of an operator is the same for every backend.
 FAMILIES = {
-    "rank_one": "not 1000",
+    "rank_one": "not 1000 and not compiles",
     "graft": "not top_k and not sparse and not thousand",
     "memory": "(stream or accumulate) and not gradients",
 }

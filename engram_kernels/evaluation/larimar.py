@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import string
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -22,7 +22,7 @@ from ..memory.training import read_episode
 from .datasets import Case
 from .measures import mean
 
-Progress = Callable[[str, int, int], None]
+# Prompts at a time.
 _BATCH = 50
 
 
@@ -49,25 +49,18 @@ class Score:
 
 
 def say(
-    scoped: ScopedModel,
-    prompts: Sequence[str],
-    readouts: Tensor | None,
-    tokens: int = 8,
-    batch_size: int = _BATCH,
-    progress: Callable[[int], None] | None = None,
+    scoped: ScopedModel, prompts: Sequence[str], readouts: Tensor | None, tokens: int = 8
 ) -> list[Answer]:
     """Greedy answers to prompts, each by its readout; by the bare decoder where readouts is None."""
     answers: list[Answer | None] = [None] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for at in range(0, len(order), batch_size):
-        rows = order[at : at + batch_size]
+    for at in range(0, len(order), _BATCH):
+        rows = order[at : at + _BATCH]
         given = None if readouts is None else readouts[rows]
         written = scoped.generate([prompts[row] for row in rows], given, max_new_tokens=tokens)
         for row, ids in zip(rows, written.tolist(), strict=True):
             text = scoped.tokenizer.decode(ids, skip_special_tokens=True)
             answers[row] = Answer(ids[0], text.strip().split("\n")[0].split(".")[0].strip())
-        if progress:
-            progress(len(rows))
     return answers
 
 
@@ -98,11 +91,7 @@ def first_token_of(scoped: ScopedModel, target: str) -> int:
 
 
 def single_edits(
-    scoped: ScopedModel,
-    cases: Sequence[Case],
-    unseen: Sequence[bool],
-    tokens: int = 8,
-    progress: Progress | None = None,
+    scoped: ScopedModel, cases: Sequence[Case], unseen: Sequence[bool], tokens: int = 8
 ) -> dict[str, dict[str, Score]]:
     """Write one fact, ask its prompt and its paraphrases; a memory a case.
 
@@ -111,7 +100,6 @@ def single_edits(
         cases: the facts.
         unseen: of each case, whether its target was no target in training.
         tokens: of an answer.
-        progress: called with a stage, the work done, and the work there is.
 
     Returns:
         Scores by how it was asked ("memory", "scoped memory", "bare decoder", "another's memory") and what
@@ -128,17 +116,10 @@ def single_edits(
     readouts = _read_each(scoped, values[case_of], keys[case_of], queries)
     other = (case_of + len(cases) // 2) % len(cases)
     others = _read_each(scoped, values[other], keys[other], queries)
-    done, total = [0], 3 * len(questions)
-
-    def count(rows: int) -> None:
-        done[0] += rows
-        if progress:
-            progress("single edits", done[0], total)
-
     said = {
-        "memory": say(scoped, questions, readouts, tokens, progress=count),
-        "bare decoder": say(scoped, questions, None, tokens, progress=count),
-        "another's memory": say(scoped, questions, others, tokens, progress=count),
+        "memory": say(scoped, questions, readouts, tokens),
+        "bare decoder": say(scoped, questions, None, tokens),
+        "another's memory": say(scoped, questions, others, tokens),
     }
     said["scoped memory"] = [
         mine if inside[i] else bare
@@ -162,11 +143,7 @@ def single_edits(
 
 
 def batch_edits(
-    scoped: ScopedModel,
-    cases: Sequence[Case],
-    counts: Sequence[int],
-    tokens: int = 8,
-    progress: Progress | None = None,
+    scoped: ScopedModel, cases: Sequence[Case], counts: Sequence[int], tokens: int = 8
 ) -> dict[int, dict[str, Score]]:
     """Write the first N facts into one memory, and ask all of them.
 
@@ -175,13 +152,12 @@ def batch_edits(
         cases: the facts, of different prompts.
         counts: the numbers N.
         tokens: of an answer.
-        progress: as for `single_edits`.
 
     Returns:
         By N, scores for "prompt" and "paraphrase".
     """
     result = {}
-    for number, count in enumerate(counts, start=1):
+    for count in counts:
         some = cases[:count]
         memory = _memory_of(scoped, some)
         asked = _questions(some)
@@ -196,8 +172,6 @@ def batch_edits(
                 ("paraphrase", [question.paraphrase for question in asked]),
             )
         }
-        if progress:
-            progress("batch edits", number, len(counts))
     return result
 
 
@@ -288,8 +262,9 @@ def _memory_of(scoped: ScopedModel, cases: Sequence[Case]) -> EpisodicMemory:
     """A memory with facts under their prompts, numbered."""
     config = scoped.model.config
     memory = EpisodicMemory(config.slots, scoped.model.memory.latent, ridge=config.ridge, seed=config.seed)
-    memory.write(
-        scoped.encoder.encode([case.edit.target for case in cases]),
+    values = scoped.encoder.encode([case.edit.target for case in cases])
+    memory.to(values.device).write(
+        values,
         keys=scoped.encoder.encode([case.edit.text for case in cases]),
         ids=list(range(len(cases))),
     )

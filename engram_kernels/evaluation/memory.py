@@ -31,7 +31,7 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Facts:
-    """Latents of facts, [N, C] each.
+    """Latents of facts, [N, C] each, on the CPU, where the memories are.
 
     Attributes:
         keys: of the prompts.
@@ -90,15 +90,12 @@ class Load(NamedTuple):
     ridge: float | None
 
 
-def encode_cases(
-    cases: Sequence[Case], encoder: SentenceEncoder, batch_size: int = 64, progress: Progress | None = None
-) -> Facts:
+def encode_cases(cases: Sequence[Case], encoder: SentenceEncoder, progress: Progress | None = None) -> Facts:
     """Return the latents of cases; of several paraphrases the first is asked.
 
     Args:
         cases: as `read_cases` gives them.
-        encoder: of the texts.
-        batch_size: texts at a time.
+        encoder: of the texts, on any device.
         progress: called with a stage, the work done, and the work there is.
 
     Example:
@@ -112,7 +109,7 @@ def encode_cases(
     }
     found = {}
     for number, (name, asked) in enumerate(texts.items(), start=1):
-        found[name] = encoder.encode(asked, batch_size)
+        found[name] = encoder.encode(asked).cpu()
         if progress:
             progress("encode", number, len(texts))
     return Facts(**found)
@@ -138,19 +135,17 @@ def single(facts: Facts, slots: int, seed: int = 0) -> list[Recall]:
     ]
 
 
-def sequential(
-    facts: Facts, slots: int, checkpoints: Sequence[int], ridge: float | str = "loo", seed: int = 0
-) -> list[Recall]:
+def sequential(facts: Facts, slots: int, checkpoints: Sequence[int], seed: int = 0) -> list[Recall]:
     """Write facts one after the other into one memory, and ask at checkpoints: all so far, and the first.
 
     Args:
         facts: to be written, in this order.
         slots: K.
         checkpoints: numbers of facts; the first is the number of first facts that are followed.
-        ridge, seed: of the memory.
+        seed: of the memory, whose ridge is chosen by leave-one-out.
     """
     stops = sorted({stop for stop in checkpoints if 0 < stop <= len(facts)})
-    memory = EpisodicMemory(slots, facts.keys.shape[-1], ridge=ridge, seed=seed)
+    memory = EpisodicMemory(slots, facts.keys.shape[-1], ridge="loo", seed=seed)
     rows = []
     for number in range(len(facts)):
         one = facts[number : number + 1]
@@ -228,7 +223,7 @@ def forgetting(
             f"share: expected one that forgets some of the {len(facts)} facts and keeps some, got {share}"
         )
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(facts), generator=generator).to(facts.keys.device)
+    order = torch.randperm(len(facts), generator=generator, device="cpu")
     gone, kept = order.split([count, len(facts) - count])
     parts = (("forgotten", facts[gone]), ("retained", facts[kept]))
     settings = {"ridge": ridge, "seed": seed}

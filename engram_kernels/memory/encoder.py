@@ -152,7 +152,7 @@ def _demo_directory() -> Path:
 
 def _longest(model: nn.Module, tokenizer) -> int:
     """Tokens that both can take; some tokenizers name a huge number for none."""
-    return min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 512), 512)
+    return min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 512))
 
 
 def _padded(encoded: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:

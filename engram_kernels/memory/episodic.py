@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -125,6 +126,8 @@ class EpisodicMemory(nn.Module):
         self.register_buffer("m0", prior.to(state_dtype))
         self.register_buffer("m0_pinv", inverse.to(state_dtype))
         self._found: dict[str, Tensor] = {}
+        # The checksum of each folder as it was read or written: if it has another, somebody changed it.
+        self._folders: dict[Path, str] = {}
         self._warned = False
 
     @property
@@ -303,7 +306,7 @@ class EpisodicMemory(nn.Module):
         self.ledger.add(
             names,
             [
-                Entry(entry.memory, entry.key, value.detach().clone(), text)
+                Entry(entry.memory, entry.key, value.clone(), text)
                 for entry, value, text in zip(old, values, said, strict=True)
             ],
         )
@@ -363,7 +366,6 @@ class EpisodicMemory(nn.Module):
             readouts.append(readout.reshape(-1, self.latent))
         return torch.cat(readouts).reshape(queries.shape)
 
-    @torch.no_grad()
     def matrix(self) -> Tensor:
         """M = (A + λI)⁻¹ B of each memory, [batch, K, C] in `state_dtype`; kept until the next change.
 
@@ -372,7 +374,6 @@ class EpisodicMemory(nn.Module):
         """
         return self._once("matrix", self._solved)
 
-    @torch.no_grad()
     def inverse(self) -> Tensor:
         """M⁺ of each memory, [batch, C, K] in `state_dtype`; kept until the next change.
 
@@ -422,7 +423,6 @@ class EpisodicMemory(nn.Module):
             found.append((address * whitened).sum(-1).reshape(-1))
         return torch.cat(found).reshape(rows.shape)
 
-    @torch.no_grad()
     def condition(self) -> float:
         """The largest 2-norm condition number of A + λI over the memories.
 
@@ -431,7 +431,6 @@ class EpisodicMemory(nn.Module):
         """
         return solution.condition(self.precision(), self.ridges)
 
-    @torch.no_grad()
     def merge(self, other: EpisodicMemory) -> EpisodicMemory:
         """Take up all that another memory holds: `A += A'`, `B += B'`, as if it had been written here.
 
@@ -466,7 +465,6 @@ class EpisodicMemory(nn.Module):
         self.ledger.add(other.ids, [entry for _, entry in other.ledger.items()])
         return self
 
-    @torch.no_grad()
     def reset(self) -> None:
         """Forget everything."""
         for buffer in (self.gram, self.cross, self.count, self.energy):
@@ -483,7 +481,8 @@ class EpisodicMemory(nn.Module):
             replace: it may also be one that holds a memory, which is replaced.
 
         Raises:
-            EngramError: the directory exists and holds something else, or cannot be written.
+            EngramError: the directory exists and holds something else, or cannot be written; or it was
+                changed by another since this memory read or wrote it.
         """
         files.save(self, directory, replace)
 
@@ -540,7 +539,7 @@ class EpisodicMemory(nn.Module):
 
     def _weights(self, keys: Tensor) -> Tensor:
         """w of rows, [T, K], in `state_dtype` whatever the latents': the same for the same latent, always."""
-        return memory_address(keys.to(self.state_dtype), self.m0_pinv)
+        return memory_address(keys, self.m0_pinv)
 
     def _accumulate(self, rows: Rows, weights: Tensor, values: Tensor, alpha: Tensor | None) -> None:
         groups = list(rows.groups())
@@ -573,8 +572,7 @@ class EpisodicMemory(nn.Module):
             with self._plain():
                 gram = self.gram[number] - weights.mT @ weights
                 cross = self.cross[number] - weights.mT @ named.values
-            values = rows.values[mine].to(self.state_dtype)
-            memory_forget_(gram, cross, gone, values, ridge=float(self.ridges[number]))
+            memory_forget_(gram, cross, gone, rows.values[mine], ridge=float(self.ridges[number]))
             if int(self.count[number]) - len(kept) == len(mine):
                 rounding = 8 * self.slots * torch.finfo(self.state_dtype).eps * self.energy[number]
                 limits = rounding[0], (rounding[0] * rounding[1]).sqrt()
@@ -601,11 +599,12 @@ class EpisodicMemory(nn.Module):
             if len(entries) == int(self.count[number]):
                 rows = self._rows_of_entries(entries)
                 weights = self._weights(rows.keys)
-                for buffer in (self.gram, self.cross, self.energy):
-                    buffer[number] = 0
-                energy = self._energy_with(rows, weights)
-                self._accumulate(rows, weights, rows.values, None)
-                self.energy.copy_(energy)
+                energy = self._energy_of(rows, weights)[number]
+                # Apart from the state, which must stay whole if there is no memory for this.
+                gram, cross = (torch.zeros_like(buffer[number]) for buffer in (self.gram, self.cross))
+                memory_accumulate_(gram, cross, weights, rows.values)
+                for buffer, new in ((self.gram, gram), (self.cross, cross), (self.energy, energy)):
+                    buffer[number] = new
             else:
                 self._warn_of_rounding(number)
 
@@ -617,7 +616,7 @@ class EpisodicMemory(nn.Module):
             warnings.warn(
                 f"memory {number}: what was forgotten has left rounding of about {lost:.1e} of what is still "
                 "there; rows that are written with ids can be summed anew",
-                stacklevel=4,
+                stacklevel=5,
             )
 
     def _changed(self, added: Sequence[int], energy: Tensor) -> None:
@@ -688,12 +687,12 @@ class EpisodicMemory(nn.Module):
                 warnings.warn(
                     f"state_dtype: a condition number of {condition:.1e} costs an fp32 state more than half "
                     f"of its digits (bound {FP32_CONDITION:.1e}); use float64, or a larger ridge",
-                    stacklevel=5,
+                    stacklevel=4,
                 )
         return matrix
 
     def _refresh_ridges(self) -> None:
-        """Under "loo", choose λ anew for each memory that has kept rows, once after a change."""
+        """Under "loo", choose λ anew for each memory whose rows are kept, once after a change."""
         if self.ridge != LOO or "ridges" in self._found:
             return
         for number, entries in enumerate(self.ledger.by_memory(self.batch)):
@@ -702,6 +701,8 @@ class EpisodicMemory(nn.Module):
             chosen = choose_ridge(self.gram[number], self.cross[number], weights, rows.values)
             if chosen is not None:
                 self.ridges[number] = chosen
+            elif len(entries) == int(self.count[number]):
+                self.ridges[number] = RIDGE  # As in a new memory: there is nothing left to choose it by.
         self._found["ridges"] = self.ridges
 
 
@@ -716,7 +717,7 @@ def _checked_ridge(ridge: float | str, dtype: torch.dtype) -> float | str:
             f"ridge: expected {expected}, got {ridge} (without a ridge, a memory of fewer rows than slots "
             "has no solution, and its pseudo-inverse does not forget)"
         )
-    shown = float(torch.tensor(float(ridge), dtype=torch.float64).to(dtype))
+    shown = float(torch.tensor(float(ridge), dtype=torch.float64, device="cpu").to(dtype))
     fits = 0 < shown < float("inf")
     check.expect(fits, "ridge", f"a number that fits {str(dtype).removeprefix('torch.')}", ridge)
     return float(ridge)

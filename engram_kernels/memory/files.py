@@ -31,16 +31,17 @@ LATENTS = ("key", "value")
 _DAMAGE = (OSError, LookupError, StopIteration, TypeError, AttributeError, ValueError)
 
 
-def save(memory: EpisodicMemory, directory: str | os.PathLike, replace: bool = False) -> None:
+def save(memory: EpisodicMemory, directory: str | os.PathLike, replace: bool) -> None:
     """Write a memory; a folder that holds one already gets its new files first, and then their names.
 
     Raises:
-        EngramError: the directory exists and holds something else, or cannot be written.
+        EngramError: the directory exists and holds something else, was changed by another since this memory
+            read or wrote it, or cannot be written.
     """
     from safetensors.torch import save as serialise
 
     listed, rows = _ledger_parts(memory.ledger)
-    state = {name: buffer.detach().cpu().contiguous() for name, buffer in memory.named_buffers()}
+    state = {name: buffer.cpu().contiguous() for name, buffer in memory.named_buffers()}
     content = serialise(state | rows)
     checksum = hashlib.sha256(content).hexdigest()
     # Named by its content: until the configuration is replaced, the old one finds the old file untouched.
@@ -54,19 +55,27 @@ def save(memory: EpisodicMemory, directory: str | os.PathLike, replace: bool = F
         "sha256": checksum,
         "ledger": listed,
     }
-    text = json.dumps(config | {"checksum": digest(config)}, indent=1, ensure_ascii=False) + "\n"
-    directory = Path(directory)
+    config["checksum"] = digest(config)
+    text = json.dumps(config, indent=1, ensure_ascii=False) + "\n"
+    directory, seen = Path(directory), memory._folders
     old = _config(directory) if replace and (directory / CONFIG).is_file() else None
     if old is None:
         with new_directory(directory) as folder:
             (folder / weights).write_bytes(content)
             (folder / CONFIG).write_text(text, encoding="utf-8")
+        seen[directory.resolve()] = config["checksum"]
         return
+    if seen.get(directory.resolve(), old["checksum"]) != old["checksum"]:
+        raise EngramError(
+            f"directory: expected what this memory read or wrote there, got {str(directory)!r}, which "
+            "another changed since; load it again and repeat the change, or save elsewhere"
+        )
     try:
         with new_file(directory / weights) as temporary:
             temporary.write_bytes(content)
         with new_file(directory / CONFIG) as temporary:
             temporary.write_text(text, encoding="utf-8")
+        seen[directory.resolve()] = config["checksum"]
         if old["weights"] != weights:
             (directory / old["weights"]).unlink(missing_ok=True)
     except OSError as error:
@@ -101,6 +110,7 @@ def load(directory: str | os.PathLike) -> EpisodicMemory:
                 raise ValueError(f"{name} has another shape or type than its configuration says")
             buffer.copy_(tensors[name])
         memory.ledger = _ledger(config["ledger"], tensors, memory)
+        memory._folders[directory.resolve()] = config["checksum"]
         return memory
     except (*_DAMAGE, SafetensorError) as error:
         raise _foreign(directory, error) from error
@@ -113,7 +123,8 @@ def _config(directory: Path) -> dict:
             raise ValueError(f"its kind is {config['kind']!r}")
         if config["format"] != FORMAT:
             raise ValueError(f"its format is {config['format']!r}, not {FORMAT}")
-        if config.pop("checksum") != digest(config):
+        content = {name: value for name, value in config.items() if name != "checksum"}
+        if config["checksum"] != digest(content):
             raise ValueError(f"{CONFIG} was changed")
         # It is read, and deleted when the memory is replaced: never a path to somewhere else.
         if not re.fullmatch(r"memory-[0-9a-f]{16}\.safetensors", config["weights"]):
@@ -145,7 +156,7 @@ def _ledger_parts(ledger: Ledger) -> tuple[list[dict], dict[str, Tensor]]:
 
 
 def _ledger(listed: list[dict], tensors: dict[str, Tensor], memory: EpisodicMemory) -> Ledger:
-    waiting = {name: iter(rows) for name, rows in tensors.items() if name.startswith(("keys.", "values."))}
+    waiting = {name: iter(rows) for name, rows in tensors.items()}
     device, entries, unnamed = memory.gram.device, {}, memory.count.tolist()
     for line in listed:
         parts = {

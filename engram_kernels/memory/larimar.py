@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import json
 import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -441,7 +440,6 @@ class LarimarModel(PreTrainedModel, GenerationMixin):
         save_directory: str | os.PathLike,
         state_dict: dict | None = None,
         is_main_process: bool = True,
-        **_kwargs,
     ) -> None:
         """Write `config.json`, `model.safetensors` and, where facts are written, the folder `memory`.
 
@@ -449,25 +447,24 @@ class LarimarModel(PreTrainedModel, GenerationMixin):
         their names again. Of several processes only the main one writes.
 
         Raises:
-            EngramError: the folder cannot be made or written.
+            EngramError: the folder cannot be made or written, or its `memory` may not be replaced: see
+                `EpisodicMemory.save_pretrained`.
         """
         if not is_main_process:
             return
         folder = writable_directory(save_directory, "save_directory")
+        # First, as it may be refused; an empty one is written only where it has to replace another.
+        if len(self.memory) or (folder / MEMORY).exists():
+            self.memory.save_pretrained(folder / MEMORY, replace=True)
         state = self.state_dict() if state_dict is None else state_dict
         stored = {name: tensor for name, tensor in state.items() if self._is_stored(name)}
         with new_file(folder / WEIGHTS) as path:
             save_file(_untied(stored), path, metadata={"format": "pt"})
+            # safetensors makes files that only their owner may read.
+            path.chmod(0o644)
         with new_file(folder / "config.json") as path:
             self.config.architectures = [type(self).__name__]
             path.write_text(self.config.to_json_string(use_diff=False))
-        self._save_memory(folder)
-
-    def _save_memory(self, folder: Path) -> None:
-        if len(self.memory):
-            self.memory.save_pretrained(folder / MEMORY, replace=True)
-        else:
-            shutil.rmtree(folder / MEMORY, ignore_errors=True)
 
     @classmethod
     def from_pretrained(

@@ -160,8 +160,8 @@ def entries_of(rows: Rows, own_keys: bool, texts: list[str | None]) -> list[Entr
     """Copies of single rows: a view would keep all that was written with it, after it is forgotten too."""
     entries = []
     for owner, key, value, text in zip(rows.owners, rows.keys, rows.values, texts, strict=True):
-        kept = value.detach().clone()
-        entries.append(Entry(owner, kept if own_keys else key.detach().clone(), kept, text))
+        kept = value.clone()
+        entries.append(Entry(owner, kept if own_keys else key.clone(), kept, text))
     return entries
 
 

@@ -90,7 +90,8 @@ def _read_chunks(
 def _read(pairs: Tensor, queries: Tensor, memory: EpisodicMemory, addressing: str) -> Tensor:
     """What memories of pairs of value and key `[…, N, 2C]` have for queries `[…, Q, C]`: `[…, Q, 2C]`."""
     latent = memory.latent
-    weights = memory_address(pairs[..., latent:], memory.m0_pinv)
-    matrix = memory_solve(weights.mT @ weights, weights.mT @ pairs, ridge=fixed_ridge(memory))
-    inverse = memory.m0_pinv if addressing == "prior" else soft_inverse(matrix[..., latent:])
-    return (queries @ inverse) @ matrix
+    with memory._plain():
+        weights = memory_address(pairs[..., latent:], memory.m0_pinv)
+        matrix = memory_solve(weights.mT @ weights, weights.mT @ pairs, ridge=fixed_ridge(memory))
+        inverse = memory.m0_pinv if addressing == "prior" else soft_inverse(matrix[..., latent:])
+        return (queries @ inverse) @ matrix

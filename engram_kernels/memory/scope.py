@@ -14,6 +14,7 @@ from .. import _checks as check
 from ..errors import EngramError
 from ..models.files import new_file
 from ..models.loading import load_model
+from ..models.tokens import open_ids
 from .encoder import SentenceEncoder, load_encoder
 from .episodic import EpisodicMemory
 from .ledger import Id
@@ -37,22 +38,9 @@ def key_scores(queries: Tensor, keys: Tensor) -> Tensor:
     return (normalise(queries, dim=-1) @ normalise(keys.to(queries), dim=-1).mT).amax(-1)
 
 
-def readout_scores(queries: Tensor, readouts: Tensor) -> Tensor:
-    """The cosine of each query to what an auto-associative memory reads for it; 0 for a readout of zeros.
-
-    Args:
-        queries: `[N, latent]`.
-        readouts: `[N, latent]`, as `memory.read(queries)`.
-
-    Returns:
-        `[N]`, from −1 to 1.
-    """
-    return nn.functional.cosine_similarity(queries, readouts.to(queries), dim=-1)
-
-
-def stored_keys(memory: EpisodicMemory, number: int = 0) -> Tensor:
+def stored_keys(memory: EpisodicMemory) -> Tensor:
     """The keys in a memory's ledger, `[S, latent]`, of rows written with ids."""
-    keys = [entry.key for entry in memory.ledger.by_memory(memory.batch)[number]]
+    keys = [entry.key for _, entry in memory.ledger.items()]
     return torch.stack(keys) if keys else memory.cross.new_zeros(0, memory.latent)
 
 
@@ -197,7 +185,7 @@ class ScopedModel:
             The token ids after the prompts, `[prompts, tokens]`.
         """
         device = self.model.get_input_embeddings().weight.device
-        rows = [self.tokenizer(prompt)["input_ids"] for prompt in prompts]
+        rows = [open_ids(self.tokenizer, prompt) for prompt in prompts]
         length = max(map(len, rows))
         ids = torch.tensor([[0] * (length - len(row)) + row for row in rows], device=device)
         mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=device)

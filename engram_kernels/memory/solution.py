@@ -8,7 +8,7 @@ from torch import Tensor
 from ..errors import EngramError
 from ..functional import memory_solve, pseudo_inverse
 
-# Steps of power iteration: ‖M‖ is wanted to some ten percent.
+# Steps of power iteration: ‖M‖₂ is wanted to some ten percent.
 _POWER_STEPS = 8
 
 
@@ -38,7 +38,7 @@ def solve(precision: Tensor, right: Tensor, ridges: Tensor) -> Tensor:
 def cut_inverse(matrix: Tensor, energy: Tensor, ridges: Tensor) -> Tensor:
     """Return M⁺ with singular values σ inverted as σ / (σ² + c²).
 
-        c = max(ε (a ‖M‖ + (a b)^½) / (λ K^½),  (8 K ε₆₄)^½ ‖M‖)
+        c = max(ε (a ‖M‖₂ + (a b)^½) / (λ K^½),  (8 K ε₆₄)^½ ‖M‖_F)
 
     A and B carry rounding of ε a and ε (a b)^½ in all, spread over K directions, and it comes out of the
     solution up to 1/λ larger. The first term estimates its largest singular value; measured, it lies five to

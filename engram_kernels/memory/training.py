@@ -81,14 +81,15 @@ def read_episode(
     check.shape("keys", keys, (batch, facts, latent), "as the facts")
     check.shape("query", queries, (batch, latent), "[batch, latent]")
     check.shape("facts_mask", present, (batch, facts), "[batch, N]")
-    weights = memory_address(keys, memory.m0_pinv)
-    held = weights * present.to(weights.dtype).unsqueeze(-1)
-    matrix = memory_solve(held.mT @ held, held.mT @ values.to(held.dtype), ridge=fixed_ridge(memory))
-    inverse = memory.m0_pinv if addressing == "prior" else soft_inverse(matrix)
-    reading = memory_address(queries.unsqueeze(-2), inverse)
-    if noise:
-        reading = reading + noise * torch.randn_like(reading)
-    return (reading @ matrix).squeeze(-2).to(values.dtype), reading.squeeze(-2)
+    with memory._plain():
+        weights = memory_address(keys, memory.m0_pinv)
+        held = weights * present.to(weights.dtype).unsqueeze(-1)
+        matrix = memory_solve(held.mT @ held, held.mT @ values.to(held.dtype), ridge=fixed_ridge(memory))
+        inverse = memory.m0_pinv if addressing == "prior" else soft_inverse(matrix)
+        reading = memory_address(queries.unsqueeze(-2), inverse)
+        if noise:
+            reading = reading + noise * torch.randn_like(reading)
+        return (reading @ matrix).squeeze(-2).to(values.dtype), reading.squeeze(-2)
 
 
 def soft_inverse(matrix: Tensor) -> Tensor:
@@ -322,28 +323,31 @@ def warm_start(
     """
     check.expect(conditioning.hidden is not None, "conditioning", "a hidden layer", "none")
     check.expect(len(latents) > 0, "latents", "some", "none")
-    generator = torch.Generator().manual_seed(seed)
+    # Drawn on the CPU, so that every device has the same; named, as the caller may have other defaults.
+    drawn = {"generator": torch.Generator("cpu").manual_seed(seed), "device": "cpu"}
+    noisy = {**drawn, "dtype": torch.float32}
     centred = (embeddings - embeddings.mean(0)).detach()
     targets = nn.functional.normalize(centred, dim=-1)
     hidden, known = conditioning.hidden, tokens.unique()
-    head = torch.randn(embeddings.shape[1], hidden.out_features, generator=generator)
+    head = torch.randn(embeddings.shape[1], hidden.out_features, **noisy).to(hidden.weight)
     head = nn.Parameter(head / hidden.out_features**0.5)
-    scale = nn.Parameter(torch.tensor(10.0))
+    scale = nn.Parameter(hidden.weight.new_tensor(10.0))
     optimizer = torch.optim.AdamW([*hidden.parameters(), head, scale], lr=lr, weight_decay=0.1)
     falling = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     losses = []
     for _ in range(steps):
-        rows = torch.randint(0, len(latents), (batch_size,), generator=generator)
-        others = known[torch.randint(0, len(known), (8 * batch_size,), generator=generator)]
+        rows = torch.randint(0, len(latents), (batch_size,), **drawn)
+        others = known[torch.randint(0, len(known), (8 * batch_size,), **drawn)]
         candidates = torch.cat([tokens[rows], others])
         x = conditioning.scaled(latents[rows])
-        x = x + noise * torch.randn(x.shape, generator=generator)
+        x = x + noise * torch.randn(x.shape, **noisy).to(x)
         found = nn.functional.normalize(conditioning.activated(x) @ head.T, dim=-1)
         scores = scale * found @ targets[candidates].T
         # The same token elsewhere among the candidates is no wrong answer.
         twin = candidates == tokens[rows, None]
         twin.fill_diagonal_(False)
-        loss = nn.functional.cross_entropy(scores.masked_fill(twin, -torch.inf), torch.arange(batch_size))
+        right = torch.arange(batch_size, device=scores.device)
+        loss = nn.functional.cross_entropy(scores.masked_fill(twin, -torch.inf), right)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
