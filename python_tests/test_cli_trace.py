@@ -101,3 +101,9 @@ def test_facts_that_the_model_does_not_know(engram, folder, tmp_path):
     (tmp_path / "facts.json").write_text(json.dumps(rows))
     status, _, err = engram("--model", folder, "--facts", tmp_path / "facts.json", "--device", "cpu")
     assert status == 1 and "facts: expected one that" in err and "knows, got none of 1" in err
+
+
+def test_facts_that_are_none(engram, tmp_path):
+    (tmp_path / "facts.json").write_text("[]")
+    status, _, err = engram("--model", "not/loaded", "--facts", tmp_path / "facts.json")
+    assert status == 1 and err.startswith("Error: facts: expected at least one, got none in ")

@@ -311,6 +311,7 @@ def test_saved_edit_is_validated(make, tmp_path):
         ({"sites": [{**site, "layer": "1"}]}, adapter, tensors),
         ({"sites": [{**site, "module": 3}]}, adapter, tensors),
         ({"sites": [{**site, "base_checksum": None}]}, adapter, tensors),
+        ({"sites": [{**site, "dtype": 32}]}, adapter, tensors),
         ({"sites": []}, adapter, tensors),
         ({"writes": []}, adapter, tensors),
         ({"writes": report["writes"][:2]}, adapter, tensors),

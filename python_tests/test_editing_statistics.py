@@ -19,6 +19,7 @@ pytest.importorskip("transformers")
 import model_zoo
 import numpy
 import torch
+from defaults import DEFAULTS
 from safetensors.torch import load_file, save_file
 
 from engram_kernels.covariance import Covariance
@@ -507,6 +508,15 @@ def test_full_disk_costs_the_checkpoint_only(tokenizer, tmp_path, monkeypatch):
     assert contents(tmp_path / "full") == contents(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("default", DEFAULTS)
+def test_sampled_text_does_not_depend_on_defaults(tokenizer, default):
+    model = model_zoo.small_model("llama")
+    expected = corpus.sample_ids(model, tokenizer, 200, seed=3)
+    with DEFAULTS[default]():
+        found = corpus.sample_ids(model, tokenizer, 200, seed=3)
+    assert torch.equal(found, expected)
+
+
 def keys_of(model, layer, ids):
     """The inputs of a layer's projection, by a hook of the test's own."""
     found = []
@@ -517,43 +527,6 @@ def keys_of(model, layer, ids):
             model(input_ids=chunk[None])
     hook.remove()
     return torch.cat([block.flatten(0, 1) for block in found]).double()
-
-
-def test_convergence_is_that_of_the_preconditioned_keys():
-    model = model_zoo.small_model("llama")
-    ids = torch.randint(400, (1280,), generator=torch.Generator().manual_seed(0))
-    keys = torch.randn(3, 64, generator=torch.Generator().manual_seed(1))
-    seen = []
-    found = moments.convergence(
-        model, 1, ids, keys, [32, 128, 640, 1024], progress=lambda *numbers: seen.append(numbers)
-    )
-    inputs = torch.cat([keys_of(model, 1, ids[a:b]) for a, b in itertools.pairwise([0, 32, 128, 640, 1024])])
-    directions = {
-        count: torch.linalg.solve(inputs[:count].T @ inputs[:count], keys.double().T).T
-        for count in (128, 640, 1024)
-    }
-    assert list(found) == [32, 128, 640, 1024]
-    assert found[32].isnan().all()
-    for count, direction in directions.items():
-        truth = (
-            (direction * directions[1024]).sum(-1) / direction.norm(dim=-1) / directions[1024].norm(dim=-1)
-        )
-        torch.testing.assert_close(found[count], truth, rtol=1e-4, atol=1e-4)
-    assert found[128].mean() < found[640].mean() < 0.9999
-    assert seen == [(count, 1024) for count in (32, 128, 640, 1024)]
-    assert list(moments.convergence(model, 1, ids[:700], keys)) == [64, 128, 320, 640, 700]
-    assert moments.convergence(model, 1, ids, keys, [32, 64], ridge=0.1)[32].isfinite().all()
-
-
-def test_convergence_of_bad_arguments():
-    model, ids, keys = model_zoo.small_model("llama"), torch.arange(200), torch.ones(2, 64)
-    for counts in ([], [0, 10], [10, 10], [20, 10], [10, 201]):
-        with pytest.raises(ValueError, match=r"^counts: expected ascending numbers from 1 to 200, got \["):
-            moments.convergence(model, 1, ids, keys, counts)
-    with pytest.raises(ValueError, match=r"^keys: expected shape \[n, 64\] \(\[n, in\]\), got \[2, 32\]$"):
-        moments.convergence(model, 1, ids, torch.ones(2, 32))
-    with pytest.raises(EngramError, match=r"^moment: "):
-        moments.convergence(model, 1, ids, keys, [10, 20])
 
 
 def test_given_covariance_is_used_whatever_the_weights_become(tokenizer, tmp_path):

@@ -83,6 +83,11 @@ def test_of_a_mixture_the_shared_expert_is_written():
     assert projection.name == "model.layers.1.mlp.shared_expert.down_proj"
 
 
+def test_what_is_no_model_is_refused():
+    with pytest.raises(TypeError, match=r"^model: expected a Hugging Face model, got NoneType$"):
+        output_projection(None, 0)
+
+
 def test_model_without_layers_is_refused():
     refuse(nn.Linear(2, 2), "decoder layers")
 

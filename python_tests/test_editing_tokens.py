@@ -6,8 +6,13 @@ pytest.importorskip("transformers")
 
 import model_zoo
 
+from engram_kernels.cli.edit import _answers
 from engram_kernels.editing import Edit
-from engram_kernels.editing.tokens import encode_row, pad_rows
+from engram_kernels.editing.prefixes import sample_prefixes
+from engram_kernels.editing.tokens import encode_row
+from engram_kernels.grafting import PromptTask
+from engram_kernels.memory.scope import ScopedModel
+from engram_kernels.models.tokens import open_ids, pad_rows
 
 CASES = [
     ("Eiffel Tower", "The {} is located in the city of", "Rome", ""),
@@ -61,6 +66,58 @@ def test_beginning_of_text_token_stays_and_closing_token_goes(tokenizer):
     ids = tokenizer("Rome is a city")["input_ids"]
     assert row.ids[0] == ids[0]
     assert row.ids[-1] != tokenizer.eos_token_id
+
+
+def test_open_ids_are_the_beginning_and_the_text(tokenizer):
+    for text in ("Rome is a", "東京 lies in", "The"):
+        plain = tokenizer(text, add_special_tokens=False)["input_ids"]
+        begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        assert open_ids(tokenizer, text) == begin + plain
+
+
+def test_open_ids_of_nothing_are_the_beginning():
+    tokenizer = model_zoo.word_piece_tokenizer()
+    assert open_ids(tokenizer, "") == [tokenizer.bos_token_id]
+
+
+def test_a_space_at_the_end_is_no_closing_token():
+    """Some tokenizers leave spaces out of their offsets, so that such a token seems empty."""
+    from tokenizers import processors
+
+    tokenizer = model_zoo.byte_level_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    assert open_ids(tokenizer, "Rome ") == tokenizer("Rome ")["input_ids"]
+
+
+def prefixes_read(model, tokenizer, text):
+    sample_prefixes(model, tokenizer, [(5, 1)], seed=0)
+
+
+def answers_read(model, tokenizer, text):
+    _answers(model, tokenizer, text)
+
+
+def task_reads(model, tokenizer, text):
+    task = PromptTask(tokenizer, "{}", ["a", "the"])
+    task.logits(model, task.batches([(0, text)], 1)[0])
+
+
+def scoped_reads(model, tokenizer, text):
+    generate = model.generate
+    model.generate = lambda *inputs, readout, **options: generate(*inputs, **options)
+    ScopedModel(model, tokenizer, None, None).generate([text], None, max_new_tokens=1)
+
+
+@pytest.mark.parametrize("reads", [prefixes_read, answers_read, task_reads, scoped_reads])
+def test_no_closing_token_is_read(reads):
+    tokenizer, text = model_zoo.word_piece_tokenizer(), "The"
+    model, seen = model_zoo.small_model(vocabulary=len(tokenizer)), []
+    model.base_model.register_forward_pre_hook(
+        lambda _module, _inputs, given: seen.append(given["input_ids"]), with_kwargs=True
+    )
+    reads(model, tokenizer, text)
+    plain = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert seen[0].tolist() == [[tokenizer.bos_token_id, *plain]]
 
 
 def test_padding_side_of_the_tokenizer_does_not_matter():

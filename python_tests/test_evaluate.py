@@ -1,18 +1,23 @@
 """Evaluation: rows read, measures against brute force, weights put back, runs gone on with, `engram eval`."""
 
 import hashlib
+import importlib.metadata
 import json
 import math
 import random
+import subprocess
+import sys
 from dataclasses import asdict, replace
 from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
-from model_zoo import TEXTS, byte_level_tokenizer, small_model
+from model_zoo import TEXTS, byte_level_tokenizer, small_model, word_piece_tokenizer
 
+import engram_kernels
 from engram_kernels import EngramError
+from engram_kernels.cli.common import versions
 from engram_kernels.editing import Edit, Editor, load_model
 from engram_kernels.editing.values import ValueOptions
 from engram_kernels.evaluation import plots
@@ -21,7 +26,7 @@ from engram_kernels.evaluation.fluency import fluency, generate, ngram_entropy
 from engram_kernels.evaluation.measures import ASPECTS, Figures, harmonic_mean, measure
 from engram_kernels.evaluation.outcomes import Outcome, Retained, summarise
 from engram_kernels.evaluation.report import EvalReport
-from engram_kernels.evaluation.run import CHECKPOINTS, Evaluation
+from engram_kernels.evaluation.run import CHECKPOINTS, Evaluation, peak_memory
 from engram_kernels.models.digest import tensor_checksum
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -365,9 +370,9 @@ def test_the_entropy_of_known_texts():
     assert ngram_entropy("no no no no no") == ngram_entropy("word") == ngram_entropy("") == 0
 
 
-def written_alone(model, tokenizer, prompt, tokens, seed):
+def written_alone(model, tokenizer, prompt, ids, tokens, seed):
     """The same text with neither a batch nor a cache."""
-    draws, ids = random.Random(f"{seed} {prompt}"), list(tokenizer(prompt)["input_ids"])
+    draws, ids = random.Random(f"{seed} {prompt}"), list(ids)
     for _ in range(tokens):
         with torch.no_grad():
             top = model(torch.tensor([ids]), use_cache=False).logits[0, -1].double().topk(5)
@@ -386,7 +391,9 @@ def test_generated_texts_are_those_of_brute_force(tokenizer, family):
     states = random.getstate(), torch.get_rng_state()
     texts = generate(model, tokenizer, prompts, 12, seed=3, batch_size=3)
     assert random.getstate() == states[0] and torch.equal(torch.get_rng_state(), states[1])
-    assert texts == [written_alone(model, tokenizer, prompt, 12, 3) for prompt in prompts]
+    assert texts == [
+        written_alone(model, tokenizer, prompt, tokenizer(prompt)["input_ids"], 12, 3) for prompt in prompts
+    ]
     assert texts == generate(model, tokenizer, prompts, 12, seed=3, batch_size=1)
     other = generate(model, tokenizer, prompts, 12, seed=4)
     assert all(a != b for a, b in zip(texts, other, strict=True))
@@ -397,12 +404,28 @@ def test_fluency_is_the_mean_over_the_prompts(tokenizer, cases):
     found = fluency(model, tokenizer, cases, 10)
     for case, bits in zip(cases, found, strict=True):
         prompts = case.generation or [case.edit.text]
-        texts = [written_alone(model, tokenizer, prompt, 10, 0) for prompt in prompts]
+        texts = [
+            written_alone(model, tokenizer, prompt, tokenizer(prompt)["input_ids"], 10, 0)
+            for prompt in prompts
+        ]
         assert bits == pytest.approx(sum(map(ngram_entropy, texts)) / len(texts)) and bits > 0
     with pytest.raises(
         EngramError, match=r"prompt: expected at most 128 tokens with the 125 to write, .* got \d+"
     ):
         fluency(model, tokenizer, cases, 125)
+
+
+def test_a_closing_token_is_not_read():
+    tokenizer = word_piece_tokenizer()
+    model = small_model("llama", len(tokenizer), torch.float64)
+    prompts = ["The", "The Eiffel Tower is located in the city of", "Rome is"]
+    opened = [
+        [tokenizer.bos_token_id, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]
+        for prompt in prompts
+    ]
+    texts = generate(model, tokenizer, prompts, 12, seed=3)
+    expected = [written_alone(model, tokenizer, *asked, 12, 3) for asked in zip(prompts, opened, strict=True)]
+    assert texts == expected
 
 
 # Runs
@@ -568,6 +591,14 @@ def test_summary_is_that_of_brute_force(tokenizer, cases):
     unchanged = [outcome.after.unchanged(outcome.before) for outcome in outcomes]
     assert summary["edited"]["locality_unchanged"] == pytest.approx(sum(unchanged) / 4)
     assert summary["unedited"]["locality_unchanged"] == 1
+
+
+def test_peak_memory_is_unknown_where_the_system_does_not_tell_it(monkeypatch):
+    code = "import sys; sys.modules['resource'] = None; import engram_kernels.evaluation.run"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert peak_memory(torch.device("cpu")) > 2**20
+    monkeypatch.setitem(sys.modules, "resource", None)
+    assert peak_memory(torch.device("cpu")) is None
 
 
 def test_bad_numbers(tokenizer):
@@ -794,6 +825,22 @@ def test_a_run_of_edits_together_is_gone_on_with(engram, tmp_path, monkeypatch):
     status, out, err = engram(*asked)
     assert status == 0 and "2/2" in out, err
     assert [path.name for path in tmp_path.iterdir()] == ["out.json"]
+
+
+def test_the_command_where_peak_memory_is_unknown(engram, stubbed, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "resource", None)
+    report = tmp_path / "out.json"
+    status, out, err = engram("--data", "counterfact.json", "--fluency", "0", "--report", report)
+    assert status == 0, err
+    assert "unknown" in out and json.loads(report.read_text())["summary"]["peak_memory"] is None
+
+
+def test_the_versions_need_no_metadata(monkeypatch):
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    assert versions()["engram_kernels"] == engram_kernels.__version__
 
 
 def test_the_defaults(engram, stubbed):

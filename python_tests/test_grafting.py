@@ -8,6 +8,7 @@ import json
 import model_zoo
 import pytest
 import torch
+from defaults import DEFAULTS
 
 import engram_kernels as ek
 from engram_kernels import EngramError
@@ -127,6 +128,31 @@ def test_localize_leaves_the_models_as_they_were(family, dtype):
     for name, at in graft.indices.items():
         assert at.dtype == torch.int32 and (at[1:] > at[:-1]).all()
         assert torch.equal(graft.values[name], other.get_parameter(name).detach().reshape(-1)[at.long()])
+
+
+def test_localize_leaves_the_callers_batches():
+    from transformers import BatchEncoding
+
+    model = model_zoo.small_model()
+    batches = [BatchEncoding(batch) for batch in language_batches()]
+    # Moving a BatchEncoding gives it another mapping, be it to where its tensors are.
+    before = [batch.data for batch in batches]
+    localize(model, tuned(model), batches, sparsity=0.01, steps=5)
+    assert all(batch.data is data for batch, data in zip(batches, before, strict=True))
+
+
+@pytest.mark.parametrize("recipe", ["rounds", "panigrahi", "localize-and-stitch"])
+@pytest.mark.parametrize("default", DEFAULTS)
+def test_localize_does_not_depend_on_defaults(recipe, default):
+    model = model_zoo.small_model()
+    other, batches = tuned(model), language_batches()
+    chosen = {"sparsity": 0.01, "recipe": recipe, "steps": 5}
+    expected = localize(model, other, batches, **chosen)
+    with DEFAULTS[default]():
+        found = localize(model, other, batches, **chosen)
+    assert found.indices.keys() == expected.indices.keys()
+    for name, at in expected.indices.items():
+        assert torch.equal(found.indices[name], at) and torch.equal(found.values[name], expected.values[name])
 
 
 def reference_rounds(model, other, batches, size, steps, rounds):
@@ -640,6 +666,10 @@ def test_union_and_overlap():
     assert first.values["layers.0.w"].tolist() == [9.0, 1.0, 2.0, 6.0]
     assert one.overlap(two) == (1, 2, 2, 1 / 3)
     assert one.overlap(one).jaccard == 1
+    for default in DEFAULTS.values():
+        with default():
+            again = Graft.union([one, two, three])
+        assert torch.equal(again.values["layers.0.w"], average.values["layers.0.w"])
     with pytest.raises(EngramError, match="grafts of one base"):
         Graft.union([one, plain([2], [1.0], checksum="y")])
     with pytest.raises(ValueError, match="conflicts: expected 'average' or 'first', got 'last'"):

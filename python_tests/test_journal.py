@@ -114,6 +114,10 @@ def test_bad_directories(make, tmp_path):
             editor.edit(EDITS[0], directory=tmp_path / "run")
     with pytest.raises(TypeError, match=r"^directory: expected a path or None, got int$"):
         editor.edit(EDITS[0], directory=5)
+    # What a run left that was ended before it had a run.json is nobody's.
+    (tmp_path / "begun" / ".x1y2z3").mkdir(parents=True)
+    (tmp_path / "begun" / ".x1y2z3" / "run.json").write_text("{")
+    editor.edit(EDITS[:2], directory=tmp_path / "begun").revert()
     # Values of unknown origin are not taken for this run's.
     editor.edit(EDITS[:2], directory=tmp_path / "other").revert()
     (tmp_path / "other" / "run.json").unlink()

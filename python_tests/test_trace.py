@@ -11,6 +11,7 @@ pytest.importorskip("transformers")
 
 import model_zoo
 import torch
+from defaults import DEFAULTS
 
 from engram_kernels import EngramError
 from engram_kernels.editing import Editor, Trace, average, trace_plots, trace_runs
@@ -197,6 +198,15 @@ def test_noise_is_seeded_and_the_global_state_untouched(tokenizer):
     assert torch.equal(torch.random.get_rng_state(), state)
     assert torch.equal(one.effects, two.effects) and one.corrupted == two.corrupted
     assert one.clean == three.clean and one.corrupted != three.corrupted
+
+
+@pytest.mark.parametrize("default", DEFAULTS)
+def test_defaults_do_not_matter(tokenizer, default):
+    model = small()
+    expected = trace(model, tokenizer, PROMPT, SUBJECT, **SHORT)
+    with DEFAULTS[default]():
+        found = trace(model, tokenizer, PROMPT, SUBJECT, **SHORT)
+    assert found.effects.dtype == torch.float32 and torch.equal(found.effects, expected.effects)
 
 
 def test_sigma_and_the_standard_deviation_of_embeddings(tokenizer):

@@ -6,16 +6,16 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Protocol
+from typing import Annotated, Protocol
 
+import torch
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from .. import __version__
 from ..models.files import new_file
-
-if TYPE_CHECKING:
-    import torch
 
 console = Console()
 
@@ -56,9 +56,18 @@ def bars() -> Iterator[Report]:
         yield progress
 
 
-def dtype_of(name: str) -> "torch.dtype":
-    import torch
+def load(progress: Report, model: str, dtype: str, device: str | None):
+    """The model of that name and its tokenizer; a bar shows that it is being loaded."""
+    from ..models.loading import load_model
 
+    kind, place = dtype_of(dtype), device_of(device)
+    progress("model", 0, 1, escape(model))
+    loaded = load_model(model, dtype=kind, device=place)
+    progress("model", 1, 1, escape(model))
+    return loaded
+
+
+def dtype_of(name: str) -> torch.dtype:
     kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if name not in kinds:
         raise ValueError(f"dtype: expected one of {', '.join(kinds)}, got {name!r}")
@@ -66,8 +75,6 @@ def dtype_of(name: str) -> "torch.dtype":
 
 
 def device_of(name: str | None) -> str:
-    import torch
-
     return name or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -116,10 +123,10 @@ def data_file(data: Path) -> Path:
 
 
 def versions() -> dict[str, str]:
-    import importlib.metadata
-
-    import torch
     import transformers
 
-    own = importlib.metadata.version("engram_kernels")
-    return {"engram_kernels": own, "torch": torch.__version__, "transformers": transformers.__version__}
+    return {
+        "engram_kernels": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }

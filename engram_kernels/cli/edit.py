@@ -3,11 +3,13 @@
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from rich.markup import escape
 from rich.table import Table
 
 from ..errors import EngramError
+from ..models.tokens import open_ids
 from .common import (
     Corpus,
     Device,
@@ -19,8 +21,7 @@ from .common import (
     check_file,
     check_folder,
     console,
-    device_of,
-    dtype_of,
+    load,
     write_json,
 )
 
@@ -60,7 +61,7 @@ def edit(
 
     Example: engram edit --subject "The Eiffel Tower" --prompt "{} is located in the city of" --target Rome
     """
-    from ..editing import Edit, Editor, load_model
+    from ..editing import Edit, Editor
 
     fact = Edit(subject, prompt, target)
     prompts = [("edited", fact.text)]
@@ -73,7 +74,7 @@ def edit(
         check_folder("save", save)
 
     with bars() as progress:
-        network, tokenizer = load_model(model, dtype=dtype_of(dtype), device=device_of(device))
+        network, tokenizer = load(progress, model, dtype, device)
         editor = Editor(network, tokenizer, corpus=corpus, tokens=tokens, seed=seed, progress=progress)
         before = [_answers(network, tokenizer, text) for _, text in prompts]
         result = editor.edit(fact, layer)
@@ -104,11 +105,9 @@ def edit(
 
 def _answers(model, tokenizer, text: str, count: int = 3) -> list[tuple[str, float]]:
     """The likeliest next tokens with their probabilities."""
-    import torch
-
-    inputs = tokenizer(text, return_tensors="pt").to(model.device)
+    ids = torch.tensor([open_ids(tokenizer, text)], device=model.device)
     with torch.no_grad():
-        likely = model(**inputs).logits[0, -1].float().softmax(-1).topk(count)
+        likely = model(input_ids=ids).logits[0, -1].float().softmax(-1).topk(count)
     return [
         (tokenizer.decode([token]).strip(), probability)
         for token, probability in zip(likely.indices.tolist(), likely.values.tolist(), strict=True)

@@ -22,7 +22,7 @@ from .common import (
     console,
     data_file,
     device_of,
-    dtype_of,
+    load,
     versions,
 )
 
@@ -77,7 +77,10 @@ def evaluate(
         bool | None, typer.Option(help="Hold the answers to earlier batches; default: by method.")
     ] = None,
     null_space: Annotated[
-        float | None, typer.Option(help="Largest eigenvalue that a write may touch; default: by method.")
+        float | None,
+        typer.Option(
+            help="Largest eigenvalue that a write may touch, as a share of the mean one; default: by method."
+        ),
     ] = None,
     conflicts: Annotated[
         str, typer.Option(help="Edits written at once that have one key: refuse, or make the last.")
@@ -113,7 +116,7 @@ def evaluate(
 
     Example: engram eval --data counterfact.json --rows 20 --method rome --report out.json --plot out.png
     """
-    from ..editing import Editor, load_model
+    from ..editing import Editor
     from ..editing.methods import check_choices
     from ..editing.values import ValueOptions
     from ..evaluation.datasets import COUNTERFACT, read_cases
@@ -146,7 +149,7 @@ def evaluate(
     }  # fmt: skip
     run = None if report is None else report.with_name(f"{report.name}.run")
     with bars() as progress:
-        network, tokenizer = load_model(model, dtype=dtype_of(dtype), device=device_of(device))
+        network, tokenizer = load(progress, model, dtype, device)
         editor = Editor(
             network, tokenizer, corpus=corpus, tokens=tokens, seed=seed, bare_share=bare_share,
             consistent_key=not original_key, value=value, progress=progress, **pairs,
@@ -240,12 +243,12 @@ def _table(summary: dict, title: str) -> Table:
         if name in summary["edited"]:
             table.add_row(label, *(f"{summary[state][name]:.3f}" for state in ("unedited", "edited")))
     table.add_section()
-    seconds = summary["median_seconds"]
+    seconds, memory = summary["median_seconds"], summary["peak_memory"]
     for label, cell in (
         ("seconds an edit, median", "cut off" if seconds is None else f"{seconds:.1f}"),
         ("reverted bit for bit", f"{summary['reverted_exactly']}/{summary['rows']}"),
         ("all weights as before", "yes" if summary["weights_as_before"] else "[red]no[/red]"),
-        ("peak memory, MiB", f"{summary['peak_memory'] / 2**20:,.0f}"),
+        ("peak memory, MiB", "unknown" if memory is None else f"{memory / 2**20:,.0f}"),
         ("rows left out", str(summary["skipped"] + len(summary["refused"]))),
     ):
         table.add_row(label, "", cell)
@@ -263,6 +266,6 @@ def _published() -> Table:
         figures = [f"{paper.figures[name]:.3f}" for name in names]
         table.add_row(f"{paper.method}, {paper.model}, {paper.edits}", *figures)
     table.caption = (
-        "[dim]Meng et al. 2022, table 4; Meng et al. 2023, table 2; Fang et al. 2025, table 1.[/dim]"
+        "[dim]Meng et al. 2022, table 4; Meng et al. 2023, table 2; Fang et al. 2024, table 1.[/dim]"
     )
     return table

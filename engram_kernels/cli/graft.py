@@ -38,8 +38,8 @@ def apply(
     import torch
 
     from ..grafting import Graft
-    from ..models.files import new_directory
     from ..models.loading import load_model
+    from ..models.saving import save_model
 
     check_folder("out", out)
     read = Graft.from_pretrained(graft)
@@ -54,9 +54,7 @@ def apply(
         progress("graft", 1, 3, "apply")
         read.merge_and_unload(model, force)
         progress("graft", 2, 3, "save")
-        with new_directory(out) as folder:
-            model.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
+        save_model(model, tokenizer, out)
         progress("graft", 3, 3)
     console.print(f"Saved {name} with {read.size:,} weights grafted to {out}.", markup=False, highlight=False)
 

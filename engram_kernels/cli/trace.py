@@ -19,8 +19,7 @@ from .common import (
     bars,
     check_file,
     console,
-    device_of,
-    dtype_of,
+    load,
     write_json,
 )
 
@@ -60,7 +59,6 @@ def trace(
 
     Example: engram trace --prompt "{} is located in the city of" --subject "The Eiffel Tower" --out trace.png
     """
-    from ..editing import load_model
     from ..editing.trace import KINDS, embedding_std, known
     from ..editing.trace import trace as trace_fact
     from ..editing.trace_plots import draw
@@ -83,7 +81,7 @@ def trace(
 
     found: list[Trace | AverageTrace]
     with bars() as progress:
-        network, tokenizer = load_model(model, dtype=dtype_of(dtype), device=device_of(device))
+        network, tokenizer = load(progress, model, dtype, device)
         if facts is None:
             found = [
                 trace_fact(
@@ -144,6 +142,8 @@ def _read_facts(path: Path) -> list[dict]:
         isinstance(row, dict) and all(isinstance(row.get(name), str) for name in fields) for row in content
     ):
         raise ValueError(f"facts: expected a list of objects with {', '.join(fields)}, got {str(path)!r}")
+    if not content:
+        raise ValueError(f"facts: expected at least one, got none in {str(path)!r}")
     for number, row in enumerate(content):
         if not row["attribute"].strip() or not row["subject"].strip():
             raise ValueError(f"facts: expected a subject and an attribute in row {number}, got an empty one")

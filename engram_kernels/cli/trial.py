@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
+from ..models.standing import standing
 from .common import Report
 from .examples import Examples, document_batches
 
 if TYPE_CHECKING:
-    import torch
-
     from ..grafting import Evaluation, Graft
 
 
@@ -77,8 +79,6 @@ class Trial:
 
     def chosen(self, sparsity: float, how: str, **choice) -> Graft:
         """A graft of as many weights that were not learned: the "largest changes", or "random" ones."""
-        import torch
-
         from .. import graft_top_k, top_k_mask
         from ..grafting import Graft, graftable_parameters
 
@@ -87,7 +87,8 @@ class Trial:
         size = round(sparsity * sum(weight.numel() for weight in pre.values()))
         if how == "random":
             generator = torch.Generator().manual_seed(self.seed)
-            draws = [torch.rand(w.shape, generator=generator).to(w.device) for w in pre.values()]
+            drawn = partial(torch.rand, generator=generator, dtype=torch.float32, device="cpu")
+            draws = [drawn(weight.shape).to(weight.device) for weight in pre.values()]
             masks = top_k_mask(draws, size)
         else:
             masks = graft_top_k(list(pre.values()), list(ft.values()), size)
@@ -101,21 +102,9 @@ class Trial:
             self.model, self.tests, self.task.logits, lambda done: progress(f"test {stage}", done, rows)
         )
 
-    @contextmanager
-    def fine_tuned(self) -> Iterator[None]:
+    def fine_tuned(self) -> AbstractContextManager[None]:
         """Let the fine-tuned model's tensors, all of them, stand in the base model."""
-        import torch
-
-        parameters = dict(self.model.named_parameters())
-        before = {name: parameter.data for name, parameter in parameters.items()}
-        try:
-            for name, parameter in parameters.items():
-                parameter.data = self.tuned[name].to(parameter.device)
-            yield
-        finally:
-            for name, parameter in parameters.items():
-                parameter.data = before[name]
-            torch.clear_autocast_cache()
+        return standing(self.model, self.tuned)
 
 
 def tuned_tensors(name: str, model: torch.nn.Module, dtype: torch.dtype) -> Mapping[str, torch.Tensor]:

@@ -7,12 +7,14 @@ from .experts import open_expert, routed_expert
 from .result import EditResult
 from .tokens import Edit
 from .traces import Trace, average
+from .values import ValueOptions
 
 __all__ = [
     "Edit",
     "EditResult",
     "Editor",
     "Trace",
+    "ValueOptions",
     "average",
     "dequantize_layer",
     "load_model",

@@ -21,6 +21,9 @@ WIKIPEDIA_IN_GENSIM = "test/test_data/enwiki-latest-pages-articles1.xml-*-shorte
 # Characters after which a paragraph is cut, so that a file without blank lines does not fill the memory.
 PARAGRAPH = 1 << 20
 
+# Texts that are sampled from the model at a time, and the tokens of each.
+SAMPLED_ROWS, SAMPLED_LENGTH = 64, 128
+
 
 def wikipedia_file() -> Path | None:
     """The Wikipedia articles that the package `gensim` carries, or None where it is not installed."""
@@ -105,15 +108,15 @@ class TokenStream:
 
 
 @torch.no_grad()
-def sample_ids(model, tokenizer, limit: int, seed: int, rows: int = 64, length: int = 128) -> torch.Tensor:
+def sample_ids(model, tokenizer, limit: int, seed: int) -> torch.Tensor:
     """`limit` tokens sampled from the model itself `[count]`; the global random state stays as it is."""
     device = model.get_input_embeddings().weight.device
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id or 0
-    length = min(length, context_length(model) or length)
+    length = min(SAMPLED_LENGTH, context_length(model) or SAMPLED_LENGTH)
     generator = torch.Generator().manual_seed(seed)
     sampled: list[torch.Tensor] = []
     while sum(block.numel() for block in sampled) < limit:
-        block = torch.full((rows, 1), start)
+        block = torch.full((SAMPLED_ROWS, 1), start, device="cpu")
         cache = None
         for _ in range(length):
             output = model(input_ids=block[:, -1:].to(device), past_key_values=cache, use_cache=True)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import EngramError
+from ..models.layers import MODEL_DTYPES
 from .structure import is_plain, wrapped_projection
 
 ROWS = 1024
@@ -41,7 +42,7 @@ def dequantize_layer(model: nn.Module, layer: int, dtype: torch.dtype | None = N
         >>> Editor(model, tokenizer).edit(edit, layers=6)
     """
     dtype = model.get_input_embeddings().weight.dtype if dtype is None else dtype
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if dtype not in MODEL_DTYPES:
         raise ValueError(f"dtype: expected torch.float32, torch.bfloat16 or torch.float16, got {dtype}")
     path, module = wrapped_projection(model, layer)
     if hasattr(module, "base_layer"):

@@ -107,7 +107,9 @@ class Editor:
             raise ValueError(f"contexts: expected pairs of a positive length and a count, got {contexts!r}")
         self.model = model
         self.tokenizer = tokenizer
-        self.cache = writable_directory(cache_directory(cache_dir), "cache_dir")
+        self.cache = writable_directory(
+            cache_directory(cache_dir), "cache_dir" if cache_dir else "the cache ($ENGRAM_CACHE)"
+        )
         self.tokens = tokens
         self.contexts = contexts
         self.bare_share = bare_share

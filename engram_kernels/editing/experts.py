@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .. import _checks as check
 from ..errors import EngramError
 from ..models.evaluating import evaluating
 from ..models.layers import decoder_layer
@@ -73,8 +74,7 @@ def open_expert(model: nn.Module, layer: int, expert: int) -> Iterator[Expert]:
     """
     experts = routed_experts(model, layer)
     count = experts.down_proj.shape[0]
-    if isinstance(expert, bool) or not isinstance(expert, int):
-        raise TypeError(f"expert: expected an integer, got {type(expert).__name__}")
+    check.integer("expert", expert)
     if not 0 <= expert < count:
         raise ValueError(f"expert: expected from 0 to {count - 1} in layer {layer}, got {expert}")
     if opened_expert(experts) is not None:

@@ -30,7 +30,7 @@ def save_result(result: EditResult, directory: str | os.PathLike) -> None:
     report = {
         "format": FORMAT,
         "sites": [
-            {name: getattr(site, name) for name in ("module", "layer", "transposed", "experts")}
+            {name: getattr(site, name) for name in ("module", "layer", "transposed", "experts", "dtype")}
             | {"base_checksum": site.base_checksum, "edited_checksum": site.edited_checksum}
             for site in result.sites
         ],
@@ -180,6 +180,7 @@ def _check(records, writes: list[Write], sites: list[Site], used: dict[str, int]
         for name, kinds in (
             ("module", str), ("layer", int), ("transposed", bool),
             ("base_checksum", str), ("edited_checksum", (str, type(None))), ("experts", (int, type(None))),
+            ("dtype", (str, type(None))),
         ):  # fmt: skip
             if not isinstance(getattr(site, name), kinds):
                 raise ValueError(f"{name} {getattr(site, name)!r} is of the wrong kind")

@@ -18,11 +18,11 @@ import torch
 from torch import nn
 
 from ..models.layers import decoder_layers
+from ..models.tokens import pad_rows
 from .layout import Layout
 from .left import Left, inputs_after, left_of_subjects
 from .passes import Reached, logits_at, replaying, run_until_reached
 from .structure import Projection
-from .tokens import pad_rows
 
 
 @dataclass(frozen=True)

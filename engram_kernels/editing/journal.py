@@ -35,8 +35,8 @@ class Journal:
         settings = json.loads(json.dumps({"format": FORMAT, **settings}))
         path = self.directory / "run.json"
         if not path.exists():
-            # Values without it might be of any run.
-            if any(self.directory.iterdir()):
+            # Values without it might be of any run. What was to become it lay under a name with a dot.
+            if any(not path.name.startswith(".") for path in self.directory.iterdir()):
                 raise EngramError(
                     f"directory: expected an empty one or a run's, got {str(self.directory)!r}, "
                     "which holds something else and no run.json"

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from ..errors import EngramError
 from ..models.layers import decoder_layers
+from ..models.tokens import pad_rows
 from .layout import Layout
 from .passes import Reached, run_until_reached, takes
-from .tokens import pad_rows
 
 
 @dataclass(frozen=True)
@@ -115,12 +115,10 @@ def _read(model: nn.Module, rows: Sequence[list[int]], before: Left | None = Non
     return Left(mask, [(aligned(keys), aligned(values)) for keys, values in cached])
 
 
-def keys_and_values(
-    cache, depth: int, rows: int, tokens: int, first: int = 0
-) -> list[tuple[Tensor, Tensor]] | None:
-    """Keys and values `[rows, heads, tokens, width]` of layers from `first` on, if they keep only these."""
+def keys_and_values(cache, depth: int, rows: int, tokens: int) -> list[tuple[Tensor, Tensor]] | None:
+    """Keys and values `[rows, heads, tokens, width]` of all layers, if they keep only these."""
     layers = getattr(cache, "layers", [])
-    kept = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in layers][first:]
+    kept = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in layers]
     plain = len(layers) == depth and all(
         isinstance(tensor, Tensor) and tensor.dim() == 4 and tensor.shape[::2] == (rows, tokens)
         for pair in kept

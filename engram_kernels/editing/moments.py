@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -12,7 +11,6 @@ from pathlib import Path
 import torch
 
 from ..covariance import Covariance
-from ..errors import EngramError
 from ..models.digest import tensor_bytes
 from ..models.loading import writable_directory
 from . import corpus as corpora
@@ -207,61 +205,3 @@ class Moments:
         fingerprint = statistics.weights_fingerprint(self.model, projection)
         text = f"{fingerprint} {projection.name} {source} {statistics.CHUNK}"
         return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
-def convergence(
-    model: torch.nn.Module,
-    layer: int,
-    ids: torch.Tensor,
-    keys: torch.Tensor,
-    counts: Sequence[int] | None = None,
-    ridge: float = 0.0,
-    progress: Callable[[int, int], None] | None = None,
-) -> dict[int, torch.Tensor]:
-    """How far the preconditioned direction of keys still turns as the tokens grow in number.
-
-        cos(k C_t⁻¹, k C_T⁻¹),   C_t from the first t tokens, T the last count
-
-    Args:
-        model: in evaluation mode.
-        layer: index of the decoder layer.
-        ids: `[count]` tokens, of which the last count says how many are used.
-        keys: `[n, in]`, any floating type, of text outside of `ids`.
-        counts: ascending numbers of tokens, at each of which a new chunk of text begins; None: 1, 2, 5, 10,
-            20, 50, … times `in`, and all.
-        ridge: as for `Covariance`.
-        progress: called with the tokens seen and their number.
-
-    Returns:
-        By count, the cosines `[n]` float64: NaN where so few tokens give a singular moment.
-
-    Raises:
-        ValueError: the counts do not ascend from 1 to the number of tokens at most, or the keys have
-            another shape.
-        EngramError: the moment of the last count is singular, or the inputs are not finite.
-    """
-    projection = output_projection(model, layer)
-    width = projection.matrix.shape[1]
-    if counts is None:
-        steps = (width * step * 10**power for power in itertools.count() for step in (1, 2, 5))
-        counts = [*itertools.takewhile(lambda count: count < len(ids), steps), len(ids)]
-    if not counts or any(low >= high for low, high in itertools.pairwise([0, *counts, len(ids) + 1])):
-        raise ValueError(f"counts: expected ascending numbers from 1 to {len(ids)}, got {list(counts)}")
-    if keys.dim() != 2 or keys.shape[1] != width:
-        raise ValueError(f"keys: expected shape [n, {width}] ([n, in]), got {list(keys.shape)}")
-    keys = keys.to(projection.matrix.device, torch.float64)
-    sums = statistics.zeros([projection])
-    directions = {}
-    for begin, end in itertools.pairwise([0, *counts]):
-        statistics.second_moments(model, [projection], ids[begin:end], sums=sums)
-        try:
-            covariance = Covariance.from_second_moment(sums[layer], end, ridge=ridge)
-            directions[end] = covariance.solve(keys)
-        except EngramError:
-            if end == counts[-1]:
-                raise
-            directions[end] = torch.full_like(keys, torch.nan)
-        if progress:
-            progress(end, counts[-1])
-    last = directions[counts[-1]]
-    return {count: torch.cosine_similarity(found, last, dim=-1) for count, found in directions.items()}

@@ -85,8 +85,7 @@ def save_npz(
     check.expect(square, "moment", "shape [in, in]", list(moment.shape))
     check.finite("moment", moment)
     for name, number in (("count", count), ("sample_size", 1 if sample_size is None else sample_size)):
-        is_integer = isinstance(number, int) and not isinstance(number, bool)
-        check.expect(is_integer, name, "an integer", type(number).__name__, TypeError)
+        check.integer(name, number)
         check.expect(number > 0, name, "at least 1", number)
     arrays = {
         "mom2.constructor": numpy.array("util.runningstats.SecondMoment()"),

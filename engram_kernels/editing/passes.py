@@ -12,7 +12,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from .tokens import Row, pad_rows
+from ..models.tokens import pad_rows
+from .tokens import Row
 
 
 class Reached(Exception):

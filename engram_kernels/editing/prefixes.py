@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from ..errors import EngramError
-from .tokens import context_length, pad_rows
+from ..models.tokens import open_ids, pad_rows
+from .tokens import context_length
 
 # Common first words; after a beginning-of-text token alone a chat model opens a dialogue.
 FIRST_WORDS = ("The", "Therefore", "Because", "I", "You")
@@ -38,7 +39,7 @@ def sample_prefixes(model, tokenizer, lengths: Sequence[tuple[int, int]], seed: 
         raise EngramError(
             f"contexts: expected at most {limit} tokens, the model's context, got {max(wanted)}"
         )
-    rows = [list(tokenizer(FIRST_WORDS[i % len(FIRST_WORDS)])["input_ids"]) for i in range(len(wanted))]
+    rows = [open_ids(tokenizer, FIRST_WORDS[i % len(FIRST_WORDS)]) for i in range(len(wanted))]
     generator = torch.Generator().manual_seed(seed)
     device = model.get_input_embeddings().weight.device
     while True:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from .. import _checks as check
 from ..errors import EngramError
 from ..functional import apply_low_rank_
 from ..models.digest import tensor_checksum
@@ -88,6 +89,7 @@ class Site:
         edited_checksum: of the weight after the last; None where the writes were never done in this order.
         experts: how many experts share the tensor that it is a part of, the name's last number being its own;
             None where it is a weight by itself.
+        dtype: of the weight, such as "bfloat16"; None in files that do not say it.
     """
 
     module: str
@@ -96,6 +98,7 @@ class Site:
     base_checksum: str
     edited_checksum: str | None = None
     experts: int | None = None
+    dtype: str | None = None
     _projection: Projection | None = field(default=None, repr=False, compare=False)
     _original: Tensor | None = field(default=None, repr=False, compare=False)
 
@@ -108,6 +111,7 @@ class Site:
             transposed=projection.transposed,
             base_checksum=matrix_checksum(projection),
             experts=getattr(projection.module, "count", None),
+            dtype=str(projection.module.weight.dtype).removeprefix("torch."),
             _projection=projection,
             _original=snapshot(projection),
         )
@@ -241,8 +245,7 @@ class EditResult:
             TypeError, ValueError: there is no such record, or it is the only one: revert that.
             EngramError: a matrix was changed since; nothing is removed then.
         """
-        if isinstance(number, bool) or not isinstance(number, int):
-            raise TypeError(f"number: expected an integer, got {type(number).__name__}")
+        check.integer("number", number)
         if not 0 <= number < len(self):
             raise ValueError(f"number: expected from 0 to {len(self) - 1}, got {number}")
         if len(self) == 1:
@@ -313,14 +316,20 @@ class EditResult:
         return load_result(directory)
 
     @classmethod
-    def stack(cls, results: Sequence[EditResult]) -> EditResult:
+    def stack(cls, results: Sequence[EditResult], force: bool = False) -> EditResult:
         """Several results as one, which does their writes one after the other, and is not applied.
 
         The values of each were found without the others, unless it was made on the model with those applied.
 
+        Args:
+            results: at least one, in the order of their writes.
+            force: join them even if they were made for different weights.
+
         Raises:
             TypeError: `results` holds something else.
             ValueError: it is empty.
+            EngramError: one was made for other weights than the first one's, or than what one before it left;
+                or, whatever `force` says, for a matrix of another shape.
         """
         results = list(results)
         if not results:
@@ -328,6 +337,7 @@ class EditResult:
         for result in results:
             if not isinstance(result, cls):
                 raise TypeError(f"results: expected EditResult objects, got {type(result).__name__}")
+        _check_same_weights(results, force)
         records, writes, skipped, sites, asked = [], [], [], {}, 0
         for result in results:
             writes += [
@@ -358,6 +368,28 @@ class EditResult:
                     f"model: expected {site.module!r} as this edit left it, got it changed since: "
                     "revert later edits first, or give force=True"
                 )
+
+
+def _check_same_weights(results: list[EditResult], force: bool) -> None:
+    """Raise unless each matrix of a result is as the first one found it, or as one before it left it."""
+    known: dict[str, set[str | None]] = {}
+    shapes: dict[str, list[int]] = {}
+    for number, result in enumerate(results):
+        for write in result.writes:
+            shape = [write.left.shape[0], write.right.shape[1]]
+            if shapes.setdefault(write.module, shape) != shape:
+                raise EngramError(
+                    f"results: expected a matrix {shapes[write.module]} in {write.module!r}, "
+                    f"got {shape} in number {number}"
+                )
+        for site in result.sites:
+            seen = known.setdefault(site.module, {site.base_checksum})
+            if site.base_checksum not in seen and not force:
+                raise EngramError(
+                    "results: expected edits made for the same weights, or one on top of the other, got "
+                    f"number {number} made for others in {site.module!r} (force=True joins them all the same)"
+                )
+            seen.add(site.edited_checksum)
 
 
 def _without(write: Write, number: int) -> Write | None:

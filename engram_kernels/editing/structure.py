@@ -8,10 +8,8 @@ import torch
 from torch import nn
 
 from ..errors import EngramError
-from ..models.layers import decoder_layer, decoder_layers
+from ..models.layers import MODEL_DTYPES, decoder_layer, decoder_layers
 from .experts import Expert, is_fused, opened_expert
-
-EDITABLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # ROME's layers lie at 0.16 (Llama-2-7B, 5 of 32) to 0.36 (GPT-2 XL, 17 of 48) of the depth. Of SmolLM2's
 # layers 4, 6, 8 and 11, the sixth disturbed facts about other subjects least at the same efficacy.
@@ -200,7 +198,7 @@ def _check_editable(model: nn.Module, projection: Projection) -> None:
         raise EngramError(
             f"model: expected weights made outside inference mode, got inference ones in {projection.name!r}"
         )
-    if weight.dtype not in EDITABLE_DTYPES:
+    if weight.dtype not in MODEL_DTYPES:
         raise EngramError(
             f"model: expected float32, bfloat16 or float16 weights, got {weight.dtype} in {projection.name!r}"
         )

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from ..errors import EngramError
+from ..models.tokens import open_ids
 
 
 @dataclass(frozen=True)
@@ -133,12 +132,9 @@ def check_length(model, row: Row, edit: Edit, prefix: str = "") -> Row:
 
 
 def _positions_by_offsets(tokenizer, text: str, subject: tuple[int, int], head_end: int):
-    encoding = tokenizer(text, return_offsets_mapping=True)
-    ids, offsets = list(encoding["input_ids"]), encoding["offset_mapping"]
-    # Some tokenizers close every text with a special token, which would stand between prompt and answer.
-    while offsets and offsets[-1][0] == offsets[-1][1]:
-        ids.pop()
-        offsets = offsets[:-1]
+    # What closes the text would stand between prompt and answer.
+    ids = open_ids(tokenizer, text)
+    offsets = tokenizer(text, return_offsets_mapping=True)["offset_mapping"][: len(ids)]
     inside = [
         i for i, (start, stop) in enumerate(offsets) if start < subject[1] and stop > max(start, subject[0])
     ]
@@ -148,8 +144,8 @@ def _positions_by_offsets(tokenizer, text: str, subject: tuple[int, int], head_e
 
 def _positions_by_beginnings(tokenizer, text: str, subject_end: int, head_end: int):
     plain = tokenizer(text, add_special_tokens=False)["input_ids"]
-    special = tokenizer(text)["input_ids"]
-    leading = next((i for i in range(len(special)) if special[i : i + len(plain)] == plain), 0)
+    ids = open_ids(tokenizer, text)
+    leading = len(ids) - len(plain)
 
     def tokens_of_beginning(end: int) -> int:
         """How many tokens of the text lie wholly in `text[:end]`, as far as both tokenisations agree."""
@@ -161,15 +157,4 @@ def _positions_by_beginnings(tokenizer, text: str, subject_end: int, head_end: i
 
     last = min(tokens_of_beginning(subject_end), len(plain)) - 1
     first = min(tokens_of_beginning(head_end), len(plain)) if head_end < len(text) else len(plain)
-    return special[:leading] + plain, leading + last if last >= 0 else None, leading + first
-
-
-def pad_rows(rows: list[list[int]], device=None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and attention mask, both `[rows, longest]`, padded on the right.
-
-    Causal attention never looks to the right, so padding there needs no pad token and no position ids.
-    """
-    longest = max(map(len, rows))
-    ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=device)
-    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], device=device)
-    return ids, mask
+    return ids, leading + last if last >= 0 else None, leading + first

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .. import _checks as check
 from ..errors import EngramError
 from ..models.evaluating import evaluating
+from ..models.tokens import open_ids
 from .tokens import Edit, check_length, encode_row
 from .trace_runs import Runs, next_token
 from .traces import Trace
@@ -88,13 +89,11 @@ def trace(
     with evaluating(model), torch.no_grad():
         embedding = model.get_input_embeddings()
         if sigma is None:
-            sigma = _std(embedding, torch.arange(embedding.weight.shape[0]))
+            sigma = _std(embedding, torch.arange(embedding.weight.shape[0], device=embedding.weight.device))
         generator = torch.Generator().manual_seed(seed)
         shape = (samples, span[1] - span[0], embedding.weight.shape[-1])
-        runs = Runs(
-            model, kind, ids, span[0], noise * sigma * torch.randn(shape, generator=generator),
-            batch,
-        )  # fmt: skip
+        drawn = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+        runs = Runs(model, kind, ids, span[0], noise * sigma * drawn, batch)
         chances = runs.clean()
         label = int(chances.argmax()) if label is None else label
         corrupted = runs.corrupted(label)
@@ -130,7 +129,8 @@ def embedding_std(model: nn.Module, tokenizer, subjects: Iterable[str]) -> float
         ids += tokenizer(subject, add_special_tokens=False)["input_ids"]
     if not ids:
         raise EngramError("subjects: expected at least one token, got none")
-    return _std(model.get_input_embeddings(), torch.tensor(ids))
+    embedding = model.get_input_embeddings()
+    return _std(embedding, torch.tensor(ids, device=embedding.weight.device))
 
 
 def known(model: nn.Module, tokenizer, row: Mapping[str, str]) -> bool:
@@ -175,9 +175,9 @@ def _first_token(tokenizer, fact: Edit, ids: list[int]) -> int:
     if before:
         return encode_row(tokenizer, before, "{}" + fact.text[len(before) :]).subject + 1
     # Only what the tokenizer itself puts before every text.
-    special = tokenizer(fact.text)["input_ids"]
-    plain = tokenizer(fact.text, add_special_tokens=False)["input_ids"]
-    return next((i for i in range(len(special)) if special[i : i + len(plain)] == plain), 0)
+    return len(open_ids(tokenizer, fact.text)) - len(
+        tokenizer(fact.text, add_special_tokens=False)["input_ids"]
+    )
 
 
 @torch.no_grad()
@@ -185,7 +185,7 @@ def _std(embedding: nn.Module, ids: Tensor) -> float:
     """The standard deviation of the entries of these tokens' embeddings, as the model scales them."""
     total = squares = 0.0
     for part in ids.split(EMBEDDINGS):
-        rows = embedding(part.to(embedding.weight.device)).double()
+        rows = embedding(part).double()
         total, squares = total + rows.sum().item(), squares + rows.square().sum().item()
     count = len(ids) * embedding.weight.shape[-1]
     return max(0.0, (squares - total**2 / count) / (count - 1)) ** 0.5

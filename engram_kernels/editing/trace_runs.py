@@ -55,7 +55,7 @@ class Runs:
         chances, caches = [], []
         with ExitStack() as stack:
             seen = [stack.enter_context(_recording(layer)) for layer in self.layers]
-            for copies in torch.arange(len(self.noise)).split(self._rows(len(self.ids))):
+            for copies in torch.arange(len(self.noise), device="cpu").split(self._rows(len(self.ids))):
                 with self._corrupting(copies, 0):
                     found, cache = next_token(self.model, self.ids, len(copies), use_cache=True)
                 chances.append(found[:, label].cpu())
@@ -70,14 +70,14 @@ class Runs:
     def restored(self, label: int, window: int, progress: Callable[[int, int], None] | None = None) -> Tensor:
         """The label's mean probability with each cell restored `[tokens from the subject on, layers]`."""
         samples, depth = len(self.noise), len(self.layers)
-        effects = torch.empty(len(self.ids) - self.first, depth)
+        effects = torch.empty(len(self.ids) - self.first, depth, dtype=torch.float32, device="cpu")
         done = 0
         for token in range(self.first, len(self.ids)):
             left = 0 if self.cached is None else token
             batch = self._rows(len(self.ids) - left)
-            for layers in torch.arange(depth).split(max(1, batch // samples)):
+            for layers in torch.arange(depth, device="cpu").split(max(1, batch // samples)):
                 chances = []
-                for rows in torch.arange(len(layers) * samples).split(batch):
+                for rows in torch.arange(len(layers) * samples, device="cpu").split(batch):
                     layer, copies = layers[rows // samples], rows % samples
                     chances.append(self._chances(label, token, layer, copies, window, left))
                     done += len(rows)

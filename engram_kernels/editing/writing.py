@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from ..errors import EngramError
 from ..functional import rank_one_factors
 from ..models.layers import decoder_layers
+from ..models.tokens import pad_rows
 from .forward import adding
 from .layout import Texts
 from .passes import Reached, run_until_reached
 from .result import Write, write_
 from .structure import Projection
-from .tokens import pad_rows
 from .values import Value
 
 ROWS = 64

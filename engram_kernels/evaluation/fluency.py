@@ -12,6 +12,7 @@ import torch
 
 from ..editing.tokens import context_length
 from ..errors import EngramError
+from ..models.tokens import open_ids
 from .datasets import Case
 from .measures import mean
 
@@ -55,7 +56,7 @@ def generate(
     model, tokenizer, prompts: Sequence[str], tokens: int, seed: int = 0, batch_size: int = 32
 ) -> list[str]:
     """Each prompt and `tokens` tokens after it, each drawn from the five likeliest."""
-    encoded = [list(tokenizer(prompt)["input_ids"]) for prompt in prompts]
+    encoded = [open_ids(tokenizer, prompt) for prompt in prompts]
     limit = context_length(model)
     for prompt, ids in zip(prompts, encoded, strict=True):
         if limit is not None and len(ids) + tokens > limit:

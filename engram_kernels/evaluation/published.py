@@ -7,7 +7,7 @@ Sources:
     ROME: Meng et al. 2022, arXiv 2202.05262, table 4: one edit at a time, 7,500 cases (GPT-2 XL) and 2,000
         (GPT-J 6B).
     MEMIT: Meng et al. 2023, arXiv 2210.07229, table 2: 10,000 edits of GPT-J 6B at once.
-    AlphaEdit: Fang et al. 2025, arXiv 2410.02355, table 1: 2,000 edits of Llama-3 8B, a hundred at a time.
+    AlphaEdit: Fang et al. 2024, arXiv 2410.02355, table 1: 2,000 edits of Llama-3 8B, a hundred at a time.
 """
 
 from __future__ import annotations

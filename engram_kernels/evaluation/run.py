@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -243,10 +242,18 @@ class Evaluation:
         return all(tensor_checksum(state[name]) == self._checksums[name] for name in names)
 
 
-def peak_memory(device: torch.device) -> int:
-    """The most memory in bytes: what PyTorch held on a GPU, on a CPU what the whole process did."""
+def peak_memory(device: torch.device) -> int | None:
+    """The most memory in bytes: what PyTorch held on a GPU, on a CPU what the whole process did.
+
+    None where the system does not tell, as Windows.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ModuleNotFoundError:
+        return None
+
     # Kilobytes, but on macOS bytes.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 

@@ -250,6 +250,7 @@ def _join(indices: list[Tensor], values: list[Tensor], conflicts: str) -> tuple[
     first = given[counts.cumsum(0) - counts]
     if conflicts == "first":
         return unique, first
-    total = torch.zeros(len(unique)).index_add_(0, which, given.float())
+    total = torch.zeros(len(unique), dtype=torch.float32, device=given.device)
+    total.index_add_(0, which, given.float())
     # One value stands as it is: a sum of one is exact, a NaN's bits might not be.
     return unique, torch.where(counts == 1, first, (total / counts).to(given.dtype))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import os
@@ -84,7 +85,7 @@ def localize(
     """
     check.number("sparsity", sparsity, at_least=0)
     check.expect(sparsity <= 1, "sparsity", "at most 1", sparsity)
-    _check_integer("seed", seed)
+    check.integer("seed", seed)
     plan, accumulate = checked_plan(recipe, {"steps": steps, "lr": lr, "l1": l1}, accumulate, batches)
     parameters = graftable_parameters(pre_model, include, exclude)
     pre = {name: parameter.detach() for name, parameter in parameters.items()}
@@ -240,23 +241,18 @@ def checked_plan(recipe: str | Recipe, given: dict, accumulate: int | None, batc
         known = recipe.rounds or count is not None
         check.expect(known, "accumulate", "a number, as batches have no length", accumulate, TypeError)
         accumulate = 1 if recipe.rounds else max(1, count)
-    _check_integer("accumulate", accumulate)
+    check.integer("accumulate", accumulate)
     check.expect(accumulate >= 1, "accumulate", "at least 1", accumulate)
     if recipe.steps is None:
         known = count is not None
         check.expect(known, "steps", "a number, as batches have no length", recipe.steps, TypeError)
         steps = max(1, recipe.rounds) * max(1, math.ceil(count / accumulate))
         recipe = dataclasses.replace(recipe, steps=steps)
-    _check_integer("steps", recipe.steps)
+    check.integer("steps", recipe.steps)
     check.expect(
         recipe.steps >= max(1, recipe.rounds), "steps", f"at least {max(1, recipe.rounds)}", recipe.steps
     )
     return recipe, accumulate
-
-
-def _check_integer(name: str, value: object) -> None:
-    known = isinstance(value, int) and not isinstance(value, bool)
-    check.expect(known, name, "an integer", type(value).__name__, TypeError)
 
 
 def _matching(ft: dict[str, Tensor], pre: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -285,7 +281,8 @@ def _moved(batch: object, model: nn.Module) -> object:
         return batch
     device = next(model.parameters()).device
     if hasattr(batch, "to"):  # a BatchEncoding stays one
-        return batch.to(device)
+        # Of a copy: it moves what it holds, and the caller's batch stays where it is.
+        return copy.copy(batch).to(device)
     return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
 
 

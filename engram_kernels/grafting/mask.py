@@ -55,11 +55,12 @@ class GraftMask:
         generator = torch.Generator().manual_seed(seed)
         self.logits = []
         for i, weight in enumerate(self.pre):
-            logits = torch.full(weight.shape, recipe.outside, device=weight.device)
+            logits = torch.full(weight.shape, recipe.outside, dtype=torch.float32, device=weight.device)
             if not even:
                 logits[unpack_mask(largest[i], weight.shape)] = recipe.inside
             if recipe.noise:
-                logits += recipe.noise * torch.rand(weight.shape, generator=generator).to(weight.device)
+                drawn = torch.rand(weight.shape, generator=generator, dtype=torch.float32, device="cpu")
+                logits += recipe.noise * drawn.to(weight.device)
             self.logits.append(logits)
 
     def parameters(self) -> dict[str, Tensor]:

@@ -6,13 +6,10 @@ from fnmatch import fnmatchcase
 from itertools import pairwise
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from ..errors import EngramError
-from ..models.layers import decoder_layers
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from ..models.layers import MODEL_DTYPES, decoder_layers
 
 
 def graftable_parameters(
@@ -52,7 +49,7 @@ def graftable_parameters(
             raise EngramError(f"model: expected its weights in memory, got {name!r} on the meta device")
         if parameter.is_inference():
             raise EngramError(f"model: expected weights made outside inference mode, got {name!r}")
-        if parameter.dtype not in DTYPES:
+        if parameter.dtype not in MODEL_DTYPES:
             raise EngramError(
                 f"model: expected float32, bfloat16 or float16, got {parameter.dtype} in {name!r}"
             )

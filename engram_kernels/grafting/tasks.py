@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import EngramError
+from ..models.tokens import open_ids, pad_rows
 
 BINS = 15
 # Settings of models that change the head's output: Granite's, Cohere's, Gemma's.
@@ -30,10 +31,8 @@ def by_length(rows: list, size: int, seed: int | None, length: Callable[[object]
 
 def padded(group: list[list[int]]) -> dict[str, Tensor]:
     """Token lists as input_ids and attention_mask [rows, longest], padded with 0 on the right."""
-    longest = max(map(len, group))
-    input_ids = torch.tensor([ids + [0] * (longest - len(ids)) for ids in group])
-    mask = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids in group])
-    return {"input_ids": input_ids, "attention_mask": mask}
+    ids, mask = pad_rows(group)
+    return {"input_ids": ids, "attention_mask": mask}
 
 
 class PromptTask:
@@ -92,10 +91,10 @@ class PromptTask:
         ]
 
     def _encode(self, text: str) -> list[int]:
-        ids = self.tokenizer(self.template.replace("{}", text))["input_ids"]
+        ids = open_ids(self.tokenizer, self.template.replace("{}", text))
         while len(ids) > self.max_length and text:
             text = text[: len(text) - max(1, len(text) * (len(ids) - self.max_length) // len(ids))]
-            ids = self.tokenizer(self.template.replace("{}", text))["input_ids"]
+            ids = open_ids(self.tokenizer, self.template.replace("{}", text))
         return ids
 
     def logits(self, model: nn.Module, batch: dict) -> Tensor:

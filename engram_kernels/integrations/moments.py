@@ -174,4 +174,4 @@ def _solves(matrix: Tensor, x: Tensor, right: Tensor) -> bool:
 def _random(count: int, like: Tensor) -> Tensor:
     """Weights by which all columns of an answer are looked at in one; torch's random state stays as it is."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(count, generator=generator, dtype=like.dtype).to(like.device)
+    return torch.randn(count, generator=generator, dtype=like.dtype, device="cpu").to(like.device)

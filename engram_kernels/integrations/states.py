@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..editing.passes import Reached, run_until_reached
-from ..editing.tokens import pad_rows
+from ..models.tokens import pad_rows
 from .patching import Declined
 
 ROWS = 64

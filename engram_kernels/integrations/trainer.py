@@ -7,7 +7,6 @@ import os
 import shutil
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -23,6 +22,7 @@ from ..grafting.files import CONFIG, WEIGHTS
 from ..grafting.localize import checked_plan, public_name
 from ..grafting.parameters import tensors_of
 from ..models.evaluating import evaluating
+from ..models.standing import standing
 
 # What a parameter has whose rest lies with other processes (FSDP 2 and tensor parallelism, FSDP 1, ZeRO 3).
 _SHARDED = ("full_tensor", "_local_shard", "ds_shape")
@@ -203,7 +203,7 @@ class GraftCallback(TrainerCallback):
         after = {name: named[name].detach() for name in before}
         if self.batches is not None:
             # The caller's own draws must go on as if nothing had been drawn here.
-            with torch.random.fork_rng(), evaluating(model), _standing(named, before):
+            with torch.random.fork_rng(), evaluating(model), standing(model, before):
                 return localize(
                     model,
                     after,
@@ -225,19 +225,6 @@ class GraftCallback(TrainerCallback):
             base_revision=getattr(settings, "_commit_hash", None),
             recipe={"name": "largest", "sparsity": self.sparsity},
         )
-
-
-@contextmanager
-def _standing(named: Mapping[str, nn.Parameter], weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """Let other weights stand in parameters meanwhile; nothing is copied."""
-    own = {name: named[name].data for name in weights}
-    try:
-        for name, weight in weights.items():
-            named[name].data = weight
-        yield
-    finally:
-        for name, weight in own.items():
-            named[name].data = weight
 
 
 def _check_whole(model: nn.Module) -> None:

@@ -16,6 +16,7 @@ def new_directory(directory: str | os.PathLike) -> Iterator[Path]:
 
     Raises:
         EngramError: the directory exists and is not empty, or cannot be written.
+        OSError: the block's own, of a file that lies elsewhere.
     """
     directory = Path(directory)
     temporary = None
@@ -28,6 +29,8 @@ def new_directory(directory: str | os.PathLike) -> Iterator[Path]:
         yield temporary
         temporary.rename(directory)
     except OSError as error:
+        if temporary and error.filename and not Path(str(error.filename)).is_relative_to(temporary):
+            raise  # The block's, of a file elsewhere: the directory is not to blame.
         reason = error.strerror or error
         raise EngramError(
             f"directory: expected one that can be written, got {str(directory)!r} ({reason})"

@@ -1,16 +1,24 @@
 """Find by structure, not by name, the stack of layers of a model."""
 
+import torch
 from torch import nn
 
+from .. import _checks as check
 from ..errors import EngramError
+
+# Of the weights that are read, edited and grafted.
+MODEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """The stack of decoder layers and its name: the largest `ModuleList` of blocks of one class.
 
     Raises:
+        TypeError: `model` is not a module.
         EngramError: the model has no such list.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a Hugging Face model, got {type(model).__name__}")
     stacks = [
         (sum(parameter.numel() for parameter in module.parameters()), name, module)
         for name, module in model.named_modules()
@@ -30,12 +38,11 @@ def decoder_layer(model: nn.Module, layer: int) -> tuple[str, nn.Module]:
     """One of the decoder layers and its name.
 
     Raises:
-        TypeError: `layer` is not an integer.
+        TypeError: `model` is not a module, or `layer` not an integer.
         ValueError: `layer` is out of range.
         EngramError: the model has no decoder layers.
     """
-    if isinstance(layer, bool) or not isinstance(layer, int):
-        raise TypeError(f"layer: expected an integer, got {type(layer).__name__}")
+    check.integer("layer", layer)
     stack, layers = decoder_layers(model)
     if not 0 <= layer < len(layers):
         raise ValueError(f"layer: expected from 0 to {len(layers) - 1} for this model, got {layer}")

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import os
 import shutil
 import tempfile
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 
 import torch
 
 from ..errors import EngramError
+from .layers import MODEL_DTYPES
 
 DEMO_MODEL = "smollm2"
 
@@ -76,7 +78,7 @@ def load_model(name_or_dir: str | os.PathLike, dtype: torch.dtype = torch.float3
     Example:
         >>> model, tokenizer = load_model("smollm2", dtype=torch.bfloat16)
     """
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if dtype not in MODEL_DTYPES:
         raise ValueError(f"dtype: expected torch.float32, torch.bfloat16 or torch.float16, got {dtype}")
     demo = (DEMO_MODEL, demo_model_directory)
     return read_pretrained(
@@ -116,10 +118,11 @@ def read_pretrained(
     word, directory = demo
     source = directory() if str(name_or_dir) == word else name_or_dir
     try:
-        with _without_progress_bars(transformers):
+        with without_progress_bars(transformers):
             model = getattr(transformers, auto).from_pretrained(source, dtype=dtype)
             tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, SafetensorError) as error:
+    # A quantised checkpoint asks for its package, and one of other shapes is a RuntimeError.
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split()).split(". ")[0]
         raise EngramError(
             f"name_or_dir: expected {word!r}, a directory or a Hub name of {kind}, got {str(name_or_dir)!r} "
@@ -160,7 +163,8 @@ def demo_model_directory() -> Path:
     try:
         source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
         # float32 holds the 4-bit values times their scales, so every dtype starts from the same numbers.
-        with _without_progress_bars(transformers):
+        # The bar of its converter has no switch.
+        with without_progress_bars(transformers), redirect_stderr(io.StringIO()):
             model = transformers.AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
             # The weights are plain now, but transformers takes them for quantised and refuses to save.
             model.hf_quantizer = None
@@ -184,8 +188,8 @@ def demo_model_directory() -> Path:
 
 
 @contextmanager
-def _without_progress_bars(transformers):
-    """Loading a small local model takes seconds; its bars would break into the caller's own."""
+def without_progress_bars(transformers):
+    """Reading or writing a small local model takes seconds; its bars would break into the caller's own."""
     logging = transformers.utils.logging
     enabled = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()

@@ -1,0 +1,23 @@
+"""Other weights in a model's parameters, for a while."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+
+
+@contextmanager
+def standing(model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Let these weights, by name, stand in the model's parameters meanwhile; nothing there is copied."""
+    named = dict(model.named_parameters())
+    own = {name: named[name].data for name in weights}
+    try:
+        for name, weight in weights.items():
+            named[name].data = weight.to(named[name].device)
+        # A caller's autocast keeps copies of the weights that stood there.
+        torch.clear_autocast_cache()
+        yield
+    finally:
+        for name, weight in own.items():
+            named[name].data = weight
+        torch.clear_autocast_cache()

@@ -1,0 +1,30 @@
+"""Folders and files that are written whole or not at all."""
+
+import pytest
+
+from engram_kernels import EngramError
+from engram_kernels.models.files import new_directory
+
+
+def test_the_directory_is_not_blamed_for_another_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match="source"), new_directory(tmp_path / "new"):
+        (tmp_path / "source").read_bytes()
+    assert not list(tmp_path.iterdir())
+
+
+def full_disk(folder):
+    raise OSError(28, "No space left on device")
+
+
+def missing_inside(folder):
+    (folder / "none" / "file").write_text("text")
+
+
+@pytest.mark.parametrize("fault", [full_disk, missing_inside])
+def test_the_directory_is_named_where_it_cannot_be_written(tmp_path, fault):
+    with (
+        pytest.raises(EngramError, match=r"^directory: expected one that can be written, got '.*new' \("),
+        new_directory(tmp_path / "new") as folder,
+    ):
+        fault(folder)
+    assert not list(tmp_path.iterdir())
