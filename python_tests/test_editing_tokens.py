@@ -141,6 +141,11 @@ def test_slow_tokenizer_merging_over_the_end_of_the_subject():
     assert tokenizer.decode([row.ids[row.subject]]) == "r "
 
 
+def test_a_slow_tokenizers_empty_text_keeps_what_begins_it():
+    tokenizer = model_zoo.slow_tokenizer()
+    assert open_ids(tokenizer, "") == list(tokenizer("")["input_ids"])[:1]
+
+
 def test_pad_rows():
     ids, mask = pad_rows([[1, 2, 3], [4]])
     assert ids.tolist() == [[1, 2, 3], [4, 0, 0]]

@@ -48,3 +48,9 @@ def new_file(path: str | os.PathLike) -> Iterator[Path]:
         temporary = Path(folder) / path.name
         yield temporary
         os.replace(temporary, path)
+
+
+def let_all_read(folder: Path) -> None:
+    """Let others read what is in a folder, and below: safetensors writes for the owner alone."""
+    for path in (folder, *folder.rglob("*")):
+        path.chmod(0o755 if path.is_dir() else 0o644)

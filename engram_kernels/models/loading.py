@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from ..errors import EngramError
+from .files import let_all_read
 from .layers import MODEL_DTYPES
 
 DEMO_MODEL = "smollm2"
@@ -172,10 +173,7 @@ def demo_model_directory() -> Path:
                 del model.config.quantization_config
             model.save_pretrained(work)
             transformers.AutoTokenizer.from_pretrained(**source).save_pretrained(work)
-        # Others may share the cache.
-        os.chmod(work, 0o755)
-        for path in work.iterdir():
-            os.chmod(path, 0o644)
+        let_all_read(work)  # others may share the cache
         try:
             work.rename(target)
         except OSError:

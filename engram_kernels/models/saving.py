@@ -7,7 +7,7 @@ import os
 from torch import nn
 
 from ..errors import EngramError
-from .files import new_directory
+from .files import let_all_read, new_directory
 from .loading import import_transformers, without_progress_bars
 
 
@@ -33,6 +33,4 @@ def save_model(model: nn.Module, tokenizer, directory: str | os.PathLike) -> Non
     with new_directory(directory) as folder, without_progress_bars(import_transformers()):
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        # safetensors makes files that only their owner may read.
-        for path in folder.iterdir():
-            path.chmod(0o644)
+        let_all_read(folder)

@@ -15,6 +15,8 @@ def open_ids(tokenizer, text: str) -> list[int]:
     # A slow one's own word on which tokens it added is not to be relied on.
     plain = list(tokenizer(text, add_special_tokens=False)["input_ids"])
     closed = list(tokenizer(text)["input_ids"])
+    if not plain:
+        return closed[:1]
     leading = next((i for i in range(len(closed)) if closed[i : i + len(plain)] == plain), 0)
     return closed[:leading] + plain
 
