@@ -1,9 +1,14 @@
 """What the tests share: the backends that exist here, seeds, poisoned outputs, the command line."""
 
+import os
+
 import pytest
 import torch
 
 import engram_kernels as ek
+
+# Of the command line's tables: it looks once, when the first test imports it.
+os.environ["COLUMNS"] = "200"
 
 # Interpreted kernels need a process of their own (test_triton_interpreter.py), which asks for "triton" alone.
 _INTERPRETED = ek.backends()["triton"] is None and not torch.cuda.is_available()
@@ -77,8 +82,6 @@ def one_thread():
 def engram(monkeypatch, capsys):
     """Run the command line; return its exit status and what it printed."""
     from engram_kernels import cli
-
-    monkeypatch.setenv("COLUMNS", "200")
 
     def run(*arguments):
         monkeypatch.setattr("sys.argv", ["engram", *map(str, arguments)])

@@ -64,7 +64,6 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def engram(engram, monkeypatch, folder):
-    monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.chdir(folder)
     return partial(engram, "memory")
 
