@@ -117,9 +117,11 @@ def test_trace(benchmark, record, loaded, kind):
     (first, end), depth = ours.subject, ours.effects.shape[1]
     baseline = OneAtATime(model, tokenizer, kind, first, end)
     cells = [(token, layer) for token in (first, len(ours.tokens) - 1) for layer in (0, depth // 2)]
+    exact = OneAtATime(model, tokenizer, kind, first, end)
     model.double()
     try:
-        truth = OneAtATime(model, tokenizer, kind, first, end)(cells)
+        exact.noise = exact.noise.double()
+        truth = exact(cells)
     finally:
         model.float()
     rows, columns = zip(*cells, strict=True)

@@ -130,12 +130,13 @@ build() {
   "$python" -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --no-compile \
     --upgrade --target "$site" "$root"
   "$python" - "$site" <<'END'
-import sys
+import os, sys
 import engram_kernels as ek
 from engram_kernels.backends.native import extension
 built, loaded = sys.argv[1], {name: extension(name) for name in ("_cpu", "_cuda")}
 for module in (ek, *(module for module, _ in loaded.values() if module)):
     assert module.__file__.startswith(built), f"imports {module.__file__}, not what was built in {built}"
+assert os.environ.get("ENGRAM_CUDA") != "on" or loaded["_cuda"][0], loaded["_cuda"][1]
 print(f"built {ek.__file__};", *(reason or f"{name} loads" for name, (_, reason) in loaded.items()))
 END
 }
@@ -171,6 +172,8 @@ sanitizer() {
 
 on_gpu() {
   export ENGRAM_CUDA_ARCHS=${ENGRAM_CUDA_ARCHS:-$(architecture)}
+  # Without the CUDA kernels their tests would not be there, and nobody would miss them.
+  if here nvcc; then export ENGRAM_CUDA=${ENGRAM_CUDA:-on}; fi
   export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
   stage build 180 bash -c build || return
   stage machine 40 "$python" "$bench/machine.py" describe "$results" || return
