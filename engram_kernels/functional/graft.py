@@ -162,7 +162,7 @@ def graft_top_k(pre: Sequence[Tensor], ft: Sequence[Tensor], k: int) -> list[Ten
     """
     pre, ft = _list("pre", pre), _list("ft", ft)
     _same_shapes("ft", ft, pre)
-    _check_count("k", k)
+    check.integer("k", k)
     if not pre:
         check.expect(k == 0, "k", "0, the number of entries", k)
         return []
@@ -189,7 +189,7 @@ def top_k_mask(scores: Sequence[Tensor], k: int) -> list[Tensor]:
         >>> masks = ek.top_k_mask([weight.grad.square() for weight in weights], k=1000)
     """
     scores = _list("scores", scores)
-    _check_count("k", k)
+    check.integer("k", k)
     if not scores:
         check.expect(k == 0, "k", "0, the number of entries", k)
         return []
@@ -425,8 +425,3 @@ def _masks(base: Sequence[Tensor] | None, count: int) -> list[Tensor]:
     masks = [] if base is None else _list("base", base)
     check.expect(base is None or len(masks) == count, "base", f"{count} packed masks", len(masks))
     return masks
-
-
-def _check_count(name: str, value: int) -> None:
-    known = isinstance(value, int) and not isinstance(value, bool)
-    check.expect(known, name, "an integer", type(value).__name__, TypeError)
