@@ -19,9 +19,10 @@ from .graft_kernels import (
     step_all_kernel,
     unpack_kernel,
 )
+from .launch import OPTIONS
 
 # A thread takes one row: with more, the mask's step fills the registers.
-LAUNCH = {"ROWS": 256, "num_warps": 8}
+LAUNCH = {"ROWS": 256, "num_warps": 8, **OPTIONS}
 BLOCK = 8 * LAUNCH["ROWS"]
 
 WEIGHTS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}

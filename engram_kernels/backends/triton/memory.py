@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import implements
 from ..native import on_device
+from .launch import OPTIONS
 
 # Slots whose P fits the registers of a program, and entries of a latent whose places in M fit 32 bits.
 STREAM_SLOTS = {torch.float32: 64, torch.float64: 32}
@@ -19,7 +20,7 @@ STREAM_WIDTH = 2**24
 
 # Above this many rows a memory the product is a GEMM, which is cuBLAS's. Not yet measured on a GPU.
 GEMM_ROWS = 16
-ACCUMULATE_LAUNCH = {"BLOCK_ROWS": 32, "BLOCK_COLS": 64, "num_warps": 4}
+ACCUMULATE_LAUNCH = {"BLOCK_ROWS": 32, "BLOCK_COLS": 64, "num_warps": 4, **OPTIONS}
 
 
 def stream_launch(slots: int, width: int, dtype: torch.dtype) -> dict[str, int]:
@@ -28,7 +29,7 @@ def stream_launch(slots: int, width: int, dtype: torch.dtype) -> dict[str, int]:
     columns = min(64, max(16, triton.next_power_of_2(width)))
     # P and the block of M take 16 registers each of a thread: what comes of them needs many more.
     warps = max(2, block * max(block, columns) * dtype.itemsize // 2048)
-    return {"BLOCK_SLOTS": block, "BLOCK_WIDTH": columns, "num_warps": warps}
+    return {"BLOCK_SLOTS": block, "BLOCK_WIDTH": columns, "num_warps": warps, **OPTIONS}
 
 
 @triton.jit
@@ -81,8 +82,8 @@ def stream_kernel(
         gain = tl.sum(u * w, axis=0)
         share = 1.0 / (1.0 + gain)  # one division a row: in fp64 each takes many registers
         step = (z - tl.sum(w[:, None] * m, axis=0)) * share
-        p -= u[:, None] * (u * share)[None, :]
-        m += u[:, None] * step[None, :]
+        p = tl.fma(u[:, None], (-u * share)[None, :], p)
+        m = tl.fma(u[:, None], step[None, :], m)
         tl.store(readouts + c, z - step, mask=c < columns)
         if block == 0:
             tl.store(leverages + n, gain * share)
@@ -109,7 +110,8 @@ def _add_products(
         a = tl.load(left + n * slots + i, mask=i < rows, other=0.0).to(kind)
         if HAS_ALPHA:
             a *= tl.load(alpha + n)
-        total += a[:, None] * tl.load(right + n * columns + j, mask=j < columns, other=0.0).to(kind)[None, :]
+        c = tl.load(right + n * columns + j, mask=j < columns, other=0.0).to(kind)
+        total = tl.fma(a[:, None], c[None, :], total)
     tl.store(place, old + total, mask=inside)
 
 
