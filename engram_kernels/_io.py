@@ -1,11 +1,14 @@
 """Files and folders that are written whole or not at all."""
 
+import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+
+from torch import Tensor
 
 from .errors import EngramError
 
@@ -54,3 +57,42 @@ def let_all_read(folder: Path) -> None:
     """Let others read what is in a folder, and below: safetensors writes for the owner alone."""
     for path in (folder, *folder.rglob("*")):
         path.chmod(0o755 if path.is_dir() else 0o644)
+
+
+def save_tensors(
+    path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write tensors to a safetensors file, whole or not at all; wherever they lie, and however."""
+    from safetensors.torch import save_file
+
+    with new_file(path) as temporary:
+        plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(plain, temporary, None if metadata is None else dict(metadata))
+        temporary.chmod(0o644)  # safetensors writes for the owner alone; a folder may be shared
+
+
+def write_json(path: str | os.PathLike, content: object) -> None:
+    """Write a JSON file, whole or not at all.
+
+    Raises:
+        ValueError: the content has something that JSON has not, such as NaN.
+    """
+    try:
+        text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"content: expected finite numbers, texts, lists and mappings ({error})") from error
+    with new_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def read_json(path: str | os.PathLike) -> object:
+    """Read a JSON file.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no JSON, or is nested deeper than anything that is written here.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError(f"{os.fspath(path)!r} is nested too deeply") from error
