@@ -11,7 +11,8 @@ WHEEL ?= cuda
 TESTS ?=
 # Triton 3.6, which comes with it, has an interpreter for older versions of numpy.
 OLDEST = torch==2.10.0 numpy<2.4
-BUILD_TESTS = $(addprefix python_tests/test_,$(addsuffix .py,backends build cli graft hub_layout operators rank_one wheels))
+BUILD_TESTS = python_tests/ops/test_backends.py python_tests/ops/test_graft.py python_tests/ops/test_low_rank.py python_tests/ops/test_operators.py \
+	python_tests/packaging python_tests/cli/test_cli.py
 
 .PHONY: setup demo test lint format bench gpu wheels test-wheel test-versions clean
 

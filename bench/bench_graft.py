@@ -185,7 +185,7 @@ def test_model_blend(benchmark, record, device, whole, dtype):
     out = [torch.empty_like(x) for x in pre]
     lists = out, pre, ft, logits, floating
     variants = {
-        "engram": lambda: ek.graft_blend_all_(out, pre, ft, logits, base, BIAS),
+        "engram": lambda: ek._foreach_graft_blend_(out, pre, ft, logits, base, BIAS),
         **loops(masked_blend_, compiled_masked_blend_, lists, device),
     }
     flipped = 2 * BIAS - logits[6]

@@ -29,9 +29,9 @@ from rich.console import Console
 from rich.table import Table
 
 import engram_kernels as ek
+from engram_kernels._io import new_file
 from engram_kernels.editing import Editor, load_model
 from engram_kernels.editing.npz import save_npz
-from engram_kernels.models.files import new_file
 
 SAMPLES = 100
 NAMES = {

@@ -15,8 +15,8 @@ import torch
 from harness import check, floor, interleave, relative
 
 from engram_kernels.editing import load_model, statistics
-from engram_kernels.editing.structure import output_projection
 from engram_kernels.errors import EngramError
+from engram_kernels.hf.projection import output_projection
 
 LAYERS = (4, 5, 6, 7, 8)
 BASELINE = "one pass a layer"

@@ -16,10 +16,10 @@ import pytest
 import torch
 
 from engram_kernels.editing import load_model
-from engram_kernels.editing.structure import output_projection
-from engram_kernels.editing.tokens import encode_row
-from engram_kernels.editing.trace import KINDS, trace
-from engram_kernels.models.layers import decoder_layers
+from engram_kernels.hf.layers import decoder_layers
+from engram_kernels.hf.projection import output_projection
+from engram_kernels.hf.tokens import encode_row
+from engram_kernels.tracing.trace import KINDS, trace
 
 PROMPT, SUBJECT = "{} is owned by", "Beats Music"
 SAMPLES = 10

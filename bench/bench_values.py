@@ -22,13 +22,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from engram_kernels._io import new_file
 from engram_kernels.editing import Edit, Editor, load_model
 from engram_kernels.editing.layout import Texts, encode_texts
-from engram_kernels.editing.structure import default_layer, output_projection
-from engram_kernels.editing.tokens import Row
 from engram_kernels.editing.values import ValueOptions, find_values, value_groups
-from engram_kernels.models.files import new_file
-from engram_kernels.models.tokens import pad_rows
+from engram_kernels.hf.projection import default_layer, output_projection
+from engram_kernels.hf.tokens import Row, pad_rows
 
 SHAPES = {"gpt2-xl": {"n_embd": 1600, "n_layer": 48, "n_head": 25}}
 

@@ -190,7 +190,7 @@ on_gpu() {
 
   stage rates 40 "$python" "$bench/machine.py" rates "$results"
   local family
-  for family in rank_one graft memory; do
+  for family in low_rank graft memory; do
     # A case that takes longer than a minute is given up, and the next one begins.
     stage $family 100 "${measure[@]}" $(limit 60) -k cuda "$bench/bench_$family.py"
   done
@@ -222,12 +222,12 @@ without_gpu() {
   if [[ -f $work/plan.log ]]; then cat "$work/plan.log"; fi
   stage sanitize 120 "$python" "$bench/sanitize.py" torch --device cpu
   stage documents 60 "$python" "$bench/report.py" docs --check
-  stage aot 3600 "$python" -m pytest -q -rP -p no:cacheprovider "$root/python_tests/test_triton_aot.py" \
-    "$root/python_tests/test_cuda_build.py"
+  stage aot 3600 "$python" -m pytest -q -rP -p no:cacheprovider "$root/python_tests/ops/test_triton_aot.py" \
+    "$root/python_tests/packaging/test_cuda_build.py"
   if [[ -s $work/aot.log ]]; then "$python" "$bench/report.py" resources "$results" "$work/aot.log"; fi
   stage rates 120 "$python" "$bench/machine.py" rates "$results"
   local family
-  for family in rank_one graft memory; do
+  for family in low_rank graft memory; do
     stage $family 900 "${measure[@]}" $(limit 300) -k "cpu and not cuda" --smallest "$bench/bench_$family.py"
   done
 }

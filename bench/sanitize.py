@@ -16,8 +16,8 @@ import engram_kernels as ek
 from engram_kernels._ops import OPERATORS, ops
 from engram_kernels.backends import explain
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "python_tests"))
-FAMILIES = ("test_rank_one", "test_graft", "test_memory")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "python_tests" / "ops"))
+FAMILIES = ("test_low_rank", "test_graft", "test_memory")
 
 
 def calls_of_the_tests() -> list[tuple[str, tuple]]:

@@ -6,7 +6,7 @@
 #include "cpu/isa.h"
 #include "engram/memory.h"
 #include "engram/pages.h"
-#include "engram/rank_one.h"
+#include "engram/low_rank.h"
 
 namespace py = pybind11;
 using engram::DType;

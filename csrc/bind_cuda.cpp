@@ -12,7 +12,7 @@
 #include "bind.h"
 #include "cuda/error.h"
 #include "engram/memory.h"
-#include "engram/rank_one.h"
+#include "engram/low_rank.h"
 
 namespace py = pybind11;
 using engram::DType;

@@ -4,13 +4,15 @@ from . import integrations
 from .backends import backends, use_backend
 from .covariance import Covariance
 from .errors import EngramError
-from .functional import (
+from .ops import (
+    _foreach_graft_blend_,
     apply_low_rank_,
     graft_blend,
-    graft_blend_all_,
     graft_blend_packed,
     graft_mask_step_,
     graft_top_k,
+    low_rank_factors,
+    low_rank_update,
     memory_accumulate_,
     memory_address,
     memory_forget_,
@@ -19,8 +21,6 @@ from .functional import (
     memory_stream,
     pack_mask,
     pseudo_inverse,
-    rank_one_factors,
-    rank_one_update,
     second_moment_,
     sparse_apply_,
     top_k_mask,
@@ -32,14 +32,16 @@ __version__ = "0.1.0"
 __all__ = [
     "Covariance",
     "EngramError",
+    "_foreach_graft_blend_",
     "apply_low_rank_",
     "backends",
     "graft_blend",
-    "graft_blend_all_",
     "graft_blend_packed",
     "graft_mask_step_",
     "graft_top_k",
     "integrations",
+    "low_rank_factors",
+    "low_rank_update",
     "memory_accumulate_",
     "memory_address",
     "memory_forget_",
@@ -48,8 +50,6 @@ __all__ = [
     "memory_stream",
     "pack_mask",
     "pseudo_inverse",
-    "rank_one_factors",
-    "rank_one_update",
     "second_moment_",
     "sparse_apply_",
     "top_k_mask",

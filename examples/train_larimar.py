@@ -28,11 +28,11 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from engram_kernels.evaluation import larimar as evaluation
 from engram_kernels.evaluation import read_cases
+from engram_kernels.hf import loading
+from engram_kernels.larimar.model import LarimarModel
+from engram_kernels.larimar.scope import ScopeDetector, ScopedModel
+from engram_kernels.larimar.training import EpisodeCollator, Fact, FactEpisodes, Objective, warm_start
 from engram_kernels.memory import load_encoder
-from engram_kernels.memory.larimar import LarimarModel
-from engram_kernels.memory.scope import ScopeDetector, ScopedModel
-from engram_kernels.memory.training import EpisodeCollator, Fact, FactEpisodes, Objective, warm_start
-from engram_kernels.models import loading
 
 HELD_BACK = 400
 

@@ -6,7 +6,7 @@
 #include <type_traits>
 
 #include "block.cuh"
-#include "engram/rank_one.h"
+#include "engram/low_rank.h"
 
 namespace engram::cuda {
 

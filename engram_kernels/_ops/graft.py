@@ -93,7 +93,7 @@ define(
 )
 
 
-# -- graft_blend_all_, graft_mask_step_ ----------------------------------------------------------------------
+# -- _foreach_graft_blend_, graft_mask_step_ ----------------------------------------------------------------
 
 
 def _blend_all_arguments(
@@ -114,7 +114,7 @@ def _blend_all_values(out, pre, ft, logits, base, bias) -> None:
 
 
 define(
-    "graft_blend_all_(Tensor(a!)[] out, Tensor[] pre, Tensor[] ft, Tensor[] logits, Tensor[] base,"
+    "_foreach_graft_blend_(Tensor(a!)[] out, Tensor[] pre, Tensor[] ft, Tensor[] logits, Tensor[] base,"
     " float bias) -> ()",
     _blend_all_arguments,
     fake=lambda out, pre, ft, logits, base, bias: None,

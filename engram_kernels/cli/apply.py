@@ -24,8 +24,8 @@ def apply(
     Example: engram apply --edit tower-in-rome --model smollm2 --out smollm2-in-rome
     """
     from ..editing import EditResult, open_expert
-    from ..models.loading import load_model
-    from ..models.saving import save_model
+    from ..hf.checkpoints import save_model
+    from ..hf.loading import load_model
 
     check_folder("out", out)
     if len(set(edit)) < len(edit):

@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from .. import __version__
-from ..models.files import new_file
+from .._io import new_file
 
 console = Console()
 
@@ -58,7 +58,7 @@ def bars() -> Iterator[Report]:
 
 def load(progress: Report, model: str, dtype: str, device: str | None):
     """The model of that name and its tokenizer; a bar shows that it is being loaded."""
-    from ..models.loading import load_model
+    from ..hf.loading import load_model
 
     kind, place = dtype_of(dtype), device_of(device)
     progress("model", 0, 1, escape(model))
@@ -97,7 +97,7 @@ def check_picture(name: str, path: Path | None) -> None:
     """Prove, before any work, that a picture of that name can be drawn and written."""
     if path is None:
         return
-    from ..models import pictures
+    from .. import _plots as pictures
 
     pictures.check(path, name)
     check_file(name, path)

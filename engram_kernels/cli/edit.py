@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..errors import EngramError
-from ..models.tokens import open_ids
+from ..hf.tokens import open_ids
 from .common import (
     Corpus,
     Device,

@@ -38,8 +38,8 @@ def apply(
     import torch
 
     from ..grafting import Graft
-    from ..models.loading import load_model
-    from ..models.saving import save_model
+    from ..hf.checkpoints import save_model
+    from ..hf.loading import load_model
 
     check_folder("out", out)
     read = Graft.from_pretrained(graft)

@@ -24,7 +24,7 @@ from .common import (
 )
 
 if TYPE_CHECKING:
-    from ..editing.traces import AverageTrace, Trace
+    from ..tracing.result import AverageTrace, Trace
 
 
 def trace(
@@ -59,10 +59,10 @@ def trace(
 
     Example: engram trace --prompt "{} is located in the city of" --subject "The Eiffel Tower" --out trace.png
     """
-    from ..editing.trace import KINDS, embedding_std, known
-    from ..editing.trace import trace as trace_fact
-    from ..editing.trace_plots import draw
-    from ..editing.traces import average
+    from ..tracing.plots import draw
+    from ..tracing.result import average
+    from ..tracing.trace import KINDS, embedding_std, known
+    from ..tracing.trace import trace as trace_fact
 
     kinds = list(dict.fromkeys(kind or ["hidden"]))
     for name in kinds:
@@ -120,7 +120,7 @@ def _stage(progress: Report, name: str) -> Callable[[int, int], None]:
 
 def _check_out(path: Path) -> None:
     """Prove, before any work, that a file of that name can be written."""
-    from ..editing import trace_plots
+    from ..tracing import plots as trace_plots
 
     if path.suffix.lower() not in (*trace_plots.SUFFIXES, ".json"):
         raise ValueError(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..models.standing import standing
+from ..hf.swapped_weights import standing
 from .common import Report
 from .examples import Examples, document_batches
 
@@ -35,7 +35,7 @@ class Trial:
         max_length: int,
         seed: int,
     ):
-        from ..models.loading import load_model
+        from ..hf.loading import load_model
 
         for name, value in (("batch-size", batch_size), ("max-length", max_length)):
             if value < 1:
@@ -111,7 +111,7 @@ def tuned_tensors(name: str, model: torch.nn.Module, dtype: torch.dtype) -> Mapp
     """The fine-tuned parameters under the base's names; a folder's files are mapped, not read."""
     from ..errors import EngramError
     from ..grafting.parameters import tensors_of
-    from ..models.loading import load_model
+    from ..hf.loading import load_model
 
     local = any(Path(name).glob("*.safetensors")) if Path(name).is_dir() else False
     source = name if local else load_model(name, dtype=dtype)[0]

@@ -1,12 +1,13 @@
 """Edit facts in Hugging Face language models by low-rank writes (ROME, EMMET, MEMIT, AlphaEdit)."""
 
-from ..models.loading import load_model
-from .dequantize import dequantize_layer
+from ..hf.dequantize import dequantize_layer
+from ..hf.experts import open_expert
+from ..hf.loading import load_model
+from ..tracing.result import Trace, average
+from .edit import Edit
 from .editor import Editor
-from .experts import open_expert, routed_expert
 from .result import EditResult
-from .tokens import Edit
-from .traces import Trace, average
+from .routing import routed_expert
 from .values import ValueOptions
 
 __all__ = [

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 from ..errors import EngramError
-from ..models.loading import package_file
-from .tokens import context_length
+from ..hf.loading import package_file
+from ..hf.tokens import context_length
 
 WIKIPEDIA_IN_GENSIM = "test/test_data/enwiki-latest-pages-articles1.xml-*-shortened.bz2"
 

@@ -11,17 +11,17 @@ import torch
 
 from .. import _checks as check
 from ..covariance import Covariance
-from ..models.evaluating import evaluating
-from ..models.layers import decoder_layers
-from ..models.loading import cache_directory, writable_directory
+from ..hf.eval_mode import evaluating
+from ..hf.layers import decoder_layers
+from ..hf.loading import cache_directory, writable_directory
+from ..hf.projection import default_layer, output_projection
+from .edit import Edit
 from .journal import Journal
 from .methods import METHODS, check_choices, check_method
 from .moments import Moments
 from .prefixes import sample_prefixes
 from .result import EditResult
 from .run import Plan, Run
-from .structure import default_layer, output_projection
-from .tokens import Edit
 from .values import ValueOptions
 
 
@@ -287,11 +287,11 @@ class Editor:
         self._moments.use(layer, covariance)
 
     def trace(self, prompt: str, subject: str, kind: str = "hidden", **options):
-        """The causal `Trace` of a fact in the model as it is now: `engram_kernels.editing.trace.trace`.
+        """The causal `Trace` of a fact in the model as it is now: `engram_kernels.tracing.trace.trace`.
 
         Its options are taken, but for `progress`; `seed` is the editor's where none is given.
         """
-        from .trace import trace
+        from ..tracing.trace import trace
 
         progress = self.progress and (lambda done, total: self.progress("trace", done, total))
         options = {"seed": self.seed, **options, "progress": progress}

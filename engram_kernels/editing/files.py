@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 
+from .._io import new_directory
 from ..errors import EngramError
-from ..models.files import new_directory
+from .edit import Edit
 from .result import EditRecord, EditResult, Site, SkippedEdit, Write
-from .tokens import Edit
 
 FORMAT = 2
 ADAPTER = "adapter_model.safetensors"

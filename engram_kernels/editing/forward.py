@@ -17,12 +17,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..models.layers import decoder_layers
-from ..models.tokens import pad_rows
+from ..hf.cache import Left, inputs_after, read_prefixes
+from ..hf.forward import Reached, logits_at, replaying, run_until_reached
+from ..hf.layers import decoder_layers
+from ..hf.projection import Projection
+from ..hf.tokens import pad_rows
 from .layout import Layout
-from .left import Left, inputs_after, left_of_subjects
-from .passes import Reached, logits_at, replaying, run_until_reached
-from .structure import Projection
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,12 @@ class Context:
         )
 
 
+def _left_of_subjects(model: nn.Module, layout: Layout) -> Left | None:
+    """What stands left of the subjects' last tokens; the texts of all edits begin with the same prefixes."""
+    rows = [row.inputs[: row.subject] for row in layout.rows]
+    return read_prefixes(model, rows, period=len(rows) // len(layout.texts))
+
+
 @torch.no_grad()
 def record(model: nn.Module, projection: Projection, layout: Layout, incremental: bool) -> Record:
     """Run the unedited model over all rows up to the projection; `incremental`: with a context.
@@ -76,7 +82,7 @@ def record(model: nn.Module, projection: Projection, layout: Layout, incremental
         EngramError: the model keeps something else than keys and values of every token.
     """
     _, layers = decoder_layers(model)
-    left = left_of_subjects(model, layout) if incremental else None
+    left = _left_of_subjects(model, layout) if incremental else None
     starts = layout.subjects if incremental else torch.zeros_like(layout.subjects)
     tokens = [row.inputs[start:] for row, start in zip(layout.rows, starts.tolist(), strict=True)]
     ids, mask = pad_rows(tokens, layout.subjects.device)

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
+from .._io import new_file
 from ..errors import EngramError
-from ..models.files import new_file
-from ..models.loading import writable_directory
+from ..hf.loading import writable_directory
 from .files import TENSORS, write_tensors
 from .result import Write
 from .values import Value

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .tokens import Edit, Row, check_length, encode_row
+from ..hf.tokens import Row, check_length, encode_row
+from .edit import Edit
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,8 @@ def encode_texts(model, tokenizer, edit: Edit, prefixes: Sequence[str]) -> Texts
     rewriting = []
     for prefix in ["", *(f"{prefix}. " for prefix in prefixes)]:
         row = encode_row(tokenizer, edit.subject, edit.prompt, edit.target, prefix)
-        rewriting.append(check_length(model, row, edit, prefix))
-    essence = check_length(model, encode_row(tokenizer, edit.subject, "{} is a"), edit)
+        rewriting.append(check_length(model, row, edit.text, prefix))
+    essence = check_length(model, encode_row(tokenizer, edit.subject, "{} is a"), edit.text)
     return Texts(edit, rewriting, essence)
 
 

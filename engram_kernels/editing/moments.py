@@ -10,12 +10,12 @@ from pathlib import Path
 
 import torch
 
+from .._hashing import tensor_bytes
 from ..covariance import Covariance
-from ..models.digest import tensor_bytes
-from ..models.loading import writable_directory
+from ..hf.loading import writable_directory
+from ..hf.projection import Projection, output_projection
 from . import corpus as corpora
 from . import statistics
-from .structure import Projection, output_projection
 
 TOKENS_PER_DIMENSION = 20
 CHECKPOINT_SECONDS = 30.0

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from ..errors import EngramError
-from ..models.tokens import open_ids, pad_rows
-from .tokens import context_length
+from ..hf.tokens import context_length, open_ids, pad_rows
 
 # Common first words; after a beginning-of-text token alone a chat model opens a dialogue.
 FIRST_WORDS = ("The", "Therefore", "Because", "I", "You")

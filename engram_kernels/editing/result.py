@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
+from .._hashing import tensor_checksum
 from ..errors import EngramError
-from ..functional import apply_low_rank_
-from ..models.digest import tensor_checksum
-from .structure import Projection, output_projection
-from .tokens import Edit
+from ..hf.projection import Projection, output_projection
+from ..ops import apply_low_rank_
+from .edit import Edit
 
 
 @dataclass(frozen=True)

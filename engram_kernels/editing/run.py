@@ -9,10 +9,12 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
+from .._hashing import digest, weights_checksums
 from ..covariance import Covariance
 from ..errors import EngramError
-from ..models.digest import digest, weights_checksums
-from ..models.layers import adapter_settings
+from ..hf.layers import adapter_settings
+from ..hf.projection import output_projection
+from .edit import Edit
 from .journal import Journal
 from .layout import Texts, encode_texts
 from .operators import null_space, preserving
@@ -27,8 +29,6 @@ from .result import (
     snapshot,
     write_,
 )
-from .structure import output_projection
-from .tokens import Edit
 from .values import Value, ValueOptions, find_values, target_log_probabilities, value_groups
 from .writing import write_values
 

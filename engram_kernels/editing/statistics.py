@@ -11,14 +11,14 @@ from pathlib import Path
 
 import torch
 
+from .._hashing import plain_tensors, tensor_bytes
+from .._io import new_file
 from ..errors import EngramError
-from ..functional import second_moment_
-from ..models.digest import plain_tensors, tensor_bytes
-from ..models.files import new_file
-from ..models.layers import adapter_settings, decoder_layers
-from .passes import Reached, run_until_reached
-from .structure import Projection
-from .tokens import context_length
+from ..hf.forward import Reached, run_until_reached
+from ..hf.layers import adapter_settings, decoder_layers
+from ..hf.projection import Projection
+from ..hf.tokens import context_length
+from ..ops import second_moment_
 
 CHUNK = 512
 BATCH = 4

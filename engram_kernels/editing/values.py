@@ -14,10 +14,10 @@ from torch.nn import functional as F
 
 from .. import _checks as check
 from ..errors import EngramError
+from ..hf.forward import grouped_queries, logits_at, target_predictions
+from ..hf.projection import Projection, is_plain
 from . import forward
 from .layout import Layout, Texts
-from .passes import grouped_queries, logits_at, target_predictions
-from .structure import Projection, is_plain
 
 # How far predictions from recorded states may be off those of a whole pass, as a share of the largest logit.
 AGREEMENT = {torch.float32: 1e-4, torch.bfloat16: 1e-1, torch.float16: 2e-2}

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import EngramError
-from ..functional import rank_one_factors
-from ..models.layers import decoder_layers
-from ..models.tokens import pad_rows
+from ..hf.forward import Reached, run_until_reached
+from ..hf.layers import decoder_layers
+from ..hf.projection import Projection
+from ..hf.tokens import pad_rows
+from ..ops import low_rank_factors
 from .forward import adding
 from .layout import Texts
-from .passes import Reached, run_until_reached
 from .result import Write, write_
-from .structure import Projection
 from .values import Value
 
 ROWS = 64
@@ -84,7 +84,7 @@ def _write(projection: Projection, texts, keys, bare_keys, changes, operators, r
         if bare_keys is None:
             # The bias, which stays, is in neither side of the constraint.
             wanted = keys @ matrix.float().T + changes
-            left, right = rank_one_factors(matrix, keys, wanted, operator, ridge=ridge)
+            left, right = low_rank_factors(matrix, keys, wanted, operator, ridge=ridge)
         else:
             right = (keys.double() @ operator).float()
             system = bare_keys.double() @ right.double().T

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from ..editing.tokens import Edit
+from ..editing.edit import Edit
 
 COUNTERFACT, ZSRE = "counterfact", "zsre"
 

@@ -10,9 +10,8 @@ from collections.abc import Sequence
 
 import torch
 
-from ..editing.tokens import context_length
 from ..errors import EngramError
-from ..models.tokens import open_ids
+from ..hf.tokens import context_length, open_ids
 from .datasets import Case
 from .measures import mean
 

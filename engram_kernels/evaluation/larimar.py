@@ -16,9 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..larimar.scope import ScopedModel, key_scores, stored_keys
+from ..larimar.training import read_episode
 from ..memory import EpisodicMemory
-from ..memory.scope import ScopedModel, key_scores, stored_keys
-from ..memory.training import read_episode
 from .datasets import Case
 from .measures import mean
 

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ..editing.passes import target_predictions
-from ..editing.tokens import Row, context_length, encode_row
 from ..errors import EngramError
+from ..hf.forward import target_predictions
+from ..hf.tokens import Row, context_length, encode_row
 from .datasets import Case
 
 ASPECTS = ("efficacy", "paraphrase", "locality")

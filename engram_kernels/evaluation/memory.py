@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..memory import EpisodicMemory, SentenceEncoder, read_recursively
+from ..larimar.long_context import read_recursively
+from ..memory import EpisodicMemory, SentenceEncoder
 from .datasets import Case
 
 VANISHING = 1e-6

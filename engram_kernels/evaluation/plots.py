@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 
-from ..models.pictures import SERIES, figure_file
+from .._plots import SERIES, figure_file
 from .outcomes import Retained
 
 # Fluency is in bits and has no place on an axis of shares.

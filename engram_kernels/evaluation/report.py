@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from ..models.files import new_file
+from .._io import new_file
 from .outcomes import Outcome, Retained
 
 FORMAT = 1

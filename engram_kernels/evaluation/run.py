@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
+from .._hashing import digest, tensor_checksum, weights_checksums
 from ..errors import EngramError
-from ..models.digest import digest, tensor_checksum, weights_checksums
-from ..models.evaluating import evaluating
+from ..hf.eval_mode import evaluating
 from .datasets import Case
 from .fluency import fluency
 from .measures import Figures, mean, measure, score

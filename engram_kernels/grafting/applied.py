@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .._hashing import tensor_checksum
 from ..errors import EngramError
-from ..functional import sparse_apply_
-from ..models.digest import tensor_checksum
+from ..ops import sparse_apply_
 from .parameters import tensors_of
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .._io import new_directory
 from ..errors import EngramError
-from ..models.files import new_directory
 
 if TYPE_CHECKING:
     from .graft import Graft

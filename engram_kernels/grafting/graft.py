@@ -11,9 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .._hashing import tensor_checksum
 from ..errors import EngramError
-from ..functional import unpack_mask
-from ..models.digest import tensor_checksum
+from ..ops import unpack_mask
 from . import files
 from .applied import AppliedGraft
 

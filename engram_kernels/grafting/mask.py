@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ..functional import (
+from ..ops import (
+    _foreach_graft_blend_,
     graft_blend,
-    graft_blend_all_,
     graft_mask_step_,
     graft_top_k,
     pack_mask,
@@ -74,7 +74,7 @@ class GraftMask:
 
     def blend_(self, out: Sequence[Tensor]) -> None:
         """Write θ into tensors of the parameters' shapes."""
-        graft_blend_all_(out, self.pre, self.ft, self.logits, self.base, self.bias)
+        _foreach_graft_blend_(out, self.pre, self.ft, self.logits, self.base, self.bias)
 
     def step_(
         self, which: Sequence[int], grads: Sequence[Tensor], out: Sequence[Tensor], lr: float, l1: float

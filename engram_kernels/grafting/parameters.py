@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from ..errors import EngramError
-from ..models.layers import MODEL_DTYPES, decoder_layers
+from ..hf.layers import MODEL_DTYPES, decoder_layers
 
 
 def graftable_parameters(

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from ..models.pictures import SERIES, figure_file
+from .._plots import SERIES, figure_file
 from .graft import Density, Graft
 
 LINES = (("0.45", ":"), ("0.1", "--"), ("#56B4E9", "-."))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import EngramError
-from ..models.tokens import open_ids, pad_rows
+from ..hf.tokens import open_ids, pad_rows
 
 BINS = 15
 # Settings of models that change the head's output: Granite's, Cohere's, Gemma's.

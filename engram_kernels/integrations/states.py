@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..editing.passes import Reached, run_until_reached
-from ..models.tokens import pad_rows
+from ..hf.forward import Reached, run_until_reached
+from ..hf.tokens import pad_rows
 from .patching import Declined
 
 ROWS = 64

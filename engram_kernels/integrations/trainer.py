@@ -16,13 +16,13 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .. import _checks as check
 from ..errors import EngramError
-from ..functional import graft_top_k
 from ..grafting import Graft, graftable_parameters, localize
 from ..grafting.files import CONFIG, WEIGHTS
 from ..grafting.localize import checked_plan, public_name
 from ..grafting.parameters import tensors_of
-from ..models.evaluating import evaluating
-from ..models.standing import standing
+from ..hf.eval_mode import evaluating
+from ..hf.swapped_weights import standing
+from ..ops import graft_top_k
 
 # What a parameter has whose rest lies with other processes (FSDP 2 and tensor parallelism, FSDP 1, ZeRO 3).
 _SHARDED = ("full_tensor", "_local_shard", "ds_shape")

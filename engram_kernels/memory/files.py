@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
+from .._hashing import digest
+from .._io import new_directory, new_file
 from ..errors import EngramError
-from ..models.digest import digest
-from ..models.files import new_directory, new_file
 from .ledger import Entry, Ledger
 
 if TYPE_CHECKING:

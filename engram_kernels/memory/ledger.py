@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
+from .._hashing import tensor_bytes
 from ..errors import EngramError
-from ..models.digest import tensor_bytes
 from .rows import Rows
 
 Id = str | int

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from itertools import cycle
 from typing import NamedTuple
 
-from ..models.pictures import SERIES, figure_file
+from .._plots import SERIES, figure_file
 
 
 class Point(NamedTuple):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import EngramError
-from ..functional import memory_solve, pseudo_inverse
+from ..ops import memory_solve, pseudo_inverse
 
 # Steps of power iteration: ‖M‖₂ is wanted to some ten percent.
 _POWER_STEPS = 8

@@ -6,7 +6,8 @@ DEVICES = ("cpu",)
 
 _module, _reason = extension("_cpu")
 if _module is not None:
-    from . import graft, memory, rank_one  # noqa: F401
+    from . import graft, memory  # noqa: F401
+    from . import low_rank as low_rank
 
 
 def unavailable() -> str | None:

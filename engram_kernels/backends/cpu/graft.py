@@ -41,8 +41,8 @@ def graft_logits_gradient(
     return out
 
 
-@implements("graft_blend_all_", "cpu", lambda out, *rest: _wide(*out))
-def graft_blend_all_(
+@implements("_foreach_graft_blend_", "cpu", lambda out, *rest: _wide(*out))
+def _foreach_graft_blend_(
     out: list[Tensor],
     pre: list[Tensor],
     ft: list[Tensor],

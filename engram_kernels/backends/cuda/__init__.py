@@ -6,7 +6,8 @@ DEVICES = ("cuda",)
 
 _module, _missing = extension("_cuda")
 if _module is not None:
-    from . import graft, memory, rank_one  # noqa: F401
+    from . import graft, memory  # noqa: F401
+    from . import low_rank as low_rank
 
 
 def unavailable() -> str | None:

@@ -43,8 +43,8 @@ def graft_logits_gradient(
     return _signed(logits_gradient(gradient, pre, ft, argument(logits, base, bias)), base)
 
 
-@implements("graft_blend_all_", "torch")
-def graft_blend_all_(
+@implements("_foreach_graft_blend_", "torch")
+def _foreach_graft_blend_(
     out: list[Tensor],
     pre: list[Tensor],
     ft: list[Tensor],
@@ -74,7 +74,7 @@ def graft_mask_step_(
         x = argument(target, mask, bias)
         target.sub_(_signed(logits_gradient(grads[i], pre[i], ft[i], x, l1), mask), alpha=lr)
     if out:
-        graft_blend_all_(out, pre, ft, logits, base, bias)
+        _foreach_graft_blend_(out, pre, ft, logits, base, bias)
 
 
 @implements("pack_mask", "torch")

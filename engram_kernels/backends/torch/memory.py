@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import implements
-from .rank_one import cholesky
+from .low_rank import cholesky
 
 # Rows of a chunk of the streaming write: its products are GEMMs, its n × n algebra is small beside them.
 _CHUNK = 64

@@ -16,7 +16,8 @@ def _load() -> str | None:
     if not INTERPRETED and (reason := no_nvidia_gpu()):
         return reason
     try:
-        from . import graft, memory, rank_one  # noqa: F401
+        from . import graft, memory  # noqa: F401
+        from . import low_rank as low_rank
     except ImportError as error:
         return f"triton does not load: {error}"
     return None

@@ -91,8 +91,8 @@ def graft_logits_gradient(
     return out
 
 
-@implements("graft_blend_all_", "triton", lambda out, *args: _declines_list(out))
-def graft_blend_all_(
+@implements("_foreach_graft_blend_", "triton", lambda out, *args: _declines_list(out))
+def _foreach_graft_blend_(
     out: list[Tensor],
     pre: list[Tensor],
     ft: list[Tensor],

@@ -1,0 +1,98 @@
+"""Files and folders that are written whole or not at all."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from torch import Tensor
+
+from .errors import EngramError
+
+
+@contextmanager
+def new_directory(directory: str | os.PathLike) -> Iterator[Path]:
+    """Yield a temporary folder beside `directory`, and give it that name at the end of the block.
+
+    Raises:
+        EngramError: the directory exists and is not empty, or cannot be written.
+        OSError: the block's own, of a file that lies elsewhere.
+    """
+    directory = Path(directory)
+    temporary = None
+    try:
+        if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+            raise EngramError(f"directory: expected a new or empty one, got {str(directory)!r}")
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+        os.chmod(temporary, 0o755)
+        yield temporary
+        temporary.rename(directory)
+    except OSError as error:
+        if temporary and error.filename and not Path(str(error.filename)).is_relative_to(temporary):
+            raise  # The block's, of a file elsewhere: the directory is not to blame.
+        reason = error.strerror or error
+        raise EngramError(
+            f"directory: expected one that can be written, got {str(directory)!r} ({reason})"
+        ) from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def new_file(path: str | os.PathLike) -> Iterator[Path]:
+    """Yield a temporary path beside `path`, and give what was written there that name at the end."""
+    path = Path(path)
+    with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as folder:
+        temporary = Path(folder) / path.name
+        yield temporary
+        os.replace(temporary, path)
+
+
+def let_all_read(folder: Path) -> None:
+    """Let others read what is in a folder, and below: safetensors writes for the owner alone."""
+    for path in (folder, *folder.rglob("*")):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+
+
+def save_tensors(
+    path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write tensors to a safetensors file, whole or not at all; wherever they lie, and however."""
+    from safetensors.torch import save_file
+
+    with new_file(path) as temporary:
+        plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(plain, temporary, None if metadata is None else dict(metadata))
+        temporary.chmod(0o644)  # safetensors writes for the owner alone; a folder may be shared
+
+
+def write_json(path: str | os.PathLike, content: object) -> None:
+    """Write a JSON file, whole or not at all.
+
+    Raises:
+        ValueError: the content has something that JSON has not, such as NaN.
+    """
+    try:
+        text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"content: expected finite numbers, texts, lists and mappings ({error})") from error
+    with new_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def read_json(path: str | os.PathLike) -> object:
+    """Read a JSON file.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no JSON, or is nested deeper than anything that is written here.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError(f"{os.fspath(path)!r} is nested too deeply") from error

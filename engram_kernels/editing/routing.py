@@ -1,0 +1,38 @@
+"""The routed expert that a fact is sent to."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ..hf.eval_mode import evaluating
+from ..hf.experts import routed_experts
+from ..hf.forward import Reached, run_until_reached
+from ..hf.tokens import check_length, encode_row
+from .edit import Edit
+
+
+def routed_expert(model: nn.Module, tokenizer, edit: Edit, layer: int) -> int:
+    """The expert to which the router gives the largest weight at the subject's last token in the bare prompt.
+
+    Raises:
+        TypeError, ValueError: there is no such layer.
+        EngramError: the layer has no routed experts, or the prompt cannot be used.
+    """
+    experts = routed_experts(model, layer)
+    row = check_length(model, encode_row(tokenizer, edit.subject, edit.prompt, edit.target), edit.text)
+    seen = []
+
+    def see(_module, inputs):
+        seen.extend(inputs[1:])
+        raise Reached
+
+    hook = experts.register_forward_pre_hook(see)
+    try:
+        with evaluating(model), torch.no_grad():
+            device = model.get_input_embeddings().weight.device
+            run_until_reached(model, input_ids=torch.tensor([row.ids], device=device))
+    finally:
+        hook.remove()
+    chosen, shares = (part[row.subject] for part in seen)
+    return int(chosen[shares.argmax()])

@@ -1,0 +1,138 @@
+"""Forward passes of a model that do only what is asked of them: some logits, some layers, replayed states."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from .tokens import Row, pad_rows
+
+
+class Reached(Exception):
+    """Raised by a hook to stop a forward pass: nothing above it is needed."""
+
+
+def run_until_reached(model: nn.Module, **inputs) -> None:
+    """Run a model up to where a hook raises `Reached`; it keeps nothing unless its inputs say so."""
+    try:
+        model(**{"use_cache": False, **inputs})
+    except Reached:
+        pass
+
+
+def takes(module: nn.Module, argument: str) -> bool:
+    """Whether a module's forward has an argument of that name; PEFT's wrapper hands it on to its base."""
+    module = module.get_base_model() if hasattr(module, "get_base_model") else module
+    return argument in _arguments(type(module))
+
+
+@functools.cache
+def _arguments(kind: type[nn.Module]) -> frozenset[str]:
+    return frozenset(inspect.signature(kind.forward).parameters)
+
+
+def logits_at(model: nn.Module, rows: Tensor, columns: Tensor, **inputs) -> Tensor:
+    """The predictions at some places `[places, vocabulary]`: the head sees these tokens and no others.
+
+    Args:
+        model: a causal language model.
+        rows, columns: `[places]`, of the batch.
+        inputs: of the model, `input_ids` among them.
+    """
+    head = model.get_output_embeddings()
+    picked: list[bool] = []
+
+    def pick(_module, arguments):
+        states = arguments[0]
+        if states.shape[:2] != inputs["input_ids"].shape:
+            return None
+        picked.append(True)
+        return (states[rows.to(states.device), columns.to(states.device)][None],)
+
+    hook = head.register_forward_pre_hook(pick) if isinstance(head, nn.Module) else None
+    try:
+        logits = model(**inputs).logits
+    finally:
+        if hook is not None:
+            hook.remove()
+    if picked:
+        # A view: the backward pass of an index would fill a second tensor of this size.
+        return logits.flatten(0, 1).to(rows.device)
+    return logits.to(rows.device)[rows, columns]
+
+
+@torch.no_grad()
+def target_predictions(model: nn.Module, rows: Sequence[Row]) -> list[tuple[Tensor, list[int]]]:
+    """What a model makes of the targets of some texts, in one pass.
+
+    Returns:
+        For each row the log-probabilities of its target's tokens, float64 on the CPU, and the likeliest
+        tokens in their places.
+    """
+    device = model.get_input_embeddings().weight.device
+    ids, mask = pad_rows([row.inputs for row in rows], device)
+    # A token is predicted one position earlier.
+    places = [(i, at - 1) for i, row in enumerate(rows) for at in range(row.target, len(row.ids))]
+    which, at = (torch.tensor(part, device=device) for part in zip(*places, strict=True))
+    logits = logits_at(model, which, at, input_ids=ids, attention_mask=mask, use_cache=False)
+    predicted = logits.float().log_softmax(-1)
+    labels = torch.tensor([token for row in rows for token in row.ids[row.target :]], device=device)
+    chosen = predicted.gather(-1, labels[:, None])[:, 0].cpu().double()
+    sizes = [len(row.ids) - row.target for row in rows]
+    likeliest = predicted.argmax(-1).cpu().split(sizes)
+    return [(mine, top.tolist()) for mine, top in zip(chosen.split(sizes), likeliest, strict=True)]
+
+
+_FORCED = "TRANSFORMERS_SDPA_FORCE_GQA"
+_lock = threading.Lock()
+_inside = 0
+
+
+@contextmanager
+def grouped_queries(device: torch.device) -> Iterator[None]:
+    """Attention with fewer keys than queries reads each key where it is, instead of a copy for every query.
+
+    On a CPU torch does so under a mask too; transformers asks for it by this variable only. The first thread
+    in sets it, unless the user has, and the last one out takes it away.
+    """
+    global _inside
+    with _lock:
+        ours = device.type == "cpu" and (_inside > 0 or _FORCED not in os.environ)
+        if ours:
+            _inside += 1
+            os.environ[_FORCED] = "1"
+    try:
+        yield
+    finally:
+        with _lock:
+            _inside -= ours
+            if ours and not _inside:
+                os.environ.pop(_FORCED, None)
+
+
+@contextmanager
+def replaying(layers: Iterable[nn.Module], states: Tensor | None, rest: tuple | None) -> Iterator[None]:
+    """Some layers replaced by stubs that return these states, in a tuple with `rest` where there is one."""
+    stubbed = list(layers)
+    own = [layer.__dict__.get("forward") for layer in stubbed]
+
+    def replay(*_arguments, **_keywords):
+        return states if rest is None else (states, *rest)
+
+    try:
+        for layer in stubbed:
+            layer.forward = replay
+        yield
+    finally:
+        for layer, forward in zip(stubbed, own, strict=True):
+            if forward is None:
+                layer.__dict__.pop("forward", None)
+            else:
+                layer.forward = forward

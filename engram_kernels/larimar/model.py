@@ -1,0 +1,553 @@
+"""A language model with an episodic memory: encoder → memory → conditioned decoder (Larimar)."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_outputs import ModelOutput
+
+from .._checks import expect, floating, integer, number
+from .._io import new_file
+from ..errors import EngramError
+from ..hf.loading import load_model, writable_directory
+from ..memory.encoder import load_encoder
+from ..memory.episodic import ADDRESSINGS, EpisodicMemory
+from .conditioning import Conditioning, first_token
+from .training import Objective, cross_entropy, labelled, read_episode, weight_divergence
+
+WEIGHTS, MEMORY = "model.safetensors", "memory"
+
+
+class LarimarConfig(PreTrainedConfig):
+    """How a `LarimarModel` is put together.
+
+    Args:
+        encoder: the encoder's configuration, as a dictionary.
+        decoder: the decoder's.
+        encoder_name: `"minilm"`, a Hub name or a folder, where the encoder comes from one.
+        decoder_name: `"smollm2"`, a Hub name or a folder, where the decoder comes from one.
+        slots: K, of the memory.
+        ridge: λ, of the memory.
+        seed: of the memory's M0.
+        addressing: `"prior"`: a fact is written at its key's address and read at the query's, `w = z M0⁺`;
+            `"memory"`: read by the memory's own projection, `w = z M⁺`, as in the paper.
+        hidden: size of the conditioning's hidden layer; 0: one linear map, as in the paper.
+        train_encoder: whether the encoder is trained, and stored, too.
+        train_decoder: likewise. A frozen decoder answers as before where there is no readout.
+    """
+
+    model_type = "larimar"
+    keys_to_ignore_at_inference: ClassVar = ["parts", "readout", "past_key_values"]
+
+    def __init__(
+        self,
+        encoder: dict | None = None,
+        decoder: dict | None = None,
+        encoder_name: str | None = None,
+        decoder_name: str | None = None,
+        slots: int = 512,
+        ridge: float = 1e-2,
+        seed: int = 0,
+        addressing: str = "prior",
+        hidden: int = 1024,
+        train_encoder: bool = False,
+        train_decoder: bool = False,
+        **kwargs,
+    ):
+        known = addressing in ADDRESSINGS
+        expect(known, "addressing", "'prior' or 'memory'", repr(addressing))
+        integer("hidden", hidden)
+        expect(hidden >= 0, "hidden", "a size, or 0 for none", hidden)
+        number("ridge", ridge, at_least=0)
+        self.encoder = encoder
+        self.decoder = decoder
+        self.encoder_name = encoder_name
+        self.decoder_name = decoder_name
+        self.slots = slots
+        self.ridge = ridge
+        self.seed = seed
+        self.addressing = addressing
+        self.hidden = hidden
+        self.train_encoder = train_encoder
+        self.train_decoder = train_decoder
+        super().__init__(**kwargs)
+
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
+        """The decoder's configuration, which generation asks for layers and vocabulary."""
+        return self if self.decoder is None else _configuration(self.decoder)
+
+
+@dataclass
+class LarimarOutput(ModelOutput):
+    """What `LarimarModel` returns.
+
+    Attributes:
+        loss: the sum of `parts`, each times its weight, of the bare decoder `parts["plain"]`; None without
+            labels.
+        logits: `[batch, length, vocabulary]`, or of the last positions: see `LarimarModel.forward`.
+        parts: the terms of the loss by name, unweighted.
+        readout: what the decoder was conditioned on, `[batch, latent]`; None for the bare decoder.
+        past_key_values: the decoder's cache; its first entry is the pseudo-token.
+        hidden_states: of the decoder, where asked for.
+        attentions: likewise; the first column is the pseudo-token's.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    parts: dict[str, Tensor] | None = None
+    readout: Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+class LarimarModel(PreTrainedModel, GenerationMixin):
+    """An encoder of sentences, an episodic memory of their latents, and a decoder that sees what is read.
+
+    The readout `[latent]` of a prompt becomes one pseudo-token, a key and a value in every layer, which is
+    the first entry of the decoder's cache, at position 0 (the text begins at 1), and an offset of the token
+    embeddings. Where the readout is None or zero there is neither, and the decoder is the bare one.
+
+    Args:
+        config: how it is put together.
+        encoder: an encoder of transformers; None: a random one of `config.encoder`.
+        decoder: a causal language model; None: a random one of `config.decoder`.
+
+    Raises:
+        EngramError: the decoder does not keep keys and values of one size of the whole past.
+
+    Example:
+        >>> model = LarimarModel.from_pretrained("my-larimar")
+        >>> model.write(**fact_tokens, keys=prompt_tokens["input_ids"], ids=["a fact"])
+        >>> readout = model.read(**prompt_tokens)
+        >>> model.generate(prompt_ids, readout=readout, max_new_tokens=8)
+
+    Source: Das et al. 2024 (arXiv 2403.11901). Not run on a GPU.
+    """
+
+    config_class = LarimarConfig
+    main_input_name = "input_ids"
+    # The loss is a mean over a batch's labels: the Trainer must average it over accumulated batches.
+    accepts_loss_kwargs = False
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+
+    def __init__(
+        self, config: LarimarConfig, encoder: nn.Module | None = None, decoder: nn.Module | None = None
+    ):
+        super().__init__(config)
+        self.encoder = AutoModel.from_config(_configuration(config.encoder)) if encoder is None else encoder
+        if decoder is None:
+            decoder = AutoModelForCausalLM.from_config(_configuration(config.decoder))
+        self.decoder = decoder
+        latent, embeddings = self.encoder.config.hidden_size, decoder.get_input_embeddings().weight
+        memory = EpisodicMemory(config.slots, latent, ridge=config.ridge, seed=config.seed)
+        self.memory = memory.to(embeddings.device)
+        bos = decoder.config.bos_token_id
+        first = first_token(decoder, bos if isinstance(bos, int) else 0)
+        conditioning = Conditioning(latent, first, embeddings.shape[-1], config.hidden)
+        self.conditioning = conditioning.to(embeddings.device)
+        self.objective = Objective()
+        if decoder.can_generate():
+            self.generation_config = decoder.generation_config
+        self._takes = set(inspect.signature(decoder.forward).parameters)
+        self.encoder.requires_grad_(config.train_encoder)
+        self.decoder.requires_grad_(config.train_decoder)
+        self.post_init()
+
+    @classmethod
+    def from_bases(cls, encoder: str | nn.Module, decoder: str | nn.Module, **options) -> LarimarModel:
+        """Put together an encoder and a decoder, each a name, which is then not stored, or a model.
+
+        Args:
+            encoder: `"minilm"`, a Hub name, a folder, or an encoder of transformers.
+            decoder: `"smollm2"`, a Hub name, a folder, or a causal language model.
+            **options: of `LarimarConfig`.
+        """
+        names = {
+            f"{kind}_name": base
+            for kind, base in (("encoder", encoder), ("decoder", decoder))
+            if isinstance(base, str)
+        }
+        encoder, decoder = _bases(encoder, decoder)
+        config = LarimarConfig(encoder.config.to_dict(), decoder.config.to_dict(), **names, **options)
+        return cls(config, encoder, decoder)
+
+    def init_weights(self) -> None:
+        """Nothing: the bases come with their weights, and the conditioning sets its own."""
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.decoder.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.decoder.get_output_embeddings()
+
+    def train(self, mode: bool = True) -> LarimarModel:
+        """Switch the mode of what is trained: dropout in a frozen base would only be noise."""
+        super().train(mode)
+        self.encoder.train(mode and self.config.train_encoder)
+        self.decoder.train(mode and self.config.train_decoder)
+        return self
+
+    def encode(self, texts: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Latents of texts: the mean of the encoder's last hidden states, of length 1.
+
+        Args:
+            texts: token ids `[..., length]` of the encoder's tokenizer, or latents `[..., latent]`, which are
+                returned as they are.
+            mask: `[..., length]`, 1 at tokens; None: all are.
+
+        Returns:
+            Latents `[..., latent]`; zero for a text without tokens.
+        """
+        if texts.is_floating_point():
+            return texts
+        mask = torch.ones_like(texts) if mask is None else mask
+        length = texts.shape[-1]
+        states = self.encoder(
+            input_ids=texts.reshape(-1, length), attention_mask=mask.reshape(-1, length)
+        ).last_hidden_state
+        # In fp32, of length 1: a sum has its mean's direction.
+        total = torch.where(mask.reshape(-1, length, 1).bool(), states.float(), 0).sum(1)
+        latents = nn.functional.normalize(total, dim=-1).to(states.dtype)
+        return latents.view(*texts.shape[:-1], -1)
+
+    @torch.no_grad()
+    def write(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        keys: Tensor | None = None,
+        keys_mask: Tensor | None = None,
+        ids: list | None = None,
+    ) -> None:
+        """Write facts `[N, length]` (tokens, or latents) into `memory`, under their keys or themselves."""
+        keys = None if keys is None else self.encode(keys, keys_mask)
+        self.memory.write(self.encode(input_ids, attention_mask), keys=keys, ids=ids)
+
+    @torch.no_grad()
+    def read(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """What `memory` holds for queries `[N, length]` (tokens, or latents): readouts `[N, latent]`."""
+        queries = self.encode(input_ids, attention_mask)
+        return self.memory.read(queries, addressing=self.config.addressing)
+
+    def forget(self, ids: list) -> None:
+        """Forget what was written under these ids, exactly."""
+        self.memory.forget(ids=ids)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        readout: Tensor | None = None,
+        facts: Tensor | None = None,
+        facts_mask: Tensor | None = None,
+        keys: Tensor | None = None,
+        keys_mask: Tensor | None = None,
+        query: Tensor | None = None,
+        query_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        **kwargs,
+    ) -> LarimarOutput:
+        """Run the decoder on texts, conditioned on a readout, or on what is read from a memory of facts.
+
+        With `facts`, each row has a memory of its own, which exists only in this call's graph: they are
+        written, the query is read, and gradients flow through both. `memory` is neither read nor written.
+        The terms of the loss and their weights are those of `objective`.
+
+        Args:
+            input_ids: `[batch, length]`; pad on the left.
+            attention_mask: `[batch, length]`, with a cache `[batch, past + length]`; no pseudo-token.
+            labels: `[batch, length]`, −100 where nothing is to be predicted; shifted here. With labels and
+                `logits_to_keep=0` logits are computed from the position before the first label on only.
+            readout: `[batch, latent]`; a row of zeros has none.
+            facts: `[batch, N, length]` of the encoder's tokens, or latents `[batch, N, latent]`; the first is
+                what the row's text tells.
+            facts_mask: `[batch, N, length]`, with latents `[batch, N]`; a fact without ones is absent.
+            keys: as facts: what they are written under; None: the facts themselves.
+            keys_mask: `[batch, N, length]`.
+            query: what is asked, `[batch, length]` of the encoder's tokens or `[batch, latent]`.
+            query_mask: `[batch, length]`.
+            past_key_values: a cache of this model; an empty one is begun.
+            use_cache: whether to return it.
+            logits_to_keep: compute logits at so many last positions; 0: at all.
+            **kwargs: to the decoder, as `output_hidden_states`.
+
+        Returns:
+            Loss, logits, terms of the loss, readout, cache.
+
+        Raises:
+            ValueError: facts and readout, facts without a query, or shapes that do not fit.
+        """
+        parts: dict[str, Tensor] = {}
+        values = None
+        if facts is not None:
+            expect(readout is None, "readout", "none beside facts", "both")
+            expect(query is not None, "query", "what the facts are asked", "none")
+            values = self.encode(facts, facts_mask)
+            written = values if keys is None else self.encode(keys, keys_mask)
+            present = (
+                values.any(-1) if facts_mask is None else facts_mask.reshape(*values.shape[:2], -1).any(-1)
+            )
+            readout, weights = read_episode(
+                values,
+                written,
+                self.encode(query, query_mask),
+                present,
+                self.memory,
+                self.config.addressing,
+                self.objective.noise if self.training else 0.0,
+            )
+            if self.objective.kl:
+                parts["kl"] = weight_divergence(weights)
+        keep = labelled(labels) if labels is not None and not logits_to_keep else logits_to_keep
+        run = {"input_ids": input_ids, "attention_mask": attention_mask, "logits_to_keep": keep}
+        outputs = self._decode(readout, past_key_values, use_cache, **run, **kwargs)
+        loss = None
+        if labels is not None:
+            term = "plain" if readout is None else "reconstruction"
+            parts[term] = cross_entropy(outputs.logits, labels)
+            if values is not None and self.objective.autoencoding:
+                logits = self._decode(values[:, 0], None, False, **run).logits
+                parts["autoencoding"] = cross_entropy(logits, labels)
+            if values is not None and self.objective.plain:
+                parts["plain"] = cross_entropy(self._decode(None, None, False, **run).logits, labels)
+            loss = parts[term] if readout is None else self.objective.total(parts)
+        return LarimarOutput(
+            loss,
+            outputs.logits,
+            parts or None,
+            readout,
+            outputs.past_key_values,
+            outputs.get("hidden_states"),
+            outputs.get("attentions"),
+        )
+
+    def _decode(
+        self,
+        readout: Tensor | None,
+        past_key_values: Cache | None,
+        use_cache: bool | None,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        logits_to_keep: int,
+        **kwargs,
+    ) -> ModelOutput:
+        if logits_to_keep and "logits_to_keep" in self._takes:
+            kwargs["logits_to_keep"] = logits_to_keep
+        present = None if readout is None else readout.any(-1)
+        if present is None or not present.any():
+            return self.decoder(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                **kwargs,
+            )
+        self._check_readout(readout, input_ids)
+        condition = self.conditioning(readout)
+        embeddings = self.get_input_embeddings()(input_ids)
+        cache = DynamicCache(config=self.decoder.config) if past_key_values is None else past_key_values
+        if cache.get_seq_length() == 0:
+            for layer, (key, value) in enumerate(zip(condition.keys, condition.values, strict=True)):
+                cache.update(key.to(embeddings.dtype), value.to(embeddings.dtype), layer)
+        batch, length = input_ids.shape
+        if attention_mask is None:
+            attention_mask = torch.ones(
+                batch, cache.get_seq_length() - 1 + length, dtype=torch.long, device=input_ids.device
+            )
+        first = present.to(attention_mask.dtype)[:, None]
+        if "position_ids" in self._takes:
+            # Padding has no position; a row without a readout has none for the pseudo-token either.
+            positions = attention_mask.cumsum(-1)[:, -length:] - 1
+            kwargs["position_ids"] = positions.clamp_min(0) + first
+        return self.decoder(
+            inputs_embeds=embeddings + (condition.offset * first[..., None]).to(embeddings.dtype),
+            attention_mask=torch.cat([first, attention_mask], -1),
+            past_key_values=cache,
+            use_cache=use_cache,
+            **kwargs,
+        )
+
+    def _check_readout(self, readout: Tensor, input_ids: Tensor) -> None:
+        floating("readout", readout)
+        expected = [len(input_ids), self.memory.latent]
+        expect(
+            list(readout.shape) == expected,
+            "readout",
+            f"shape {expected} ([batch, latent])",
+            list(readout.shape),
+        )
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        past_key_values: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        readout: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        **kwargs,
+    ) -> dict:
+        """What `generate` passes to `forward`: the tokens that the cache, less its pseudo-token, lacks."""
+        seen = 0 if past_key_values is None else max(0, past_key_values.get_seq_length() - 1)
+        return {
+            "input_ids": input_ids[:, seen:],
+            "past_key_values": past_key_values,
+            "attention_mask": attention_mask,
+            "readout": readout,
+            "use_cache": use_cache,
+            "logits_to_keep": logits_to_keep,
+            **{
+                name: kwargs[name] for name in ("output_attentions", "output_hidden_states") if name in kwargs
+            },
+        }
+
+    @torch.no_grad()
+    def generate(self, inputs: Tensor | None = None, readout: Tensor | None = None, **kwargs):
+        """Write texts on, conditioned on a readout: transformers' `generate`, greedy, by beams or samples.
+
+        Args:
+            inputs: `[batch, length]`, padded on the left; or `input_ids=`.
+            readout: `[batch, latent]`; None, or zeros throughout: the bare decoder's own `generate`.
+            **kwargs: `attention_mask`, `max_new_tokens`, `num_beams` and what else transformers takes.
+        """
+        if readout is None or not readout.any():
+            return self.decoder.generate(inputs, **kwargs)
+        tokens = kwargs.get("input_ids") if inputs is None else inputs
+        expect(tokens is not None, "inputs", "token ids", "none", TypeError)
+        self._check_readout(readout, tokens)
+        return super().generate(inputs, readout=readout, **kwargs)
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        state_dict: dict | None = None,
+        is_main_process: bool = True,
+    ) -> None:
+        """Write `config.json`, `model.safetensors` and, where facts are written, the folder `memory`.
+
+        Stored are the conditioning and each base that has no name or is trained; the others are loaded by
+        their names again. Of several processes only the main one writes.
+
+        Raises:
+            EngramError: the folder cannot be made or written, or its `memory` may not be replaced: see
+                `EpisodicMemory.save_pretrained`.
+        """
+        if not is_main_process:
+            return
+        folder = writable_directory(save_directory, "save_directory")
+        # First, as it may be refused; an empty one is written only where it has to replace another.
+        if len(self.memory) or (folder / MEMORY).exists():
+            self.memory.save_pretrained(folder / MEMORY, replace=True)
+        state = self.state_dict() if state_dict is None else state_dict
+        stored = {name: tensor for name, tensor in state.items() if self._is_stored(name)}
+        with new_file(folder / WEIGHTS) as path:
+            save_file(_untied(stored), path, metadata={"format": "pt"})
+            # safetensors makes files that only their owner may read.
+            path.chmod(0o644)
+        with new_file(folder / "config.json") as path:
+            self.config.architectures = [type(self).__name__]
+            path.write_text(self.config.to_json_string(use_diff=False))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        directory: str | os.PathLike,
+        encoder: nn.Module | None = None,
+        decoder: nn.Module | None = None,
+    ) -> LarimarModel:
+        """Read a model from a folder that `save_pretrained` wrote, in evaluation mode.
+
+        Args:
+            directory: the folder.
+            encoder: a base that is loaded already, in place of the one named in the configuration.
+            decoder: likewise.
+
+        Raises:
+            EngramError: no such folder, incomplete or damaged files, or a base that cannot be had.
+        """
+        folder = Path(directory)
+        try:
+            settings = json.loads((folder / "config.json").read_text())
+            state = load_file(folder / WEIGHTS)
+        except (OSError, ValueError, SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise EngramError(
+                f"directory: expected a model that save_pretrained wrote, got {str(directory)!r} ({reason})"
+            ) from error
+        kind = settings.get("model_type") if isinstance(settings, dict) else None
+        if kind != LarimarConfig.model_type:
+            raise EngramError(
+                f"directory: expected a model of type 'larimar', got {kind!r} in {str(directory)!r}"
+            )
+        config = LarimarConfig(**{name: value for name, value in settings.items() if name != "model_type"})
+        encoder = config.encoder_name if encoder is None else encoder
+        decoder = config.decoder_name if decoder is None else decoder
+        model = cls(config, *_bases(encoder, decoder))
+        own = model.state_dict()
+        expected = _untied({name: tensor for name, tensor in own.items() if model._is_stored(name)})
+        wrong = sorted(expected.keys() ^ state.keys())
+        wrong += [name for name in state if name not in wrong and state[name].shape != own[name].shape]
+        if wrong:
+            raise EngramError(
+                f"directory: expected the weights of its configuration, got {len(wrong)} that are missing, "
+                f"foreign or of another shape in {str(directory)!r}, such as {wrong[0]!r}"
+            )
+        model.load_state_dict(state, strict=False)
+        if (folder / MEMORY).is_dir():
+            memory = EpisodicMemory.from_pretrained(folder / MEMORY)
+            got, wanted = memory.extra_repr(), model.memory.extra_repr()
+            if got != wanted:
+                raise EngramError(f"directory: expected a memory of {wanted}, got one of {got}")
+            model.memory = memory.to(model.memory.gram.device)
+        return model.eval()
+
+    def _is_stored(self, name: str) -> bool:
+        part = name.split(".")[0]
+        if part in ("encoder", "decoder"):
+            named = getattr(self.config, f"{part}_name") is not None
+            return not named or getattr(self.config, f"train_{part}")
+        return part == "conditioning"
+
+
+def _bases(
+    encoder: str | nn.Module | None, decoder: str | nn.Module | None
+) -> tuple[nn.Module | None, nn.Module | None]:
+    """Load what is given by name."""
+    encoder = load_encoder(encoder).model if isinstance(encoder, str) else encoder
+    decoder = load_model(decoder)[0] if isinstance(decoder, str) else decoder
+    return encoder, decoder
+
+
+def _configuration(settings: dict | None) -> PreTrainedConfig:
+    expect(isinstance(settings, dict), "config", "configurations of encoder and decoder", settings, TypeError)
+    return AutoConfig.for_model(**settings)
+
+
+def _untied(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors by name, each memory once."""
+    seen: set[tuple] = set()
+    kept = {}
+    for name, tensor in state.items():
+        place = (tensor.data_ptr(), tensor.shape, tensor.stride())
+        if place not in seen:
+            seen.add(place)
+            kept[name] = tensor.contiguous()
+    return kept

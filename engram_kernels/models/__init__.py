@@ -1,1 +1,0 @@
-"""What the systems share: models loaded, their layers found, tensors digested, folders written whole."""

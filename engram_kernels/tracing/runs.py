@@ -1,0 +1,269 @@
+"""The runs of a causal trace: clean, corrupted, and corrupted with states restored, many cells in a pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import EngramError
+from ..hf.cache import keys_and_values
+from ..hf.forward import replaying, takes
+from ..hf.layers import decoder_layers
+from ..hf.projection import mlp_output
+
+# In one forward pass, where no batch is asked for.
+TOKENS = {"cpu": 1024, "cuda": 16384}
+
+
+class Runs:
+    """The runs of one trace: clean, corrupted, and corrupted with states restored.
+
+    Args:
+        model: in evaluation mode, under `no_grad`.
+        kind: what is restored.
+        ids: the prompt's tokens.
+        first: the subject's first token.
+        noise: `[samples, subject tokens, width]`.
+        batch: the most rows in one forward pass; None: by the number of tokens.
+    """
+
+    def __init__(
+        self, model: nn.Module, kind: str, ids: list[int], first: int, noise: Tensor, batch: int | None
+    ):
+        self.model, self.kind, self.ids, self.first, self.batch = model, kind, ids, first, batch
+        self.layers = decoder_layers(model)[1]
+        self.modules = _modules(model, kind)
+        self.noise = noise
+        self.clean_states: list[Tensor] = []
+        self.corrupted_states: list[Tensor] = []
+        self.rest: list[tuple | None] = []
+        self.cached: list[tuple[Tensor, Tensor]] | None = None
+
+    def clean(self) -> Tensor:
+        """The probability of every next token `[vocabulary]`; keeps the modules' outputs."""
+        with ExitStack() as stack:
+            seen = [stack.enter_context(_recording(module)) for module in self.modules]
+            chances, _ = next_token(self.model, self.ids, 1)
+        self.clean_states = [_states(output).reshape(len(self.ids), -1) for (output,) in seen]
+        return chances[0]
+
+    def corrupted(self, label: int) -> Tensor:
+        """The label's probability in every copy `[samples]`; keeps the layers' outputs, keys and values."""
+        chances, caches = [], []
+        with ExitStack() as stack:
+            seen = [stack.enter_context(_recording(layer)) for layer in self.layers]
+            for copies in torch.arange(len(self.noise), device="cpu").split(self._rows(len(self.ids))):
+                with self._corrupting(copies, 0):
+                    found, cache = next_token(self.model, self.ids, len(copies), use_cache=True)
+                chances.append(found[:, label].cpu())
+                caches.append(keys_and_values(cache, len(self.layers), len(copies), len(self.ids)))
+        self.corrupted_states = [torch.cat([_states(output) for output in outputs]) for outputs in seen]
+        self.rest = [outputs[0][1:] if isinstance(outputs[0], tuple) else None for outputs in seen]
+        if None not in caches:
+            by_layer = zip(*caches, strict=True)
+            self.cached = [tuple(map(torch.cat, zip(*layer, strict=True))) for layer in by_layer]
+        return torch.cat(chances)
+
+    def restored(self, label: int, window: int, progress: Callable[[int, int], None] | None = None) -> Tensor:
+        """The label's mean probability with each cell restored `[tokens from the subject on, layers]`."""
+        samples, depth = len(self.noise), len(self.layers)
+        effects = torch.empty(len(self.ids) - self.first, depth, dtype=torch.float32, device="cpu")
+        done = 0
+        for token in range(self.first, len(self.ids)):
+            left = 0 if self.cached is None else token
+            batch = self._rows(len(self.ids) - left)
+            for layers in torch.arange(depth, device="cpu").split(max(1, batch // samples)):
+                chances = []
+                for rows in torch.arange(len(layers) * samples, device="cpu").split(batch):
+                    layer, copies = layers[rows // samples], rows % samples
+                    chances.append(self._chances(label, token, layer, copies, window, left))
+                    done += len(rows)
+                    if progress:
+                        progress(done // samples, effects.numel())
+                effects[token - self.first, layers] = torch.cat(chances).view(-1, samples).mean(-1)
+        return effects
+
+    def _chances(
+        self, label: int, token: int, layer: Tensor, copies: Tensor, window: int, left: int
+    ) -> Tensor:
+        """The label's probability in each of some rows, in one pass from token `left` on `[rows]`."""
+        # The first layer that each must run: those below give what they gave in the corrupted run.
+        start = layer + 1 if self.kind == "hidden" else (layer - window // 2).clamp(min=0)
+        with (
+            self._corrupting(copies, left),
+            self._entering(start, copies, left),
+            self._restoring(token, layer, start, window, left),
+        ):
+            inputs = self._cache(start, copies, left)
+            found, _ = next_token(self.model, self.ids[left:], len(copies), **inputs)
+        return found[:, label].cpu()
+
+    def _rows(self, tokens: int) -> int:
+        """How many rows of as many tokens share a pass."""
+        device = self.model.get_input_embeddings().weight.device.type
+        return self.batch or max(1, TOKENS.get(device, TOKENS["cpu"]) // tokens)
+
+    @contextmanager
+    def _corrupting(self, copies: Tensor, left: int) -> Iterator[None]:
+        """The noise of these copies, in a pass that begins with token `left`."""
+
+        def corrupt(_module, _inputs, output):
+            noised = output.clone()
+            noise = self.noise[copies, max(0, left - self.first) :].to(noised)
+            begin = max(0, self.first - left)
+            noised[:, begin : begin + noise.shape[1]] += noise
+            return noised
+
+        hook = self.model.get_input_embeddings().register_forward_hook(corrupt)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    @contextmanager
+    def _entering(self, start: Tensor, copies: Tensor, left: int) -> Iterator[None]:
+        """Every row begins with its layer `start`, which never falls: there it is appended to the batch."""
+        first, depth = int(start[0]), len(self.layers)
+        with ExitStack() as stack:
+            if first > 0:
+                states = self._corrupted_state(first, copies[start == first], left)
+                stack.enter_context(replaying(self.layers[:first], states, self.rest[first - 1]))
+            for number in range(first, depth):
+                rows = int((start <= number).sum())
+                if rows < len(start):
+                    heads = getattr(self.model.config.get_text_config(), "num_attention_heads", 1)
+                    hook = _narrowing(len(start), rows, heads)
+                    add = self.layers[number].register_forward_pre_hook
+                    stack.callback(add(hook, with_kwargs=True).remove)
+                    hook = _appending(self._corrupted_state(number + 1, copies[start == number + 1], left))
+                    stack.callback(self.layers[number].register_forward_hook(hook).remove)
+            yield
+
+    def _corrupted_state(self, layer: int, copies: Tensor, left: int) -> Tensor:
+        """What enters a layer in the corrupted run, from token `left` on."""
+        states = self.corrupted_states[layer - 1]
+        return states[copies.to(states.device), left:]
+
+    @contextmanager
+    def _restoring(self, token: int, layer: Tensor, start: Tensor, window: int, left: int) -> Iterator[None]:
+        """In every row, the clean outputs at a token of the modules in the window around its layer."""
+        below = layer - window // 2
+        with ExitStack() as stack:
+            for number in range(max(0, int(below.min())), min(len(self.modules), int(below.max()) + window)):
+                # A layer's output has the rows that begin after it.
+                entered = start <= (number + 1 if self.kind == "hidden" else number)
+                reached = ((below <= number) & (number < below + window))[entered]
+                hook = _graft(reached[:, None], token - left, self.clean_states[number][token])
+                stack.callback(self.modules[number].register_forward_hook(hook).remove)
+            yield
+
+    def _cache(self, start: Tensor, copies: Tensor, left: int) -> dict:
+        """The corrupted copies' keys and values of the tokens before `left`, as the model takes them."""
+        if left == 0:
+            return {}
+        from transformers import DynamicCache
+
+        cache = DynamicCache()
+        for number, tensors in enumerate(self.cached):
+            # The model asks its first layer, which may not run, how many tokens went before.
+            mine = copies[start <= max(number, int(start[0]))]
+            cache.update(*(tensor[mine.to(tensor.device), :, :left] for tensor in tensors), number)
+        return {"past_key_values": cache, "use_cache": True}
+
+
+def _narrowing(whole: int, rows: int, heads: int) -> Callable:
+    """A forward pre-hook: of what a layer is given for `whole` rows, that for the first `rows`."""
+
+    def narrow(given):
+        if isinstance(given, tuple):
+            return tuple(map(narrow, given))
+        if not isinstance(given, Tensor) or given.dim() < 2:
+            return given
+        # Some models (BLOOM) have one entry a row and head.
+        count = {whole: rows, whole * heads: rows * heads}.get(len(given))
+        return given if count is None else given[:count]
+
+    def hook(_module, arguments, keywords):
+        return narrow(arguments), {name: narrow(given) for name, given in keywords.items()}
+
+    return hook
+
+
+def _appending(entering: Tensor) -> Callable:
+    """A forward hook: more rows below those that came."""
+
+    def hook(_module, _inputs, output):
+        states = torch.cat([_states(output), entering.to(_states(output).device)])
+        return (states, *output[1:]) if isinstance(output, tuple) else states
+
+    return hook
+
+
+def _graft(rows: Tensor, token: int, clean: Tensor) -> Callable:
+    """A forward hook: `clean [width]` at a token, in the rows that `rows [rows, 1]` marks; else what came."""
+
+    def hook(_module, _inputs, output):
+        states = _states(output)
+        # Some models (OPT) flatten [rows, tokens, width] before their MLP.
+        grafted = states.reshape(len(rows), -1, states.shape[-1]).clone()
+        grafted[:, token] = torch.where(rows.to(grafted.device), clean, grafted[:, token])
+        grafted = grafted.view(states.shape)
+        return (grafted, *output[1:]) if isinstance(output, tuple) else grafted
+
+    return hook
+
+
+@contextmanager
+def _recording(module: nn.Module) -> Iterator[list]:
+    """Yield the list of what the module gives meanwhile."""
+    outputs: list = []
+    hook = module.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
+    try:
+        yield outputs
+    finally:
+        hook.remove()
+
+
+def _states(output: Tensor | tuple) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _modules(model: nn.Module, kind: str) -> list[nn.Module]:
+    """The module of each layer whose output is restored."""
+    layers = decoder_layers(model)[1]
+    if kind == "hidden":
+        return list(layers)
+    if kind == "mlp":
+        return [mlp_output(model, number) for number in range(len(layers))]
+    return [_attention(layer, number) for number, layer in enumerate(layers)]
+
+
+def _attention(block: nn.Module, number: int) -> nn.Module:
+    """What gives the attention of a layer: the child of that name with modules of its own, as no norm has."""
+    found = {
+        name: child
+        for name, child in block.named_children()
+        if any(word in f"{name} {type(child).__name__}".lower() for word in ("attn", "attention"))
+        and any(True for _ in child.children())
+    }
+    if len(found) != 1:
+        got = ", ".join(found) or "none"
+        raise EngramError(f"model: expected one attention module in layer {number}, got {got}")
+    (module,) = found.values()
+    if takes(module, "residual"):
+        # It adds what came before it (BLOOM): what attention itself gives is its last projection's output.
+        return [child for child in module.children() if getattr(child, "weight", None) is not None][-1]
+    return module
+
+
+def next_token(model: nn.Module, ids: list[int], rows: int, **inputs) -> tuple[Tensor, object]:
+    """The next token's probabilities after as many copies of a text `[rows, vocabulary]`, and the cache."""
+    device = model.get_input_embeddings().weight.device
+    inputs = {"use_cache": False, **inputs}
+    if takes(model, "logits_to_keep"):
+        inputs["logits_to_keep"] = 1
+    output = model(input_ids=torch.tensor([ids], device=device).expand(rows, -1), **inputs)
+    return output.logits[:, -1].float().softmax(-1), getattr(output, "past_key_values", None)

@@ -1,0 +1,49 @@
+"""The examples, on a small random model and a few rows."""
+
+import dataclasses
+import importlib.util
+import json
+from pathlib import Path
+
+import model_zoo
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.fixture
+def example(monkeypatch, tmp_path):
+    """`graft_sst2.py` with a small model, words that its tokenizer has, and few rows."""
+    pytest.importorskip("matplotlib", reason="pictures need matplotlib")
+    spec = importlib.util.spec_from_file_location("graft_sst2", EXAMPLES / "graft_sst2.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(__import__("sys").modules, "graft_sst2", module)
+    spec.loader.exec_module(module)
+    model = model_zoo.small_model()
+    monkeypatch.setattr(module, "DEVICE", "cpu")
+    monkeypatch.setattr(module, "load_model", lambda *_, **__: (model, model_zoo.byte_level_tokenizer()))
+    for name, words in (("SST2", "ab"), ("TREC", "abc")):
+        data = dataclasses.replace(getattr(module, name), words=tuple(words), shots=3)
+        monkeypatch.setattr(module, name, data)
+        for file in (data.train, data.test):
+            rows = [f"{i % len(words)} text number {i}, which is {words[i % len(words)]}" for i in range(24)]
+            (tmp_path / file).write_text("\n".join(rows) + "\n", encoding="latin-1")
+    monkeypatch.setenv("ENGRAM_DATA", str(tmp_path))
+    return module
+
+
+def test_graft_sst2(example, tmp_path, capsys):
+    out = tmp_path / "out"
+    example.main(seeds=2, sparsity=1e-3, curve=True, trec=True, rows=None, out=out)
+    said = capsys.readouterr().out
+    assert "seed 1: base" in said and "own graft" in said
+    results = json.loads((out / "stsa-0" / "results.json").read_text())
+    assert {f"{name} 0.001 on 24 rows" for name in ("learned", "largest changes", "random", "union")} <= set(
+        results
+    )
+    assert results["pre on 24 rows"]["count"] == 24
+    for picture in ("density.png", "curve.png"):
+        assert (out / picture).stat().st_size > 5000
+
+    example.main(seeds=2, sparsity=1e-3, curve=False, trec=False, rows=None, out=out)  # all is read
+    assert "seconds" not in capsys.readouterr().out

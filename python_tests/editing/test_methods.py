@@ -1,0 +1,341 @@
+"""Batches of edits: one layer or several, a ridge or none, conflicts, failures, earlier edits kept."""
+
+from functools import partial
+
+import pytest
+
+pytest.importorskip("transformers")
+
+import model_zoo
+import torch
+from editing_helpers import changed, small_editor, spy_on_values, weights
+
+from engram_kernels.covariance import Covariance
+from engram_kernels.editing import Edit
+from engram_kernels.editing import run as run_module
+from engram_kernels.editing.layout import encode_texts
+from engram_kernels.editing.operators import null_space, preserving
+from engram_kernels.editing.values import ValueOptions
+from engram_kernels.editing.writing import check_additive, subject_states
+from engram_kernels.errors import EngramError
+from engram_kernels.hf.projection import output_projection
+
+EDITS = [
+    Edit("The Eiffel Tower", "{} is located in the city of", "Rome"),
+    Edit("Colosseum", "the Colosseum is located in the city of", "Paris"),
+    Edit("Zürich", "I know that {} lies in", "Brazil"),
+]
+
+
+@pytest.fixture
+def make(cache):
+    return partial(
+        small_editor, cache_dir=cache, value=ValueOptions(steps=6, learning_rate=0.02, weight_decay=0.0)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+def test_memit_writes_its_layers_and_reverts_bit_for_bit(make, family, dtype):
+    editor = make(family, dtype)
+    before = weights(editor.model)
+    result = editor.edit(EDITS, layers=[0, 1, 2], method="memit", ridge=0.1)
+    assert sorted(changed(before, editor.model)) == sorted(f"{module}.weight" for module in result.modules)
+    assert [site.layer for site in result.sites] == [0, 1, 2]
+    assert [write.edits for write in result.writes] == [(0, 1, 2)] * 3
+    assert sum(r.probability_after > r.probability_before for r in result.records) >= 2
+    result.revert()
+    assert changed(before, editor.model) == []
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_memit_is_the_papers_algorithm(make, family, monkeypatch):
+    """Against MEMIT's own formula, layer after layer, in float64: an in×in solve of λC + KᵀK."""
+    editor, ridge, layers = make(family), 0.3, [0, 1, 2]
+    found = spy_on_values(monkeypatch)
+    before = weights(editor.model)
+    covariances = {layer: torch.linalg.inv(editor.covariance(layer).inverse()) for layer in layers}
+    result = editor.edit(EDITS, layers=layers, method="memit", ridge=ridge)
+    edited = weights(editor.model)
+    editor.model.load_state_dict(before)
+
+    values = {tuple(value.losses): value for value in found}
+    changes = torch.stack([values[tuple(r.losses)].change for r in result.records]).double()
+    texts = [encode_texts(editor.model, editor.tokenizer, edit, editor.prefixes()) for edit in EDITS]
+    last, share = output_projection(editor.model, layers[-1]), torch.tensor([0.5] + [0.125] * 4).double()
+    start = None
+    for number, layer in enumerate(layers):
+        projection = output_projection(editor.model, layer)
+        keys, hidden = (
+            torch.einsum("c,ecd->ed", share, states.double())
+            for states in subject_states(editor.model, projection, last, texts)
+        )
+        start = hidden if start is None else start
+        residual = (changes - (hidden - start)) / (len(layers) - number)
+        solved = torch.linalg.solve(ridge * covariances[layer] + keys.T @ keys, keys.T)
+        with torch.no_grad():
+            projection.matrix.add_((solved @ residual).T.float())
+    for name, tensor in editor.model.state_dict().items():
+        torch.testing.assert_close(tensor, edited[name], rtol=1e-4, atol=1e-5)
+    assert changed(before, editor.model)
+
+
+def test_subject_states_are_what_the_model_has_there(make):
+    editor = make("opt")
+    texts = [encode_texts(editor.model, editor.tokenizer, edit, editor.prefixes()) for edit in EDITS]
+    inner, last = output_projection(editor.model, 1), output_projection(editor.model, 2)
+    keys, hidden = subject_states(editor.model, inner, last, texts)
+    assert keys.shape == (3, 5, 64) and hidden.shape == (3, 5, 32)
+    with torch.no_grad():
+        for i, text in enumerate(texts):
+            for j, row in enumerate(text.rewriting):
+                seen = []
+                hook = inner.module.register_forward_pre_hook(lambda _m, x, seen=seen: seen.append(x[0]))
+                states = editor.model(torch.tensor([row.ids]), output_hidden_states=True).hidden_states
+                hook.remove()
+                torch.testing.assert_close(
+                    keys[i, j], seen[0].reshape(-1, 64)[row.subject], rtol=1e-4, atol=1e-5
+                )
+                torch.testing.assert_close(hidden[i, j], states[3][0, row.subject], rtol=1e-4, atol=1e-5)
+
+
+def test_one_layer_with_a_ridge_gives_up_a_little(make, monkeypatch):
+    """At the keys the answers move by (λI + G)⁻¹ G of what was wanted."""
+    found = spy_on_values(monkeypatch)
+    editor = make()
+    projection = output_projection(editor.model, 1)
+    before, inverse = projection.matrix.double().clone(), editor.covariance(1).inverse()
+    result = editor.edit(EDITS, layers=1, method="memit", ridge=2.0)
+    (write,) = result.writes
+    keys, wanted = write.keys.double(), write.changes.double()
+    gram = keys @ inverse @ keys.T
+    expected = gram @ torch.linalg.solve(gram + 2.0 * torch.eye(3).double(), wanted)
+    torch.testing.assert_close(keys @ (projection.matrix.double() - before).T, expected, rtol=1e-4, atol=1e-5)
+    assert len(found) == 3 and (expected.norm() < wanted.norm())
+
+
+def test_more_edits_than_dimensions_need_a_ridge(make):
+    edits = [Edit(f"Tower {chr(97 + i // 10)}{i % 10}", "{} is in", "Rome") for i in range(70)]
+    editor = make(value=ValueOptions(steps=2, learning_rate=0.02), contexts=())
+    before = weights(editor.model)
+    with pytest.raises(EngramError, match=r"^edits: expected at most 64 at once without a ridge, got 70$"):
+        editor.edit(edits, method="emmet")
+    assert changed(before, editor.model) == []
+    with editor.edit(edits, layers=1, method="memit", ridge=1.0) as result:
+        assert len(result) == 70 and changed(before, editor.model)
+    assert changed(before, editor.model) == []
+
+
+def test_batches_are_written_one_after_the_other(make):
+    together, apart = make(), make()
+    result = together.edit(EDITS, method="emmet", batch=2)
+    assert [write.edits for write in result.writes] == [(0, 1), (2,)]
+    apart.edit(EDITS[:2], method="emmet")
+    apart.edit(EDITS[2:], method="emmet")
+    assert changed(weights(together.model), apart.model) == []
+
+
+def test_alphaedit_leaves_the_answers_to_ordinary_keys(make):
+    editor = make()
+    inverse = editor.covariance(1).inverse()
+    values, vectors = torch.linalg.eigh(inverse)
+    moments = 1 / values
+    threshold = float(moments.median() / moments.mean())
+    projection = output_projection(editor.model, 1)
+    before = projection.matrix.double().clone()
+    result = editor.edit(EDITS, layers=1, method="alphaedit", ridge=0.1, null_space=threshold)
+    update = projection.matrix.double() - before
+    ordinary = vectors[:, moments > threshold * moments.mean()]
+    assert 0 < ordinary.shape[1] < 64
+    assert (update @ ordinary).norm() <= 1e-5 * update.norm()
+    assert any(r.probability_after > r.probability_before for r in result.records)
+
+
+def test_preserve_holds_the_answers_to_earlier_keys(make):
+    drift = {}
+    for preserve in (False, 1000.0):
+        editor = make()
+        projection = output_projection(editor.model, 1)
+        result = editor.edit(EDITS, layers=1, batch=1, preserve=preserve)
+        final = projection.matrix.double().clone()
+        result.revert()
+        # What the first two writes made of the first key, and what the third left of it.
+        key, wanted = result.writes[0].keys[0].double(), result.writes[0].changes[0].double()
+        answer = key @ (final - projection.matrix.double()).T
+        drift[preserve] = float((answer - wanted).norm() / wanted.norm())
+    assert drift[1000.0] < 0.02 < drift[False]
+
+
+def test_preserve_is_memits_objective(make):
+    """`preserve=True` weighs an earlier key by 1/λ: the update is the solution with K₀ among the keys."""
+    editor, ridge = make(), 0.5
+    first, second = (editor.edit(EDITS, layers=1, method="memit", ridge=ridge, batch=2, preserve=True)).writes
+    covariance = torch.linalg.inv(editor.covariance(1).inverse())
+    old, new = first.keys.double(), second.keys.double()
+    system = ridge * covariance + old.T @ old + new.T @ new
+    expected = torch.linalg.solve(system, new.T @ second.changes.double()).T
+    torch.testing.assert_close(second.left.double() @ second.right.double(), expected, rtol=1e-3, atol=1e-6)
+
+
+def test_alphaedit_holds_earlier_batches_by_itself(make):
+    """Fang et al. 2024: the keys of earlier batches are in the system, as in the published code."""
+    editor, ridge = make(), 0.5
+    covariance = editor.covariance(1)
+    moments = torch.linalg.eigvalsh(torch.linalg.inv(covariance.inverse()))
+    threshold = float(moments.median() / moments.mean())
+    options = {"layers": 1, "method": "alphaedit", "ridge": ridge, "batch": 2, "null_space": threshold}
+    first, second = editor.edit(EDITS, **options).writes
+    projection = null_space(covariance, threshold)
+    old, new = first.keys.double(), second.keys.double()
+    system = projection @ (old.T @ old + new.T @ new) + ridge * torch.eye(64).double()
+    expected = torch.linalg.solve(system, projection @ new.T @ second.changes.double()).T
+    torch.testing.assert_close(second.left.double() @ second.right.double(), expected, rtol=1e-3, atol=1e-6)
+
+
+def test_preserving_operator():
+    generator = torch.Generator().manual_seed(0)
+    factor = torch.randn(12, 12, generator=generator, dtype=torch.float64)
+    covariance, keys = factor @ factor.T, torch.randn(3, 12, generator=generator, dtype=torch.float64)
+    expected = torch.linalg.inv(covariance + 7.0 * keys.T @ keys)
+    actual = preserving(torch.linalg.inv(covariance), keys, 7.0)
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(actual, actual.T)
+
+
+def test_null_space_operator():
+    generator = torch.Generator().manual_seed(0)
+    basis, _ = torch.linalg.qr(torch.randn(6, 6, generator=generator, dtype=torch.float64))
+    moments = torch.tensor([1e-4, 1e-3, 0.1, 1.0, 2.0, 3.0]).double()
+    inverse = basis @ torch.diag(1 / moments) @ basis.T
+    covariance = Covariance.from_second_moment(torch.linalg.inv(inverse), 1)
+    projection = null_space(covariance, 0.01)
+    torch.testing.assert_close(projection, basis[:, :2] @ basis[:, :2].T)
+    assert null_space(covariance, 0.01) is projection
+    for threshold in (1e-9, 1e9):
+        with pytest.raises(EngramError, match=r"^null_space: expected a threshold between .*, got "):
+            null_space(covariance, threshold)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "granite"])
+def test_layers_that_do_not_add_up_are_refused(make, family):
+    """A norm behind the MLP, or a factor: parts of a change do not sum to it."""
+    editor = make(family)
+    if family == "granite":
+        for layer in editor.model.model.layers:
+            layer.residual_multiplier = 0.5
+    before = weights(editor.model)
+    with pytest.raises(EngramError, match=r"^layers: expected one layer for this model.*, got several$"):
+        editor.edit(EDITS, layers=[1, 2], method="memit")
+    assert changed(before, editor.model) == []
+    with editor.edit(EDITS, layers=1, method="memit", ridge=0.1):
+        assert changed(before, editor.model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", model_zoo.FAMILIES)
+def test_layers_that_add_up_are_taken(make, family, dtype):
+    editor = make(family, dtype)
+    text = encode_texts(editor.model, editor.tokenizer, EDITS[0], [])
+    check_additive(editor.model, output_projection(editor.model, 2), text)
+
+
+CONFLICTING = [EDITS[0], EDITS[2], Edit("The Eiffel Tower", "{} is located in the city of", "Paris")]
+
+
+def test_conflicts_are_refused_or_the_last_wins(make):
+    editor = make()
+    before = weights(editor.model)
+    with pytest.raises(EngramError, match=r"^edits: expected texts that differ up to the end of the subject"):
+        editor.edit(CONFLICTING, method="emmet")
+    assert changed(before, editor.model) == []
+    result = editor.edit(CONFLICTING, method="emmet", conflicts="last")
+    assert [r.edit for r in result.records] == CONFLICTING[1:]
+    (skipped,) = result.skipped
+    assert (skipped.number, skipped.edit) == (0, CONFLICTING[0]) and "later edit" in skipped.reason
+    only = make()
+    only.edit(CONFLICTING[1:], method="emmet")
+    assert changed(weights(only.model), editor.model) == []
+
+
+def test_in_sequence_the_last_of_two_conflicting_edits_holds(make):
+    editor = make(value=ValueOptions(steps=20, learning_rate=0.05, weight_decay=0.0))
+    for preserve in (False, True):
+        with editor.edit([CONFLICTING[0], CONFLICTING[2]], preserve=preserve) as result:
+            _, second = result.writes
+            update = second.left @ second.right
+            torch.testing.assert_close(second.keys @ update.T, second.changes, rtol=1e-3, atol=1e-4)
+            assert result.records[1].probability_after > result.records[1].probability_before
+
+
+def test_edits_that_fail_are_skipped_and_listed(make, monkeypatch):
+    edits = [EDITS[0], Edit("Rome", "{}" + " is in" * 200, "Italy"), EDITS[1], EDITS[2]]
+    editor = make()
+    whole = run_module.find_values
+
+    def failing(model, projection, texts, *rest):
+        values = whole(model, projection, texts, *rest)
+        for i, text in enumerate(texts):
+            if text.edit is EDITS[1]:
+                values[i] = EngramError("model: expected a finite loss, got nan")
+        return values
+
+    monkeypatch.setattr(run_module, "find_values", failing)
+    before = weights(editor.model)
+    with pytest.raises(EngramError, match=r"^prompt: expected at most"):
+        editor.edit(edits, method="emmet")
+    with pytest.raises(EngramError, match=r"^model: expected a finite loss"):
+        editor.edit([EDITS[0], EDITS[1]], method="emmet")
+    assert changed(before, editor.model) == []
+    result = editor.edit(edits, method="emmet", failures="skip")
+    assert [r.edit for r in result.records] == [EDITS[0], EDITS[2]]
+    assert [(s.number, s.reason.split(":")[0]) for s in result.skipped] == [(1, "prompt"), (2, "model")]
+    monkeypatch.setattr(run_module, "find_values", whole)
+    only = make()
+    only.edit([EDITS[0], EDITS[2]], method="emmet")
+    for name, tensor in only.model.state_dict().items():
+        torch.testing.assert_close(tensor, editor.model.state_dict()[name], rtol=1e-5, atol=1e-5)
+
+
+def test_an_edit_whose_write_fails_is_skipped_in_a_sequence(make, monkeypatch, tmp_path):
+    editor, only, whole = make(), make(), run_module.write_values
+
+    def failing(model, projections, texts, *rest):
+        writes = whole(model, projections, texts, *rest)
+        if texts[0].edit is EDITS[1]:
+            raise EngramError("edits: expected weights in the range of torch.float32, got infinity")
+        return writes
+
+    monkeypatch.setattr(run_module, "write_values", failing)
+    before = weights(editor.model)
+    with pytest.raises(EngramError, match="got infinity"):
+        editor.edit(EDITS)
+    assert changed(before, editor.model) == []
+    for _ in range(2):
+        with editor.edit(EDITS, failures="skip", directory=tmp_path / "run") as result:
+            assert [r.edit for r in result.records] == [EDITS[0], EDITS[2]]
+            assert [(s.number, s.edit) for s in result.skipped] == [(1, EDITS[1])]
+            edited = weights(editor.model)
+        assert changed(before, editor.model) == []
+    only.edit([EDITS[0], EDITS[2]])
+    assert changed(edited, only.model) == []
+
+
+def test_nothing_left_to_edit(make):
+    editor = make()
+    before = weights(editor.model)
+    with pytest.raises(
+        EngramError, match=r"^edits: expected at least one that can be made, got 1 that cannot"
+    ):
+        editor.edit(Edit("Rome", "{}" + " is in" * 200, "Italy"), failures="skip")
+    assert changed(before, editor.model) == []
+
+
+def test_original_rome_has_one_layer(make):
+    for arguments in ({"layers": [1, 2], "ridge": 0}, {"layers": 1, "ridge": 0.5}):
+        with pytest.raises(ValueError, match=r"^consistent_key: expected True for several layers or a ridge"):
+            make(consistent_key=False).edit(EDITS, method="memit", **arguments)
+
+
+def test_default_layers_of_a_shallow_model(make):
+    assert make().layers("memit") == (0, 1, 2, 3)
+    assert make().layers() == (1,)

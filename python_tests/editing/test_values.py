@@ -1,0 +1,344 @@
+"""The values that the incremental optimiser finds are those of a plain loop over whole texts."""
+
+import copy
+import dataclasses
+import os
+
+import pytest
+
+pytest.importorskip("transformers")
+
+import model_zoo
+import torch
+
+from engram_kernels.editing import Edit, forward, values
+from engram_kernels.editing.layout import Layout, encode_texts
+from engram_kernels.editing.values import ValueOptions, find_values, target_log_probabilities, value_groups
+from engram_kernels.errors import EngramError
+from engram_kernels.hf.forward import grouped_queries
+from engram_kernels.hf.projection import output_projection
+
+EDITS = [
+    Edit("The Eiffel Tower", "{} is located in the city of", "Rome"),
+    Edit("Colosseum", "the Colosseum is located in the city of", "Paris"),
+    Edit("Zürich", "I know that {} lies in", "Brazil and Japan"),
+]
+PREFIXES = ["The towers are here", "Therefore I think that you know", "maps"]
+OPTIONS = ValueOptions(steps=12, learning_rate=0.05, stop_loss=0.0, weight_decay=0.01)
+WEIGHTS = torch.tensor([0.4, 0.3, 0.2, 0.1])
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return model_zoo.byte_level_tokenizer()
+
+
+def texts_of(model, tokenizer, edits=EDITS):
+    return [encode_texts(model, tokenizer, edit, PREFIXES) for edit in edits]
+
+
+def plain_loop(model, projection, text, options):
+    """One edit at a time, every text whole and by itself, every layer, every logit: as upstream does."""
+    delta = torch.zeros(projection.matrix.shape[0], requires_grad=True)
+    subject, start, losses, unedited = [0], None, [], None
+
+    def add(_module, _inputs, output):
+        nonlocal start
+        shape = output.shape
+        output = output.reshape(-1, shape[-1]).clone()
+        if start is None:
+            start = output[subject[0]].detach().clone()
+        output[subject[0]] = output[subject[0]] + delta
+        return output.view(shape)
+
+    optimizer = torch.optim.Adam([delta], lr=options.learning_rate)
+    hook = projection.module.register_forward_hook(add)
+    for step in range(options.steps):
+        nll = 0.0
+        for row in text.rewriting:
+            subject[0] = row.subject
+            predictions = model(torch.tensor([row.ids])).logits[0].log_softmax(-1)
+            chosen = [predictions[i - 1, row.ids[i]] for i in range(row.target, len(row.ids))]
+            nll = nll - torch.stack(chosen).mean() / len(text.rewriting)
+        subject[0] = text.essence.subject
+        essence = model(torch.tensor([text.essence.ids])).logits[0, -1].log_softmax(-1)
+        unedited = essence.detach() if unedited is None else unedited
+        kl = (essence.exp() * (essence - unedited)).sum()
+        loss = nll + options.kl_weight * kl + options.weight_decay * delta.norm() / start.norm() ** 2
+        losses.append(loss.item())
+        if loss < options.stop_loss or step == options.steps - 1:
+            break
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        with torch.no_grad():
+            delta *= min(1.0, options.clamp * start.norm() / delta.norm())
+    hook.remove()
+    return delta.detach(), losses
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+@pytest.mark.parametrize("family", [*model_zoo.FAMILIES, "granite", "bloom", "falcon", "gemma2", "gptj"])
+def test_incremental_values_are_the_plain_loops(family, layer, tokenizer):
+    model = model_zoo.small_model(family)
+    projection = output_projection(model, layer)
+    texts = texts_of(model, tokenizer)
+    found = find_values(model, projection, texts, WEIGHTS, OPTIONS)
+    for text, value in zip(texts, found, strict=True):
+        delta, losses = plain_loop(model, projection, text, OPTIONS)
+        torch.testing.assert_close(torch.tensor(value.losses), torch.tensor(losses), rtol=1e-4, atol=1e-5)
+        assert (value.change - delta).norm() <= 1e-4 * delta.norm()
+        # Whether a random model can be brought to say it or not, the value moves and counts.
+        assert max(losses) - min(losses) > 1e-4 and delta.norm() > 0.01
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gpt_neox"])
+def test_no_whole_pass_after_the_first(family, tokenizer, monkeypatch):
+    """The figures above would also hold if recorded states were never used."""
+
+    def refuse(*_):
+        raise AssertionError("a whole pass")
+
+    monkeypatch.setattr(forward, "full_logits", refuse)
+    model = model_zoo.small_model(family)
+    seen = []
+    below = forward.decoder_layers(model)[1][0].register_forward_hook(
+        lambda *arguments: seen.append(arguments[2])
+    )
+    find_values(model, output_projection(model, 2), texts_of(model, tokenizer), WEIGHTS, OPTIONS)
+    below.remove()
+    states = [output[0] if isinstance(output, tuple) else output for output in seen]
+    # The prefixes, the rest of what stands left of the subjects, and the tokens from there on are read once.
+    prefixes, rest, recorded = states[:3]
+    assert len(prefixes) == len(WEIGHTS) + 1
+    assert len(rest) == len(recorded) == len(EDITS) * len(prefixes)
+    # The stub's hook still fires, with the recorded states; two texts are held against whole passes.
+    replayed = [state for state in states if state is states[3]]
+    others = [state for state in states[3:] if state is not states[3]]
+    assert len(replayed) == OPTIONS.steps
+    assert [len(state) for state in others] == [1, 1]
+
+
+@pytest.mark.parametrize("incremental", [True, False])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_together_is_one_by_one(family, incremental, tokenizer):
+    """Also when the edits end at different steps and leave the batch."""
+    model = model_zoo.small_model(family)
+    projection = output_projection(model, 1)
+    texts = texts_of(model, tokenizer)
+    options = dataclasses.replace(OPTIONS, incremental=incremental, steps=15)
+    start = [find_values(model, projection, [text], WEIGHTS, options)[0].losses for text in texts]
+    options = dataclasses.replace(options, stop_loss=sorted(losses[8] for losses in start)[1])
+    alone = [find_values(model, projection, [text], WEIGHTS, options)[0] for text in texts]
+    together = find_values(model, projection, texts, WEIGHTS, options)
+    assert len({len(value.losses) for value in alone}) > 1
+    for one, other in zip(alone, together, strict=True):
+        assert len(one.losses) == len(other.losses)
+        torch.testing.assert_close(torch.tensor(one.losses), torch.tensor(other.losses), rtol=1e-4, atol=1e-5)
+        assert (one.change - other.change).norm() <= 1e-4 * one.change.norm()
+        torch.testing.assert_close(one.key, other.key, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(one.bare_key, other.bare_key, rtol=1e-4, atol=1e-5)
+
+
+def test_keys_are_the_projections_inputs(tokenizer):
+    model = model_zoo.small_model("opt")
+    projection = output_projection(model, 1)
+    (text,) = texts_of(model, tokenizer, EDITS[2:])
+    (value,) = find_values(model, projection, [text], WEIGHTS, OPTIONS)
+    keys = []
+    hook = projection.module.register_forward_pre_hook(lambda _module, inputs: keys.append(inputs[0]))
+    with torch.no_grad():
+        for row in text.rewriting:
+            model(torch.tensor([row.ids]))
+    hook.remove()
+    keys = torch.stack(
+        [key.reshape(-1, key.shape[-1])[row.subject] for key, row in zip(keys, text.rewriting, strict=True)]
+    )
+    torch.testing.assert_close(value.bare_key, keys[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(value.key, WEIGHTS @ keys, rtol=1e-4, atol=1e-5)
+    assert value.initial_norm == pytest.approx(projection.module(keys[0]).norm().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_half_precision(family, dtype, tokenizer):
+    """As far as the type goes: the incremental loop is as near to float32 as the whole one."""
+    model = model_zoo.small_model(family)
+    projection = output_projection(model, 1)
+    options = dataclasses.replace(OPTIONS, steps=5, widen=False)
+    texts = texts_of(model, tokenizer)
+    exact = find_values(model, projection, texts, WEIGHTS, options)
+    half = copy.deepcopy(model).to(dtype)
+    projection = output_projection(half, 1)
+    error = {}
+    for incremental in (True, False):
+        options = dataclasses.replace(options, incremental=incremental)
+        found = find_values(half, projection, texts, WEIGHTS, options)
+        assert all(value.change.dtype == value.key.dtype == torch.float32 for value in found)
+        error[incremental] = sum(
+            (torch.tensor(a.losses) - torch.tensor(b.losses)).abs().sum().item()
+            for a, b in zip(found, exact, strict=True)
+        )
+    assert error[True] <= 2 * error[False] + 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_widened_weights_are_those_of_a_float32_model_and_come_back(dtype, tokenizer, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    half = model_zoo.small_model(dtype=dtype)
+    wide = copy.deepcopy(half).float()
+    before = {name: (p.data_ptr(), p._version, p.clone()) for name, p in half.named_parameters()}
+    texts = texts_of(half, tokenizer)
+    found = find_values(half, output_projection(half, 1), texts, WEIGHTS, OPTIONS)
+    expected = find_values(wide, output_projection(wide, 1), texts, WEIGHTS, OPTIONS)
+    assert all(torch.equal(a.change, b.change) for a, b in zip(found, expected, strict=True))
+    for name, parameter in half.named_parameters():
+        pointer, version, value = before[name]
+        assert (parameter.data_ptr(), parameter._version) == (pointer, version)
+        assert parameter.dtype == dtype and torch.equal(parameter, value)
+
+
+def test_a_model_that_the_stubs_do_not_fit_is_run_whole(tokenizer):
+    """A layer that looks at all tokens at once: recorded states give other predictions, which is seen."""
+    model = model_zoo.small_model("llama")
+    texts = texts_of(model, tokenizer)
+    projection = output_projection(model, 1)
+
+    def centre(_module, _inputs, output):
+        return output - 0.5 * output.mean(1, keepdim=True)
+
+    hook = model.model.layers[3].mlp.register_forward_hook(centre)
+    with pytest.warns(UserWarning, match="predicts otherwise from recorded states"):
+        found = find_values(model, projection, texts, WEIGHTS, OPTIONS)
+    whole = find_values(model, projection, texts, WEIGHTS, dataclasses.replace(OPTIONS, incremental=False))
+    hook.remove()
+    assert all(torch.equal(a.change, b.change) for a, b in zip(found, whole, strict=True))
+
+
+def test_a_model_without_keys_and_values_is_run_whole(tokenizer, monkeypatch):
+    """As one with convolutions or a state: it asks the cache for what it has not, or leaves it empty."""
+    model = model_zoo.small_model("llama")
+    texts, projection = texts_of(model, tokenizer), output_projection(model, 1)
+    options = dataclasses.replace(OPTIONS, incremental=False)
+    whole = find_values(model, projection, texts, WEIGHTS, options)
+    plain = model.forward
+
+    def broken(*arguments, past_key_values=None, use_cache=False, **keywords):
+        if past_key_values is not None:
+            raise IndexError("list index out of range")
+        return plain(*arguments, use_cache=False, **keywords)
+
+    def empty(*arguments, past_key_values=None, use_cache=False, **keywords):
+        return plain(*arguments, use_cache=False, **keywords)
+
+    for forward_without_cache in (broken, empty):
+        monkeypatch.setattr(model, "forward", forward_without_cache)
+        with pytest.warns(UserWarning, match="LlamaForCausalLM cannot start from recorded states"):
+            found = find_values(model, projection, texts, WEIGHTS, OPTIONS)
+        assert all(torch.equal(a.change, b.change) for a, b in zip(found, whole, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_default_dtype_makes_no_difference(tokenizer, dtype):
+    model = model_zoo.small_model("llama")
+    texts, projection = texts_of(model, tokenizer), output_projection(model, 1)
+    expected = find_values(model, projection, texts, WEIGHTS, OPTIONS)
+    before = target_log_probabilities(model, texts)
+    torch.set_default_dtype(dtype)
+    try:
+        found = find_values(model, projection, texts, WEIGHTS, OPTIONS)
+        assert target_log_probabilities(model, texts) == before
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(a.change, b.change) for a, b in zip(found, expected, strict=True))
+
+
+def test_one_edit_without_a_finite_loss_does_not_touch_the_others(tokenizer, monkeypatch):
+    model = model_zoo.small_model("llama")
+    projection = output_projection(model, 1)
+    texts = texts_of(model, tokenizer)
+    expected = find_values(model, projection, texts, WEIGHTS, OPTIONS)
+    losses = values._Predictions.losses
+
+    def spoilt(self, delta):
+        nll, kl = losses(self, delta)
+        at = [i for i, text in enumerate(self.layout.texts) if text.edit is EDITS[1]]
+        return nll.index_fill(0, torch.tensor(at, dtype=torch.long), float("nan")), kl
+
+    monkeypatch.setattr(values._Predictions, "losses", spoilt)
+    found = find_values(model, projection, texts, WEIGHTS, OPTIONS)
+    assert isinstance(found[1], EngramError) and "the Colosseum is located" in str(found[1])
+    for i in (0, 2):
+        assert (found[i].change - expected[i].change).norm() <= 1e-4 * expected[i].change.norm()
+
+
+def test_groups_hold_texts_of_like_length(tokenizer):
+    model = model_zoo.small_model()
+    texts = texts_of(model, tokenizer)
+    device = torch.device("cpu")
+    groups = value_groups(texts, dataclasses.replace(OPTIONS, batch=2), device)
+    assert sorted(i for group in groups for i in group) == [0, 1, 2]
+    assert [len(group) for group in groups] == [2, 1]
+    spans = [texts[i].span for group in groups for i in group]
+    assert spans == sorted(spans)
+
+
+def test_layout_reads_every_target_token_once(tokenizer):
+    model = model_zoo.small_model()
+    texts = texts_of(model, tokenizer)
+    layout = Layout(texts, torch.device("cpu"))
+    for place, label in enumerate(layout.labels.tolist()):
+        row = layout.rows[layout.place_rows[place]]
+        assert row.ids[layout.place_positions[place] + 1] == label
+    for number, text in enumerate(texts):
+        mine = layout.place_owner == number
+        assert layout.shares[mine].sum().item() == pytest.approx(1.0)
+        assert int(mine.sum()) == sum(len(row.ids) - row.target for row in text.rewriting)
+        assert layout.rows[layout.bare[number]].ids == text.rewriting[0].ids
+
+
+def test_target_log_probabilities(tokenizer):
+    model = model_zoo.small_model("gpt2")
+    texts = texts_of(model, tokenizer)
+    expected = []
+    with torch.no_grad():
+        for text in texts:
+            row = text.rewriting[0]
+            predictions = model(torch.tensor([row.ids])).logits[0].log_softmax(-1)
+            expected.append(
+                sum(predictions[i - 1, row.ids[i]].item() for i in range(row.target, len(row.ids)))
+            )
+    assert target_log_probabilities(model, texts, rows=2) == pytest.approx(expected, abs=1e-4)
+
+
+def test_gradients_flags_and_hooks_are_as_before(tokenizer):
+    model = model_zoo.small_model()
+    model.lm_head.requires_grad_(False)
+    before = [parameter.requires_grad for parameter in model.parameters()]
+    forwards = [module.__dict__.get("forward") for module in model.modules()]
+
+    def stop(_steps):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        find_values(model, output_projection(model, 2), texts_of(model, tokenizer), WEIGHTS, OPTIONS, stop)
+    assert [parameter.requires_grad for parameter in model.parameters()] == before
+    assert [module.__dict__.get("forward") for module in model.modules()] == forwards
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_grouped_queries_leave_the_environment_as_it_was(monkeypatch):
+    """Also where one thread goes in while another is within, and where the user has set the variable."""
+    cpu, name = torch.device("cpu"), "TRANSFORMERS_SDPA_FORCE_GQA"
+    monkeypatch.delenv(name, raising=False)
+    first, second = grouped_queries(cpu), grouped_queries(cpu)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert os.environ[name] == "1"
+    second.__exit__(None, None, None)
+    assert name not in os.environ
+    monkeypatch.setenv(name, "0")
+    with grouped_queries(cpu):
+        assert os.environ[name] == "0"
+    assert os.environ[name] == "0"

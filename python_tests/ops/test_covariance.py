@@ -1,0 +1,109 @@
+"""The covariance: solves, inverse, condition, files, and what it refuses."""
+
+import os
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from test_low_rank import covariance_of, error
+
+import engram_kernels as ek
+
+
+@pytest.mark.parametrize("condition", [1.0, 1e4, 1e8])
+def test_solve_and_inverse(condition):
+    covariance = covariance_of(65, condition)
+    given = ek.Covariance.from_second_moment(covariance * 500, 500)
+    keys = torch.randn(9, 65, dtype=torch.float64)
+    exact = torch.linalg.solve(covariance, keys.T).T
+    assert error(given.solve(keys), exact) < 1e-14 * max(condition, 10)
+    assert error(given.inverse() @ covariance, torch.eye(65)) < 1e-14 * max(condition, 10)
+    assert given.solve(keys.bfloat16()).dtype == torch.bfloat16
+    assert condition * 0.8 <= given.condition <= condition * 1.001
+    assert given.dim == 65 and given.count == 500
+
+
+def test_ridge_is_relative_to_the_mean_of_the_diagonal():
+    moment = torch.diag(torch.tensor([1.0, 2.0, 3.0]))
+    given = ek.Covariance.from_second_moment(moment, 10, ridge=0.5)
+    assert error(given.inverse(), torch.diag(1 / torch.tensor([0.2, 0.3, 0.4], dtype=torch.float64))) < 1e-7
+
+
+def test_singular_moment_says_what_would_do():
+    inputs = torch.randn(20, 50)
+    moment = ek.second_moment_(torch.zeros(50, 50, dtype=torch.float64), inputs)
+    with pytest.raises(
+        ek.EngramError, match=r"20 samples for 50 dimensions.*ridge of 1e-06 or more"
+    ) as caught:
+        ek.Covariance.from_second_moment(moment, 20)
+    assert "\n" not in str(caught.value)
+    ek.Covariance.from_second_moment(moment, 20, ridge=1e-6)
+
+
+def test_a_moment_summed_in_fp32_is_singular_to_fp32():
+    for seed in range(20):
+        inputs = torch.randn(500, 64, generator=torch.Generator().manual_seed(seed))
+        inputs[:, 7] = inputs[:, 3] - inputs[:, 5]
+        moment = ek.second_moment_(torch.zeros(64, 64), inputs)
+        with pytest.raises(ek.EngramError, match="singular"):
+            ek.Covariance.from_second_moment(moment, 500)
+
+
+@pytest.mark.parametrize("diagonal", [[-1.0, -1.0, -1.0], [1.0, -2.0, 1.0], [1.0, 1.0, -1.0]])
+def test_a_moment_that_is_not_positive_definite(diagonal):
+    """LAPACK leaves the pivot that failed as it is, and its square looks sound."""
+    with pytest.raises(ek.EngramError, match="moment: expected a positive definite matrix"):
+        ek.Covariance.from_second_moment(torch.diag(torch.tensor(diagonal)), 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"moment": torch.ones(3, 4)}, "moment: "),
+        ({"moment": torch.full((3, 3), float("nan"))}, "moment: expected finite"),
+        ({"count": 0}, "count: "),
+        ({"ridge": -0.1}, "ridge: "),
+    ],
+)
+def test_bad_moment(change, message):
+    with pytest.raises(ValueError, match=message):
+        ek.Covariance.from_second_moment(**{"moment": torch.eye(3), "count": 1, **change})
+
+
+def test_bad_keys():
+    given = ek.Covariance.from_second_moment(torch.eye(3), 1)
+    with pytest.raises(ValueError, match="keys: expected 3 columns"):
+        given.solve(torch.ones(2, 4))
+    with pytest.raises(TypeError, match="keys: "):
+        given.solve(torch.ones(2, 3, dtype=torch.int32))
+
+
+def test_file_round_trip(tmp_path):
+    given = ek.Covariance.from_second_moment(covariance_of(8, 10.0), 7, ridge=0.25)
+    path = tmp_path / "covariance.safetensors"
+    given.save(path)
+    loaded = ek.Covariance.load(path)
+    assert torch.equal(loaded.inverse(), given.inverse())
+    assert loaded.condition == pytest.approx(given.condition)
+    assert (loaded.count, loaded.ridge) == (7, 0.25)
+    assert os.listdir(tmp_path) == [path.name]
+
+
+def test_bad_files(tmp_path):
+    with pytest.raises(FileNotFoundError, match="path: "):
+        ek.Covariance.load(tmp_path / "none")
+    (tmp_path / "broken").write_bytes(b"not safetensors")
+    with pytest.raises(ek.EngramError, match="path: "):
+        ek.Covariance.load(tmp_path / "broken")
+    tensors = {"inverse": torch.eye(3), "largest": torch.ones(1)}
+    for number, count in enumerate(({}, {"count": "many"})):
+        path = tmp_path / f"incomplete {number}"
+        save_file(tensors, path, {"format": "engram_kernels.covariance", "ridge": "0.0", **count})
+        with pytest.raises(ek.EngramError, match=r"path: expected a covariance file, got .*incomplete"):
+            ek.Covariance.load(path)
+    given = ek.Covariance.from_second_moment(torch.eye(3), 1)
+    given.save(tmp_path / "sound")
+    with pytest.raises(ValueError, match="device: expected one that torch knows, got 'abacus'"):
+        ek.Covariance.load(tmp_path / "sound", device="abacus")
+    with pytest.raises(OSError):
+        given.save(tmp_path / "no such folder" / "file")

@@ -1,0 +1,62 @@
+"""Every kernel in a CUDA graph: captured over zeros, replayed on data, and equal to the call itself."""
+
+import pytest
+import test_graft
+import test_low_rank
+import test_memory
+import torch
+from conftest import devices_of
+
+import engram_kernels as ek
+from engram_kernels._ops import OPERATORS, ops
+from engram_kernels.backends import explain
+
+FAMILIES = (test_low_rank, test_graft, test_memory)
+# None where torch sees no GPU: then nothing here is run.
+CASES = [
+    (backend, name) for backend in ("triton", "cuda") if "cuda" in devices_of(backend) for name in OPERATORS
+]
+
+
+def each(function, value):
+    """Apply a function to every tensor of an argument or a result."""
+    if isinstance(value, (list, tuple)):
+        return type(value)(each(function, part) for part in value)
+    return function(value) if isinstance(value, torch.Tensor) else value
+
+
+def tensors(value) -> list[torch.Tensor]:
+    found = []
+    each(found.append, value)
+    return found
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("backend", "name"), CASES)
+def test_a_graph_computes_what_the_call_does(backend, name):
+    (given,) = (calls[name] for family in FAMILIES if name in (calls := family.operator_calls()))
+    given = each(lambda tensor: tensor.cuda(), given)
+    operator = getattr(ops, name)
+    with ek.use_backend(backend):
+        if explain(name, "cuda", given)[0] != (backend, None):
+            pytest.skip(f"{backend} has no kernel for these arguments")
+        called = each(torch.clone, given)
+        expected = operator(*called)
+        captured = each(torch.clone, given)
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            operator(*each(torch.clone, given))  # libraries allocate at their first call on a stream
+        torch.cuda.current_stream().wait_stream(aside)
+        for tensor in tensors(captured):
+            tensor.zero_()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=aside):
+            result = operator(*captured)
+        assert not any(tensor.any() for tensor in tensors(captured)), "the capture itself has run"
+        for mine, data in zip(tensors(captured), tensors(given), strict=True):
+            mine.copy_(data)
+        graph.replay()
+        torch.cuda.synchronize()
+    torch.testing.assert_close(tensors(result), tensors(expected))
+    torch.testing.assert_close(tensors(captured), tensors(called))

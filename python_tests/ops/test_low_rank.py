@@ -1,0 +1,439 @@
+"""The associative write on every backend that exists here, against fp64.
+
+The rule of every comparison: an error of at most twice that of the eager formula in the same type, both
+against fp64. No tolerance is tuned.
+"""
+
+import functools
+
+import numpy as np
+import oracle
+import pytest
+import torch
+
+import engram_kernels as ek
+from engram_kernels._ops import compute_dtype, ops
+from engram_kernels.backends import forced
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+MODES = ["joint", "sequential", "independent"]
+
+
+def wide(tensor) -> np.ndarray:
+    """A tensor as an extended-precision array: the truth must have more digits than fp64 results."""
+    return np.asarray(
+        torch.as_tensor(tensor).double().cpu() if torch.is_tensor(tensor) else tensor, np.longdouble
+    )
+
+
+def error(got, truth) -> float:
+    """‖got − truth‖ / ‖truth‖."""
+    got, truth = wide(got.detach()), wide(truth)
+    assert got.shape == truth.shape and np.isfinite(got).all()
+    scale = np.sqrt((truth**2).sum())
+    return float(np.sqrt(((got - truth) ** 2).sum()) / (scale if scale > 0 else 1))
+
+
+def rounding(dtype: torch.dtype, terms: int) -> float:
+    """What two libraries' orders of summing so many terms may differ by: a random walk of their roundings."""
+    return torch.finfo(dtype).eps * max(1, terms) ** 0.5
+
+
+def covariance_of(width: int, condition: float) -> torch.Tensor:
+    """A random covariance with eigenvalues spread evenly in logarithm from 1 down to 1 / condition."""
+    basis, _ = torch.linalg.qr(torch.randn(width, width, dtype=torch.float64))
+    return (basis * torch.logspace(0, -np.log10(condition), width, dtype=torch.float64)) @ basis.T
+
+
+@functools.cache
+def problem(rows: int, cols: int, count: int, condition: float = 100.0):
+    """fp64 (weight, keys, values, covariance), the keys drawn from the covariance; the same at every call."""
+    torch.manual_seed(rows * cols + count)
+    covariance = covariance_of(cols, condition)
+    keys = torch.randn(count, cols, dtype=torch.float64) @ torch.linalg.cholesky(covariance).T
+    weight = torch.randn(rows, cols, dtype=torch.float64)
+    return weight, keys, torch.randn(count, rows, dtype=torch.float64), covariance
+
+
+def eager_write(mode, weight, keys, values, inverse, ridge):
+    """The textbook formula: n × n and in × in algebra in fp64, what touches the weight in its compute type.
+
+    With an fp32 inverse or Gram matrix the formula has lost most digits at a condition of 1e8, and would pass
+    anything.
+    """
+    dtype = compute_dtype(weight)
+    current, keys, values = weight.to(dtype), keys.to(dtype), values.to(dtype)
+    projected = keys.double() @ inverse
+    gram = projected @ keys.double().T
+    if mode == "joint":
+        solved = torch.linalg.solve(gram + ridge * torch.eye(len(keys)), projected)
+        return (current + (values - keys @ current.T).T @ solved.to(dtype)).to(weight.dtype)
+    start = current
+    for i, (key, value) in enumerate(zip(keys, values, strict=True)):
+        residual = value - (start if mode == "independent" else current) @ key
+        current = current + torch.outer(residual, (projected[i] / gram[i, i]).to(dtype))
+    return current.to(weight.dtype)
+
+
+def truncates(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether stores are truncated instead of rounded: Triton's interpreter does so for bf16."""
+    return forced() == "triton" and device.type == "cpu" and dtype == torch.bfloat16
+
+
+@functools.cache
+def expected(mode: str, shape: tuple[int, int, int], condition: float, dtype: torch.dtype):
+    """The write in fp64 by the oracle and by the eager formula, the same for every backend."""
+    weight, keys, values, covariance = problem(*shape, condition)
+    weight, ridge = weight.to(dtype), ridge_of(mode, shape)
+    truth = oracle.write(
+        mode, *(x.numpy() for x in (weight.double(), keys.float().double(), values, covariance)), ridge
+    )
+    inverse = torch.linalg.inv(covariance)
+    eager = eager_write(mode, weight, keys.float(), values.to(compute_dtype(weight)), inverse, ridge)
+    return truth, eager
+
+
+def ridge_of(mode: str, shape: tuple[int, int, int]) -> float:
+    return 0.5 if mode == "joint" and shape[2] == 1000 else 0.0
+
+
+# -- low_rank_update -----------------------------------------------------------------------------------------
+
+SHAPES = [(33, 65, 0), (33, 65, 1), (31, 97, 7), (33, 129, 64), (9, 1031, 1000)]
+
+
+@pytest.mark.parametrize("condition", [10.0, 1e8])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("mode", MODES)
+def test_write_against_dense_fp64(device, mode, shape, condition):
+    for dtype in [torch.float32, torch.float64] if shape[2] == 1000 else DTYPES:
+        if truncates(device, dtype):
+            continue
+        weight, keys, values, covariance = problem(*shape, condition)
+        truth, eager = expected(mode, shape, condition, dtype)
+        whole = ek.Covariance.from_second_moment(covariance.to(device) * 10, 10)
+        for given in (whole, torch.linalg.inv(covariance).to(device)):
+            got = ek.low_rank_update(
+                weight.to(device, dtype),
+                keys.float().to(device),
+                values.to(device),
+                given,
+                mode,
+                ridge_of(mode, shape),
+            )
+            assert got.dtype == dtype
+            # The oracle is fp64 itself: its dense solves lose what the condition number says.
+            oracle_error = torch.finfo(torch.float64).eps * condition * shape[1]
+            own = max(rounding(compute_dtype(weight.to(dtype)), shape[1]), oracle_error)
+            assert error(got, truth) <= max(2 * error(eager, truth), own)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_batch_equals_one_by_one(device, mode):
+    weight, keys, values = torch.randn(3, 17, 21), torch.randn(3, 5, 21), torch.randn(3, 5, 17)
+    weight, keys, values = weight.to(device), keys.to(device), values.to(device)
+    each = torch.stack([covariance_of(21, 50.0) for _ in range(3)]).to(device)
+    for moment in (each, each[0]):
+        got = ek.low_rank_update(weight, keys, values, ek.Covariance.from_second_moment(moment, 1), mode)
+        for b in range(3):
+            own = ek.Covariance.from_second_moment(moment[b] if moment.dim() == 3 else moment, 1)
+            single = ek.low_rank_update(weight[b], keys[b], values[b], own, mode)
+            torch.testing.assert_close(got[b], single, rtol=1e-5, atol=1e-5)
+    inverses = torch.linalg.inv(each)
+    got = ek.low_rank_update(weight, keys, values, inverses, mode)
+    truth = ek.low_rank_update(weight, keys, values, ek.Covariance.from_second_moment(each, 1), mode)
+    torch.testing.assert_close(got, truth, rtol=1e-5, atol=1e-5)
+
+
+def test_sequential_equals_single_writes(device):
+    weight, keys, values, covariance = (x.to(device) for x in problem(19, 33, 12))
+    given = ek.Covariance.from_second_moment(covariance, 1)
+    at_once = ek.low_rank_update(weight, keys, values, given, "sequential")
+    for key, value in zip(keys, values, strict=True):
+        weight = ek.low_rank_update(weight, key[None], value[None], given, "independent")
+    assert error(at_once, weight) < 1e-13
+
+
+def test_joint_without_ridge_meets_every_constraint():
+    weight, keys, values, covariance = problem(19, 33, 12, 1e6)
+    edited = ek.low_rank_update(weight, keys, values, ek.Covariance.from_second_moment(covariance, 1))
+    assert error(keys @ edited.T, values) < torch.finfo(torch.float64).eps * 1e6
+
+
+def test_scale_is_the_strength_of_the_write():
+    weight, keys, values, covariance = problem(5, 9, 3)
+    given = ek.Covariance.from_second_moment(covariance, 1)
+    half = ek.low_rank_update(weight, keys, values, given, scale=0.5)
+    full = ek.low_rank_update(weight, keys, values, given)
+    assert torch.equal(ek.low_rank_update(weight, keys, values, given, scale=0.0), weight)
+    torch.testing.assert_close(half, (weight + full) / 2)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_gradients(mode):
+    """Every gradient against finite differences in fp64, batched, for a factor and for an inverse."""
+    weight = torch.randn(2, 4, 6, dtype=torch.float64, requires_grad=True)
+    keys = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True)
+    values = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
+    covariance = covariance_of(6, 10.0)
+    ridge = 0.3 if mode == "joint" else 0.0
+    for given in (ek.Covariance.from_second_moment(covariance, 1), torch.linalg.inv(covariance)):
+
+        def function(w, k, v, given=given):
+            return ek.low_rank_update(w, k, v, given, mode, ridge, scale=0.7)
+
+        assert torch.autograd.gradcheck(function, (weight, keys, values))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_gradients_of_low_precision_weights(device, dtype):
+    """The gradients of half-precision weights against fp64's, at the error of eager's fp32 formula."""
+    weight, keys, values, covariance = problem(17, 33, 4)
+    inverse, direction = torch.linalg.inv(covariance), torch.randn(17, 33, dtype=torch.float64)
+    weight = weight.to(dtype).double()
+    direction = direction.to(dtype).double()
+
+    def gradients(function, types):
+        leaves = [
+            x.detach().clone().to(t).requires_grad_()
+            for x, t in zip((weight, keys, values), types, strict=True)
+        ]
+        function(*leaves).backward(direction.to(types[0]))
+        return [leaf.grad for leaf in leaves]
+
+    def eager(w, k, v):
+        projected = k @ inverse.to(k.dtype)
+        solved = torch.linalg.solve(projected @ k.T, projected)
+        return (w.to(k.dtype) + (v - k @ w.to(k.dtype).T).T @ solved).to(w.dtype)
+
+    truth = gradients(eager, (torch.float64,) * 3)
+    types = (dtype, torch.float32, torch.float32)
+    same_type = gradients(eager, types)
+    leaves = [
+        x.detach().to(device, t).requires_grad_() for x, t in zip((weight, keys, values), types, strict=True)
+    ]
+    ek.low_rank_update(*leaves, inverse.to(device)).backward(direction.to(device, dtype))
+    for leaf, reference, exact in zip(leaves, same_type, truth, strict=True):
+        own = rounding(leaf.dtype, weight.shape[1])
+        assert error(leaf.grad, exact) <= max(2 * error(reference, exact), own)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_compiles_whole_with_dynamic_count(device, mode):
+    covariance = ek.Covariance.from_second_moment(covariance_of(9, 10.0).to(device), 1)
+    compiled = torch.compile(
+        lambda w, k, v: ek.low_rank_update(w, k, v, covariance, mode),
+        fullgraph=True,
+        dynamic=True,
+        backend="aot_eager",
+    )
+    for count in (2, 3, 5):
+        weight = torch.randn(7, 9, device=device, requires_grad=True)
+        keys, values = torch.randn(count, 9, device=device), torch.randn(count, 7, device=device)
+        got = compiled(weight, keys, values)
+        torch.testing.assert_close(got, ek.low_rank_update(weight, keys, values, covariance, mode))
+        (gradient,) = torch.autograd.grad(got.sum(), weight)
+        (expected,) = torch.autograd.grad(
+            ek.low_rank_update(weight, keys, values, covariance, mode).sum(), weight
+        )
+        torch.testing.assert_close(gradient, expected)
+
+
+def test_autocast_changes_nothing():
+    weight, keys, values, covariance = (x.float() for x in problem(33, 65, 7))
+    inverse = torch.linalg.inv(covariance)
+    plain = ek.low_rank_update(weight, keys, values, inverse)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(ek.low_rank_update(weight, keys, values, inverse), plain)
+
+
+# -- the operators -------------------------------------------------------------------------------------------
+
+LAYOUTS = {
+    "contiguous": lambda w: w,
+    "rows strided": lambda w: torch.cat([w, w], -1)[..., : w.shape[-1]],
+    "misaligned": lambda w: torch.cat([w.flatten()[:1], w.flatten()])[1:].view(w.shape),
+    "transposed": lambda w: w.mT.contiguous().mT,
+    "no unit stride": lambda w: torch.stack([w, w], -1)[..., 0],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1, 1), (1, 33, 71, 5), (3, 64, 128, 16), (2, 7, 300, 40), (1, 5, 9, 100)], ids=str
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_apply_low_rank(device, dtype, shape, layout):
+    if truncates(device, dtype):
+        pytest.skip("Triton's interpreter truncates bf16 stores; compiled kernels round")
+    batch, rows, cols, count = shape
+    start = torch.randn(batch, rows, cols).to(dtype)
+    compute = compute_dtype(start)
+    left, right = (
+        torch.randn(batch, rows, count, dtype=compute),
+        torch.randn(batch, count, cols, dtype=compute),
+    )
+    truth = wide(start) + np.longdouble(0.7) * (wide(left) @ wide(right))
+    eager = (start.to(compute) + 0.7 * (left @ right)).to(dtype)
+    weight = LAYOUTS[layout](start.to(device))
+    assert torch.equal(weight.cpu(), start)
+    around = weight.untyped_storage().nbytes()
+    got = ek.apply_low_rank_(weight, left.to(device), right.to(device), 0.7)
+    assert got is weight and weight.untyped_storage().nbytes() == around
+    assert error(weight, truth) <= max(2 * error(eager, truth), rounding(compute, count))
+
+
+def test_apply_low_rank_leaves_the_rest_of_the_storage(device):
+    storage = torch.randn(40, 100, device=device)
+    before = storage.clone()
+    ek.apply_low_rank_(
+        storage[3:20, 10:75], torch.randn(17, 4, device=device), torch.randn(4, 65, device=device)
+    )
+    inside = torch.zeros_like(storage, dtype=torch.bool)
+    inside[3:20, 10:75] = True
+    assert torch.equal(storage[~inside], before[~inside])
+    assert (storage[inside] != before[inside]).all()
+
+
+def test_addresses_beyond_32_bits(device):
+    """Rows 2³⁰ elements apart: four of them reach past 2³¹, in memory that is reserved and not touched."""
+    if device.type == "cuda" and torch.cuda.mem_get_info()[0] < 8 << 30:
+        pytest.skip("needs 8 GiB of free device memory, which is not reserved lazily")
+    columns = 5
+    storage = torch.empty(3 * 2**30 + columns, dtype=torch.bfloat16, device=device)
+    weight = storage.as_strided((4, columns), (2**30, 1))
+    start = torch.randn(4, columns, device=device).bfloat16()
+    weight.copy_(start)
+    left, right = torch.randn(4, 2, device=device), torch.randn(2, columns, device=device)
+    ek.apply_low_rank_(weight, left, right)
+    assert torch.equal(weight, ek.apply_low_rank_(start.clone(), left, right))
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 4, 2), (2, 0, 4, 2), (2, 3, 0, 2), (2, 3, 4, 0)], ids=str)
+def test_empty(device, shape):
+    batch, rows, cols, count = shape
+    weight = torch.randn(batch, rows, cols, device=device)
+    before = weight.clone()
+    left, right = (
+        torch.randn(batch, rows, count, device=device),
+        torch.randn(batch, count, cols, device=device),
+    )
+    assert torch.equal(ek.apply_low_rank_(weight, left, right), before)
+    keys = torch.randn(batch, count, cols, device=device)
+    values = torch.randn(batch, count, rows, device=device)
+    if cols:
+        identity = torch.eye(cols, device=device)
+        for mode in MODES:
+            assert (
+                ek.low_rank_update(weight[:, :, :], keys[:, :1], values[:, :1], identity, mode).shape
+                == weight.shape
+            )
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1, 1), (1, 33, 71, 5), (3, 64, 256, 16), (1, 65, 2049, 33), (1, 5, 9, 100)], ids=str
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_residual_gram(device, poisoned, dtype, shape, layout):
+    batch, rows, cols, count = shape
+    start = torch.randn(batch, rows, cols).to(dtype)
+    weight = LAYOUTS[layout](start.to(device))
+    compute = compute_dtype(start)
+    keys = torch.randn(batch, count, cols, dtype=compute)
+    values = torch.randn(batch, count, rows, dtype=compute)
+    preconditioned = keys.double() * torch.rand(cols, dtype=torch.float64) + keys.double()
+    residual, gram = ops.residual_gram(weight, keys.to(device), values.to(device), preconditioned.to(device))
+    exact = wide(values) - wide(keys) @ wide(start).swapaxes(1, 2)
+    eager = values - keys @ start.to(compute).mT
+    assert residual.dtype == compute and gram.dtype == torch.float64
+    assert error(residual, exact) <= max(2 * error(eager, exact), rounding(compute, cols))
+    exact = wide(keys) @ wide(preconditioned).swapaxes(1, 2)
+    eager = keys.double() @ preconditioned.mT
+    assert error(gram, exact) <= max(2 * error(eager, exact), rounding(torch.float64, cols))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1), (3, 7, 5), (2, 64, 33), (1, 130, 9), (4, 5, 0), (2, 0, 3)], ids=str
+)
+@pytest.mark.parametrize("kind", ["cholesky", "unit_lower", "unit_upper"])
+def test_small_solve(device, poisoned, kind, shape, dtype):
+    batch, count, columns = shape
+    system = torch.randn(batch, count, count, dtype=torch.float64)
+    if kind == "cholesky":
+        system = system @ system.mT + torch.eye(count, dtype=torch.float64)
+        dense = system
+    else:
+        system = system / max(1, count) ** 0.5
+        triangle = system.tril(-1) if kind == "unit_lower" else system.triu(1)
+        dense = triangle + torch.eye(count, dtype=torch.float64)
+    right = torch.randn(batch, count, columns, dtype=dtype)
+    solution, info = ops.small_solve(system.to(device), right.to(device), kind)
+    truth = torch.linalg.solve(dense, right.double())
+    eager = torch.linalg.solve(dense.to(dtype), right)
+    assert info.tolist() == [0] * batch
+    assert error(solution, truth) <= max(2 * error(eager, truth), 1e-12)
+
+
+def test_a_pivot_lost_to_rounding_is_none(device):
+    nearly = torch.tensor([[[1.0, 1.0], [1.0, 1.0 + 2**-52]]], dtype=torch.float64, device=device)
+    with pytest.raises(ek.EngramError, match="key 1 dependent"):
+        ops.small_solve(nearly, torch.ones(1, 2, 1, device=device), "cholesky")
+
+    negative = -torch.eye(2, dtype=torch.float64, device=device)[None]
+    with pytest.raises(ek.EngramError):
+        ops.small_solve(negative, torch.ones(1, 2, 1, device=device), "cholesky")
+
+
+def operator_calls() -> dict[str, tuple]:
+    """Arguments of each operator of this family, for test_operators.py."""
+    weight, keys, values = torch.randn(2, 5, 7), torch.randn(2, 3, 7), torch.randn(2, 3, 5)
+    left, right, preconditioned = values.mT.contiguous(), keys, keys.double()
+    system = torch.eye(3, dtype=torch.float64).repeat(2, 1, 1)
+    return {
+        "residual_gram": (weight, keys, values, preconditioned),
+        "small_solve": (system, values, "cholesky"),
+        "apply_low_rank_": (weight.clone(), left, right, 0.5),
+        "low_rank_update": (weight, left, right, 0.5),
+        "second_moment_": (torch.zeros(7, 7), torch.randn(4, 7), torch.ones(4, dtype=torch.bool)),
+    }
+
+
+def test_in_place_bumps_the_version():
+    weight = torch.randn(3, 4)
+    version = weight._version
+    ek.apply_low_rank_(weight, torch.randn(3, 1), torch.randn(1, 4))
+    assert weight._version > version
+    parameter = torch.nn.Parameter(torch.randn(3, 4))
+    ek.apply_low_rank_(parameter, torch.randn(3, 1), torch.randn(1, 4))
+    assert parameter.requires_grad and parameter.grad_fn is None
+
+
+# -- second_moment_ ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("accumulator", [torch.float32, torch.float64])
+def test_second_moment(device, accumulator, dtype):
+    inputs = torch.randn(3, 50, 17).to(dtype)
+    mask = torch.rand(3, 50) < 0.5
+    moment = torch.full((17, 17), 2.0, dtype=accumulator, device=device)
+    got = ek.second_moment_(moment, inputs.to(device), mask.to(device))
+    ek.second_moment_(moment, inputs.to(device))
+    rows = torch.cat([inputs[mask], inputs.reshape(-1, 17)])
+    truth = 2.0 + wide(rows).T @ wide(rows)
+    eager = 2.0 + rows.to(accumulator).T @ rows.to(accumulator)
+    assert got is moment
+    assert error(moment, truth) <= max(2 * error(eager, truth), rounding(accumulator, len(rows)))
+
+
+def test_second_moment_of_many_rows_and_of_none(device):
+    inputs = torch.randn(20000, 3, dtype=torch.float64, device=device)
+    moment = torch.zeros(3, 3, dtype=torch.float64, device=device)
+    ek.second_moment_(moment, inputs)
+    assert error(moment, inputs.T @ inputs) < 1e-13
+    before = moment.clone()
+    ek.second_moment_(moment, inputs[:0])
+    ek.second_moment_(moment, inputs, torch.zeros(20000, dtype=torch.bool, device=device))
+    assert torch.equal(moment, before)
