@@ -4,8 +4,9 @@ import os
 
 import pytest
 import torch
+from numerics import error
 from safetensors.torch import save_file
-from test_low_rank import covariance_of, error
+from test_low_rank import covariance_of
 
 import engram_kernels as ek
 

@@ -10,33 +10,13 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from numerics import check_rounded_once, error, rounding, wide
 
 import engram_kernels as ek
 from engram_kernels._ops import compute_dtype, ops
-from engram_kernels.backends import forced
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 MODES = ["joint", "sequential", "independent"]
-
-
-def wide(tensor) -> np.ndarray:
-    """A tensor as an extended-precision array: the truth must have more digits than fp64 results."""
-    return np.asarray(
-        torch.as_tensor(tensor).double().cpu() if torch.is_tensor(tensor) else tensor, np.longdouble
-    )
-
-
-def error(got, truth) -> float:
-    """‖got − truth‖ / ‖truth‖."""
-    got, truth = wide(got.detach()), wide(truth)
-    assert got.shape == truth.shape and np.isfinite(got).all()
-    scale = np.sqrt((truth**2).sum())
-    return float(np.sqrt(((got - truth) ** 2).sum()) / (scale if scale > 0 else 1))
-
-
-def rounding(dtype: torch.dtype, terms: int) -> float:
-    """What two libraries' orders of summing so many terms may differ by: a random walk of their roundings."""
-    return torch.finfo(dtype).eps * max(1, terms) ** 0.5
 
 
 def covariance_of(width: int, condition: float) -> torch.Tensor:
@@ -75,11 +55,6 @@ def eager_write(mode, weight, keys, values, inverse, ridge):
     return current.to(weight.dtype)
 
 
-def truncates(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether stores are truncated instead of rounded: Triton's interpreter does so for bf16."""
-    return forced() == "triton" and device.type == "cpu" and dtype == torch.bfloat16
-
-
 @functools.cache
 def expected(mode: str, shape: tuple[int, int, int], condition: float, dtype: torch.dtype):
     """The write in fp64 by the oracle and by the eager formula, the same for every backend."""
@@ -107,8 +82,6 @@ SHAPES = [(33, 65, 0), (33, 65, 1), (31, 97, 7), (33, 129, 64), (9, 1031, 1000)]
 @pytest.mark.parametrize("mode", MODES)
 def test_write_against_dense_fp64(device, mode, shape, condition):
     for dtype in [torch.float32, torch.float64] if shape[2] == 1000 else DTYPES:
-        if truncates(device, dtype):
-            continue
         weight, keys, values, covariance = problem(*shape, condition)
         truth, eager = expected(mode, shape, condition, dtype)
         whole = ek.Covariance.from_second_moment(covariance.to(device) * 10, 10)
@@ -264,8 +237,6 @@ LAYOUTS = {
 )
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_apply_low_rank(device, dtype, shape, layout):
-    if truncates(device, dtype):
-        pytest.skip("Triton's interpreter truncates bf16 stores; compiled kernels round")
     batch, rows, cols, count = shape
     start = torch.randn(batch, rows, cols).to(dtype)
     compute = compute_dtype(start)
@@ -281,6 +252,23 @@ def test_apply_low_rank(device, dtype, shape, layout):
     got = ek.apply_low_rank_(weight, left.to(device), right.to(device), 0.7)
     assert got is weight and weight.untyped_storage().nbytes() == around
     assert error(weight, truth) <= max(2 * error(eager, truth), rounding(compute, count))
+    check_rounded_once(weight, truth)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_apply_low_rank_rounds_to_the_nearest_and_ties_to_even(device, dtype):
+    """From every value of a 16-bit type a quarter, a half and three quarters of the way to the next one."""
+    mantissas = {torch.bfloat16: 128, torch.float16: 1024}[dtype]
+    bits = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(-1, mantissas)  # a row an exponent
+    values = bits.view(dtype)
+    gaps = values[:, 1].double() - values[:, 0].double()
+    normal = gaps.isfinite() & (gaps.abs() >= 4 * torch.finfo(torch.float32).tiny)
+    values, gaps = values[normal], gaps[normal, None]
+    ones = torch.ones(1, mantissas)
+    for way in (0.0, 0.25, 0.5, 0.75):
+        weight = values.to(device, copy=True)
+        ek.apply_low_rank_(weight, (way * gaps).float().to(device), ones.to(device))
+        assert torch.equal(weight.cpu(), (values.double() + way * gaps).to(dtype))
 
 
 def test_apply_low_rank_leaves_the_rest_of_the_storage(device):

@@ -7,7 +7,8 @@ against fp64. No tolerance is tuned.
 import numpy as np
 import pytest
 import torch
-from test_low_rank import LAYOUTS, error, rounding, wide
+from numerics import error, rounding, wide
+from test_low_rank import LAYOUTS
 
 import engram_kernels as ek
 from engram_kernels._ops import ops

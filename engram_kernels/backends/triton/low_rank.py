@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import implements
-from ..native import decline_strided_columns, on_device
+from ..native import decline_strided_columns
 from .launch import OPTIONS
 
 PRECISION = "tf32x3"
@@ -145,7 +145,7 @@ def apply_low_rank_(weight: Tensor, left: Tensor, right: Tensor, scale: float) -
     )
     if tiles == 0:
         return
-    with on_device(weight):
+    with torch.cuda.device(weight.device):
         _apply_low_rank_kernel[(tiles,)](
             weight,
             left.contiguous(),
@@ -171,7 +171,7 @@ def residual_gram(
     launch = residual_launch(count)
     tiles = batch * triton.cdiv(rows, launch["BLOCK_ROWS"]) * triton.cdiv(count, launch["BLOCK_KEYS"])
     if tiles:
-        with on_device(weight):
+        with torch.cuda.device(weight.device):
             _residual_kernel[(tiles,)](
                 weight,
                 keys.contiguous(),

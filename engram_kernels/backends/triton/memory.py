@@ -11,7 +11,6 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import implements
-from ..native import on_device
 from .launch import OPTIONS
 
 # Slots whose P fits the registers of a program, and entries of a latent whose places in M fit 32 bits.
@@ -182,7 +181,7 @@ def memory_stream(
     )
     launch = stream_launch(slots, width, memory.dtype)
     programs = batch * triton.cdiv(width, launch["BLOCK_WIDTH"])
-    with on_device(memory):
+    with torch.cuda.device(memory.device):
         stream_kernel[(programs,)](*inputs, *outputs, slots, width, count, **launch)
     return outputs
 
@@ -200,7 +199,7 @@ def memory_accumulate_(
     rows, columns = ACCUMULATE_LAUNCH["BLOCK_ROWS"], ACCUMULATE_LAUNCH["BLOCK_COLS"]
     tiles = triton.cdiv(slots, rows) * (triton.cdiv(slots, columns) + triton.cdiv(width, columns))
     if batch * tiles and weights.numel():
-        with on_device(gram):
+        with torch.cuda.device(gram.device):
             accumulate_kernel[(batch * tiles,)](
                 gram,
                 cross,
