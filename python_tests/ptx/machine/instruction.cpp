@@ -12,7 +12,7 @@ void InstructionReader::read(const Statement& s) {
       labels_[s.text.substr(0, s.text.size() - 1)] = kernel_.code.size();
     } else if (starts_with(s.text, ".reg")) {
       registers(s.text.substr(4));
-    } else if (starts_with(s.text, ".loc")) {
+    } else if (starts_with(s.text, ".loc") && isspace(s.text[4])) {
       const std::vector<std::string> words = split(with_single_spaces(s.text), ' ');
       if (words.at(2) != "0") source_ = words[1] + ":" + words[2];  // 0: the compiler's own
     } else if (s.text[0] != '.') {
