@@ -1,5 +1,6 @@
 #include "shadow.h"
 
+#include <algorithm>
 #include <bit>
 #include <cstring>
 
@@ -103,9 +104,13 @@ void Shadow::add_read(const Access& mine, const Warp& w, Cell& cell) {
     cell.more = more_.size();
     more_.emplace_back();
   }
-  for (Reads& r : more_[cell.more])
-    if (absorb(r, mine, w)) return;
-  more_[cell.more].push_back({mine});
+  auto& more = more_[cell.more];
+  const auto at = std::lower_bound(more.begin(), more.end(), mine.block,
+                                   [](const Reads& r, uint32_t block) { return r.block < block; });
+  if (at == more.end() || at->block != mine.block)
+    more.insert(at, {mine});
+  else
+    absorb(*at, mine, w);
 }
 
 bool Shadow::access(const Warp& w, int lane, uint64_t address, int bytes, bool write,

@@ -66,7 +66,7 @@ class Shadow {
   std::unordered_map<uint64_t, Page> pages_;
   uint64_t last_number_ = ~0ull;
   Page* last_ = nullptr;
-  std::vector<std::vector<Reads>> more_;
+  std::vector<std::vector<Reads>> more_;  // by block
 };
 
 }  // namespace ptx
