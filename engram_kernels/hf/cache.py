@@ -6,7 +6,7 @@ as `cache` since.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,9 +19,9 @@ from .layers import decoder_layers
 from .tokens import pad_rows
 
 
-def cache_inputs(model: nn.Module, cache=None) -> dict:
+def cache_inputs(model: nn.Module, cache=None, use_cache: bool | None = True) -> dict:
     """The inputs by which a model goes on from a cache, or begins one of its own kind, and returns it."""
-    return {_argument(model): cache, "use_cache": True}
+    return {_argument(model): cache, "use_cache": use_cache}
 
 
 def _argument(model: nn.Module) -> str:
@@ -31,6 +31,11 @@ def _argument(model: nn.Module) -> str:
 def output_cache(output):
     """The cache in a model's output; None where there is none."""
     return getattr(output, "cache" if hasattr(output, "cache") else "past_key_values", None)
+
+
+def generation_cache(given: Mapping):
+    """The cache in what `generate` gives `prepare_inputs_for_generation`; None where there is none."""
+    return given.get("cache", given.get("past_key_values"))
 
 
 def empty_cache(config):
