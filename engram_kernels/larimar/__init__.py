@@ -12,9 +12,6 @@ __all__ = ["LarimarConfig", "LarimarModel", "ScopeDetector", "ScopedModel", "rea
 def __getattr__(name: str):
     # The model's classes are transformers' own, which everything else here does without.
     if name in ("LarimarConfig", "LarimarModel"):
-        from ..hf.loading import import_transformers
-
-        import_transformers()
         from . import model
 
         return getattr(model, name)

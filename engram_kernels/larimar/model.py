@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 from dataclasses import dataclass
@@ -13,15 +12,23 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache
-from transformers.configuration_utils import PreTrainedConfig
-from transformers.modeling_outputs import ModelOutput
 
 from .._checks import expect, floating, integer, number
 from .._io import new_file
 from ..errors import EngramError
+from ..hf.cache import cache_inputs, empty_cache, generation_cache, output_cache
+from ..hf.forward import takes
 from ..hf.loading import load_model, writable_directory
+from ..hf.modeling import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    Cache,
+    GenerationMixin,
+    ModelOutput,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from ..memory.encoder import load_encoder
 from ..memory.episodic import ADDRESSINGS, EpisodicMemory
 from .conditioning import Conditioning, first_token
@@ -49,7 +56,7 @@ class LarimarConfig(PreTrainedConfig):
     """
 
     model_type = "larimar"
-    keys_to_ignore_at_inference: ClassVar = ["parts", "readout", "past_key_values"]
+    keys_to_ignore_at_inference: ClassVar = ["parts", "readout", "cache"]
 
     def __init__(
         self,
@@ -99,7 +106,7 @@ class LarimarOutput(ModelOutput):
         logits: `[batch, length, vocabulary]`, or of the last positions: see `LarimarModel.forward`.
         parts: the terms of the loss by name, unweighted.
         readout: what the decoder was conditioned on, `[batch, latent]`; None for the bare decoder.
-        past_key_values: the decoder's cache; its first entry is the pseudo-token.
+        cache: the decoder's; its first entry is the pseudo-token.
         hidden_states: of the decoder, where asked for.
         attentions: likewise; the first column is the pseudo-token's.
     """
@@ -108,7 +115,7 @@ class LarimarOutput(ModelOutput):
     logits: Tensor | None = None
     parts: dict[str, Tensor] | None = None
     readout: Tensor | None = None
-    past_key_values: Cache | None = None
+    cache: Cache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
 
@@ -163,7 +170,6 @@ class LarimarModel(PreTrainedModel, GenerationMixin):
         self.objective = Objective()
         if decoder.can_generate():
             self.generation_config = decoder.generation_config
-        self._takes = set(inspect.signature(decoder.forward).parameters)
         self.encoder.requires_grad_(config.train_encoder)
         self.decoder.requires_grad_(config.train_decoder)
         self.post_init()
@@ -260,7 +266,7 @@ class LarimarModel(PreTrainedModel, GenerationMixin):
         keys_mask: Tensor | None = None,
         query: Tensor | None = None,
         query_mask: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
         **kwargs,
@@ -284,7 +290,7 @@ class LarimarModel(PreTrainedModel, GenerationMixin):
             keys_mask: `[batch, N, length]`.
             query: what is asked, `[batch, length]` of the encoder's tokens or `[batch, latent]`.
             query_mask: `[batch, length]`.
-            past_key_values: a cache of this model; an empty one is begun.
+            cache: what this model returned of the tokens before; None: there are none.
             use_cache: whether to return it.
             logits_to_keep: compute logits at so many last positions; 0: at all.
             **kwargs: to the decoder, as `output_hidden_states`.
@@ -318,7 +324,7 @@ class LarimarModel(PreTrainedModel, GenerationMixin):
                 parts["kl"] = weight_divergence(weights)
         keep = labelled(labels) if labels is not None and not logits_to_keep else logits_to_keep
         run = {"input_ids": input_ids, "attention_mask": attention_mask, "logits_to_keep": keep}
-        outputs = self._decode(readout, past_key_values, use_cache, **run, **kwargs)
+        outputs = self._decode(readout, cache, use_cache, **run, **kwargs)
         loss = None
         if labels is not None:
             term = "plain" if readout is None else "reconstruction"
@@ -334,7 +340,7 @@ class LarimarModel(PreTrainedModel, GenerationMixin):
             outputs.logits,
             parts or None,
             readout,
-            outputs.past_key_values,
+            output_cache(outputs),
             outputs.get("hidden_states"),
             outputs.get("attentions"),
         )
@@ -342,28 +348,27 @@ class LarimarModel(PreTrainedModel, GenerationMixin):
     def _decode(
         self,
         readout: Tensor | None,
-        past_key_values: Cache | None,
+        cache: Cache | None,
         use_cache: bool | None,
         input_ids: Tensor,
         attention_mask: Tensor | None,
         logits_to_keep: int,
         **kwargs,
     ) -> ModelOutput:
-        if logits_to_keep and "logits_to_keep" in self._takes:
+        if logits_to_keep and takes(self.decoder, "logits_to_keep"):
             kwargs["logits_to_keep"] = logits_to_keep
         present = None if readout is None else readout.any(-1)
         if present is None or not present.any():
             return self.decoder(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
-                past_key_values=past_key_values,
-                use_cache=use_cache,
+                **cache_inputs(self.decoder, cache, use_cache),
                 **kwargs,
             )
         self._check_readout(readout, input_ids)
         condition = self.conditioning(readout)
         embeddings = self.get_input_embeddings()(input_ids)
-        cache = DynamicCache(config=self.decoder.config) if past_key_values is None else past_key_values
+        cache = empty_cache(self.decoder.config) if cache is None else cache
         if cache.get_seq_length() == 0:
             for layer, (key, value) in enumerate(zip(condition.keys, condition.values, strict=True)):
                 cache.update(key.to(embeddings.dtype), value.to(embeddings.dtype), layer)
@@ -373,15 +378,14 @@ class LarimarModel(PreTrainedModel, GenerationMixin):
                 batch, cache.get_seq_length() - 1 + length, dtype=torch.long, device=input_ids.device
             )
         first = present.to(attention_mask.dtype)[:, None]
-        if "position_ids" in self._takes:
+        if takes(self.decoder, "position_ids"):
             # Padding has no position; a row without a readout has none for the pseudo-token either.
             positions = attention_mask.cumsum(-1)[:, -length:] - 1
             kwargs["position_ids"] = positions.clamp_min(0) + first
         return self.decoder(
             inputs_embeds=embeddings + (condition.offset * first[..., None]).to(embeddings.dtype),
             attention_mask=torch.cat([first, attention_mask], -1),
-            past_key_values=cache,
-            use_cache=use_cache,
+            **cache_inputs(self.decoder, cache, use_cache),
             **kwargs,
         )
 
@@ -398,7 +402,6 @@ class LarimarModel(PreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(
         self,
         input_ids: Tensor,
-        past_key_values: Cache | None = None,
         attention_mask: Tensor | None = None,
         readout: Tensor | None = None,
         use_cache: bool | None = None,
@@ -406,10 +409,11 @@ class LarimarModel(PreTrainedModel, GenerationMixin):
         **kwargs,
     ) -> dict:
         """What `generate` passes to `forward`: the tokens that the cache, less its pseudo-token, lacks."""
-        seen = 0 if past_key_values is None else max(0, past_key_values.get_seq_length() - 1)
+        cache = generation_cache(kwargs)
+        seen = 0 if cache is None else max(0, cache.get_seq_length() - 1)
         return {
             "input_ids": input_ids[:, seen:],
-            "past_key_values": past_key_values,
+            "cache": cache,
             "attention_mask": attention_mask,
             "readout": readout,
             "use_cache": use_cache,

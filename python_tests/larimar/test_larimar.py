@@ -18,6 +18,7 @@ import engram_kernels as ek
 from engram_kernels.editing import Edit
 from engram_kernels.evaluation import Case, Neighbour
 from engram_kernels.evaluation import larimar as evaluation
+from engram_kernels.hf.hooks import capture
 from engram_kernels.larimar.conditioning import first_token
 from engram_kernels.larimar.long_context import read_recursively
 from engram_kernels.larimar.model import LarimarConfig, LarimarModel
@@ -117,6 +118,26 @@ def test_generate_equals_whole_forwards(family):
     assert not torch.equal(found, model.decoder.generate(ids, attention_mask=mask, **options))
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"num_beams": 3}, {"do_sample": True}], ids=["greedy", "beams", "sampled"]
+)
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_generation_reads_one_token_a_step(family, options):
+    model = small_larimar(family)
+    ids, mask, readout = padded_batch()
+    lengths = []
+
+    def see(_module, _arguments, keywords):
+        lengths.append(keywords["inputs_embeds"].shape[1])
+
+    with capture(before={model.decoder: see}):
+        written = model.generate(
+            ids, readout, attention_mask=mask, max_new_tokens=5, pad_token_id=0, eos_token_id=None, **options
+        )
+    assert written.shape == (3, 12)
+    assert lengths == [7, 1, 1, 1, 1]
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_beams_equal_whole_forwards(family):
     model = small_larimar(family)
@@ -145,11 +166,9 @@ def test_cached_logits_equal_whole_ones():
     ids, mask, readout = padded_batch()
     whole = model(input_ids=ids, attention_mask=mask, readout=readout, use_cache=False).logits
     start = model(input_ids=ids[:, :5], attention_mask=mask[:, :5], readout=readout, use_cache=True)
-    rest = model(
-        input_ids=ids[:, 5:], attention_mask=mask, readout=readout, past_key_values=start.past_key_values
-    )
+    rest = model(input_ids=ids[:, 5:], attention_mask=mask, readout=readout, cache=start.cache)
     torch.testing.assert_close(rest.logits, whole[:, 5:])
-    assert start.past_key_values.get_seq_length() == 8  # with the pseudo-token
+    assert start.cache.get_seq_length() == 8  # with the pseudo-token
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
