@@ -4,8 +4,9 @@ import os
 
 import pytest
 import torch
+from accuracy import error
+from matrices import covariance_of
 from safetensors.torch import save_file
-from test_low_rank import covariance_of, error
 
 import engram_kernels as ek
 

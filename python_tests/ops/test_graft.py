@@ -7,7 +7,7 @@ both against fp64. Masks, choices and sparse writes are compared bit for bit.
 import numpy as np
 import pytest
 import torch
-from test_low_rank import error, truncates, wide
+from accuracy import error, truncates, wide, within
 
 import engram_kernels as ek
 from engram_kernels._ops import compute_dtype
@@ -38,18 +38,6 @@ def eager_gates(logits, base, bias):
     """The same in the logits' type, as upstream writes it."""
     flip = torch.sigmoid(logits - bias)
     return base + (1 - 2 * base.to(logits.dtype)) * flip
-
-
-def within(got, truth, eager):
-    """The rule, in the largest entry."""
-    assert got.dtype == eager.dtype and got.shape == truth.shape
-    if truth.size:
-        mine, theirs = (np.abs(wide(x.detach()) - truth).max() for x in (got, eager))
-        # One rounding to the type is allowed whatever the eager formula's luck, and two units in the
-        # exponential: no more does CUDA promise of it.
-        unit = torch.finfo(got.dtype).eps + 2 * torch.finfo(compute_dtype(got)).eps
-        unit *= np.abs(truth).max()
-        assert mine <= max(2 * theirs, unit), (float(mine), float(theirs), float(unit))
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -409,26 +397,6 @@ def test_autocast_changes_nothing():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside = ek.graft_blend(pre, ft, logits)
     assert torch.equal(inside, ek.graft_blend(pre, ft, logits))
-
-
-def operator_calls() -> dict[str, tuple]:
-    """Arguments of each operator of this family, for test_operators.py."""
-    pre, ft, logits, gradient = torch.randn(4, 20)
-    mask = torch.rand(20) < 0.5
-    packed = ek.pack_mask(mask)
-    at = torch.tensor([3, 5], dtype=torch.int32)
-    return {
-        "graft_blend": (pre, ft, logits, packed, 0.5),
-        "graft_logits_gradient": (gradient, pre, ft, logits, None, 0.5),
-        "_foreach_graft_blend_": ([torch.zeros(20)], [pre], [ft], [logits], [packed], 0.5),
-        "graft_mask_step_": ([logits.clone()], [gradient], [pre], [ft], [], 0.5, 0.1, 0.0, [torch.zeros(20)]),
-        "pack_mask": (mask,),
-        "unpack_mask": (packed, 20),
-        "graft_blend_packed": (pre, ft, packed),
-        "top_k_mask": ([pre], [ft], 3),
-        "sparse_faults": ([pre], [at]),
-        "sparse_apply_": ([pre.clone()], [at], [torch.ones(2)], [torch.zeros(2)]),
-    }
 
 
 def test_written_tensors_bump_their_version():

@@ -10,39 +10,14 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from accuracy import error, rounding, truncates, wide
+from matrices import LAYOUTS, covariance_of
 
 import engram_kernels as ek
 from engram_kernels._ops import compute_dtype, ops
-from engram_kernels.backends import forced
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 MODES = ["joint", "sequential", "independent"]
-
-
-def wide(tensor) -> np.ndarray:
-    """A tensor as an extended-precision array: the truth must have more digits than fp64 results."""
-    return np.asarray(
-        torch.as_tensor(tensor).double().cpu() if torch.is_tensor(tensor) else tensor, np.longdouble
-    )
-
-
-def error(got, truth) -> float:
-    """‖got − truth‖ / ‖truth‖."""
-    got, truth = wide(got.detach()), wide(truth)
-    assert got.shape == truth.shape and np.isfinite(got).all()
-    scale = np.sqrt((truth**2).sum())
-    return float(np.sqrt(((got - truth) ** 2).sum()) / (scale if scale > 0 else 1))
-
-
-def rounding(dtype: torch.dtype, terms: int) -> float:
-    """What two libraries' orders of summing so many terms may differ by: a random walk of their roundings."""
-    return torch.finfo(dtype).eps * max(1, terms) ** 0.5
-
-
-def covariance_of(width: int, condition: float) -> torch.Tensor:
-    """A random covariance with eigenvalues spread evenly in logarithm from 1 down to 1 / condition."""
-    basis, _ = torch.linalg.qr(torch.randn(width, width, dtype=torch.float64))
-    return (basis * torch.logspace(0, -np.log10(condition), width, dtype=torch.float64)) @ basis.T
 
 
 @functools.cache
@@ -73,11 +48,6 @@ def eager_write(mode, weight, keys, values, inverse, ridge):
         residual = value - (start if mode == "independent" else current) @ key
         current = current + torch.outer(residual, (projected[i] / gram[i, i]).to(dtype))
     return current.to(weight.dtype)
-
-
-def truncates(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether stores are truncated instead of rounded: Triton's interpreter does so for bf16."""
-    return forced() == "triton" and device.type == "cpu" and dtype == torch.bfloat16
 
 
 @functools.cache
@@ -249,14 +219,6 @@ def test_autocast_changes_nothing():
 
 # -- the operators -------------------------------------------------------------------------------------------
 
-LAYOUTS = {
-    "contiguous": lambda w: w,
-    "rows strided": lambda w: torch.cat([w, w], -1)[..., : w.shape[-1]],
-    "misaligned": lambda w: torch.cat([w.flatten()[:1], w.flatten()])[1:].view(w.shape),
-    "transposed": lambda w: w.mT.contiguous().mT,
-    "no unit stride": lambda w: torch.stack([w, w], -1)[..., 0],
-}
-
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
@@ -384,20 +346,6 @@ def test_a_pivot_lost_to_rounding_is_none(device):
     negative = -torch.eye(2, dtype=torch.float64, device=device)[None]
     with pytest.raises(ek.EngramError):
         ops.small_solve(negative, torch.ones(1, 2, 1, device=device), "cholesky")
-
-
-def operator_calls() -> dict[str, tuple]:
-    """Arguments of each operator of this family, for test_operators.py."""
-    weight, keys, values = torch.randn(2, 5, 7), torch.randn(2, 3, 7), torch.randn(2, 3, 5)
-    left, right, preconditioned = values.mT.contiguous(), keys, keys.double()
-    system = torch.eye(3, dtype=torch.float64).repeat(2, 1, 1)
-    return {
-        "residual_gram": (weight, keys, values, preconditioned),
-        "small_solve": (system, values, "cholesky"),
-        "apply_low_rank_": (weight.clone(), left, right, 0.5),
-        "low_rank_update": (weight, left, right, 0.5),
-        "second_moment_": (torch.zeros(7, 7), torch.randn(4, 7), torch.ones(4, dtype=torch.bool)),
-    }
 
 
 def test_in_place_bumps_the_version():

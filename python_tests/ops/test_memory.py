@@ -7,7 +7,8 @@ against fp64. No tolerance is tuned.
 import numpy as np
 import pytest
 import torch
-from test_low_rank import LAYOUTS, error, rounding, wide
+from accuracy import error, rounding, wide
+from matrices import LAYOUTS
 
 import engram_kernels as ek
 from engram_kernels._ops import ops
@@ -938,21 +939,6 @@ def test_bad_arguments(case):
 
 
 # -- what torch asks for -------------------------------------------------------------------------------------
-
-
-def operator_calls() -> dict[str, tuple]:
-    """Arguments of each operator of this family, for test_operators.py."""
-    w, z = rows((2,), 5, 3, 4, torch.float32)
-    A, B = ek.memory_accumulate_(*state((2,), 3, 4), w, z)
-    P, M = torch.eye(3).repeat(2, 1, 1), torch.randn(2, 3, 4)
-    return {
-        "memory_accumulate_": (A.clone(), B.clone(), w, z, torch.ones(2, 5, dtype=torch.float64), None),
-        "memory_solve": (A, B, 0.1, True),
-        "memory_leverages": (A, w, None, 0.1, 0.99),
-        "memory_stream": (P, M, w, z),
-        "memory_stream_gradient": (P, M, w, z, P, M, z, w[..., 0].contiguous()),
-        "pseudo_inverse": (torch.randn(2, 5, 3, dtype=torch.float64), None, 1e-12),
-    }
 
 
 def test_ragged_operators_keep_their_promises_too():
