@@ -6,27 +6,17 @@ import pytest
 import torch
 
 import engram_kernels as ek
+from engram_kernels.backends import NAMES, unavailable
 
 # Of the command line's tables: it looks once, when the first test imports it.
 os.environ["COLUMNS"] = "200"
 
-# Interpreted kernels need a process of their own (test_triton_interpreter.py), which asks for "triton" alone.
-_INTERPRETED = ek.backends()["triton"] is None and not torch.cuda.is_available()
-
-
-def devices_of(backend: str) -> list[str]:
-    """The devices on which a backend can be tested here."""
-    if backend == "torch":
-        return ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
-    if ek.backends()[backend] is not None:
-        return []
-    return ["cpu"] if backend == "cpu" or _INTERPRETED else ["cuda"]
-
-
 CASES = [
     pytest.param((backend, device), marks=[pytest.mark.gpu] * (device == "cuda"))
-    for backend in ("torch", "cpu", "triton", "cuda")
-    for device in devices_of(backend)
+    for backend in NAMES
+    for device in ["cpu"] + ["cuda"] * torch.cuda.is_available()
+    # On CPU tensors triton and cuda run in processes of their own alone: see ptx/.
+    if unavailable(backend, device) is None
 ]
 
 

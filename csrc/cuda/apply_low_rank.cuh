@@ -29,11 +29,6 @@ struct LowRankUpdate {
     Pack<Sum, kTileRows + kQuad> left[kDepth];  // the padding spreads the transposing stores over the banks
   };
 
-  struct Registers {
-    Pack<Weight, kVec> weight[kRows];
-    Sum sum[kRows][kVec];
-  };
-
   Weight* weight;
   WeightShape shape;
   const Sum* left;
@@ -57,8 +52,8 @@ struct LowRankUpdate {
 
   int64_t blocks() const { return rank > 0 ? shape.batch * row_tiles * column_tiles : 0; }
 
-  template <typename Block>
-  ENGRAM_DEVICE void run(Block& block, int64_t index, Shared& shared) const {
+  ENGRAM_DEVICE void run(int64_t index, Shared& shared) const {
+    const int thread = threadIdx.x;
     const int64_t b = index / (row_tiles * column_tiles);
     const int64_t row = index / column_tiles % row_tiles * kTileRows;
     const int64_t column = index % column_tiles * kTileCols;
@@ -66,38 +61,34 @@ struct LowRankUpdate {
     const int columns = smaller(shape.cols - column, kTileCols);
     Weight* const tile = weight + b * shape.batch_stride + row * shape.row_stride + column;
 
-    block.step([&](int thread, Registers& mine) {
-      visit(tile, rows, columns, thread, [&](int r, const Weight* from, int valid) {
-        if (vector && valid >= kVec)
-          mine.weight[r] = load_streaming(reinterpret_cast<const Pack<Weight, kVec>*>(from));
-      });
-#pragma unroll
-      for (int i = 0; i < kRows * kVec; ++i) mine.sum[i / kVec][i % kVec] = 0;
+    Pack<Weight, kVec> before[kRows];
+    visit(tile, rows, columns, thread, [&](int r, const Weight* from, int valid) {
+      if (vector && valid >= kVec)
+        before[r] = load_streaming(reinterpret_cast<const Pack<Weight, kVec>*>(from));
     });
+    Sum sum[kRows][kVec];
+#pragma unroll
+    for (int i = 0; i < kRows * kVec; ++i) sum[i / kVec][i % kVec] = 0;
     for (int64_t k = 0; k < rank; k += kDepth) {
       const int depth = smaller(rank - k, kDepth);
-      block.step([&](int thread, Registers&) {
-        stage_left(left + (b * shape.rows + row) * rank + k, rows, depth, thread, shared);
-        stage_right(right + (b * rank + k) * shape.cols + column, columns, depth, thread, shared);
-      });
-      block.step([&](int thread, Registers& mine) {
+      stage_left(left + (b * shape.rows + row) * rank + k, rows, depth, thread, shared);
+      stage_right(right + (b * rank + k) * shape.cols + column, columns, depth, thread, shared);
+      __syncthreads();
 #pragma unroll 1
-        for (int d = 0; d < depth; ++d) accumulate(shared, d, thread, mine);
-      });
+      for (int d = 0; d < depth; ++d) accumulate(shared, d, thread, sum);
+      __syncthreads();
     }
-    block.step([&](int thread, Registers& mine) {
-      visit(tile, rows, columns, thread, [&](int r, Weight* to, int valid) {
-        if (vector && valid >= kVec) {
+    visit(tile, rows, columns, thread, [&](int r, Weight* to, int valid) {
+      if (vector && valid >= kVec) {
+        Pack<Weight, kVec> after;
 #pragma unroll
-          for (int v = 0; v < kVec; ++v)
-            narrow(widen(mine.weight[r].at[v]) + scale * mine.sum[r][v], mine.weight[r].at[v]);
-          store_streaming(reinterpret_cast<Pack<Weight, kVec>*>(to), mine.weight[r]);
-        } else {
+        for (int v = 0; v < kVec; ++v) narrow(widen(before[r].at[v]) + scale * sum[r][v], after.at[v]);
+        store_streaming(reinterpret_cast<Pack<Weight, kVec>*>(to), after);
+      } else {
 #pragma unroll
-          for (int v = 0; v < kVec; ++v)
-            if (v < valid) narrow(widen(to[v]) + scale * mine.sum[r][v], to[v]);
-        }
-      });
+        for (int v = 0; v < kVec; ++v)
+          if (v < valid) narrow(widen(to[v]) + scale * sum[r][v], to[v]);
+      }
     });
   }
 
@@ -144,7 +135,7 @@ struct LowRankUpdate {
     for (int i = 0; i < kCount; ++i) shared.right[d + i * kStep].at[slot] = fetched[i];
   }
 
-  ENGRAM_DEVICE void accumulate(const Shared& shared, int d, int thread, Registers& mine) const {
+  static ENGRAM_DEVICE void accumulate(const Shared& shared, int d, int thread, Sum (&sum)[kRows][kVec]) {
     using Piece = Pack<Sum, kQuad>;
     const int row = thread / kLanes * kRows, lane = thread % kLanes;
     const auto l = *reinterpret_cast<const Pack<Sum, kRows>*>(shared.left[d].at + row);
@@ -154,7 +145,7 @@ struct LowRankUpdate {
 #pragma unroll
       for (int i = 0; i < kRows; ++i)
 #pragma unroll
-        for (int v = 0; v < kQuad; ++v) mine.sum[i][q * kQuad + v] += l.at[i] * r.at[v];
+        for (int v = 0; v < kQuad; ++v) sum[i][q * kQuad + v] += l.at[i] * r.at[v];
     }
   }
 };

@@ -11,9 +11,7 @@ namespace {
 
 template <typename Program>
 __global__ void __launch_bounds__(kThreads) program_kernel(Program program) {
-  __shared__ typename Program::Shared shared;
-  DeviceBlock<typename Program::Registers> block;
-  program.run(block, blockIdx.x, shared);
+  program.run(blockIdx.x);
 }
 
 template <typename Program>
@@ -71,14 +69,18 @@ int64_t top_k_workspace(int64_t count) {
 
 int top_k_mask(const GraftTensor* tensors, int64_t count, int64_t k, void* workspace, int64_t* invalid,
                void* stream) {
-  auto* const passes = static_cast<TopKWorkspace*>(workspace);
-  const HostList<GraftTensor> list(tensors, count, &GraftTensor::size, kKeyChunk);
-  if (const int error = copy(list, passes + 1, stream)) return error;
-  if (cudaMemsetAsync(passes, 0, offsetof(TopKWorkspace, ranges), static_cast<cudaStream_t>(stream)) !=
+  auto* const selecting = static_cast<TopKWorkspace*>(workspace);
+  const HostList<GraftTensor> host_list(tensors, count, &GraftTensor::size, kKeyChunk);
+  if (const int error = copy(host_list, selecting + 1, stream)) return error;
+  if (cudaMemsetAsync(selecting, 0, offsetof(TopKWorkspace, ranges), static_cast<cudaStream_t>(stream)) !=
       cudaSuccess)
     return cudaGetLastError();
-  return write_top_k_masks(list.at(passes + 1), k, passes, invalid,
-                           [=](const auto& program) { return launch_program(program, stream); });
+  const List<GraftTensor> list = host_list.at(selecting + 1);
+  for (int pass = 0; pass < 3; ++pass) {
+    if (const int error = launch_program(CountKeys(list, selecting, {pass}), stream)) return error;
+    if (const int error = launch_program(SelectBin{selecting, invalid, k, {pass}}, stream)) return error;
+  }
+  return launch_program(WriteMasks(list, selecting), stream);
 }
 
 int64_t sparse_workspace(int64_t count) { return count * static_cast<int64_t>(sizeof(Listed<SparseTensor>)); }

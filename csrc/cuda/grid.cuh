@@ -9,7 +9,6 @@ namespace engram::cuda {
 // still hold what stood there before.
 template <typename T>
 ENGRAM_DEVICE T load_exchanged(const T* from) {
-#ifdef __CUDACC__
   if constexpr (sizeof(T) == 16) {
     const uint4 bits = __ldcg(reinterpret_cast<const uint4*>(from));
     T value;
@@ -18,12 +17,8 @@ ENGRAM_DEVICE T load_exchanged(const T* from) {
   } else {
     return __ldcg(from);
   }
-#else
-  return *from;
-#endif
 }
 
-#ifdef __CUDACC__
 // Ends when `arrivals` blocks have come, counted from when *counter was 0 and modulo 2^32. What they wrote
 // before is then seen by every thread.
 ENGRAM_DEVICE void grid_barrier(uint32_t* counter, uint32_t arrivals) {
@@ -37,6 +32,5 @@ ENGRAM_DEVICE void grid_barrier(uint32_t* counter, uint32_t arrivals) {
   }
   __syncthreads();
 }
-#endif
 
 }  // namespace engram::cuda

@@ -13,8 +13,7 @@ template <typename Weight>
 __global__ void __launch_bounds__(kThreads, LowRankUpdate<Weight>::kBlocks)
     apply_low_rank_kernel(LowRankUpdate<Weight> update) {
   __shared__ typename LowRankUpdate<Weight>::Shared shared;
-  DeviceBlock<typename LowRankUpdate<Weight>::Registers> block;
-  update.run(block, blockIdx.x, shared);
+  update.run(blockIdx.x, shared);
 }
 
 // The few blocks of the Gram matrix come first: they take longest.
@@ -26,19 +25,16 @@ __global__ void __launch_bounds__(kThreads, 2)
     typename Gram::Shared gram;
   } shared;
   if (static_cast<int>(blockIdx.x) < gram_blocks) {
-    DeviceBlock<typename Gram::Registers> block;
-    gram.run(block, blockIdx.x, shared.gram);
+    gram.run(blockIdx.x, shared.gram);
   } else {
-    DeviceBlock<typename Residual::Registers> block;
-    residual.run(block, blockIdx.x - gram_blocks, shared.residual);
+    residual.run(blockIdx.x - gram_blocks, shared.residual);
   }
 }
 
 template <typename Value>
 __global__ void __launch_bounds__(kThreads, 2) small_solve_kernel(SmallSolve<Value> solve, int column_tiles) {
   extern __shared__ double shared[];
-  DeviceBlock<typename SmallSolve<Value>::Registers> block;
-  solve.run(block, blockIdx.x, column_tiles, shared);
+  solve.run(blockIdx.x, column_tiles, shared);
 }
 
 // 99 KB a block is what the smallest devices of compute capability 8.0 and later allow.

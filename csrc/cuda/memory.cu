@@ -11,18 +11,17 @@ template <typename T>
 __global__ void __launch_bounds__(kThreads, 1)
     memory_stream_kernel(const __grid_constant__ MemoryStream<T> stream) {
   extern __shared__ uint4 bytes[];
-  DeviceBlock<typename MemoryStream<T>::Registers> block;
   const auto member = stream.member(blockIdx.x);
-  auto shared = stream.share(blockIdx.x, reinterpret_cast<T*>(bytes));
+  const auto shared = stream.share(blockIdx.x, reinterpret_cast<T*>(bytes));
   auto* const counter = reinterpret_cast<uint32_t*>(stream.workspace + member.group * StreamPlan::kLine);
   uint32_t turn = 0;
   for (int64_t b = member.group; b < stream.shape.batch; b += stream.plan.groups) {
-    stream.begin(block, member, b, turn, shared);
+    stream.begin(member, b, turn, shared);
     for (int64_t row = 0; row < stream.shape.count; row += StreamPlan::kWrites) {
       grid_barrier(counter, (turn + 1) * stream.plan.members);
-      stream.write(block, member, b, row, turn++, shared);
+      stream.write(member, b, row, turn++, shared);
     }
-    stream.end(block, member, b, shared);
+    stream.end(member, b, shared);
   }
 }
 

@@ -35,10 +35,8 @@ struct MemoryStream {
     T* state;     // [columns, pitch]: X
   };
 
-  struct Registers {
-    T inverse[kEach][kWrites];  // rows of U, then of U L^-T
-    typename Products::Registers products;
-  };
+  // A thread's rows of U, then of U L^-T.
+  using Inverse = T[kEach][kWrites];
 
   // A block's part of a group's work.
   struct Member {
@@ -84,50 +82,49 @@ struct MemoryStream {
   }
 
   // Takes memory b, and hands out what the first chunk needs as exchange number `turn`.
-  template <typename Block>
-  ENGRAM_DEVICE void begin(Block& block, const Member& m, int64_t b, uint32_t turn, Shared& shared) const {
-    move<true>(block, m, b, shared);
+  ENGRAM_DEVICE void begin(const Member& m, int64_t b, uint32_t turn, const Shared& shared) const {
+    move<true>(m, b, shared);
     if (shape.count == 0) return;
-    sweep(block, m, b, 0, turn, false, shared);
-    publish(block, m, b, 0, turn, shared);
+    Inverse inverse;
+    sweep(m, b, 0, turn, false, inverse, shared);
+    publish(m, b, 0, turn, shared);
   }
 
   // Between two barriers: writes the chunk that begins at `row` from exchange number `turn`, and hands out
   // what the next chunk needs as the exchange after it.
-  template <typename Block>
-  ENGRAM_DEVICE void write(Block& block, const Member& m, int64_t b, int64_t row, uint32_t turn,
-                           Shared& shared) const {
-    gather(block, m, turn, shared);
+  ENGRAM_DEVICE void write(const Member& m, int64_t b, int64_t row, uint32_t turn,
+                           const Shared& shared) const {
+    const int thread = threadIdx.x;
+    Inverse inverse;
+    gather(m, turn, inverse, shared);
     const int valid = smaller(shape.count - row, kWrites);
-    shared.small.factor(block, valid);
-    block.step([&](int thread, Registers&) {
-      if (m.index == 0 && thread < valid) {
-        const T gain = shared.small.gain(thread);
-        leverages[b * shape.count + row + thread] = gain / (1 + gain);
-      }
-      for (int column = thread; column < m.columns; column += kThreads) {
-        T* const steps = shared.steps + column * kWrites;
-        T step[1][kWrites];
+    shared.small.factor(valid);
+    if (m.index == 0 && thread < valid) {
+      const T gain = shared.small.gain(thread);
+      leverages[b * shape.count + row + thread] = gain / (1 + gain);
+    }
+    for (int column = thread; column < m.columns; column += kThreads) {
+      T* const steps = shared.steps + column * kWrites;
+      T step[1][kWrites];
 #pragma unroll
-        for (int t = 0; t < kWrites; ++t) step[0][t] = steps[t] - shared.products[column * kWrites + t];
-        shared.small.eliminate(step);
+      for (int t = 0; t < kWrites; ++t) step[0][t] = steps[t] - shared.products[column * kWrites + t];
+      shared.small.eliminate(step);
 #pragma unroll
-        for (int t = 0; t < kWrites; ++t) {
-          step[0][t] /= 1 + shared.small.gain(t);
-          if (column >= m.squares && t < valid)
-            readouts[(b * shape.count + row + t) * shape.width + m.first + column - shape.slots] =
-                steps[t] - step[0][t];
-          steps[t] = step[0][t];
-        }
+      for (int t = 0; t < kWrites; ++t) {
+        step[0][t] /= 1 + shared.small.gain(t);
+        if (column >= m.squares && t < valid)
+          readouts[(b * shape.count + row + t) * shape.width + m.first + column - shape.slots] =
+              steps[t] - step[0][t];
+        steps[t] = step[0][t];
       }
-    });
-    sweep(block, m, b, row + kWrites, turn, true, shared);
-    if (row + kWrites < shape.count) publish(block, m, b, row + kWrites, turn + 1, shared);
+    }
+    __syncthreads();
+    sweep(m, b, row + kWrites, turn, true, inverse, shared);
+    if (row + kWrites < shape.count) publish(m, b, row + kWrites, turn + 1, shared);
   }
 
-  template <typename Block>
-  ENGRAM_DEVICE void end(Block& block, const Member& m, int64_t b, Shared& shared) const {
-    move<false>(block, m, b, shared);
+  ENGRAM_DEVICE void end(const Member& m, int64_t b, const Shared& shared) const {
+    move<false>(m, b, shared);
   }
 
  private:
@@ -146,39 +143,38 @@ struct MemoryStream {
 
   // Brings the block's columns of memory b into the state, or out of it. Neighbours in memory are
   // neighbouring threads'; several are on their way at once.
-  template <bool kIn, typename Block>
-  ENGRAM_DEVICE void move(Block& block, const Member& m, int64_t b, Shared& shared) const {
+  template <bool kIn>
+  ENGRAM_DEVICE void move(const Member& m, int64_t b, const Shared& shared) const {
     constexpr int kBatch = 4;
-    const int slots = static_cast<int>(shape.slots), wide = m.columns - m.squares;
-    block.step([&](int thread, Registers&) {
-      for (int begin = thread; begin < m.columns * slots; begin += kBatch * kThreads) {
-        T* to[kBatch];
-        T values[kBatch];
+    const int thread = threadIdx.x, slots = static_cast<int>(shape.slots), wide = m.columns - m.squares;
+    for (int begin = thread; begin < m.columns * slots; begin += kBatch * kThreads) {
+      T* to[kBatch];
+      T values[kBatch];
 #pragma unroll
-        for (int i = 0; i < kBatch; ++i) {
-          const int at = begin + i * kThreads, other = at - m.squares * slots;
-          if (at >= m.columns * slots) continue;
-          const bool square = other < 0;
-          const int column = square ? at / slots : m.squares + other % wide;
-          const int slot = square ? at % slots : other / wide;
-          const int64_t place = square ? (b * slots + m.first + column) * slots + slot
-                                       : (b * slots + slot) * shape.width + m.first + column - slots;
-          T* const inside = shared.state + column * plan.pitch + slot;
-          to[i] = kIn ? inside : (square ? new_precision_inverse : new_memory) + place;
-          values[i] = kIn ? (square ? precision_inverse : memory)[place] : *inside;
-        }
-#pragma unroll
-        for (int i = 0; i < kBatch; ++i)
-          if (begin + i * kThreads < m.columns * slots) *to[i] = values[i];
+      for (int i = 0; i < kBatch; ++i) {
+        const int at = begin + i * kThreads, other = at - m.squares * slots;
+        if (at >= m.columns * slots) continue;
+        const bool square = other < 0;
+        const int column = square ? at / slots : m.squares + other % wide;
+        const int slot = square ? at % slots : other / wide;
+        const int64_t place = square ? (b * slots + m.first + column) * slots + slot
+                                     : (b * slots + slot) * shape.width + m.first + column - slots;
+        T* const inside = shared.state + column * plan.pitch + slot;
+        to[i] = kIn ? inside : (square ? new_precision_inverse : new_memory) + place;
+        values[i] = kIn ? (square ? precision_inverse : memory)[place] : *inside;
       }
-      const int padding = static_cast<int>(plan.pitch) - slots;
-      for (int i = thread; kIn && i < m.columns * padding; i += kThreads)
-        shared.state[i / padding * plan.pitch + slots + i % padding] = 0;
-    });
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i)
+        if (begin + i * kThreads < m.columns * slots) *to[i] = values[i];
+    }
+    const int padding = static_cast<int>(plan.pitch) - slots;
+    for (int i = thread; kIn && i < m.columns * padding; i += kThreads)
+      shared.state[i / padding * plan.pitch + slots + i % padding] = 0;
+    __syncthreads();
   }
 
   ENGRAM_DEVICE void fetch_inverse(const Member& m, uint32_t turn, int64_t first, int thread,
-                                   Registers& mine) const {
+                                   Inverse& inverse) const {
 #pragma unroll
     for (int e = 0; e < kEach; ++e) {
       const int64_t slot = first + e * kThreads + thread;
@@ -188,38 +184,37 @@ struct MemoryStream {
         if (slot < shape.slots)
           values = load_exchanged(reinterpret_cast<const Vector*>(inverse_of(m, turn) + slot * kWrites + t));
 #pragma unroll
-        for (int v = 0; v < kVec; ++v) mine.inverse[e][t + v] = values.at[v];
+        for (int v = 0; v < kVec; ++v) inverse[e][t + v] = values.at[v];
       }
     }
   }
 
   // The lower triangle of W U as the sum of its parts, in an order that never varies; beside it, on its way
   // together, U. The upper one is not read.
-  template <typename Block>
-  ENGRAM_DEVICE void gather(Block& block, const Member& m, uint32_t turn, Shared& shared) const {
+  ENGRAM_DEVICE void gather(const Member& m, uint32_t turn, Inverse& inverse, const Shared& shared) const {
     constexpr int kBatch = 32;
-    block.step([&](int thread, Registers& mine) {
-      fetch_inverse(m, turn, 0, thread, mine);
-      const T* const parts = gram_of(m, turn) + thread;
-      const int64_t holders = in_lower(thread) ? plan.holders : 0;
-      T sum = 0;
-      for (int64_t begin = 0; begin < holders; begin += kBatch) {
-        T part[kBatch];
+    const int thread = threadIdx.x;
+    fetch_inverse(m, turn, 0, thread, inverse);
+    const T* const parts = gram_of(m, turn) + thread;
+    const int64_t holders = in_lower(thread) ? plan.holders : 0;
+    T sum = 0;
+    for (int64_t begin = 0; begin < holders; begin += kBatch) {
+      T part[kBatch];
 #pragma unroll
-        for (int i = 0; i < kBatch; ++i)
-          part[i] = begin + i < holders ? load_exchanged(parts + (begin + i) * kThreads) : T(0);
+      for (int i = 0; i < kBatch; ++i)
+        part[i] = begin + i < holders ? load_exchanged(parts + (begin + i) * kThreads) : T(0);
 #pragma unroll
-        for (int i = 0; i < kBatch; ++i) sum += part[i];
-      }
-      shared.small.lower[thread] = sum;
-    });
+      for (int i = 0; i < kBatch; ++i) sum += part[i];
+    }
+    shared.small.lower[thread] = sum;
+    __syncthreads();
   }
 
   static ENGRAM_DEVICE bool in_lower(int thread) { return thread % kWrites <= thread / kWrites; }
 
   // Y of the chunk that begins at `row`.
   ENGRAM_DEVICE void fetch_latents(const Member& m, int64_t b, int64_t row, int thread,
-                                   Shared& shared) const {
+                                   const Shared& shared) const {
     constexpr int kBatch = 4;
     for (int begin = thread; begin < m.columns * kWrites; begin += kBatch * kThreads) {
       T values[kBatch];
@@ -240,49 +235,48 @@ struct MemoryStream {
 
   // X += (U L^-T) E if asked to, then the products of X with the chunk that begins at `next`, in one pass
   // over X.
-  template <typename Block>
-  ENGRAM_DEVICE void sweep(Block& block, const Member& m, int64_t b, int64_t next, uint32_t turn, bool update,
-                           Shared& shared) const {
+  ENGRAM_DEVICE void sweep(const Member& m, int64_t b, int64_t next, uint32_t turn, bool update,
+                           Inverse& inverse, const Shared& shared) const {
+    const int thread = threadIdx.x;
     for (int64_t first = 0; first < shape.slots; first += kTile) {
       const int rows = smaller(shape.slots - first, kTile);
-      block.step([&](int thread, Registers& mine) {
-        T weight[kEach][kWrites];  // on its way while the state changes
+      T weight[kEach][kWrites];  // on its way while the state changes
 #pragma unroll
-        for (int e = 0; e < kEach; ++e)
+      for (int e = 0; e < kEach; ++e)
 #pragma unroll
-          for (int t = 0; t < kWrites; ++t) {
-            const int slot = e * kThreads + thread;
-            weight[e][t] = slot < rows && next + t < shape.count
-                               ? weights[(b * shape.count + next + t) * shape.slots + first + slot]
-                               : T(0);
-          }
-        if (update) {
-          if (first > 0) fetch_inverse(m, turn, first, thread, mine);
-          shared.small.eliminate(mine.inverse);
-          change_state(m, first, rows, thread, mine, shared);
-        }
-#pragma unroll
-        for (int e = 0; e < kEach; ++e) {
+        for (int t = 0; t < kWrites; ++t) {
           const int slot = e * kThreads + thread;
-          if (slot >= padded(rows)) continue;
-#pragma unroll
-          for (int t = 0; t < kWrites; t += kVec) {
-            Vector values;
-#pragma unroll
-            for (int v = 0; v < kVec; ++v) values.at[v] = weight[e][t + v];
-            *reinterpret_cast<Vector*>(shared.tile + slot * Products::kPitch + t) = values;
-          }
+          weight[e][t] = slot < rows && next + t < shape.count
+                             ? weights[(b * shape.count + next + t) * shape.slots + first + slot]
+                             : T(0);
         }
-      });
+      if (update) {
+        if (first > 0) fetch_inverse(m, turn, first, thread, inverse);
+        shared.small.eliminate(inverse);
+        change_state(m, first, rows, thread, inverse, shared);
+      }
+#pragma unroll
+      for (int e = 0; e < kEach; ++e) {
+        const int slot = e * kThreads + thread;
+        if (slot >= padded(rows)) continue;
+#pragma unroll
+        for (int t = 0; t < kWrites; t += kVec) {
+          Vector values;
+#pragma unroll
+          for (int v = 0; v < kVec; ++v) values.at[v] = weight[e][t + v];
+          *reinterpret_cast<Vector*>(shared.tile + slot * Products::kPitch + t) = values;
+        }
+      }
+      __syncthreads();
       if (next >= shape.count) continue;
       const Products products = {shared.state + first, plan.pitch,  m.columns,      shared.tile,
                                  padded(rows),         shared.sums, shared.products};
-      products.run(block, first > 0, [](auto& mine) -> auto& { return mine.products; });
+      products.run(first > 0);
     }
   }
 
-  ENGRAM_DEVICE void change_state(const Member& m, int64_t first, int rows, int thread, const Registers& mine,
-                                  Shared& shared) const {
+  ENGRAM_DEVICE void change_state(const Member& m, int64_t first, int rows, int thread,
+                                  const Inverse& inverse, const Shared& shared) const {
     constexpr int kBatch = 8;
 #pragma unroll 1
     for (int begin = 0; begin < m.columns; begin += kBatch) {
@@ -308,7 +302,7 @@ struct MemoryStream {
         for (int e = 0; e < kEach; ++e) {
           if (e * kThreads + thread >= rows) continue;
 #pragma unroll
-          for (int t = 0; t < kWrites; ++t) x[c][e] += mine.inverse[e][t] * step[t];
+          for (int t = 0; t < kWrites; ++t) x[c][e] += inverse[e][t] * step[t];
           state[c * plan.pitch + e * kThreads] = x[c][e];
         }
       }
@@ -317,23 +311,21 @@ struct MemoryStream {
 
   // Hands out what others need. The latents are fetched on this side of the barrier: they come from memory,
   // which takes longest, and wait for nobody.
-  template <typename Block>
-  ENGRAM_DEVICE void publish(Block& block, const Member& m, int64_t b, int64_t row, uint32_t turn,
-                             Shared& shared) const {
-    block.step([&](int thread, Registers&) {
-      fetch_latents(m, b, row, thread, shared);
-      if (m.squares == 0) return;
-      T* const inverse = inverse_of(m, turn) + m.first * kWrites;
-      for (int i = thread; i < m.squares * kWrites; i += kThreads) inverse[i] = shared.products[i];
-      if (!in_lower(thread)) return;
-      const int s = thread / kWrites, t = thread % kWrites;
-      T sum = 0;
-      if (row + s < shape.count) {
-        const T* const weight = weights + (b * shape.count + row + s) * shape.slots + m.first;
-        for (int i = 0; i < m.squares; ++i) sum += weight[i] * shared.products[i * kWrites + t];
-      }
-      gram_of(m, turn)[m.index * kThreads + thread] = sum;
-    });
+  ENGRAM_DEVICE void publish(const Member& m, int64_t b, int64_t row, uint32_t turn,
+                             const Shared& shared) const {
+    const int thread = threadIdx.x;
+    fetch_latents(m, b, row, thread, shared);
+    if (m.squares == 0) return;
+    T* const inverse = inverse_of(m, turn) + m.first * kWrites;
+    for (int i = thread; i < m.squares * kWrites; i += kThreads) inverse[i] = shared.products[i];
+    if (!in_lower(thread)) return;
+    const int s = thread / kWrites, t = thread % kWrites;
+    T sum = 0;
+    if (row + s < shape.count) {
+      const T* const weight = weights + (b * shape.count + row + s) * shape.slots + m.first;
+      for (int i = 0; i < m.squares; ++i) sum += weight[i] * shared.products[i * kWrites + t];
+    }
+    gram_of(m, turn)[m.index * kThreads + thread] = sum;
   }
 };
 

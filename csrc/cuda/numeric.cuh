@@ -1,8 +1,6 @@
-// The 16-bit types, their conversions, and accesses of 16 bytes. No toolkit header: the same types exist on a
-// host.
+// The 16-bit types, their conversions, and accesses of 16 bytes.
 #pragma once
 
-#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -25,8 +23,6 @@ ENGRAM_DEVICE double widen(double value) { return value; }
 ENGRAM_DEVICE void narrow(float value, float& result) { result = value; }
 ENGRAM_DEVICE void narrow(double value, double& result) { result = value; }
 
-#ifdef __CUDACC__
-
 ENGRAM_DEVICE float widen(BFloat16 value) { return __uint_as_float(static_cast<uint32_t>(value.bits) << 16); }
 
 ENGRAM_DEVICE float widen(Half value) {
@@ -42,52 +38,6 @@ ENGRAM_DEVICE void narrow(float value, BFloat16& result) {
 ENGRAM_DEVICE void narrow(float value, Half& result) {
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(result.bits) : "f"(value));
 }
-
-#else
-
-inline uint32_t bits_of(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  return bits;
-}
-
-inline float float_of(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
-inline float widen(BFloat16 value) { return float_of(static_cast<uint32_t>(value.bits) << 16); }
-
-inline float widen(Half value) {
-  const uint32_t exponent = value.bits >> 10 & 31, mantissa = value.bits & 1023;
-  float magnitude = std::ldexp(static_cast<float>(mantissa), -24);
-  if (exponent == 31)
-    magnitude = float_of(0x7f800000u | mantissa << 13);
-  else if (exponent > 0)
-    magnitude = float_of((exponent + 112) << 23 | mantissa << 13);
-  return value.bits & 0x8000 ? -magnitude : magnitude;
-}
-
-inline void narrow(float value, BFloat16& result) {
-  const uint32_t bits = bits_of(value);
-  result.bits = std::isnan(value) ? 0x7fff : static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
-inline void narrow(float value, Half& result) {
-  const float magnitude = std::fabs(value);
-  const uint32_t bits = bits_of(magnitude);
-  uint32_t rounded = ((bits + 0xfff + (bits >> 13 & 1)) >> 13) - (112u << 10);
-  if (std::isnan(value))
-    rounded = 0x7fff;
-  else if (magnitude >= 65520.0f)
-    rounded = 0x7c00;
-  else if (magnitude < 0x1p-14f)
-    rounded = static_cast<uint32_t>(std::nearbyint(magnitude * 0x1p24f));
-  result.bits = static_cast<uint16_t>(rounded | (std::signbit(value) ? 0x8000u : 0u));
-}
-
-#endif
 
 // The type that products with a weight of type T are accumulated in.
 template <typename T>
@@ -114,7 +64,6 @@ constexpr int kVector = 16 / static_cast<int>(sizeof(T));
 // Weights pass through once: they are read and written so that the caches keep other data before them.
 template <typename T>
 ENGRAM_DEVICE T load_streaming(const T* from) {
-#ifdef __CUDACC__
   if constexpr (sizeof(T) >= 8) {
     using Bits = std::conditional_t<sizeof(T) == 16, uint4, uint2>;
     const Bits bits = __ldcs(reinterpret_cast<const Bits*>(from));
@@ -122,13 +71,11 @@ ENGRAM_DEVICE T load_streaming(const T* from) {
     memcpy(&value, &bits, sizeof value);
     return value;
   }
-#endif
   return *from;
 }
 
 template <typename T>
 ENGRAM_DEVICE void store_streaming(T* to, const T& value) {
-#ifdef __CUDACC__
   if constexpr (sizeof(T) >= 8) {
     using Bits = std::conditional_t<sizeof(T) == 16, uint4, uint2>;
     Bits bits;
@@ -136,7 +83,6 @@ ENGRAM_DEVICE void store_streaming(T* to, const T& value) {
     __stcs(reinterpret_cast<Bits*>(to), bits);
     return;
   }
-#endif
   *to = value;
 }
 

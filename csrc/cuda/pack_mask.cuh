@@ -8,25 +8,19 @@ namespace engram::cuda {
 struct PackMask {
   static constexpr int kBytes = 4;  // of the packed mask, a thread
 
-  struct Shared {};
-  struct Registers {};
-
   const uint8_t* mask;
   int64_t size;
   uint8_t* packed;
 
   int64_t blocks() const { return ceil_divide(size, 8 * kThreads * kBytes); }
 
-  template <typename Block>
-  ENGRAM_DEVICE void run(Block& block, int64_t index, Shared&) const {
+  ENGRAM_DEVICE void run(int64_t index) const {
     const int64_t first = index * kBytes * kThreads;
     const bool whole = (first + kBytes * kThreads) * 8 <= size && reinterpret_cast<uintptr_t>(mask) % 8 == 0;
-    block.step([&](int thread, Registers&) {
-      if (whole)
-        pack_whole(first + thread);
-      else
-        pack_some(first + thread);
-    });
+    if (whole)
+      pack_whole(first + threadIdx.x);
+    else
+      pack_some(first + threadIdx.x);
   }
 
  private:

@@ -28,10 +28,6 @@ struct RowDots {
     Sum dot[kWarps][kWarpRows][kKeys];
   };
 
-  struct Registers {
-    Sum dot[kRows][kKeys];
-  };
-
   const Matrix* matrix;
   WeightShape shape;
   const Key* keys;
@@ -67,56 +63,51 @@ struct RowDots {
   int64_t blocks() const { return shape.batch * row_tiles * key_tiles; }
 
   // Blocks that read the same rows are neighbours, so that the weight comes from memory once.
-  template <typename Block>
-  ENGRAM_DEVICE void run(Block& block, int64_t index, Shared& shared) const {
+  ENGRAM_DEVICE void run(int64_t index, Shared& shared) const {
+    const int thread = threadIdx.x;
     const int64_t b = index / (key_tiles * row_tiles);
     const int64_t first_row = index / key_tiles % row_tiles * tile_rows;
     const int64_t first_key = index % key_tiles * kKeys;
     const int active = static_cast<int>(count - first_key < kKeys ? count - first_key : kKeys);
 
-    block.step([&](int thread, Registers& mine) {
-      const Matrix* rows[kRows];
+    const Matrix* rows[kRows];
+    Sum dots[kRows][kKeys];
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) {  // a row past the end stands for the last one, and is not written
-        const int64_t row =
-            first_row + thread / kWarp / slices * kWarpRows + thread % kWarp / kLanes * kRows + r;
-        rows[r] =
-            matrix + b * shape.batch_stride + (row < shape.rows ? row : shape.rows - 1) * shape.row_stride;
+    for (int r = 0; r < kRows; ++r) {  // a row past the end stands for the last one, and is not written
+      const int64_t row =
+          first_row + thread / kWarp / slices * kWarpRows + thread % kWarp / kLanes * kRows + r;
+      rows[r] =
+          matrix + b * shape.batch_stride + (row < shape.rows ? row : shape.rows - 1) * shape.row_stride;
 #pragma unroll
-        for (int j = 0; j < kKeys; ++j) mine.dot[r][j] = 0;
-      }
-      const Key* key = keys + (b * count + first_key) * shape.cols;
-      int64_t vectors = thread / kWarp % slices * kLanes + thread % kLanes;
-      if (vector) {
-        vectors = accumulate<kVec, kAhead>(rows, key, active, vectors, mine);
-        accumulate<kVec, 1>(rows, key, active, vectors, mine);
-      } else {
-        accumulate<1, 1>(rows, key, active, vectors, mine);
-      }
-    });
+      for (int j = 0; j < kKeys; ++j) dots[r][j] = 0;
+    }
+    const Key* key = keys + (b * count + first_key) * shape.cols;
+    int64_t vectors = thread / kWarp % slices * kLanes + thread % kLanes;
+    if (vector) {
+      vectors = accumulate<kVec, kAhead>(rows, key, active, vectors, dots);
+      accumulate<kVec, 1>(rows, key, active, vectors, dots);
+    } else {
+      accumulate<1, 1>(rows, key, active, vectors, dots);
+    }
 #pragma unroll
     for (int j = 0; j < kKeys; ++j)
       if (j < active)
 #pragma unroll
-        for (int r = 0; r < kRows; ++r)
-          block.template warp_sum<kLanes>([=](Registers& mine) -> Sum& { return mine.dot[r][j]; });
-    block.step([&](int thread, Registers& mine) {
+        for (int r = 0; r < kRows; ++r) dots[r][j] = warp_sum<kLanes>(dots[r][j]);
 #pragma unroll
-      for (int i = 0; i < kRows * kKeys; ++i)
-        if (thread % kLanes == i % kLanes)
-          shared.dot[thread / kWarp][thread % kWarp / kLanes * kRows + i / kKeys][i % kKeys] =
-              mine.dot[i / kKeys][i % kKeys];
-    });
-    block.step([&](int thread, Registers&) {
-      for (int i = thread; i < tile_rows * active; i += kThreads) {
-        const int row = i % tile_rows, j = i / tile_rows;
-        if (first_row + row >= shape.rows) continue;
-        Sum dot = 0;
-        for (int s = 0; s < slices; ++s) dot += shared.dot[row / kWarpRows * slices + s][row % kWarpRows][j];
-        const int64_t at = (b * count + first_key + j) * shape.rows + first_row + row;
-        result[at] = values ? values[at] - dot : dot;
-      }
-    });
+    for (int i = 0; i < kRows * kKeys; ++i)
+      if (thread % kLanes == i % kLanes)
+        shared.dot[thread / kWarp][thread % kWarp / kLanes * kRows + i / kKeys][i % kKeys] =
+            dots[i / kKeys][i % kKeys];
+    __syncthreads();
+    for (int i = thread; i < tile_rows * active; i += kThreads) {
+      const int row = i % tile_rows, j = i / tile_rows;
+      if (first_row + row >= shape.rows) continue;
+      Sum dot = 0;
+      for (int s = 0; s < slices; ++s) dot += shared.dot[row / kWarpRows * slices + s][row % kWarpRows][j];
+      const int64_t at = (b * count + first_key + j) * shape.rows + first_row + row;
+      result[at] = values ? values[at] - dot : dot;
+    }
   }
 
  private:
@@ -124,7 +115,7 @@ struct RowDots {
   // at once as long as that many are left. Returns the number of the first vector that it leaves.
   template <int N, int Ahead>
   ENGRAM_DEVICE int64_t accumulate(const Matrix* const (&rows)[kRows], const Key* key, int active, int64_t at,
-                                   Registers& mine) const {
+                                   Sum (&dots)[kRows][kKeys]) const {
     const int64_t stride = kLanes * slices;
     for (; (at + (Ahead - 1) * stride) * N < shape.cols; at += Ahead * stride) {
       Pack<Matrix, N> m[Ahead][kRows];
@@ -143,7 +134,7 @@ struct RowDots {
           for (int v = 0; v < N; ++v)
 #pragma unroll
             for (int r = 0; r < kRows; ++r)
-              mine.dot[r][j] += static_cast<Sum>(widen(m[a][r].at[v])) * static_cast<Sum>(k.at[v]);
+              dots[r][j] += static_cast<Sum>(widen(m[a][r].at[v])) * static_cast<Sum>(k.at[v]);
         }
       }
     }

@@ -15,8 +15,6 @@ struct SmallSolve {
   static constexpr int kTileCols = kWarp;
   static constexpr int kLimit = 128;
 
-  struct Registers {};
-
   const double* system;
   const Value* rhs;
   SystemKind kind;
@@ -35,8 +33,8 @@ struct SmallSolve {
 
   static ENGRAM_DEVICE int packed(int i, int j) { return i * (i + 1) / 2 + j; }
 
-  template <typename Block>
-  ENGRAM_DEVICE void run(Block& block, int64_t index, int64_t column_tiles, double* shared) const {
+  ENGRAM_DEVICE void run(int64_t index, int64_t column_tiles, double* shared) const {
+    const int thread = threadIdx.x, warp = thread / kWarp, lane = thread % kWarp;
     const int64_t b = index / column_tiles, first_column = index % column_tiles * kTileCols;
     double* const triangle = shared;
     double* const x = shared + packed(n, 0);  // [n, kTileCols]
@@ -45,17 +43,15 @@ struct SmallSolve {
     // An upper triangle is kept transposed, which is what the back substitution wants.
     const int64_t row_stride = upper ? 1 : n, column_stride = upper ? n : 1;
 
-    block.step([&](int thread, Registers&) {
-      const int warp = thread / kWarp, lane = thread % kWarp;
-      for (int i = warp; i < n; i += kWarps) {
-        for (int j = lane; j < (factor ? i + 1 : i); j += kWarp)
-          triangle[packed(i, j)] = system[b * n * n + i * row_stride + j * column_stride];
-        if (first_column + lane < columns)
-          x[i * kTileCols + lane] = rhs[(b * n + i) * columns + first_column + lane];
-        else
-          x[i * kTileCols + lane] = 0;
-      }
-    });
+    for (int i = warp; i < n; i += kWarps) {
+      for (int j = lane; j < (factor ? i + 1 : i); j += kWarp)
+        triangle[packed(i, j)] = system[b * n * n + i * row_stride + j * column_stride];
+      if (first_column + lane < columns)
+        x[i * kTileCols + lane] = rhs[(b * n + i) * columns + first_column + lane];
+      else
+        x[i * kTileCols + lane] = 0;
+    }
+    __syncthreads();
 
     int failed = 0;
     for (int k = 0; k < n && !upper; ++k) {
@@ -66,32 +62,26 @@ struct SmallSolve {
         failed = k + 1;
         break;
       }
-      block.step([&](int thread, Registers&) {
-        const int warp = thread / kWarp, lane = thread % kWarp;
-        const double inverse = 1.0 / pivot;
-        for (int i = k + 1 + warp; i < n; i += kWarps) {
-          const double multiplier = triangle[packed(i, k)] * inverse;
-          x[i * kTileCols + lane] -= multiplier * x[k * kTileCols + lane];
-          for (int j = k + 1 + lane; factor && j <= i; j += kWarp)
-            triangle[packed(i, j)] -= multiplier * triangle[packed(j, k)];
-        }
-      });
-    }
-    for (int k = n - 1; k > 0 && !failed && kind != SystemKind::unit_lower; --k)
-      block.step([&](int thread, Registers&) {
-        const int warp = thread / kWarp, lane = thread % kWarp;
-        const double solved = x[k * kTileCols + lane] / (factor ? triangle[packed(k, k)] : 1.0);
-        for (int i = warp; i < k; i += kWarps) x[i * kTileCols + lane] -= triangle[packed(k, i)] * solved;
-      });
-
-    block.step([&](int thread, Registers&) {
-      const int warp = thread / kWarp, lane = thread % kWarp;
-      if (thread == 0 && first_column == 0) info[b] = failed;
-      for (int i = warp; i < n && first_column + lane < columns; i += kWarps) {
-        const double solved = x[i * kTileCols + lane] / (factor ? triangle[packed(i, i)] : 1.0);
-        solution[(b * n + i) * columns + first_column + lane] = static_cast<Value>(failed ? NAN : solved);
+      const double inverse = 1.0 / pivot;
+      for (int i = k + 1 + warp; i < n; i += kWarps) {
+        const double multiplier = triangle[packed(i, k)] * inverse;
+        x[i * kTileCols + lane] -= multiplier * x[k * kTileCols + lane];
+        for (int j = k + 1 + lane; factor && j <= i; j += kWarp)
+          triangle[packed(i, j)] -= multiplier * triangle[packed(j, k)];
       }
-    });
+      __syncthreads();
+    }
+    for (int k = n - 1; k > 0 && !failed && kind != SystemKind::unit_lower; --k) {
+      const double solved = x[k * kTileCols + lane] / (factor ? triangle[packed(k, k)] : 1.0);
+      for (int i = warp; i < k; i += kWarps) x[i * kTileCols + lane] -= triangle[packed(k, i)] * solved;
+      __syncthreads();
+    }
+
+    if (thread == 0 && first_column == 0) info[b] = failed;
+    for (int i = warp; i < n && first_column + lane < columns; i += kWarps) {
+      const double solved = x[i * kTileCols + lane] / (factor ? triangle[packed(i, i)] : 1.0);
+      solution[(b * n + i) * columns + first_column + lane] = static_cast<Value>(failed ? NAN : solved);
+    }
   }
 };
 

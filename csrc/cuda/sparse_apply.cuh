@@ -12,22 +12,16 @@ constexpr int kSparseChunk = kThreads * kSparseEntries;
 // overwritten = weight[indices]; weight[indices] = values.
 template <typename Index>
 struct SparseApply {
-  struct Shared {};
-  struct Registers {};
-
   List<SparseTensor> list;
 
   int64_t blocks() const { return list.chunks; }
 
-  template <typename Block>
-  ENGRAM_DEVICE void run(Block& block, int64_t index, Shared&) const {
-    block.step([&](int thread, Registers&) {
-      const Listed<SparseTensor>& entry = *list.find(index);
-      const int64_t first = (index - entry.first) * kSparseChunk + thread;
-      if (entry.tensor.element_bytes == 2) exchange<uint16_t>(entry.tensor, first);
-      if (entry.tensor.element_bytes == 4) exchange<uint32_t>(entry.tensor, first);
-      if (entry.tensor.element_bytes == 8) exchange<uint64_t>(entry.tensor, first);
-    });
+  ENGRAM_DEVICE void run(int64_t index) const {
+    const Listed<SparseTensor>& entry = *list.find(index);
+    const int64_t first = (index - entry.first) * kSparseChunk + threadIdx.x;
+    if (entry.tensor.element_bytes == 2) exchange<uint16_t>(entry.tensor, first);
+    if (entry.tensor.element_bytes == 4) exchange<uint32_t>(entry.tensor, first);
+    if (entry.tensor.element_bytes == 8) exchange<uint64_t>(entry.tensor, first);
   }
 
  private:
@@ -60,38 +54,30 @@ struct SparseApply {
 // Adds to `faults` how many indices are out of range or not above the one before them.
 template <typename Index>
 struct SparseFaults {
-  struct Shared {
-    uint32_t faults;
-  };
-  struct Registers {};
-
   List<SparseTensor> list;
   uint64_t* faults;
 
   int64_t blocks() const { return list.chunks; }
 
-  template <typename Block>
-  ENGRAM_DEVICE void run(Block& block, int64_t index, Shared& shared) const {
-    block.step([&](int thread, Registers&) {
-      if (thread == 0) shared.faults = 0;
-    });
-    block.step([&](int thread, Registers&) {
-      const Listed<SparseTensor>& entry = *list.find(index);
-      const auto* const indices = static_cast<const Index*>(entry.tensor.indices);
-      const int64_t first = (index - entry.first) * kSparseChunk + thread;
-      uint32_t found = 0;
+  ENGRAM_DEVICE void run(int64_t index) const {
+    __shared__ uint32_t found_by_block;
+    const int thread = threadIdx.x;
+    if (thread == 0) found_by_block = 0;
+    __syncthreads();
+    const Listed<SparseTensor>& entry = *list.find(index);
+    const auto* const indices = static_cast<const Index*>(entry.tensor.indices);
+    const int64_t first = (index - entry.first) * kSparseChunk + thread;
+    uint32_t found = 0;
 #pragma unroll
-      for (int i = 0; i < kSparseEntries; ++i) {
-        const int64_t at = first + i * kThreads;
-        if (at >= entry.tensor.count) continue;
-        const Index here = indices[at];
-        found += here < 0 || here >= entry.tensor.size || (at > 0 && here <= indices[at - 1]);
-      }
-      if (found) add(shared.faults, found);
-    });
-    block.step([&](int thread, Registers&) {
-      if (thread == 0 && shared.faults) add(*faults, shared.faults);
-    });
+    for (int i = 0; i < kSparseEntries; ++i) {
+      const int64_t at = first + i * kThreads;
+      if (at >= entry.tensor.count) continue;
+      const Index here = indices[at];
+      found += here < 0 || here >= entry.tensor.size || (at > 0 && here <= indices[at - 1]);
+    }
+    if (found) add(found_by_block, found);
+    __syncthreads();
+    if (thread == 0 && found_by_block) add(*faults, found_by_block);
   }
 };
 

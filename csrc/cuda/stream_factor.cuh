@@ -20,17 +20,14 @@ struct StreamFactor {
   ENGRAM_DEVICE T gain(int t) const { return lower[t * (kWrites + 1)]; }  // D - 1 of a row
 
   // Rows from `valid` on are zero: they are factored already.
-  template <typename Block>
-  ENGRAM_DEVICE void factor(Block& block, int valid) const {
-    for (int k = 0; k + 1 < valid; ++k)
-      block.step([&](int thread, auto&) {
-        const int i = thread / kWrites, j = thread % kWrites;
-        if (j > k && j <= i) lower[thread] -= lower[i * kWrites + k] / (1 + gain(k)) * lower[j * kWrites + k];
-      });
-    block.step([&](int thread, auto&) {
-      const int i = thread / kWrites, j = thread % kWrites;
-      if (j < i) lower[thread] /= 1 + gain(j);
-    });
+  ENGRAM_DEVICE void factor(int valid) const {
+    const int thread = threadIdx.x, i = thread / kWrites, j = thread % kWrites;
+    for (int k = 0; k + 1 < valid; ++k) {
+      if (j > k && j <= i) lower[thread] -= lower[i * kWrites + k] / (1 + gain(k)) * lower[j * kWrites + k];
+      __syncthreads();
+    }
+    if (j < i) lower[thread] /= 1 + gain(j);
+    __syncthreads();
   }
 
   // x = x L^-T for rows x.

@@ -25,10 +25,6 @@ struct StreamProducts {
 
   using Vector = Pack<T, kVec>;
 
-  struct Registers {
-    T sum[kLines][kLines];
-  };
-
   const T* state;  // [columns, pitch], from the first of the tile's slots on
   int64_t pitch;
   int columns;
@@ -37,32 +33,28 @@ struct StreamProducts {
   T* sums;        // [kWarps, kGroup, kWrites] in shared memory
   T* products;    // [columns, kWrites]
 
-  // `select` gives a thread's Registers.
-  template <typename Block, typename Select>
-  ENGRAM_DEVICE void run(Block& block, bool add, const Select& select) const {
+  ENGRAM_DEVICE void run(bool add) const {
+    const int thread = threadIdx.x;
     for (int group = 0; group < columns; group += kGroup) {
-      block.step([&](int thread, auto& mine) { multiply(group, thread, select(mine)); });
+      T sum[kLines][kLines];
+      multiply(group, thread, sum);
+      T* const to = sums + (thread / kWarp * kGroup + column(thread)) * kWrites + write(thread);
 #pragma unroll
       for (int i = 0; i < kLines; ++i)
 #pragma unroll
-        for (int t = 0; t < kLines; ++t)
-          block.template warp_sum<kShares>([=](auto& mine) -> T& { return select(mine).sum[i][t]; });
-      block.step([&](int thread, auto& mine) {
-        T* const to = sums + (thread / kWarp * kGroup + column(thread)) * kWrites + write(thread);
+        for (int t = 0; t < kLines; ++t) {
+          const T shared_sum = warp_sum<kShares>(sum[i][t]);
+          if (thread % kShares == i) to[i * kWrites + t] = shared_sum;
+        }
+      __syncthreads();
+      if (thread < kGroup * kWrites && group + thread / kWrites < columns) {
+        T total = 0;
 #pragma unroll
-        for (int i = 0; i < kLines; ++i)
-#pragma unroll
-          for (int t = 0; t < kLines; ++t)
-            if (thread % kShares == i) to[i * kWrites + t] = select(mine).sum[i][t];
-      });
-      block.step([&](int thread, auto&) {
-        if (thread >= kGroup * kWrites || group + thread / kWrites >= columns) return;
-        T sum = 0;
-#pragma unroll
-        for (int warp = 0; warp < kWarps; ++warp) sum += sums[warp * kGroup * kWrites + thread];
+        for (int warp = 0; warp < kWarps; ++warp) total += sums[warp * kGroup * kWrites + thread];
         T& product = products[group * kWrites + thread];
-        product = add ? product + sum : sum;
-      });
+        product = add ? product + total : total;
+      }
+      __syncthreads();
     }
   }
 
@@ -72,14 +64,14 @@ struct StreamProducts {
   static ENGRAM_DEVICE int write(int thread) { return thread / kShares % (kWrites / kLines) * kLines; }
 
   // A column past the last stands for it, and is not written.
-  ENGRAM_DEVICE void multiply(int group, int thread, Registers& mine) const {
+  ENGRAM_DEVICE void multiply(int group, int thread, T (&sum)[kLines][kLines]) const {
     const T* from[kLines];
 #pragma unroll
     for (int i = 0; i < kLines; ++i) {
       const int at = group + column(thread) + i;
       from[i] = state + (at < columns ? at : columns - 1) * pitch;
 #pragma unroll
-      for (int t = 0; t < kLines; ++t) mine.sum[i][t] = 0;
+      for (int t = 0; t < kLines; ++t) sum[i][t] = 0;
     }
     const int share = thread / kWarp * kShares + thread % kShares;
 #pragma unroll kAhead
@@ -95,7 +87,7 @@ struct StreamProducts {
 #pragma unroll
           for (int u = 0; u < kVec; ++u)
 #pragma unroll
-            for (int i = 0; i < kLines; ++i) mine.sum[i][t + u] += x[i].at[v] * w.at[u];
+            for (int i = 0; i < kLines; ++i) sum[i][t + u] += x[i].at[v] * w.at[u];
         }
     }
   }

@@ -34,60 +34,47 @@ struct Digit {
 
 // The histogram of the keys that begin as the threshold does.
 struct CountKeys : KeyRanges {
-  struct Shared {
-    uint32_t bins[kMaxBins];
-  };
-  struct Registers {};
-
   TopKWorkspace* workspace;
   Digit digit;
 
   CountKeys(const List<GraftTensor>& list, TopKWorkspace* workspace, Digit digit)
       : KeyRanges(list), workspace(workspace), digit(digit) {}
 
-  template <typename Block>
-  ENGRAM_DEVICE void run(Block& block, int64_t index, Shared& shared) const {
+  ENGRAM_DEVICE void run(int64_t index) const {
+    __shared__ uint32_t bins[kMaxBins];
+    const int thread = threadIdx.x;
     const uint32_t prefix = workspace->selection.prefix;
-    block.step([&](int thread, Registers&) {
-      for (int bin = thread; bin < digit.bins(); bin += kThreads) shared.bins[bin] = 0;
-    });
-    block.step([&](int thread, Registers&) {
-      const Listed<GraftTensor>* entry = list.find(begin(index));
-      for (int64_t chunk = begin(index); chunk < begin(index + 1); ++chunk) {
-        list.advance(entry, chunk);
-        visit(*entry, chunk, thread, [&](const GraftTensor&, int64_t, int valid, const uint32_t* keys) {
-          // Fine-tuning in 16 bits leaves most weights as they were: equal neighbours are counted at once,
-          // lest all threads queue at one bin.
-          int last = 0;
-          uint32_t run = 0;
+    for (int bin = thread; bin < digit.bins(); bin += kThreads) bins[bin] = 0;
+    __syncthreads();
+    const Listed<GraftTensor>* entry = list.find(begin(index));
+    for (int64_t chunk = begin(index); chunk < begin(index + 1); ++chunk) {
+      list.advance(entry, chunk);
+      visit(*entry, chunk, thread, [&](const GraftTensor&, int64_t, int valid, const uint32_t* keys) {
+        // Fine-tuning in 16 bits leaves most weights as they were: equal neighbours are counted at once, lest
+        // all threads queue at one bin.
+        int last = 0;
+        uint32_t run = 0;
 #pragma unroll
-          for (int i = 0; i < kKeys; ++i) {
-            if (i >= valid || (keys[i] & digit.known()) != prefix) continue;
-            const int bin = digit.of(keys[i]);
-            if (bin != last && run) add(shared.bins[last], run);
-            run = bin == last ? run + 1 : 1;
-            last = bin;
-          }
-          if (run) add(shared.bins[last], run);
-        });
-      }
-    });
-    block.step([&](int thread, Registers&) {
-      for (int bin = thread; bin < digit.bins(); bin += kThreads) {
-        if (digit.pass == 2) workspace->ranges[index][bin] = shared.bins[bin];
-        if (shared.bins[bin]) add(workspace->histogram[digit.pass][bin], uint64_t(shared.bins[bin]));
-      }
-    });
+        for (int i = 0; i < kKeys; ++i) {
+          if (i >= valid || (keys[i] & digit.known()) != prefix) continue;
+          const int bin = digit.of(keys[i]);
+          if (bin != last && run) add(bins[last], run);
+          run = bin == last ? run + 1 : 1;
+          last = bin;
+        }
+        if (run) add(bins[last], run);
+      });
+    }
+    __syncthreads();
+    for (int bin = thread; bin < digit.bins(); bin += kThreads) {
+      if (digit.pass == 2) workspace->ranges[index][bin] = bins[bin];
+      if (bins[bin]) add(workspace->histogram[digit.pass][bin], uint64_t(bins[bin]));
+    }
   }
 };
 
 // One block: the bin in which the threshold lies is the first, from the top, that completes what is wanted.
 struct SelectBin {
-  struct Shared {
-    int64_t sums[kThreads];
-  };
-  struct Registers {};
-
   TopKWorkspace* workspace;
   int64_t* invalid;  // how many keys are NaN or infinite
   int64_t k;
@@ -95,30 +82,28 @@ struct SelectBin {
 
   int64_t blocks() const { return 1; }
 
-  template <typename Block>
-  ENGRAM_DEVICE void run(Block& block, int64_t, Shared& shared) const {
+  ENGRAM_DEVICE void run(int64_t) const {
+    __shared__ int64_t sums[kThreads];
+    const int thread = threadIdx.x;
     const uint64_t* const histogram = workspace->histogram[digit.pass];
     const int64_t wanted = digit.pass == 0 ? k : workspace->selection.remaining;
     const uint32_t prefix = workspace->selection.prefix;
     const int each = digit.bins() / kThreads;
 
-    block.step([&](int thread, Registers&) {
-      int64_t sum = 0;
-      for (int i = 0; i < each; ++i) sum += histogram[digit.bins() - 1 - thread * each - i];
-      shared.sums[thread] = sum;
-    });
-    block.step([&](int thread, Registers&) {
-      if (thread == 0 && digit.pass == 0) {  // an exponent of all ones, of either sign
-        *invalid = 0;
-        for (int i = 0; i < 4; ++i) *invalid += histogram[i] + histogram[kMaxBins - 1 - i];
-      }
-      int64_t above = 0;
-      for (int i = 0; i < thread; ++i) above += shared.sums[i];
-      if ((thread > 0 && above >= wanted) || above + shared.sums[thread] < wanted) return;
-      int bin = digit.bins() - 1 - thread * each;
-      for (; above + static_cast<int64_t>(histogram[bin]) < wanted; --bin) above += histogram[bin];
-      workspace->selection = {prefix | static_cast<uint32_t>(bin) << digit.shift(), wanted - above};
-    });
+    int64_t sum = 0;
+    for (int i = 0; i < each; ++i) sum += histogram[digit.bins() - 1 - thread * each - i];
+    sums[thread] = sum;
+    __syncthreads();
+    if (thread == 0 && digit.pass == 0) {  // an exponent of all ones, of either sign
+      *invalid = 0;
+      for (int i = 0; i < 4; ++i) *invalid += histogram[i] + histogram[kMaxBins - 1 - i];
+    }
+    int64_t above = 0;
+    for (int i = 0; i < thread; ++i) above += sums[i];
+    if ((thread > 0 && above >= wanted) || above + sums[thread] < wanted) return;
+    int bin = digit.bins() - 1 - thread * each;
+    for (; above + static_cast<int64_t>(histogram[bin]) < wanted; --bin) above += histogram[bin];
+    workspace->selection = {prefix | static_cast<uint32_t>(bin) << digit.shift(), wanted - above};
   }
 };
 

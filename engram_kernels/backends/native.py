@@ -30,12 +30,6 @@ def no_nvidia_gpu() -> str | None:
     return f"takes GPUs from compute capability 8.0, not {major}.{minor}" if major < 8 else None
 
 
-def on_device(tensor: Tensor) -> torch.cuda.device:
-    """Return the context in which kernels are launched where a tensor lies."""
-    # -1 is "no device to switch to": CPU tensors under Triton's interpreter.
-    return torch.cuda.device(tensor.device if tensor.is_cuda else -1)
-
-
 def stream(tensor: Tensor) -> int:
     """Return the address of the CUDA stream that work on a tensor is launched on."""
     return torch.cuda.current_stream(tensor.device).cuda_stream

@@ -7,7 +7,7 @@ both against fp64. Masks, choices and sparse writes are compared bit for bit.
 import numpy as np
 import pytest
 import torch
-from accuracy import error, truncates, wide, within
+from accuracy import error, wide, within
 
 import engram_kernels as ek
 from engram_kernels._ops import compute_dtype
@@ -44,8 +44,6 @@ def eager_gates(logits, base, bias):
 @pytest.mark.parametrize("masked", [False, True], ids=["plain", "base"])
 def test_blend_and_its_gradients(device, poisoned, masked, size):
     for dtype in DTYPES:
-        if truncates(device, dtype):
-            continue
         pre, ft, logits, base = weights(size, dtype)
         on = base & masked
         gate, eager_gate = gates(logits, on, BIAS), eager_gates(logits, on, BIAS).to(dtype)
@@ -69,8 +67,6 @@ def test_blend_and_its_gradients(device, poisoned, masked, size):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_closed_gates_are_exact(device, dtype):
     """What `pre + γ (ft − pre)` in fp32 is not: small weights beside large ones."""
-    if truncates(device, dtype):
-        pytest.skip("Triton's interpreter truncates bf16 stores")
     pre = torch.tensor([1.0, 1.0, -3e4, 1e-6, 0.0, 5.0], dtype=dtype, device=device)
     ft = torch.tensor([1e-6, 1.0, 2e-3, -3e4, 7.0, 5.0], dtype=dtype, device=device)
     for level, expected in ((1e4, ft), (-1e4, pre), (float("inf"), ft), (-float("inf"), pre)):
@@ -147,8 +143,6 @@ def test_a_model_at_once_is_its_tensors_one_by_one(device, poisoned, dtypes, mas
 @pytest.mark.parametrize("masked", [False, True], ids=["plain", "base"])
 @pytest.mark.parametrize("dtypes", MIXES, ids=str)
 def test_mask_step(device, dtypes, masked):
-    if any(truncates(device, dtype) for dtype in dtypes):
-        pytest.skip("Triton's interpreter truncates bf16 stores")
     lr, l1 = 0.5, 0.01
     pre, ft, logits, base, grads = model(dtypes, device)
     masks = [ek.pack_mask(mask) for mask in base] if masked else None

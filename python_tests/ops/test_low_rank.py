@@ -10,7 +10,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from accuracy import error, rounding, truncates, wide
+from accuracy import check_rounded_once, error, rounding, wide
 from matrices import LAYOUTS, covariance_of
 
 import engram_kernels as ek
@@ -77,8 +77,6 @@ SHAPES = [(33, 65, 0), (33, 65, 1), (31, 97, 7), (33, 129, 64), (9, 1031, 1000)]
 @pytest.mark.parametrize("mode", MODES)
 def test_write_against_dense_fp64(device, mode, shape, condition):
     for dtype in [torch.float32, torch.float64] if shape[2] == 1000 else DTYPES:
-        if truncates(device, dtype):
-            continue
         weight, keys, values, covariance = problem(*shape, condition)
         truth, eager = expected(mode, shape, condition, dtype)
         whole = ek.Covariance.from_second_moment(covariance.to(device) * 10, 10)
@@ -226,8 +224,6 @@ def test_autocast_changes_nothing():
 )
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_apply_low_rank(device, dtype, shape, layout):
-    if truncates(device, dtype):
-        pytest.skip("Triton's interpreter truncates bf16 stores; compiled kernels round")
     batch, rows, cols, count = shape
     start = torch.randn(batch, rows, cols).to(dtype)
     compute = compute_dtype(start)
@@ -243,6 +239,23 @@ def test_apply_low_rank(device, dtype, shape, layout):
     got = ek.apply_low_rank_(weight, left.to(device), right.to(device), 0.7)
     assert got is weight and weight.untyped_storage().nbytes() == around
     assert error(weight, truth) <= max(2 * error(eager, truth), rounding(compute, count))
+    check_rounded_once(weight, truth)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_apply_low_rank_rounds_to_the_nearest_and_ties_to_even(device, dtype):
+    """From every value of a 16-bit type a quarter, a half and three quarters of the way to the next one."""
+    mantissas = {torch.bfloat16: 128, torch.float16: 1024}[dtype]
+    bits = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(-1, mantissas)  # a row an exponent
+    values = bits.view(dtype)
+    gaps = values[:, 1].double() - values[:, 0].double()
+    normal = gaps.isfinite() & (gaps.abs() >= 4 * torch.finfo(torch.float32).tiny)
+    values, gaps = values[normal], gaps[normal, None]
+    ones = torch.ones(1, mantissas)
+    for way in (0.0, 0.25, 0.5, 0.75):
+        weight = values.to(device, copy=True)
+        ek.apply_low_rank_(weight, (way * gaps).float().to(device), ones.to(device))
+        assert torch.equal(weight.cpu(), (values.double() + way * gaps).to(dtype))
 
 
 def test_apply_low_rank_leaves_the_rest_of_the_storage(device):

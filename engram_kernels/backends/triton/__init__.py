@@ -1,19 +1,17 @@
-"""Triton kernels: no compiler at install; CPU tensors only under TRITON_INTERPRET=1."""
+"""Triton kernels: no compiler at install."""
 
 import importlib.util
-import os
 
 from ..native import no_nvidia_gpu
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICES = ("cuda", "cpu") if INTERPRETED else ("cuda",)
+DEVICES = ("cuda",)
 
 
 def _load() -> str | None:
     """Import the kernels where they can run, for Triton takes long to import; else return the reason."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    if not INTERPRETED and (reason := no_nvidia_gpu()):
+    if reason := no_nvidia_gpu():
         return reason
     try:
         from . import graft, memory  # noqa: F401

@@ -9,7 +9,6 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import implements
-from ..native import on_device
 from .graft_kernels import (
     COLUMNS,
     blend_all_kernel,
@@ -19,9 +18,10 @@ from .graft_kernels import (
     step_all_kernel,
     unpack_kernel,
 )
+from .launch import OPTIONS
 
 # A thread takes one row: with more, the mask's step fills the registers.
-LAUNCH = {"ROWS": 256, "num_warps": 8}
+LAUNCH = {"ROWS": 256, "num_warps": 8, **OPTIONS}
 BLOCK = 8 * LAUNCH["ROWS"]
 
 WEIGHTS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -60,7 +60,7 @@ def _launch_list(kernel, logits, pre, ft, base, gradients, out, *scalars, **cons
         rows = torch.tensor(table, dtype=torch.int64)
         if pre[0].is_cuda:
             rows = rows.pin_memory().to(pre[0].device, non_blocking=True)
-        with on_device(pre[0]):
+        with torch.cuda.device(pre[0].device):
             kernel[(first,)](
                 rows, len(table) // COLUMNS, *scalars, WEIGHT=WEIGHTS[dtype], **constants, **LAUNCH
             )
@@ -70,7 +70,7 @@ def _launch_list(kernel, logits, pre, ft, base, gradients, out, *scalars, **cons
 def graft_blend(pre: Tensor, ft: Tensor, logits: Tensor, base: Tensor | None, bias: float) -> Tensor:
     out = torch.empty_like(pre)
     if size := pre.numel():
-        with on_device(pre):
+        with torch.cuda.device(pre.device):
             blend_kernel[(blocks(size),)](
                 out, pre, ft, logits, base, bias, size, HAS_BASE=base is not None, **LAUNCH
             )
@@ -83,7 +83,7 @@ def graft_logits_gradient(
 ) -> Tensor:
     out = torch.empty_like(logits)
     if size := pre.numel():
-        with on_device(pre):
+        with torch.cuda.device(pre.device):
             gradient_kernel[(blocks(size),)](
                 out, gradient, pre, ft, logits, base, bias, size, HAS_BASE=base is not None, **LAUNCH
             )
@@ -124,7 +124,7 @@ def graft_mask_step_(
 def unpack_mask(packed: Tensor, count: int) -> Tensor:
     out = packed.new_empty(count, dtype=torch.bool)
     if count:
-        with on_device(packed):
+        with torch.cuda.device(packed.device):
             unpack_kernel[(blocks(count),)](out.view(torch.uint8), packed, count, **LAUNCH)
     return out
 
@@ -133,7 +133,7 @@ def unpack_mask(packed: Tensor, count: int) -> Tensor:
 def graft_blend_packed(pre: Tensor, ft: Tensor, mask: Tensor) -> Tensor:
     out, bits = torch.empty_like(pre), _BITS[pre.element_size()]
     if size := pre.numel():
-        with on_device(pre):
+        with torch.cuda.device(pre.device):
             choose_kernel[(blocks(size),)](
                 out.view(bits), pre.view(bits), ft.view(bits), mask, size, **LAUNCH
             )

@@ -60,8 +60,8 @@ def _lesser_gate(x):
     # tl.exp alone loses digits in proportion to |x|, and upstream's gates lie around |x| = 10.
     y = -tl.abs(x)
     bounded = tl.where(y < -87.0, -87.0, y)
-    n = tl.floor(bounded * 1.44269504 + 0.5)
-    r = (bounded - n * 0.693359375) + n * 2.12194440e-4
+    n = tl.floor(tl.fma(bounded, 1.44269504, 0.5))
+    r = tl.fma(n, 2.12194440e-4, tl.fma(n, -0.693359375, bounded))
     power = tl.where(y < -87.0, 0.0, tl.exp2(r * 1.44269504) * tl.exp2(n))
     return tl.div_rn(power, 1.0 + power)
 
@@ -71,14 +71,14 @@ def _blend(pre, ft, x):
     """θ = pre + γ (ft − pre), from the nearer end: a gate of 0 or 1 gives pre or ft bit for bit."""
     near = tl.where(x < 0, pre, ft)
     far = tl.where(x < 0, ft, pre)
-    return near + _lesser_gate(x) * (far - near)
+    return tl.fma(_lesser_gate(x), far - near, near)
 
 
 @triton.jit
 def _slope(gradient, pre, ft, x, l1):
     """γ (1 − γ) (g (ft − pre) + l1)."""
     small = _lesser_gate(x)
-    return small * (1.0 - small) * (gradient * (ft - pre) + l1)
+    return small * (1.0 - small) * tl.fma(gradient, ft - pre, l1)
 
 
 # -- one tensor ----------------------------------------------------------------------------------------------
@@ -233,7 +233,7 @@ def _step_listed(
     a = _load(_pointer(row, PRE, WEIGHT, WHOLE), i, size, WHOLE).to(tl.float32)
     b = _load(_pointer(row, FT, WEIGHT, WHOLE), i, size, WHOLE).to(tl.float32)
     flips = _flips(_pointer(row, BASE, tl.uint8, WHOLE), byte, size, HAS_BASE, WHOLE)
-    new = old - lr * _signed(_slope(g, a, b, _signed(old - bias, flips), l1), flips)
+    new = tl.fma(-lr, _signed(_slope(g, a, b, _signed(old - bias, flips), l1), flips), old)
     _store(logits, i, new, size, WHOLE)
     if HAS_OUT:
         theta = _blend(a, b, _signed(new - bias, flips))

@@ -11,14 +11,17 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import implements
-from ..native import decline_strided_columns, on_device
+from ..native import decline_strided_columns
+from .launch import OPTIONS
 
 PRECISION = "tf32x3"
 _HALVES_AND_FLOAT = (torch.float32, torch.bfloat16, torch.float16)
 
 
 # The largest tile that compiles without spills in fp32 for sm_80, sm_90 and sm_100.
-UPDATE_LAUNCH = {"BLOCK_ROWS": 32, "BLOCK_COLS": 128, "BLOCK_RANK": 16, "num_warps": 4, "num_stages": 2}
+UPDATE_LAUNCH = {
+    "BLOCK_ROWS": 32, "BLOCK_COLS": 128, "BLOCK_RANK": 16, "num_warps": 4, "num_stages": 2, **OPTIONS,
+}  # fmt: skip
 
 
 def residual_launch(count: int) -> dict[str, int]:
@@ -26,7 +29,9 @@ def residual_launch(count: int) -> dict[str, int]:
     # Few rows of W a program: 4,096 rows must still fill 132 multiprocessors. Twice the keys, half the cols:
     # more would spill where the sizes are odd.
     keys, cols = (16, 64) if count <= 16 else (32, 32)
-    return {"BLOCK_KEYS": keys, "BLOCK_ROWS": 32, "BLOCK_COLS": cols, "num_warps": 4, "num_stages": 3}
+    return {
+        "BLOCK_KEYS": keys, "BLOCK_ROWS": 32, "BLOCK_COLS": cols, "num_warps": 4, "num_stages": 3, **OPTIONS,
+    }  # fmt: skip
 
 
 @triton.jit
@@ -73,7 +78,7 @@ def _apply_low_rank_kernel(
             other=0.0,
         )
         product = tl.dot(a, c, product, input_precision=PRECISION)
-    new = old.to(tl.float32) + scale * product
+    new = tl.fma(scale, product, old.to(tl.float32))
     tl.store(tile, new.to(weight.dtype.element_ty), mask=inside)
 
 
@@ -140,7 +145,7 @@ def apply_low_rank_(weight: Tensor, left: Tensor, right: Tensor, scale: float) -
     )
     if tiles == 0:
         return
-    with on_device(weight):
+    with torch.cuda.device(weight.device):
         _apply_low_rank_kernel[(tiles,)](
             weight,
             left.contiguous(),
@@ -166,7 +171,7 @@ def residual_gram(
     launch = residual_launch(count)
     tiles = batch * triton.cdiv(rows, launch["BLOCK_ROWS"]) * triton.cdiv(count, launch["BLOCK_KEYS"])
     if tiles:
-        with on_device(weight):
+        with torch.cuda.device(weight.device):
             _residual_kernel[(tiles,)](
                 weight,
                 keys.contiguous(),

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import implements
-from ..native import on_device
+from .launch import OPTIONS
 
 # Slots whose P fits the registers of a program, and entries of a latent whose places in M fit 32 bits.
 STREAM_SLOTS = {torch.float32: 64, torch.float64: 32}
@@ -19,7 +19,7 @@ STREAM_WIDTH = 2**24
 
 # Above this many rows a memory the product is a GEMM, which is cuBLAS's. Not yet measured on a GPU.
 GEMM_ROWS = 16
-ACCUMULATE_LAUNCH = {"BLOCK_ROWS": 32, "BLOCK_COLS": 64, "num_warps": 4}
+ACCUMULATE_LAUNCH = {"BLOCK_ROWS": 32, "BLOCK_COLS": 64, "num_warps": 4, **OPTIONS}
 
 
 def stream_launch(slots: int, width: int, dtype: torch.dtype) -> dict[str, int]:
@@ -28,7 +28,7 @@ def stream_launch(slots: int, width: int, dtype: torch.dtype) -> dict[str, int]:
     columns = min(64, max(16, triton.next_power_of_2(width)))
     # P and the block of M take 16 registers each of a thread: what comes of them needs many more.
     warps = max(2, block * max(block, columns) * dtype.itemsize // 2048)
-    return {"BLOCK_SLOTS": block, "BLOCK_WIDTH": columns, "num_warps": warps}
+    return {"BLOCK_SLOTS": block, "BLOCK_WIDTH": columns, "num_warps": warps, **OPTIONS}
 
 
 @triton.jit
@@ -81,8 +81,8 @@ def stream_kernel(
         gain = tl.sum(u * w, axis=0)
         share = 1.0 / (1.0 + gain)  # one division a row: in fp64 each takes many registers
         step = (z - tl.sum(w[:, None] * m, axis=0)) * share
-        p -= u[:, None] * (u * share)[None, :]
-        m += u[:, None] * step[None, :]
+        p = tl.fma(u[:, None], (-u * share)[None, :], p)
+        m = tl.fma(u[:, None], step[None, :], m)
         tl.store(readouts + c, z - step, mask=c < columns)
         if block == 0:
             tl.store(leverages + n, gain * share)
@@ -109,7 +109,8 @@ def _add_products(
         a = tl.load(left + n * slots + i, mask=i < rows, other=0.0).to(kind)
         if HAS_ALPHA:
             a *= tl.load(alpha + n)
-        total += a[:, None] * tl.load(right + n * columns + j, mask=j < columns, other=0.0).to(kind)[None, :]
+        c = tl.load(right + n * columns + j, mask=j < columns, other=0.0).to(kind)
+        total = tl.fma(a[:, None], c[None, :], total)
     tl.store(place, old + total, mask=inside)
 
 
@@ -180,7 +181,7 @@ def memory_stream(
     )
     launch = stream_launch(slots, width, memory.dtype)
     programs = batch * triton.cdiv(width, launch["BLOCK_WIDTH"])
-    with on_device(memory):
+    with torch.cuda.device(memory.device):
         stream_kernel[(programs,)](*inputs, *outputs, slots, width, count, **launch)
     return outputs
 
@@ -198,7 +199,7 @@ def memory_accumulate_(
     rows, columns = ACCUMULATE_LAUNCH["BLOCK_ROWS"], ACCUMULATE_LAUNCH["BLOCK_COLS"]
     tiles = triton.cdiv(slots, rows) * (triton.cdiv(slots, columns) + triton.cdiv(width, columns))
     if batch * tiles and weights.numel():
-        with on_device(gram):
+        with torch.cuda.device(gram.device):
             accumulate_kernel[(batch * tiles,)](
                 gram,
                 cross,
