@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import _checks as check
-from .backends.torch.low_rank import cholesky
+from ._linalg import cholesky
 from .errors import EngramError
 
 # Each is a pass over the matrix; 20 come within a few percent on spectra that fall off slowly.

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from ..errors import EngramError
 
@@ -127,13 +128,31 @@ def _implementation(operator: str, backend: str, device: str) -> Implementation 
     return unavailable(backend, device) or _table.get(operator, {}).get(backend, "has no kernel for it")
 
 
+def _is_empty(args: tuple) -> bool:
+    """Whether a tensor, or every tensor of a list, has no elements."""
+    for argument in args:
+        if isinstance(argument, Tensor):
+            if argument.numel() == 0:
+                return True
+        elif isinstance(argument, list) and argument and not any(map(Tensor.numel, argument)):
+            return True
+    return False
+
+
+def _declines(backend: str, found: Implementation, args: tuple) -> str | None:
+    """Say why a backend does not take a call, or None. No native kernel sees sizes of 0."""
+    if backend == "torch":
+        return None
+    return "leaves tensors without elements to the reference" if _is_empty(args) else found.declines(*args)
+
+
 def explain(operator: str, device: str, args: tuple | None = None) -> list[tuple[str, str | None]]:
     """List the backends that are asked to serve an operator, in order, with the reason of each refusal."""
     answers = []
     for backend in _order(device):
         found = _implementation(operator, backend, device)
         if isinstance(found, Implementation):
-            answers.append((backend, None if args is None else found.declines(*args)))
+            answers.append((backend, None if args is None else _declines(backend, found, args)))
         else:
             answers.append((backend, found))
     return answers
@@ -143,6 +162,6 @@ def select(operator: str, device: torch.device, args: tuple) -> Callable:
     """Return the function that serves this call: the first backend in order that takes it."""
     for backend in _order(device.type):
         found = _implementation(operator, backend, device.type)
-        if isinstance(found, Implementation) and found.declines(*args) is None:
+        if isinstance(found, Implementation) and _declines(backend, found, args) is None:
             return found.function
     raise AssertionError("the reference takes every call")

@@ -12,8 +12,9 @@ def doctor() -> None:
     """Say what is installed, which devices there are, and which backend serves each operator and why."""
     import torch
 
-    from .. import __version__, _ops
+    from .. import __version__
     from ..backends import backends, explain, forced
+    from ..ops.define import OPERATORS
 
     versions = Table("package", "version", title="Versions")
     versions.add_row("engram_kernels", __version__)
@@ -42,7 +43,7 @@ def doctor() -> None:
         console.print(f"ENGRAM_BACKEND forces [bold]{forced()}[/bold] where it has a kernel.")
 
     served = Table("operator", "device", "served by", "passed over", title="Operators")
-    for operator in _ops.OPERATORS:
+    for operator in OPERATORS:
         for device in ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]:
             answers = explain(operator, device)
             first = next((name for name, reason in answers if reason is None), "nothing")

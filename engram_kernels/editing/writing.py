@@ -84,7 +84,7 @@ def _write(projection: Projection, texts, keys, bare_keys, changes, operators, r
         if bare_keys is None:
             # The bias, which stays, is in neither side of the constraint.
             wanted = keys @ matrix.float().T + changes
-            left, right = low_rank_factors(matrix, keys, wanted, operator, ridge=ridge)
+            left, right = low_rank_factors(matrix, keys, wanted, inverse_covariance=operator, ridge=ridge)
         else:
             right = (keys.double() @ operator).float()
             system = bare_keys.double() @ right.double().T

@@ -10,7 +10,9 @@ def _write(mode, ridge):
     torch.manual_seed(0)
     weight, keys, values = torch.randn(12, 9), torch.randn(3, 9), torch.randn(3, 12)
     inverse = torch.eye(9, dtype=torch.float64) * 0.5
-    return (weight, keys, values), lambda *args: ek.low_rank_update(*args, inverse, mode, ridge)
+    return (weight, keys, values), lambda *args: ek.low_rank_update(
+        *args, mode=mode, ridge=ridge, inverse_covariance=inverse
+    )
 
 
 def _solve():

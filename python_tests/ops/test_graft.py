@@ -10,7 +10,7 @@ import torch
 from accuracy import error, wide, within
 
 import engram_kernels as ek
-from engram_kernels._ops import compute_dtype
+from engram_kernels._linalg import compute_dtype
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 # Around a vector, a byte of bits, a chunk of the C++ kernels, and of several.

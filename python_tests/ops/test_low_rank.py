@@ -14,7 +14,8 @@ from accuracy import check_rounded_once, error, rounding, wide
 from matrices import LAYOUTS, covariance_of
 
 import engram_kernels as ek
-from engram_kernels._ops import compute_dtype, ops
+from engram_kernels._linalg import compute_dtype
+from engram_kernels.ops.define import ops
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 MODES = ["joint", "sequential", "independent"]
@@ -80,14 +81,15 @@ def test_write_against_dense_fp64(device, mode, shape, condition):
         weight, keys, values, covariance = problem(*shape, condition)
         truth, eager = expected(mode, shape, condition, dtype)
         whole = ek.Covariance.from_second_moment(covariance.to(device) * 10, 10)
-        for given in (whole, torch.linalg.inv(covariance).to(device)):
+        inverse = torch.linalg.inv(covariance).to(device)
+        for given in ({"covariance": whole}, {"inverse_covariance": inverse}):
             got = ek.low_rank_update(
                 weight.to(device, dtype),
                 keys.float().to(device),
                 values.to(device),
-                given,
-                mode,
-                ridge_of(mode, shape),
+                mode=mode,
+                ridge=ridge_of(mode, shape),
+                **given,
             )
             assert got.dtype == dtype
             # The oracle is fp64 itself: its dense solves lose what the condition number says.
@@ -108,7 +110,7 @@ def test_batch_equals_one_by_one(device, mode):
             single = ek.low_rank_update(weight[b], keys[b], values[b], own, mode)
             torch.testing.assert_close(got[b], single, rtol=1e-5, atol=1e-5)
     inverses = torch.linalg.inv(each)
-    got = ek.low_rank_update(weight, keys, values, inverses, mode)
+    got = ek.low_rank_update(weight, keys, values, inverse_covariance=inverses, mode=mode)
     truth = ek.low_rank_update(weight, keys, values, ek.Covariance.from_second_moment(each, 1), mode)
     torch.testing.assert_close(got, truth, rtol=1e-5, atol=1e-5)
 
@@ -128,12 +130,12 @@ def test_joint_without_ridge_meets_every_constraint():
     assert error(keys @ edited.T, values) < torch.finfo(torch.float64).eps * 1e6
 
 
-def test_scale_is_the_strength_of_the_write():
+def test_alpha_is_the_strength_of_the_write():
     weight, keys, values, covariance = problem(5, 9, 3)
     given = ek.Covariance.from_second_moment(covariance, 1)
-    half = ek.low_rank_update(weight, keys, values, given, scale=0.5)
+    half = ek.low_rank_update(weight, keys, values, given, alpha=0.5)
     full = ek.low_rank_update(weight, keys, values, given)
-    assert torch.equal(ek.low_rank_update(weight, keys, values, given, scale=0.0), weight)
+    assert torch.equal(ek.low_rank_update(weight, keys, values, given, alpha=0.0), weight)
     torch.testing.assert_close(half, (weight + full) / 2)
 
 
@@ -145,10 +147,11 @@ def test_gradients(mode):
     values = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
     covariance = covariance_of(6, 10.0)
     ridge = 0.3 if mode == "joint" else 0.0
-    for given in (ek.Covariance.from_second_moment(covariance, 1), torch.linalg.inv(covariance)):
+    whole, inverse = ek.Covariance.from_second_moment(covariance, 1), torch.linalg.inv(covariance)
+    for given in ({"covariance": whole}, {"inverse_covariance": inverse}):
 
         def function(w, k, v, given=given):
-            return ek.low_rank_update(w, k, v, given, mode, ridge, scale=0.7)
+            return ek.low_rank_update(w, k, v, mode=mode, ridge=ridge, alpha=0.7, **given)
 
         assert torch.autograd.gradcheck(function, (weight, keys, values))
 
@@ -180,7 +183,7 @@ def test_gradients_of_low_precision_weights(device, dtype):
     leaves = [
         x.detach().to(device, t).requires_grad_() for x, t in zip((weight, keys, values), types, strict=True)
     ]
-    ek.low_rank_update(*leaves, inverse.to(device)).backward(direction.to(device, dtype))
+    ek.low_rank_update(*leaves, inverse_covariance=inverse.to(device)).backward(direction.to(device, dtype))
     for leaf, reference, exact in zip(leaves, same_type, truth, strict=True):
         own = rounding(leaf.dtype, weight.shape[1])
         assert error(leaf.grad, exact) <= max(2 * error(reference, exact), own)
@@ -210,9 +213,10 @@ def test_compiles_whole_with_dynamic_count(device, mode):
 def test_autocast_changes_nothing():
     weight, keys, values, covariance = (x.float() for x in problem(33, 65, 7))
     inverse = torch.linalg.inv(covariance)
-    plain = ek.low_rank_update(weight, keys, values, inverse)
+    plain = ek.low_rank_update(weight, keys, values, inverse_covariance=inverse)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(ek.low_rank_update(weight, keys, values, inverse), plain)
+        again = ek.low_rank_update(weight, keys, values, inverse_covariance=inverse)
+        assert torch.equal(again, plain)
 
 
 # -- the operators -------------------------------------------------------------------------------------------
@@ -299,10 +303,10 @@ def test_empty(device, shape):
     if cols:
         identity = torch.eye(cols, device=device)
         for mode in MODES:
-            assert (
-                ek.low_rank_update(weight[:, :, :], keys[:, :1], values[:, :1], identity, mode).shape
-                == weight.shape
+            got = ek.low_rank_update(
+                weight, keys[:, :1], values[:, :1], mode=mode, inverse_covariance=identity
             )
+            assert got.shape == weight.shape
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from ..._linalg import cholesky
 from .. import implements
-from .low_rank import cholesky
 
 # Rows of a chunk of the streaming write: its products are GEMMs, its n × n algebra is small beside them.
 _CHUNK = 64

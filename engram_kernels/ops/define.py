@@ -1,26 +1,28 @@
 """How an operator is defined.
 
-An operator's run is: check shapes and types, check values, choose a backend, call it, check its results. The
-value checks read the tensors, so they wait for the device; they are left out while a CUDA graph is captured.
+An operator's run is: check its arguments, check their values, choose a backend, call it, check its results.
+The value checks read the tensors, so they wait for the device; they are left out while a CUDA graph is
+captured.
 """
 
+import functools
+import threading
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .._namespace import NAMESPACE
 from ..backends import select
 
 _library = torch.library.Library(NAMESPACE, "DEF")
+_calling = threading.local()
 
 # The operators by name, for `engram doctor` and for tests.
 OPERATORS: list[str] = []
 
-
-def compute_dtype(weight: Tensor) -> torch.dtype:
-    """The type that products are accumulated in: fp64 for fp64 weights, fp32 for all others."""
-    return torch.float64 if weight.dtype == torch.float64 else torch.float32
+ops = getattr(torch.ops, NAMESPACE)
 
 
 def _first(argument: Tensor | list[Tensor]) -> Tensor:
@@ -33,16 +35,23 @@ def _capturing(device: torch.device) -> bool:
 
 def define(
     schema: str,
-    arguments: Callable[..., None],
+    check: Callable[..., None],
+    canonical: Callable[..., None],
     fake: Callable,
     values: Callable[..., None] | None = None,
     results: Callable[..., None] | None = None,
-) -> None:
-    """Define an operator.
+) -> Callable:
+    """Define an operator, and return the call of it for arguments that have passed `check`.
+
+    A public function runs `check` on what its caller gave, so that errors speak of the caller's shapes. Then
+    it brings the arguments to canonical rank, layout and type, and makes the call that is returned here. An
+    operator that is called otherwise, through `torch.ops` or by compiled code, runs both checks itself.
 
     Args:
         schema: its torch schema. The first argument, a tensor or a list that is not empty, says the device.
-        arguments: raises on wrong shapes, types and devices; sees no data.
+        check: raises on wrong shapes, types and devices, in any rank that the public function takes; sees no
+            data.
+        canonical: raises on tensors that are not as a backend takes them: rank, layout, type.
         fake: returns empty tensors of the right shapes, for tracing.
         values: raises on arguments whose data cannot be used.
         results: raises on results that show that the request had no sound answer.
@@ -56,8 +65,15 @@ def define(
     OPERATORS.append(name)
     _library.define(schema)
 
+    def check_once(*args):
+        if getattr(_calling, "checked", False):
+            _calling.checked = False
+        else:
+            canonical(*args)
+            check(*args)
+
     def run(*args):
-        arguments(*args)
+        check_once(*args)
         device = _first(args[0]).device
         capturing = _capturing(device)
         if values is not None and not capturing:
@@ -76,11 +92,31 @@ def define(
         return result
 
     def trace(*args):
-        arguments(*args)
+        check_once(*args)
         return fake(*args)
 
     _library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", trace, lib=_library)
+    operator = getattr(ops, name)
+
+    def call(*args):
+        if torch.compiler.is_compiling():
+            return operator(*args)
+        _calling.checked = True
+        try:
+            return operator(*args)
+        finally:
+            _calling.checked = False
+
+    return call
 
 
-ops = getattr(torch.ops, NAMESPACE)
+def backward(body: Callable) -> staticmethod:
+    """A backward in its tensors' own types, also where autocast is on; differentiable once."""
+
+    @functools.wraps(body)
+    def run(ctx, *gradients: Tensor):
+        with torch.autocast(gradients[0].device.type, enabled=False):
+            return body(ctx, *gradients)
+
+    return staticmethod(once_differentiable(run))
