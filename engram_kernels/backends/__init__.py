@@ -2,13 +2,17 @@
 
 A backend is a subpackage with one file an operator family. Importing it fills the table through `implements`;
 its module-level `unavailable()` says in one sentence why it cannot run here, or None.
+
+The module itself can be called: `backends()` says of every backend whether it can run here.
 """
 
 import functools
 import importlib
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -59,14 +63,20 @@ def unavailable(backend: str, device: str | None = None) -> str | None:
     return reason
 
 
-def backends() -> dict[str, str | None]:
-    """Return every backend by name, with the reason why it cannot run on this machine, or None where it can.
+class _Backends(ModuleType):
+    """This module, which answers when it is called as a function."""
 
-    Example:
-        >>> ek.backends()["torch"] is None
-        True
-    """
-    return {name: unavailable(name) for name in NAMES}
+    def __call__(self) -> dict[str, str | None]:
+        """Return every backend by name, with why it cannot run on this machine, or None where it can.
+
+        Example:
+            >>> ek.backends()["torch"] is None
+            True
+        """
+        return {name: unavailable(name) for name in NAMES}
+
+
+sys.modules[__name__].__class__ = _Backends
 
 
 def forced() -> str | None:

@@ -53,5 +53,5 @@ def _memory() -> dict[str, tuple]:
         "memory_leverages": (A, w, None, 0.1, 0.99),
         "memory_stream": (P, M, w, z),
         "memory_stream_gradient": (P, M, w, z, P, M, z, w[..., 0].contiguous()),
-        "pseudo_inverse": (torch.randn(2, 5, 3, dtype=torch.float64), None, 1e-12),
+        "pseudo_inverse": (torch.randn(2, 5, 3, dtype=torch.float64), None, 1e-12, 1e300),
     }
