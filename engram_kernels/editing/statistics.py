@@ -112,14 +112,10 @@ def second_moments(
 
 def zeros(projections: Sequence[Projection]) -> dict[int, torch.Tensor]:
     """By layer, the second moment of no token: `[in, in]` float64 on the projection's device."""
+    matrices = {projection.layer: projection.matrix for projection in projections}
     return {
-        projection.layer: torch.zeros(
-            projection.matrix.shape[1],
-            projection.matrix.shape[1],
-            dtype=torch.float64,
-            device=projection.matrix.device,
-        )
-        for projection in projections
+        layer: torch.zeros(matrix.shape[1], matrix.shape[1], dtype=torch.float64, device=matrix.device)
+        for layer, matrix in matrices.items()
     }
 
 

@@ -131,8 +131,11 @@ def refused(result, message):
 OTHERS = "model: expected in 'model.layers.1.mlp.down_proj' the weights that the edit was made for"
 STACK = "results: expected edits made for the same weights, or one on top of the other, got number 1 made for"
 BAD = {
-    "missing edit": (("--edit", "none"), "directory: expected saved edits, got 'none'"),
-    "no edit": (("--edit", "base"), "directory: expected saved edits, got 'base'"),
+    "missing edit": (
+        ("--edit", "no/such/edit"),
+        "name_or_directory: expected a folder or a repository on the Hub, got",
+    ),
+    "no edit": (("--edit", "base"), "name_or_directory: expected saved edits, got 'base'"),
     "an edit twice": (("--edit", "tower", "--edit", "tower"), "edit: expected different folders, got tower"),
     "missing model": (
         ("--edit", "tower", "--model", "no/such/model"),

@@ -85,6 +85,23 @@ def test_original_rome_writes_the_bare_key(make, monkeypatch):
         )
 
 
+def test_repr_is_a_few_lines(make):
+    editor = make()
+    result = editor.edit([*EDITS, Edit("Rome", "{} is in", "Japan"), Edit("Paris", "{} is in", "Japan")])
+    lines = repr(result).split("\n")
+    assert lines[0] == "EditResult(5 edits of model.layers.1.mlp.down_proj, applied)"
+    record = result.records[0]
+    assert lines[1] == (
+        "  The Eiffel Tower is located in the city of → Rome: "
+        f"p {record.probability_before:.4f} → {record.probability_after:.4f}"
+    )
+    assert lines[4:] == ["  and 2 more"]
+    result.revert()
+    assert "not applied" in repr(result)
+    for one in (editor, record, result.writes[0], result.edited_modules[0]):
+        assert len(repr(one)) < 500
+
+
 def test_factors_are_the_change(make):
     editor = make()
     projection = output_projection(editor.model, 1)
@@ -326,6 +343,32 @@ def test_saved_edit_is_validated(make, tmp_path):
         with pytest.raises(EngramError, match=r"^name_or_directory: expected saved edits, got ") as caught:
             EditResult.from_pretrained(tmp_path / "edit")
         assert "\n" not in str(caught.value)
+
+
+def test_a_second_edit_makes_no_second_pass_over_the_corpus(make, tmp_path):
+    """The same edit twice: the second one reads fewer tokens, by all those of the corpus."""
+
+    def tokens_read(editor):
+        seen = []
+        embedding = editor.model.get_input_embeddings()
+        hook = embedding.register_forward_pre_hook(lambda _module, ids: seen.append(ids[0].numel()))
+        with editor.edit(TOWER, layers=2):
+            pass
+        hook.remove()
+        return sum(seen)
+
+    editor = make(cache_dir=tmp_path, tokens=500)
+    editor.prefixes()
+    first, second, third = (tokens_read(editor) for _ in range(3))
+    assert first - second == 500 and second == third
+    # Nor does another editor of the same model and corpus: the sums are on disk.
+    other = make(cache_dir=tmp_path, tokens=500)
+    other.prefixes()
+    assert tokens_read(other) == second
+    # A change below the layer is another matter.
+    with torch.no_grad():
+        output_projection(editor.model, 0).matrix.mul_(1.5)
+    assert tokens_read(editor) == first
 
 
 def test_progress_reaches_the_end(make, tmp_path):

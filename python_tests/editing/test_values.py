@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 import os
 
 import pytest
@@ -94,29 +95,46 @@ def test_incremental_values_are_the_plain_loops(family, layer, tokenizer):
         assert max(losses) - min(losses) > 1e-4 and delta.norm() > 0.01
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gpt_neox"])
-def test_no_whole_pass_after_the_first(family, tokenizer, monkeypatch):
-    """The figures above would also hold if recorded states were never used."""
+def tokens_through_layers(model, incremental, layer, texts):
+    """`[steps][layers]`: how many tokens went through each decoder layer's MLP up to the end of each step."""
+    layers = decoder_layers(model)[1]
+    seen, steps = [0] * len(layers), []
 
-    def refuse(*_):
-        raise AssertionError("a whole pass")
+    def count(number):
+        def hook(_module, arguments):
+            seen[number] += arguments[0].shape[:-1].numel()
 
-    monkeypatch.setattr(losses_module, "full_logits", refuse)
+        return hook
+
+    # Whatever stands in for a layer, its MLP is asked only where the layer truly runs.
+    hooks = [one.mlp.register_forward_pre_hook(count(number)) for number, one in enumerate(layers)]
+    options = dataclasses.replace(OPTIONS, incremental=incremental)
+    projection = output_projection(model, layer)
+    find_values(model, projection, texts, WEIGHTS, options, lambda *_: steps.append(list(seen)))
+    for hook in hooks:
+        hook.remove()
+    return steps
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "bloom"])
+def test_a_step_runs_no_layer_below_the_edited_one(family, tokenizer):
+    """Nor a token before the subject's last one, and no whole text; the whole loop does all of it."""
     model = model_zoo.small_model(family)
-    seen = []
-    below = decoder_layers(model)[1][0].register_forward_hook(lambda *arguments: seen.append(arguments[2]))
-    find_values(model, output_projection(model, 2), texts_of(model, tokenizer), WEIGHTS, OPTIONS)
-    below.remove()
-    states = [output[0] if isinstance(output, tuple) else output for output in seen]
-    # The prefixes, the rest of what stands left of the subjects, and the tokens from there on are read once.
-    prefixes, rest, recorded = states[:3]
-    assert len(prefixes) == len(WEIGHTS) + 1
-    assert len(rest) == len(recorded) == len(EDITS) * len(prefixes)
-    # The stub's hook still fires, with the recorded states; two texts are held against whole passes.
-    replayed = [state for state in states if state is states[3]]
-    others = [state for state in states[3:] if state is not states[3]]
-    assert len(replayed) == OPTIONS.steps
-    assert [len(state) for state in others] == [1, 1]
+    texts = texts_of(model, tokenizer)
+    rows = [row for text in texts for row in (*text.rewriting, text.kl_prompt)]
+    steps = tokens_through_layers(model, True, 2, texts)
+    assert len(steps) == OPTIONS.steps
+    from_subjects = len(rows) * max(len(row.inputs) - row.subject for row in rows)
+    for before, after in itertools.pairwise(steps):
+        assert [b - a for a, b in zip(before, after, strict=True)] == [0, 0, from_subjects, from_subjects]
+    # Once before the steps: the prefixes, what else stands before the subjects, the tokens from there on, and
+    # two texts against which the recorded states are held.
+    whole = len(rows) * max(len(row.inputs) for row in rows)
+    assert steps[0][0] < 2 * whole and steps[0][2] < 2 * whole + from_subjects
+
+    steps = tokens_through_layers(model, False, 2, texts)
+    for before, after in itertools.pairwise(steps):
+        assert [b - a for a, b in zip(before, after, strict=True)] == [whole] * 4
 
 
 @pytest.mark.parametrize("incremental", [True, False])

@@ -860,7 +860,7 @@ BAD = {
     "fluency": (("--data", "zsre.jsonl", "--fluency", "-1"), "fluency: expected at least 0, got -1"),
     "plot": (("--data", "zsre.jsonl", "--plot", "x.jpg"), "plot: expected a name that ends in .png"),
     "report": (("--data", "zsre.jsonl", "--report", "no/such/x"), "report: expected a path in a folder"),
-    "steps": (("--data", "zsre.jsonl", "--steps", "0"), "steps: expected a positive number, got 0"),
+    "steps": (("--data", "zsre.jsonl", "--steps", "0"), "steps: expected at least 1, got 0"),
     "dtype": (("--data", "zsre.jsonl", "--dtype", "int4"), "dtype: "),
 }
 
