@@ -18,6 +18,7 @@ from engram_kernels.editing.preconditioner import null_space, preserving
 from engram_kernels.editing.values import ValueOptions
 from engram_kernels.editing.writing import check_additive, subject_states
 from engram_kernels.errors import EngramError
+from engram_kernels.hf.layers import decoder_layers
 from engram_kernels.hf.projection import output_projection
 
 EDITS = [
@@ -235,8 +236,17 @@ def test_layers_that_do_not_add_up_are_refused(make, family):
 @pytest.mark.parametrize("family", model_zoo.FAMILIES)
 def test_layers_that_add_up_are_taken(make, family, dtype):
     editor = make(family, dtype)
-    text = encode_edit(editor.model, editor.tokenizer, EDITS[0], [])
-    check_additive(editor.model, output_projection(editor.model, 2), text)
+    before, projection = weights(editor.model), output_projection(editor.model, 2)
+    encoded = encode_edit(editor.model, editor.tokenizer, EDITS[0], [])
+    check_additive(editor.model, projection, encoded)
+    assert changed(before, editor.model) == []
+
+    def double(_module, _inputs, output):
+        return (2 * output[0], *output[1:]) if isinstance(output, tuple) else 2 * output
+
+    decoder_layers(editor.model)[1][2].register_forward_hook(double)
+    with pytest.raises(EngramError, match=r"^layers: expected one layer for this model"):
+        check_additive(editor.model, projection, encoded)
 
 
 CONFLICTING = [EDITS[0], EDITS[2], Edit("The Eiffel Tower", "{} is located in the city of", "Paris")]
