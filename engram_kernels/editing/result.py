@@ -53,9 +53,8 @@ class EditResult(HubFolder):
         return len(self.records)
 
     def __repr__(self) -> str:
-        state = "applied" if self.applied else "not applied"
-        skipped = f", {len(self.skipped)} skipped" if self.skipped else ""
-        lines = [f"EditResult({len(self)} edits of {', '.join(self.modules)}, {state}{skipped})"]
+        counts = f"edits={len(self)}, skipped={len(self.skipped)}, applied={self.applied}"
+        lines = [f"EditResult({counts}, modules={self.modules})"]
         for record in self.records[:SHOWN]:
             chances = f"{record.probability_before:.4f} → {record.probability_after:.4f}"
             lines.append(f"  {record.edit.text} → {record.edit.target}: p {chances}")

@@ -152,8 +152,8 @@ class AverageTrace(_Found):
 
     def __repr__(self) -> str:
         return (
-            f"AverageTrace({self.kind} of {self.facts} facts: {self.clean:.4f} clean, "
-            f"{self.corrupted:.4f} corrupted)"
+            f"AverageTrace({self.kind}, facts={self.facts}, clean={self.clean:.4f}, "
+            f"corrupted={self.corrupted:.4f})"
         )
 
 

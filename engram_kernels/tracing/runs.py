@@ -216,9 +216,11 @@ def _graft(rows: Tensor, token: int, clean: Tensor) -> Callable:
 def _recording(modules: Iterable[nn.Module]) -> Iterator[list[list]]:
     """Yield, for each module, the list of what it gives meanwhile."""
     outputs: dict[nn.Module, list] = {module: [] for module in modules}
-    with capture(
-        after=dict.fromkeys(outputs, lambda module, _arguments, output: outputs[module].append(output))
-    ):
+
+    def record(module, _arguments, output):
+        outputs[module].append(output)
+
+    with capture(after=dict.fromkeys(outputs, record)):
         yield list(outputs.values())
 
 

@@ -89,7 +89,9 @@ def test_repr_is_a_few_lines(make):
     editor = make()
     result = editor.edit([*EDITS, Edit("Rome", "{} is in", "Japan"), Edit("Paris", "{} is in", "Japan")])
     lines = repr(result).split("\n")
-    assert lines[0] == "EditResult(5 edits of model.layers.1.mlp.down_proj, applied)"
+    assert lines[0] == (
+        "EditResult(edits=5, skipped=0, applied=True, modules=['model.layers.1.mlp.down_proj'])"
+    )
     record = result.records[0]
     assert lines[1] == (
         "  The Eiffel Tower is located in the city of → Rome: "
@@ -97,7 +99,7 @@ def test_repr_is_a_few_lines(make):
     )
     assert lines[4:] == ["  and 2 more"]
     result.revert()
-    assert "not applied" in repr(result)
+    assert "applied=False" in repr(result)
     for one in (editor, record, result.writes[0], result.edited_modules[0]):
         assert len(repr(one)) < 500
 

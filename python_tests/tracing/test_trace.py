@@ -506,7 +506,7 @@ def test_repr_is_a_line():
     assert repr(found) == (
         "Trace(mlp of ' w0 w1 w2': p(Paris) 0.5000 clean, 0.1000 corrupted, 0.4000 with token 1, layer 1)"
     )
-    assert repr(average([found])) == "AverageTrace(mlp of 1 facts: 0.5000 clean, 0.1000 corrupted)"
+    assert repr(average([found])) == "AverageTrace(mlp, facts=1, clean=0.5000, corrupted=0.1000)"
 
 
 @pytest.mark.parametrize("suffix", [".png", ".svg", ".pdf", ".PNG"])
