@@ -1,6 +1,10 @@
 """How a mask is learned: what the sources do, and the default."""
 
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from .. import _checks as check
 
 
 @dataclass(frozen=True)
@@ -75,3 +79,43 @@ RECIPES = {
         rounds=0,
     ),
 }
+
+
+def complete(
+    recipe: str | Recipe, given: Mapping[str, float | None], accumulate: int | None, batches: object
+) -> tuple[Recipe, int]:
+    """The recipe with every number in its place, and the batches a step.
+
+    Args:
+        recipe: a recipe, or the name of one.
+        given: what takes the place of the recipe's own steps, lr and l1, where it is not None.
+        accumulate: batches a step; None: the recipe's.
+        batches: of `localize`; only their number is asked for.
+
+    Raises:
+        ValueError, TypeError: an argument of `localize` that cannot be used.
+    """
+    if not isinstance(recipe, Recipe):
+        check.expect(recipe in RECIPES, "recipe", f"one of {', '.join(RECIPES)} or a Recipe", repr(recipe))
+        recipe = RECIPES[recipe]
+    given = {name: value for name, value in given.items() if value is not None}
+    for name, value in given.items():
+        check.number(name, value)
+    recipe = replace(recipe, **given)
+    try:
+        count = len(batches)
+    except TypeError:  # an iterator, or a loader of a stream
+        count = None
+    if accumulate is None:
+        known = recipe.rounds or count is not None
+        check.expect(known, "accumulate", "a number, as batches have no length", accumulate, TypeError)
+        accumulate = 1 if recipe.rounds else max(1, count)
+    check.integer("accumulate", accumulate)
+    check.expect(accumulate >= 1, "accumulate", "at least 1", accumulate)
+    rounds = max(1, recipe.rounds)
+    if recipe.steps is None:
+        check.expect(count is not None, "steps", "a number, as batches have no length", None, TypeError)
+        recipe = replace(recipe, steps=rounds * max(1, math.ceil(count / accumulate)))
+    check.integer("steps", recipe.steps)
+    check.expect(recipe.steps >= rounds, "steps", f"at least {rounds}", recipe.steps)
+    return recipe, accumulate

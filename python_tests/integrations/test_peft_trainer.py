@@ -14,6 +14,7 @@ import model_zoo
 import pytest
 import torch
 from editing_helpers import changed, small_editor, weights
+from larimar_helpers import FACTS, encode, small_larimar
 from transformers import TrainerCallback
 
 from engram_kernels.editing import Edit, EditResult
@@ -444,6 +445,7 @@ def test_arguments_that_cannot_be_used(arguments, error, message):
 
 # -- memories ------------------------------------------------------------------------------------------------
 
+HELPERS = Path(model_zoo.__file__).parent
 LAUNCHERS = {
     1: ["accelerate.commands.accelerate_cli", "launch", "--cpu", "--num_processes", "1"],
     2: ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
@@ -459,7 +461,9 @@ def test_a_memory_is_trained_under_a_launcher(tmp_path, processes):
 
     script = Path(__file__).with_name("train_memory.py")
     command = [sys.executable, "-m", *LAUNCHERS[processes], str(script), str(tmp_path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    # The script needs the helpers, and a launcher knows nothing of pytest's path.
+    path = os.pathsep.join(filter(None, (str(HELPERS), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     reports = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("report-*.json"))]
@@ -478,7 +482,6 @@ def test_a_memory_is_trained_under_a_launcher(tmp_path, processes):
 
 
 def test_a_memory_is_evaluated_and_predicts_under_the_trainer(tmp_path):
-    from test_larimar import FACTS, encode, small_larimar
     from transformers import Trainer, TrainingArguments
 
     from engram_kernels.larimar.training import EpisodeCollator, FactEpisodes
@@ -495,8 +498,6 @@ def test_a_memory_is_evaluated_and_predicts_under_the_trainer(tmp_path):
 
 
 def test_only_the_main_process_writes_a_memory(tmp_path):
-    from test_larimar import small_larimar
-
     small_larimar().save_pretrained(tmp_path / "model", is_main_process=False)
     assert not (tmp_path / "model").exists()
 

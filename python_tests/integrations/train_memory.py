@@ -6,7 +6,7 @@ from pathlib import Path
 
 import model_zoo
 import torch
-from test_larimar import FACTS, encode, small_larimar
+from larimar_helpers import FACTS, encode, small_larimar
 from transformers import Trainer, TrainingArguments
 
 from engram_kernels.integrations.trainer import GraftCallback
