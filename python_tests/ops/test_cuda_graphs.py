@@ -2,16 +2,18 @@
 
 import pytest
 import torch
-from conftest import devices_of
 from operator_calls import operator_calls
 
 import engram_kernels as ek
 from engram_kernels._ops import OPERATORS, ops
-from engram_kernels.backends import explain
+from engram_kernels.backends import explain, unavailable
 
 # None where torch sees no GPU: then nothing here is run.
 CASES = [
-    (backend, name) for backend in ("triton", "cuda") if "cuda" in devices_of(backend) for name in OPERATORS
+    (backend, name)
+    for backend in ("triton", "cuda")
+    if unavailable(backend, "cuda") is None
+    for name in OPERATORS
 ]
 
 
