@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 
 from .. import _checks as check
+from .. import tracing
 from ..covariance import Covariance
 from ..hf.eval_mode import evaluating
 from ..hf.layers import decoder_layers
@@ -286,16 +287,13 @@ class Editor:
         """
         self._moments.use(layer, covariance)
 
-    def trace(self, prompt: str, subject: str, kind: str = "hidden", **options):
-        """The causal `Trace` of a fact in the model as it is now: `engram_kernels.tracing.trace.trace`.
+    def trace(self, prompt: str, subject: str, kind: str = "hidden", **options) -> tracing.Trace:
+        """The causal `Trace` of a fact in the model as it is now: `engram_kernels.tracing.trace`.
 
         Its options are taken, but for `progress`; `seed` is the editor's where none is given.
         """
-        from ..tracing.trace import trace
-
-        progress = self.progress and (lambda done, total: self.progress("trace", done, total))
-        options = {"seed": self.seed, **options, "progress": progress}
-        return trace(self.model, self.tokenizer, prompt, subject, kind, **options)
+        options = {"seed": self.seed, **options, "progress": self.progress}
+        return tracing.trace(self.model, self.tokenizer, prompt, subject, kind, **options)
 
 
 def _edits(edits) -> list[Edit]:
