@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from ..errors import EngramError
+from ..hf.cache import cache_inputs, output_cache
 from ..hf.loading import package_file
 from ..hf.tokens import context_length
 
@@ -119,8 +120,8 @@ def sample_ids(model, tokenizer, limit: int, seed: int) -> torch.Tensor:
         block = torch.full((SAMPLED_ROWS, 1), start, device="cpu")
         cache = None
         for _ in range(length):
-            output = model(input_ids=block[:, -1:].to(device), past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
+            output = model(input_ids=block[:, -1:].to(device), **cache_inputs(model, cache))
+            cache = output_cache(output)
             chances = output.logits[:, -1].float().softmax(-1).cpu()
             block = torch.cat([block, torch.multinomial(chances, 1, generator=generator)], dim=1)
         sampled.append(block[:, 1:].flatten())

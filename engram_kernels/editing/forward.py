@@ -17,8 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..hf.cache import Left, inputs_after, read_prefixes
-from ..hf.forward import Reached, logits_at, replaying, run_until_reached
+from ..hf.cache import PrefixCache, inputs_after, read_prefixes
+from ..hf.forward import logits_at, replaying
+from ..hf.hooks import Stop, run_until
 from ..hf.layers import decoder_layers
 from ..hf.projection import Projection
 from ..hf.tokens import pad_rows
@@ -53,7 +54,7 @@ class Context:
 
     ids: torch.Tensor
     mask: torch.Tensor
-    left: Left | None
+    left: PrefixCache | None
     hidden: torch.Tensor | None
     rest: tuple | None
 
@@ -68,7 +69,7 @@ class Context:
         )
 
 
-def _left_of_subjects(model: nn.Module, layout: Layout) -> Left | None:
+def _left_of_subjects(model: nn.Module, layout: Layout) -> PrefixCache | None:
     """What stands left of the subjects' last tokens; the texts of all edits begin with the same prefixes."""
     rows = [row.inputs[: row.subject] for row in layout.rows]
     return read_prefixes(model, rows, period=len(rows) // len(layout.texts))
@@ -94,7 +95,7 @@ def record(model: nn.Module, projection: Projection, layout: Layout, incremental
         for name, tensor in (("keys", inputs[0]), ("values", output)):
             states = tensor.reshape(-1, tensor.shape[-1])
             seen[name] = states[flat.to(states.device)].float()
-        raise Reached
+        raise Stop
 
     def see_layer(_module, inputs, keywords):
         seen["hidden"] = inputs[0] if inputs else keywords["hidden_states"]
@@ -109,7 +110,7 @@ def record(model: nn.Module, projection: Projection, layout: Layout, incremental
     ]
     plain = {"input_ids": ids, "attention_mask": mask}
     try:
-        run_until_reached(model, **(inputs_after(model, left, ids, mask) if incremental else plain))
+        run_until(model, **(inputs_after(model, left, ids, mask) if incremental else plain))
     finally:
         for hook in hooks:
             hook.remove()

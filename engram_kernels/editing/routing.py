@@ -7,7 +7,7 @@ from torch import nn
 
 from ..hf.eval_mode import evaluating
 from ..hf.experts import routed_experts
-from ..hf.forward import Reached, run_until_reached
+from ..hf.hooks import Stop, run_until
 from ..hf.tokens import check_length, encode_row
 from .edit import Edit
 
@@ -25,13 +25,13 @@ def routed_expert(model: nn.Module, tokenizer, edit: Edit, layer: int) -> int:
 
     def see(_module, inputs):
         seen.extend(inputs[1:])
-        raise Reached
+        raise Stop
 
     hook = experts.register_forward_pre_hook(see)
     try:
         with evaluating(model), torch.no_grad():
             device = model.get_input_embeddings().weight.device
-            run_until_reached(model, input_ids=torch.tensor([row.ids], device=device))
+            run_until(model, input_ids=torch.tensor([row.ids], device=device))
     finally:
         hook.remove()
     chosen, shares = (part[row.subject] for part in seen)

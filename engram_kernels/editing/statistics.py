@@ -14,7 +14,7 @@ import torch
 from .._hashing import plain_tensors, tensor_bytes
 from .._io import new_file
 from ..errors import EngramError
-from ..hf.forward import Reached, run_until_reached
+from ..hf.hooks import Stop, run_until
 from ..hf.layers import adapter_settings, decoder_layers
 from ..hf.projection import Projection
 from ..hf.tokens import context_length
@@ -136,13 +136,13 @@ def _observe(model, projections: Sequence[Projection], batch: torch.Tensor, sums
                     f"model: expected finite inputs to {projection.name!r}, got NaN or infinity"
                 ) from error
             if projection.layer == deepest:
-                raise Reached
+                raise Stop
 
         return observe
 
     hooks = [projection.module.register_forward_pre_hook(observer(projection)) for projection in projections]
     try:
-        run_until_reached(model, input_ids=batch.to(model.get_input_embeddings().weight.device))
+        run_until(model, input_ids=batch.to(model.get_input_embeddings().weight.device))
     finally:
         for hook in hooks:
             hook.remove()

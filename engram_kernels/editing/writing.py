@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import EngramError
-from ..hf.forward import Reached, run_until_reached
+from ..hf.hooks import Stop, run_until
 from ..hf.layers import decoder_layers
 from ..hf.projection import Projection
 from ..hf.tokens import pad_rows
@@ -146,7 +146,7 @@ def subject_states(
 
     def see_hidden(_module, _inputs, output):
         seen["hidden"] = output[0] if isinstance(output, tuple) else output
-        raise Reached
+        raise Stop
 
     hooks = [
         projection.module.register_forward_pre_hook(see_keys),
@@ -156,7 +156,7 @@ def subject_states(
         for start in range(0, len(order), ROWS):
             batch = order[start : start + ROWS]
             ids, mask = pad_rows([rows[i].ids for i in batch], embedded)
-            run_until_reached(model, input_ids=ids, attention_mask=mask)
+            run_until(model, input_ids=ids, attention_mask=mask)
             places = torch.arange(len(batch)), torch.tensor([rows[i].subject for i in batch])
             for name, states in found.items():
                 # Some models (OPT) flatten [rows, longest, width] before their MLP.

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from ..errors import EngramError
+from ..hf.cache import cache_inputs, output_cache
 from ..hf.tokens import context_length, open_ids
 from .datasets import Case
 from .measures import mean
@@ -87,8 +88,8 @@ def _continue(model, rows: list[list[int]], draws: list[list[float]]) -> list[li
     while done < max(lengths) + tokens - 1:
         upto = min(lengths) if done == 0 else done + 1
         ids = torch.tensor([row[done:upto] for row in rows], device=device)
-        output = model(input_ids=ids, past_key_values=cache, use_cache=True)
-        cache, done = output.past_key_values, upto
+        output = model(input_ids=ids, **cache_inputs(model, cache))
+        cache, done = output_cache(output), upto
         top = output.logits[:, -1].float().cpu().topk(min(TOP_K, output.logits.shape[-1]))
         chances = top.values.softmax(-1).cumsum(-1)
         for i, row in enumerate(rows):

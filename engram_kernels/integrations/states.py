@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..hf.forward import Reached, run_until_reached
+from ..hf.hooks import Stop, run_until
 from ..hf.tokens import pad_rows
 from .patching import Declined
 
@@ -57,7 +57,7 @@ def states_at(
     def see(_module, arguments, keywords, output):
         seen["in"] = arguments[0] if arguments else keywords.get("hidden_states")
         seen["out"] = output[0] if isinstance(output, tuple) else output
-        raise Reached
+        raise Stop
 
     wanted = ("in", "out") if track == "both" else (track,)
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
@@ -68,7 +68,7 @@ def states_at(
         for start in range(0, len(order), ROWS):
             batch = order[start : start + ROWS]
             tokens, mask = pad_rows([ids[i] for i in batch], device)
-            run_until_reached(model, input_ids=tokens, attention_mask=mask)
+            run_until(model, input_ids=tokens, attention_mask=mask)
             for kind in wanted:
                 states = seen.get(kind)
                 if states is None or states.shape[:2] != tokens.shape:

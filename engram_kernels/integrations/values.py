@@ -19,7 +19,7 @@ from ..editing.edit import Edit
 from ..editing.layout import Texts
 from ..editing.values import ValueOptions, find_values
 from ..errors import EngramError
-from ..hf.forward import Reached, run_until_reached
+from ..hf.hooks import Stop, run_until
 from ..hf.layers import decoder_layers
 from ..hf.projection import Projection
 from ..hf.tokens import Row
@@ -216,13 +216,13 @@ def _start(model, name: str, row: Row, layer: int, hparams, check_loss: Callable
             raise Declined(f"{name} does not map one state for every token to one")
         seen.append(output[0, row.subject])
         if check_loss is None:
-            raise Reached
+            raise Stop
 
     ids = torch.tensor([row.inputs], device=model.get_input_embeddings().weight.device)
     hook = model.get_submodule(name).register_forward_hook(see)
     try:
         if check_loss is None:
-            run_until_reached(model, input_ids=ids)
+            run_until(model, input_ids=ids)
         else:
             check_loss(model, ids, layer, hparams)
     finally:

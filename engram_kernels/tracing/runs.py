@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .._progress import Progress
 from ..errors import EngramError
-from ..hf.cache import keys_and_values
+from ..hf.cache import cache_inputs, filled_cache, keys_and_values, output_cache
 from ..hf.forward import replaying, takes
 from ..hf.layers import decoder_layers
 from ..hf.projection import mlp_output
@@ -165,14 +165,12 @@ class Runs:
         """The corrupted copies' keys and values of the tokens before `left`, as the model takes them."""
         if left == 0:
             return {}
-        from transformers import DynamicCache
-
-        cache = DynamicCache()
+        pairs = []
         for number, tensors in enumerate(self.cached):
             # The model asks its first layer, which may not run, how many tokens went before.
             mine = copies[start <= max(number, int(start[0]))]
-            cache.update(*(tensor[mine.to(tensor.device), :, :left] for tensor in tensors), number)
-        return {"past_key_values": cache, "use_cache": True}
+            pairs.append([tensor[mine.to(tensor.device), :, :left] for tensor in tensors])
+        return cache_inputs(self.model, filled_cache(pairs))
 
 
 def _narrowing(whole: int, rows: int, heads: int) -> Callable:
@@ -267,4 +265,4 @@ def next_token(model: nn.Module, ids: list[int], rows: int, **inputs) -> tuple[T
     if takes(model, "logits_to_keep"):
         inputs["logits_to_keep"] = 1
     output = model(input_ids=torch.tensor([ids], device=device).expand(rows, -1), **inputs)
-    return output.logits[:, -1].float().softmax(-1), getattr(output, "past_key_values", None)
+    return output.logits[:, -1].float().softmax(-1), output_cache(output)

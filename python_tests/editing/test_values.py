@@ -223,12 +223,14 @@ def test_a_model_without_keys_and_values_is_run_whole(tokenizer, monkeypatch):
     whole = find_values(model, projection, texts, WEIGHTS, options)
     plain = model.forward
 
-    def broken(*arguments, past_key_values=None, use_cache=False, **keywords):
-        if past_key_values is not None:
+    def broken(*arguments, use_cache=False, **keywords):
+        if use_cache:
             raise IndexError("list index out of range")
         return plain(*arguments, use_cache=False, **keywords)
 
-    def empty(*arguments, past_key_values=None, use_cache=False, **keywords):
+    def empty(*arguments, use_cache=False, **keywords):
+        for name in ("cache", "past_key_values"):
+            keywords.pop(name, None)
         return plain(*arguments, use_cache=False, **keywords)
 
     for forward_without_cache in (broken, empty):
