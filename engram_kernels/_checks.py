@@ -25,10 +25,11 @@ def number(name: str, value: object, at_least: float = -math.inf) -> None:
     expect(-math.inf < value < math.inf and value >= at_least, name, expected, value)
 
 
-def integer(name: str, value: object) -> None:
-    """Check that a value is an integer; True and False are none."""
+def integer(name: str, value: object, at_least: int | None = None) -> None:
+    """Check that a value is an integer, and not under a bound; True and False are none."""
     is_integer = isinstance(value, int) and not isinstance(value, bool)
     expect(is_integer, name, "an integer", type(value).__name__, TypeError)
+    expect(at_least is None or value >= at_least, name, f"at least {at_least}", value)
 
 
 def shape(name: str, tensor: Tensor, expected: Sequence[int], meaning: str) -> None:

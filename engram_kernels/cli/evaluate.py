@@ -102,7 +102,7 @@ def evaluate(
         list[str] | None,
         typer.Option(help="Texts before a prompt, TOKENSxCOUNT; may be repeated; default: 5x10 and 10x10."),
     ] = None,
-    bare_share: Annotated[float, typer.Option(help="Share of the bare prompt's key.")] = 0.5,
+    bare_prompt_weight: Annotated[float, typer.Option(help="Share of the bare prompt's key.")] = 0.5,
     dtype: Dtype = "float32",
     device: Device = None,
     seed: Seed = 0,
@@ -144,15 +144,16 @@ def evaluate(
         "start": start, "rows": rows, "skip_bad": skip_bad, "mode": mode, **options,
         "checkpoints": checkpoints, "fluency": fluency, "batch_size": batch_size,
         "corpus": None if corpus is None else _digest(corpus), "tokens": tokens, **given,
-        "original_key": original_key, **pairs, "bare_share": bare_share,
+        "original_key": original_key, **pairs, "bare_prompt_weight": bare_prompt_weight,
         "dtype": dtype, "device": device_of(device), "seed": seed,
     }  # fmt: skip
     run = None if report is None else report.with_name(f"{report.name}.run")
     with bars() as progress:
         network, tokenizer = load(progress, model, dtype, device)
         editor = Editor(
-            network, tokenizer, corpus=corpus, tokens=tokens, seed=seed, bare_share=bare_share,
-            consistent_key=not original_key, value=value, progress=progress, **pairs,
+            network, tokenizer, corpus=corpus, tokens=tokens, seed=seed,
+            bare_prompt_weight=bare_prompt_weight, consistent_key=not original_key,
+            value=value, progress=progress, **pairs,
         )  # fmt: skip
         evaluation = Evaluation(
             editor, options, fluency_tokens=fluency, batch_size=batch_size, seed=seed, progress=progress

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from .._hashing import tensor_bytes
+from .._progress import Progress
 from ..covariance import Covariance
 from ..hf.loading import writable_directory
 from ..hf.projection import Projection, output_projection
@@ -37,7 +38,7 @@ class Moments:
         tokens: how many tokens of the corpus are used; None: twenty a dimension of the key.
         ridge: added to each covariance, as a share of its mean diagonal.
         seed: of the sampled text.
-        progress: called with the tokens seen and their number.
+        progress: called with "statistics", the tokens seen and their number.
         checkpoint_seconds: between two writes of the running sums.
 
     Example:
@@ -55,7 +56,7 @@ class Moments:
         tokens: int | None = None,
         ridge: float = 0.0,
         seed: int = 0,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Progress | None = None,
         checkpoint_seconds: float = CHECKPOINT_SECONDS,
     ):
         self.model = model
@@ -180,11 +181,11 @@ class Moments:
             sums, seen = statistics.zeros(projections), 0
             ids = corpora.sample_ids(self.model, self.tokenizer, count, self.seed) if ids is None else ids
 
-        def after(done: int, total: int) -> None:
+        def after(stage: str, done: int, total: int) -> None:
             if done < total:
                 checkpoint.save_when_due(sums, done, ids)
             if self.progress:
-                self.progress(done, total)
+                self.progress(stage, done, total)
 
         return statistics.second_moments(self.model, projections, ids, after, sums, seen), len(ids)
 

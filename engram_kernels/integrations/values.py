@@ -15,8 +15,8 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
+from ..editing.batching import EncodedEdit
 from ..editing.edit import Edit
-from ..editing.layout import Texts
 from ..editing.values import ValueOptions, find_values
 from ..errors import EngramError
 from ..hf.hooks import Stop, capture, run_until
@@ -25,7 +25,7 @@ from ..hf.projection import Projection
 from ..hf.tokens import Row
 from .patching import Declined
 
-ESSENCE = "{} is a"
+KL_PROMPT = "{} is a"
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ def _check_place(model: nn.Module, layer: int, name: str) -> None:
         raise Declined(f"{name} is not in layer {layer} of {stack}")
 
 
-def _texts(module, dialect: Dialect, model, tok, request, hparams, contexts: Sequence[str]) -> Texts:
+def _texts(module, dialect: Dialect, model, tok, request, hparams, contexts: Sequence[str]) -> EncodedEdit:
     """The library's rows: the same tokens read, the same positions, the same tokens asked for."""
     if tok.padding_side != "right":
         raise Declined(f"the tokenizer pads on the {tok.padding_side}")
@@ -197,13 +197,13 @@ def _texts(module, dialect: Dialect, model, tok, request, hparams, contexts: Seq
         if at >= first:
             raise Declined("the target's first token would be predicted left of where the value is added")
         rewriting.append(ReadRow(read[:first] + wanted, at, first, read))
-    essence, at = encode(ESSENCE, "")
+    kl_prompt, at = encode(KL_PROMPT, "")
     try:
         edit = Edit(subject, request["prompt"], target)
     except (TypeError, ValueError) as error:
         raise Declined(str(error)) from error
     # Their divergence is that of the prediction at the subject's last token; nothing right of it matters.
-    return Texts(edit, rewriting, Row(essence[: at + 1], at, at + 1))
+    return EncodedEdit(edit, rewriting, Row(kl_prompt[: at + 1], at, at + 1))
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
+from .._progress import Progress
 from ..errors import EngramError
 from ..hf.cache import cache_inputs, filled_cache, keys_and_values, output_cache
 from ..hf.forward import replaying, takes
@@ -67,7 +68,7 @@ class Runs:
             self.cached = [tuple(map(torch.cat, zip(*layer, strict=True))) for layer in by_layer]
         return torch.cat(chances)
 
-    def restored(self, label: int, window: int, progress: Callable[[int, int], None] | None = None) -> Tensor:
+    def restored(self, label: int, window: int, progress: Progress | None = None) -> Tensor:
         """The label's mean probability with each cell restored `[tokens from the subject on, layers]`."""
         samples, depth = len(self.noise), len(self.layers)
         effects = torch.empty(len(self.ids) - self.first, depth, dtype=torch.float32, device="cpu")
@@ -82,7 +83,7 @@ class Runs:
                     chances.append(self._chances(label, token, layer, copies, window, left))
                     done += len(rows)
                     if progress:
-                        progress(done // samples, effects.numel())
+                        progress(f"trace {self.kind}", done // samples, effects.numel())
                 effects[token - self.first, layers] = torch.cat(chances).view(-1, samples).mean(-1)
         return effects
 

@@ -167,7 +167,7 @@ def test_force_does_not_join_matrices_of_two_shapes(folder):
     other.writes = [dataclasses.replace(write, right=write.right[:, 1:]) for write in other.writes]
     message = r"^results: expected a matrix \[32, 64\] in 'model\.layers\.1\..*', got \[32, 63\] in number 1$"
     with pytest.raises(EngramError, match=message):
-        EditResult.stack([tower, other], force=True)
+        EditResult.merge([tower, other], force=True)
 
 
 def test_the_folder_is_checked_before_any_work(engram, tmp_path, monkeypatch):

@@ -11,11 +11,13 @@ pytest.importorskip("transformers")
 import model_zoo
 import torch
 
-from engram_kernels.editing import Edit, forward, values
-from engram_kernels.editing.layout import Layout, encode_texts
+from engram_kernels.editing import Edit
+from engram_kernels.editing import losses as losses_module
+from engram_kernels.editing.batching import EditBatch, encode_edit
 from engram_kernels.editing.values import ValueOptions, find_values, target_log_probabilities, value_groups
 from engram_kernels.errors import EngramError
 from engram_kernels.hf.forward import grouped_queries
+from engram_kernels.hf.layers import decoder_layers
 from engram_kernels.hf.projection import output_projection
 
 EDITS = [
@@ -34,7 +36,7 @@ def tokenizer():
 
 
 def texts_of(model, tokenizer, edits=EDITS):
-    return [encode_texts(model, tokenizer, edit, PREFIXES) for edit in edits]
+    return [encode_edit(model, tokenizer, edit, PREFIXES) for edit in edits]
 
 
 def plain_loop(model, projection, text, options):
@@ -60,10 +62,10 @@ def plain_loop(model, projection, text, options):
             predictions = model(torch.tensor([row.ids])).logits[0].log_softmax(-1)
             chosen = [predictions[i - 1, row.ids[i]] for i in range(row.target, len(row.ids))]
             nll = nll - torch.stack(chosen).mean() / len(text.rewriting)
-        subject[0] = text.essence.subject
-        essence = model(torch.tensor([text.essence.ids])).logits[0, -1].log_softmax(-1)
-        unedited = essence.detach() if unedited is None else unedited
-        kl = (essence.exp() * (essence - unedited)).sum()
+        subject[0] = text.kl_prompt.subject
+        answer = model(torch.tensor([text.kl_prompt.ids])).logits[0, -1].log_softmax(-1)
+        unedited = answer.detach() if unedited is None else unedited
+        kl = (answer.exp() * (answer - unedited)).sum()
         loss = nll + options.kl_weight * kl + options.weight_decay * delta.norm() / start.norm() ** 2
         losses.append(loss.item())
         if loss < options.stop_loss or step == options.steps - 1:
@@ -99,12 +101,10 @@ def test_no_whole_pass_after_the_first(family, tokenizer, monkeypatch):
     def refuse(*_):
         raise AssertionError("a whole pass")
 
-    monkeypatch.setattr(forward, "full_logits", refuse)
+    monkeypatch.setattr(losses_module, "full_logits", refuse)
     model = model_zoo.small_model(family)
     seen = []
-    below = forward.decoder_layers(model)[1][0].register_forward_hook(
-        lambda *arguments: seen.append(arguments[2])
-    )
+    below = decoder_layers(model)[1][0].register_forward_hook(lambda *arguments: seen.append(arguments[2]))
     find_values(model, output_projection(model, 2), texts_of(model, tokenizer), WEIGHTS, OPTIONS)
     below.remove()
     states = [output[0] if isinstance(output, tuple) else output for output in seen]
@@ -260,14 +260,14 @@ def test_one_edit_without_a_finite_loss_does_not_touch_the_others(tokenizer, mon
     projection = output_projection(model, 1)
     texts = texts_of(model, tokenizer)
     expected = find_values(model, projection, texts, WEIGHTS, OPTIONS)
-    losses = values._Predictions.losses
+    losses = losses_module.Losses.of
 
     def spoilt(self, delta):
         nll, kl = losses(self, delta)
-        at = [i for i, text in enumerate(self.layout.texts) if text.edit is EDITS[1]]
+        at = [i for i, text in enumerate(self.batch.edits) if text.edit is EDITS[1]]
         return nll.index_fill(0, torch.tensor(at, dtype=torch.long), float("nan")), kl
 
-    monkeypatch.setattr(values._Predictions, "losses", spoilt)
+    monkeypatch.setattr(losses_module.Losses, "of", spoilt)
     found = find_values(model, projection, texts, WEIGHTS, OPTIONS)
     assert isinstance(found[1], EngramError) and "the Colosseum is located" in str(found[1])
     for i in (0, 2):
@@ -285,18 +285,18 @@ def test_groups_hold_texts_of_like_length(tokenizer):
     assert spans == sorted(spans)
 
 
-def test_layout_reads_every_target_token_once(tokenizer):
+def test_batch_reads_every_target_token_once(tokenizer):
     model = model_zoo.small_model()
     texts = texts_of(model, tokenizer)
-    layout = Layout(texts, torch.device("cpu"))
-    for place, label in enumerate(layout.labels.tolist()):
-        row = layout.rows[layout.place_rows[place]]
-        assert row.ids[layout.place_positions[place] + 1] == label
+    batch = EditBatch(texts, torch.device("cpu"))
+    for place, label in enumerate(batch.labels.tolist()):
+        row = batch.rows[batch.place_rows[place]]
+        assert row.ids[batch.place_positions[place] + 1] == label
     for number, text in enumerate(texts):
-        mine = layout.place_owner == number
-        assert layout.shares[mine].sum().item() == pytest.approx(1.0)
+        mine = batch.place_owner == number
+        assert batch.shares[mine].sum().item() == pytest.approx(1.0)
         assert int(mine.sum()) == sum(len(row.ids) - row.target for row in text.rewriting)
-        assert layout.rows[layout.bare[number]].ids == text.rewriting[0].ids
+        assert batch.rows[batch.bare[number]].ids == text.rewriting[0].ids
 
 
 def test_target_log_probabilities(tokenizer):
@@ -319,7 +319,7 @@ def test_gradients_flags_and_hooks_are_as_before(tokenizer):
     before = [parameter.requires_grad for parameter in model.parameters()]
     forwards = [module.__dict__.get("forward") for module in model.modules()]
 
-    def stop(_steps):
+    def stop(*_progress):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

@@ -790,7 +790,7 @@ def test_the_command_edits_together(engram, stubbed, tmp_path):
         "--data", "zsre.jsonl", "--mode", "together", "--method", "memit", "--layer", "1", "--layer", "2",
         "--ridge", "0.5", "--batch", "7", "--preserve", "--conflicts", "last", "--failures", "skip",
         "--null-space", "0.1", "--checkpoint", "1", "--fluency", "0", "--report", report,
-        "--plot", tmp_path / "out.png", "--bare-share", "0.25", "--original-key", "--clamp", "3",
+        "--plot", tmp_path / "out.png", "--bare-prompt-weight", "0.25", "--original-key", "--clamp", "3",
     )  # fmt: skip
     assert status == 0, err
     ((edits, method, options),) = stubbed[-1].calls
@@ -800,7 +800,9 @@ def test_the_command_edits_together(engram, stubbed, tmp_path):
         "failures": "skip", "directory": tmp_path / "out.json.run" / "000000",
     }  # fmt: skip
     given = stubbed[-1].options
-    assert given["bare_share"] == 0.25 and given["consistent_key"] is False and given["value"].clamp == 3
+    assert (
+        given["bare_prompt_weight"] == 0.25 and given["consistent_key"] is False and given["value"].clamp == 3
+    )
     content = json.loads(report.read_text())
     assert [(item["edits"], item["first"]) for item in content["retention"]] == [(2, 1), (2, 2)]
     assert "first 1 of 2 edits: efficacy" in out and "GPT-J" not in out and "fluency" not in out

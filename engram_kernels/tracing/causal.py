@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from .. import _checks as check
-from ..editing.edit import Edit
+from .._progress import Progress
 from ..errors import EngramError
 from ..hf.eval_mode import evaluating
-from ..hf.tokens import check_length, encode_row, open_ids
+from ..hf.tokens import check_length, check_prompt, check_text, encode_row, open_ids
 from .result import Trace
 from .runs import Runs, next_token
 
@@ -34,7 +34,7 @@ def trace(
     sigma: float | None = None,
     seed: int = 0,
     batch: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Trace:
     """Find which states of a model, restored one at a time, bring a corrupted fact back.
 
@@ -63,7 +63,7 @@ def trace(
         seed: of the noise; the global random state is neither used nor changed.
         batch: the most rows in one forward pass, a row being one corrupted copy with one cell restored; None:
             by the length of the prompt and the device.
-        progress: called with the cells done and their number.
+        progress: called with "trace" and the kind, the cells done and their number.
 
     Returns:
         A `Trace`.
@@ -156,28 +156,26 @@ def _encode(
     model: nn.Module, tokenizer, prompt: str, subject: str, target: str | None
 ) -> tuple[list[int], tuple[int, int], int | None]:
     """The prompt's tokens, the first of the subject and the one after its last, and the target's first."""
-    # An edit's target is never empty; where none is given, any text lets the rest be checked.
-    fact = Edit(subject, prompt, "?" if target is None else target)
-    row = encode_row(tokenizer, fact.subject, fact.prompt, "" if target is None else fact.target)
-    check_length(model, row, fact.text)
-    first = _first_token(tokenizer, fact, row.ids)
+    subject, prompt = check_prompt(subject, prompt)
+    target = None if target is None else check_text("target", target)
+    row = encode_row(tokenizer, subject, prompt, target or "")
+    text = prompt.replace("{}", subject)
+    check_length(model, row, text)
+    first = _first_token(tokenizer, text, prompt.index("{}"))
     label = None if target is None else row.ids[row.target]
     return row.ids[: row.target], (min(first, row.subject), row.subject + 1), label
 
 
-def _first_token(tokenizer, fact: Edit, ids: list[int]) -> int:
-    """The index of the subject's first token."""
-    start = fact.prompt.index("{}")
+def _first_token(tokenizer, text: str, start: int) -> int:
+    """The index of the first token of what begins at `text[start]`."""
     if getattr(tokenizer, "is_fast", False):
-        offsets = tokenizer(fact.text, return_offsets_mapping=True)["offset_mapping"]
+        offsets = tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
         return next(i for i, (begin, end) in enumerate(offsets) if end > max(begin, start))
-    before = fact.text[:start].rstrip()
+    before = text[:start].rstrip()
     if before:
-        return encode_row(tokenizer, before, "{}" + fact.text[len(before) :]).subject + 1
+        return encode_row(tokenizer, before, "{}" + text[len(before) :]).subject + 1
     # Only what the tokenizer itself puts before every text.
-    return len(open_ids(tokenizer, fact.text)) - len(
-        tokenizer(fact.text, add_special_tokens=False)["input_ids"]
-    )
+    return len(open_ids(tokenizer, text)) - len(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 @torch.no_grad()
