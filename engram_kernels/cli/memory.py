@@ -105,7 +105,7 @@ def ask(
         raise ValueError("question: expected some text, got none")
     kept = _filled(memory)
     latent = _encoder(_named(kept, memory), device).encode([question]).cpu()
-    readout = kept.read(latent.double(), addressing="prior")
+    readout = kept.read(latent.double(), addressing="key")
     entries = dict(kept.ledger.items())
     values, keys = (
         torch.stack([getattr(entry, name) for entry in entries.values()]) for name in ("value", "key")

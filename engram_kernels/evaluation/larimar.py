@@ -162,7 +162,7 @@ def batch_edits(
         memory = _memory_of(scoped, some)
         asked = _questions(some)
         questions = [question.text for question in asked]
-        readouts = memory.read(scoped.encoder.encode(questions), addressing="prior")
+        readouts = memory.read(scoped.encoder.encode(questions), addressing="key")
         answers = say(scoped, questions, readouts, tokens)
         targets = [some[question.case].edit.target for question in asked]
         result[count] = {
@@ -276,7 +276,7 @@ def _answers_of(
 ) -> list[Answer]:
     queries = scoped.encoder.encode(prompts)
     inside = scoped.detector(key_scores(queries, stored_keys(memory))).tolist()
-    told = say(scoped, prompts, memory.read(queries, addressing="prior"), tokens)
+    told = say(scoped, prompts, memory.read(queries, addressing="key"), tokens)
     return [mine if hit else other for hit, mine, other in zip(inside, told, bare, strict=True)]
 
 

@@ -128,7 +128,7 @@ def single(facts: Facts, slots: int, seed: int = 0) -> list[Recall]:
         memory = EpisodicMemory(slots, facts.keys.shape[-1], batch=len(some), seed=seed)
         memory.write(some.values[:, None], keys=some.keys[:, None])
         asked = torch.stack([some.keys, some.questions], 1)
-        readouts.append(memory.read(asked, addressing="prior"))
+        readouts.append(memory.read(asked, addressing="key"))
     by_key, by_question = torch.cat(readouts).unbind(1)
     return [
         _recall("one fact, one memory", by_key, by_question, facts, facts.values),
@@ -169,7 +169,7 @@ def capacity(
     """Write facts at once, as many for each slot as `loads` say, and ask for all of them.
 
     Four series: "leave-one-out" and "vanishing ridge" are addressed by keys; "by content" holds the values
-    alone and projects the question onto them (`addressing="memory"`); and "no memory".
+    alone and projects the question onto them (`addressing="content"`); and "no memory".
 
     Args:
         facts: of which the first are written; loads beyond their number are left out.
@@ -189,7 +189,7 @@ def capacity(
             points.append(Load(series, load, recall, _leverages(memory, some.keys), float(memory.ridges)))
         memory = EpisodicMemory(slots, latent, seed=seed)
         memory.write(some.values)
-        recall = _ask("by content", memory, some, some.values, addressing="memory")
+        recall = _ask("by content", memory, some, some.values, addressing="content")
         points.append(Load("by content", load, recall, _leverages(memory, some.values), float(memory.ridges)))
         recall = _recall("no memory", some.keys, some.questions, some, some.values)
         points.append(Load("no memory", load, recall, None, None))
@@ -257,7 +257,7 @@ def long_context(facts: Facts, slots: int, chunks: Sequence[int], seed: int = 0)
     rows = [_ask("one memory", memory, facts, facts.values)]
     for chunk in chunks:
         by_key, by_question = (
-            read_recursively(facts.values, asked, memory, facts.keys, chunk, addressing="prior")
+            read_recursively(facts.values, asked, memory, facts.keys, chunk, addressing="key")
             for asked in (facts.keys, facts.questions)
         )
         rows.append(_recall(f"chunks of {chunk:,}, recursively", by_key, by_question, facts, facts.values))
@@ -266,7 +266,7 @@ def long_context(facts: Facts, slots: int, chunks: Sequence[int], seed: int = 0)
 
 
 def _ask(
-    setting: str, memory: EpisodicMemory, facts: Facts, candidates: Tensor, addressing: str = "prior"
+    setting: str, memory: EpisodicMemory, facts: Facts, candidates: Tensor, addressing: str = "key"
 ) -> Recall:
     readouts = (memory.read(asked, addressing=addressing) for asked in (facts.keys, facts.questions))
     return _recall(setting, *readouts, facts, candidates)

@@ -29,8 +29,9 @@ from ..hf.modeling import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from ..memory.addressing import check_addressing
 from ..memory.encoder import load_encoder
-from ..memory.episodic import ADDRESSINGS, EpisodicMemory
+from ..memory.episodic import EpisodicMemory
 from .conditioning import Conditioning, first_token
 from .training import Objective, cross_entropy, labelled, read_episode, weight_divergence
 
@@ -48,8 +49,8 @@ class LarimarConfig(PreTrainedConfig):
         slots: K, of the memory.
         ridge: λ, of the memory.
         seed: of the memory's M0.
-        addressing: `"prior"`: a fact is written at its key's address and read at the query's, `w = z M0⁺`;
-            `"memory"`: read by the memory's own projection, `w = z M⁺`, as in the paper.
+        addressing: `"key"`: a fact is written at its key's address and read at the query's, `w = z M0⁺`;
+            `"content"`: read by the memory's own projection, `w = z M⁺`, as in the paper.
         hidden: size of the conditioning's hidden layer; 0: one linear map, as in the paper.
         train_encoder: whether the encoder is trained, and stored, too.
         train_decoder: likewise. A frozen decoder answers as before where there is no readout.
@@ -67,14 +68,13 @@ class LarimarConfig(PreTrainedConfig):
         slots: int = 512,
         ridge: float = 1e-2,
         seed: int = 0,
-        addressing: str = "prior",
+        addressing: str = "key",
         hidden: int = 1024,
         train_encoder: bool = False,
         train_decoder: bool = False,
         **kwargs,
     ):
-        known = addressing in ADDRESSINGS
-        expect(known, "addressing", "'prior' or 'memory'", repr(addressing))
+        check_addressing(addressing)
         integer("hidden", hidden)
         expect(hidden >= 0, "hidden", "a size, or 0 for none", hidden)
         number("ridge", ridge, at_least=0)
@@ -517,7 +517,7 @@ class LarimarModel(PreTrainedModel, GenerationMixin):
         model.load_state_dict(state, strict=False)
         if (folder / MEMORY).is_dir():
             memory = EpisodicMemory.from_pretrained(folder / MEMORY)
-            got, wanted = memory.extra_repr(), model.memory.extra_repr()
+            got, wanted = memory.settings, model.memory.settings
             if got != wanted:
                 raise EngramError(f"directory: expected a memory of {wanted}, got one of {got}")
             model.memory = memory.to(model.memory.gram.device)

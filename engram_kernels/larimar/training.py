@@ -68,7 +68,7 @@ def read_episode(
         queries: q, `[batch, latent]`.
         present: which of the facts there are, `[batch, N]`.
         memory: whose M0 and λ are used; it is neither read nor written.
-        addressing: `"prior"` or `"memory"`.
+        addressing: `"key"` or `"content"`.
         noise: standard deviation of noise on the reading weights.
 
     Returns:
@@ -85,7 +85,7 @@ def read_episode(
         weights = memory_address(keys, memory.m0_pinv)
         held = weights * present.to(weights.dtype).unsqueeze(-1)
         matrix = memory_solve(held.mT @ held, held.mT @ values.to(held.dtype), ridge=fixed_ridge(memory))
-        inverse = memory.m0_pinv if addressing == "prior" else soft_inverse(matrix)
+        inverse = memory.m0_pinv if addressing == "key" else soft_inverse(matrix)
         reading = memory_address(queries.unsqueeze(-2), inverse)
         if noise:
             reading = reading + noise * torch.randn_like(reading)

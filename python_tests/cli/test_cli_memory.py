@@ -99,7 +99,7 @@ def test_write_extends(engram, memory):
     status, out, err = engram("write", memory, "--facts", "more")
     assert (status, err) == (0, "") and "Wrote 1 fact to" in out and "holds 5" in out
     assert EpisodicMemory.from_pretrained(memory).ids == ["1", "atlantis", "7", "2", "3"]
-    assert len(content(memory)) == 2
+    assert len([name for name in content(memory) if name.endswith(".safetensors")]) == 1
 
 
 def test_a_new_memory_takes_settings(engram, tmp_path):
@@ -119,7 +119,7 @@ def test_ask_shows_the_nearest_facts(engram, memory):
     leverages = kept.leverage(torch.stack([kept.ledger[name].key for name in kept.ids]))
     # The title, the fact itself, and one more.
     assert len(rows) == 3 and rows[1].split()[0] == "2" and f"{leverages[3]:.3f}" in rows[1]
-    readout = kept.read(kept.ledger["2"].key[None].double(), addressing="prior")
+    readout = kept.read(kept.ledger["2"].key[None].double(), addressing="key")
     cosine = torch.cosine_similarity(readout, kept.ledger["2"].value[None].double()).item()
     assert f"{cosine:.3f}" in rows[1] and float(rows[1].split()[-2]) >= float(rows[2].split()[-2])
 
@@ -222,7 +222,7 @@ def test_bad_new_memories_leave_nothing(engram, tmp_path):
     refused(engram("write", new, *facts, "--slots", "0"), "slots: expected at least 1")
     refused(engram("write", tmp_path / "a" / "b", *facts), "memory: expected a path in a folder that can be")
     (tmp_path / "file").touch()
-    refused(engram("write", tmp_path / "file", *facts), "directory: expected a saved memory")
+    refused(engram("write", tmp_path / "file", *facts), "name_or_directory: expected a folder or a")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
@@ -231,7 +231,7 @@ def test_bad_questions_and_names(engram, tmp_path, memory):
     refused(engram("ask", memory, " "), "question: expected some text")
     refused(engram("ask", memory, "x", "--top", "0"), "top: expected at least 1")
     refused(engram("ask", memory, "x", "--device", "tpu"), "device: expected one that PyTorch can use here")
-    refused(engram("ask", tmp_path / "none", "x"), "directory: expected a saved memory")
+    refused(engram("ask", tmp_path / "none", "x"), "name_or_directory: expected a folder or a repository")
     refused(engram("list", tmp_path), "directory: expected a saved memory")
     refused(engram("forget", memory), "id: expected an --id or a --text, got none")
     refused(

@@ -295,7 +295,7 @@ def test_a_long_context_is_recalled_by_memories_of_its_chunks():
     memory = EpisodicMemory(16, facts.keys.shape[-1])
     readouts = torch.cat(
         [
-            read_recursively(facts.values, one[None], memory, facts.keys, 8, addressing="prior")
+            read_recursively(facts.values, one[None], memory, facts.keys, 8, addressing="key")
             for one in facts.keys
         ]
     )

@@ -243,11 +243,11 @@ def test_episode_is_what_a_memory_reads():
     memory = EpisodicMemory(32, LATENT, ridge=1e-3)
     values, keys, queries = facts_batch()
     present = torch.tensor([[1, 1, 1], [1, 0, 1]]).bool()
-    readouts, _ = read_episode(values, keys, queries, present, memory, "prior")
+    readouts, _ = read_episode(values, keys, queries, present, memory, "key")
     for row in range(2):
         alone = EpisodicMemory(32, LATENT, ridge=1e-3)
         alone.write(values[row][present[row]], keys=keys[row][present[row]])
-        torch.testing.assert_close(readouts[row], alone.read(queries[row, None], addressing="prior")[0])
+        torch.testing.assert_close(readouts[row], alone.read(queries[row, None], addressing="key")[0])
     assert len(memory) == 0
 
 
@@ -256,13 +256,13 @@ def test_episode_by_content_is_a_projection():
     memory = EpisodicMemory(32, LATENT, ridge=1e-3)
     values, _, queries = facts_batch()
     present = torch.tensor([[1, 1, 1], [1, 0, 1]]).bool()
-    readouts, _ = read_episode(values, values, queries, present, memory, "memory")
+    readouts, _ = read_episode(values, values, queries, present, memory, "content")
     for row in range(2):
         span, _ = torch.linalg.qr(values[row][present[row]].T)
         torch.testing.assert_close(readouts[row], span @ (span.T @ queries[row]), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("addressing", ["prior", "memory"])
+@pytest.mark.parametrize("addressing", ["key", "content"])
 def test_gradients_flow_through_write_and_read(addressing):
     memory = EpisodicMemory(32, LATENT, ridge=0.1)
     values, keys, queries = (x.requires_grad_() for x in facts_batch(1))
@@ -365,7 +365,7 @@ def test_bad_input_to_the_model():
         model(input_ids=ids, facts=values)
     with pytest.raises(ValueError, match="keys: expected shape"):
         model(input_ids=ids, facts=values, keys=keys[:, :2], query=query)
-    with pytest.raises(ValueError, match="addressing: expected 'prior' or 'memory', got 'other'"):
+    with pytest.raises(ValueError, match="addressing: expected 'key' or 'content', got 'other'"):
         small_larimar(addressing="other")
 
 
@@ -486,20 +486,20 @@ def test_write_read_forget():
     other = EpisodicMemory(32, LATENT, ridge=model.config.ridge)
     rest = [0, 2, 3]
     other.write(values[rest], keys=model.encode(keys)[rest])
-    torch.testing.assert_close(model.read(keys), other.read(model.encode(keys), addressing="prior"))
+    torch.testing.assert_close(model.read(keys), other.read(model.encode(keys), addressing="key"))
     model.forget(["a", "c", "d"])
     assert not model.read(keys).any()
 
 
 def test_save_and_load_whole(tmp_path):
-    model = small_larimar("gpt2", addressing="memory", ridge=0.5)
+    model = small_larimar("gpt2", addressing="content", ridge=0.5)
     model.write(torch.randint(1, 300, (2, 5)), ids=["a", "b"])
     model.save_pretrained(tmp_path)
     again = LarimarModel.from_pretrained(tmp_path)
     ids, mask, readout = padded_batch()
     run = {"input_ids": ids, "attention_mask": mask, "readout": readout}
     assert torch.equal(again(**run).logits, model(**run).logits)
-    assert again.memory.ids == ["a", "b"] and again.config.addressing == "memory"
+    assert again.memory.ids == ["a", "b"] and again.config.addressing == "content"
     query = torch.randint(1, 300, (2, 5))
     assert torch.equal(again.read(query), model.read(query))
     model.forget(["a", "b"])
@@ -691,18 +691,18 @@ def test_recursive_reading_holds_more_than_a_memory(keyed):
     memory = EpisodicMemory(16, 16, ridge=1e-9)
     values = torch.randn(200, 16, dtype=torch.float64)
     keys = torch.randn(200, 16, dtype=torch.float64) if keyed else values
-    addressing = "prior" if keyed else "memory"
+    addressing = "key" if keyed else "content"
     found = read_recursively(values, keys, memory, keys if keyed else None, chunk=5, addressing=addressing)
     assert (torch.cdist(found, values).argmin(-1) == torch.arange(200)).all()
     if keyed:
         torch.testing.assert_close(found, values, rtol=1e-3, atol=1e-3)
         single = EpisodicMemory(16, 16, ridge=1e-9)
         single.write(values, keys=keys)
-        one = torch.cdist(single.read(keys, addressing="prior"), values).argmin(-1)
+        one = torch.cdist(single.read(keys, addressing="key"), values).argmin(-1)
         assert (one == torch.arange(200)).double().mean() < 0.5
 
 
-@pytest.mark.parametrize("addressing", ["prior", "memory"])
+@pytest.mark.parametrize("addressing", ["key", "content"])
 def test_recursive_reading_of_one_chunk_is_reading(addressing):
     memory = EpisodicMemory(16, LATENT, ridge=1e-3)
     values, queries = torch.randn(6, LATENT), torch.randn(4, LATENT)
@@ -717,7 +717,7 @@ def test_recursive_reading_is_differentiable_and_checks():
     queries = torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
 
     def read(values, queries):
-        return read_recursively(values, queries, memory, chunk=3, addressing="prior")
+        return read_recursively(values, queries, memory, chunk=3, addressing="key")
 
     assert torch.autograd.gradcheck(read, (values, queries))
     assert not read_recursively(values[:0], queries, memory).any()
@@ -725,11 +725,11 @@ def test_recursive_reading_is_differentiable_and_checks():
         read_recursively(values, queries, memory, chunk=1)
     with pytest.raises(ValueError, match="keys: expected shape"):
         read_recursively(values, queries, memory, keys=values[:3])
-    with pytest.raises(ValueError, match="addressing: expected one of"):
+    with pytest.raises(ValueError, match="addressing: expected 'key' or 'content', got 'x'"):
         read_recursively(values, queries, memory, addressing="x")
 
 
-@pytest.mark.parametrize("addressing", ["prior", "memory"])
+@pytest.mark.parametrize("addressing", ["key", "content"])
 def test_memories_are_solved_in_their_own_dtype_inside_autocast(addressing):
     memory = EpisodicMemory(16, LATENT, ridge=0.1, state_dtype=torch.float32)
     values, queries = torch.randn(2, 20, LATENT), torch.randn(2, LATENT)
