@@ -8,6 +8,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import larimar_answers as evaluation
 import model_zoo
 import numpy as np
 import pytest
@@ -17,7 +18,6 @@ from torch import nn
 import engram_kernels as ek
 from engram_kernels.editing import Edit
 from engram_kernels.evaluation import Case, Neighbour
-from engram_kernels.evaluation import larimar as evaluation
 from engram_kernels.hf.hooks import capture
 from engram_kernels.larimar.conditioning import first_token
 from engram_kernels.larimar.long_context import read_recursively
