@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from engram_kernels.evaluation import Case
-from engram_kernels.larimar.scope import ScopedModel, key_scores, stored_keys
-from engram_kernels.larimar.training import read_episode
+from engram_kernels.larimar import ScopedModel
+from engram_kernels.larimar.reading import read_episode
+from engram_kernels.larimar.scope import key_scores, stored_keys
 from engram_kernels.memory import EpisodicMemory
 
 # Prompts at a time.

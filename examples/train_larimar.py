@@ -29,9 +29,16 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from engram_kernels.evaluation import read_cases
 from engram_kernels.hf import loading
-from engram_kernels.larimar.model import LarimarModel
-from engram_kernels.larimar.scope import ScopeDetector, ScopedModel
-from engram_kernels.larimar.training import EpisodeCollator, Fact, FactEpisodes, Objective, warm_start
+from engram_kernels.larimar import (
+    EpisodeCollator,
+    Fact,
+    FactEpisodes,
+    LarimarModel,
+    Objective,
+    ScopeDetector,
+    ScopedModel,
+    warm_start,
+)
 from engram_kernels.memory import load_encoder
 
 HELD_BACK = 400
@@ -264,14 +271,16 @@ def main(
     encoder = load_encoder("minilm")
     data = Data(recipe, tokenizer)
     results = {"recipe": dataclasses.asdict(recipe), "threads": torch.get_num_threads()}
-    if (out / "model" / "config.json").exists():
+    trained = (out / "model").exists()
+    if trained:
         results["training"] = json.loads((out / "training.json").read_text())
         model = LarimarModel.from_pretrained(out / "model", encoder=encoder.model, decoder=decoder)
     else:
         model, results["training"] = train(recipe, data, out, tokenizer, encoder, decoder)
         (out / "training.json").write_text(json.dumps(results["training"], indent=2) + "\n")
     scoped = ScopedModel(model, tokenizer, encoder, calibrate(data, encoder))
-    scoped.save_pretrained(out / "model")
+    if not trained:
+        scoped.save_pretrained(out / "model")
     start = time.perf_counter()
     results |= measure(scoped, data, rows, [1, 16, 64, 256])
     results["seconds to evaluate"] = time.perf_counter() - start

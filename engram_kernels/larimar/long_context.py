@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from .. import _checks as check
 from ..memory.addressing import check_addressing
 from ..memory.episodic import EpisodicMemory
+from ..memory.solution import without_autocast
 from ..ops import memory_address, memory_solve
-from .training import fixed_ridge, soft_inverse
+from .reading import fixed_ridge, soft_inverse
 
 # From the second level on every query has memories of its own, each with systems of K × K.
 _QUERIES = 32
@@ -91,7 +92,7 @@ def _read_chunks(
 def _read(pairs: Tensor, queries: Tensor, memory: EpisodicMemory, addressing: str) -> Tensor:
     """What memories of pairs of value and key `[…, N, 2C]` have for queries `[…, Q, C]`: `[…, Q, 2C]`."""
     latent = memory.latent
-    with memory._plain():
+    with without_autocast(memory.gram):
         weights = memory_address(pairs[..., latent:], memory.m0_pinv)
         matrix = memory_solve(weights.mT @ weights, weights.mT @ pairs, ridge=fixed_ridge(memory))
         inverse = memory.m0_pinv if addressing == "key" else soft_inverse(matrix[..., latent:])

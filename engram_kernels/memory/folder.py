@@ -37,7 +37,7 @@ class MemoryFolder(HubFolder):
             self._replace(folder)
         else:
             super().save_pretrained(folder, **hub_options)
-        self._remember(folder)
+        self.adopt(folder)
 
     def _save_pretrained(self, save_directory: Path) -> None:
         state = dict(self.named_buffers())
@@ -61,7 +61,7 @@ class MemoryFolder(HubFolder):
         except (LookupError, TypeError, ValueError) as error:
             raise files.refused(folder, error) from error
         memory.ledger = Ledger(saved.entries)
-        memory._remember(folder)
+        memory.adopt(folder)
         return memory
 
     def _replace(self, folder: Path) -> None:
@@ -84,6 +84,6 @@ class MemoryFolder(HubFolder):
                 f"directory: expected one that can be written, got {str(folder)!r} ({reason})"
             ) from error
 
-    def _remember(self, folder: Path) -> None:
+    def adopt(self, folder: Path) -> None:
         """Take what a folder holds for this memory's own."""
         self._folders[folder.resolve()] = files.read_config(folder)["checksum"]

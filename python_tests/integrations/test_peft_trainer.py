@@ -478,10 +478,10 @@ def test_a_memory_is_trained_under_a_launcher(tmp_path, processes):
 
 
 def test_a_memory_is_evaluated_and_predicts_under_the_trainer(tmp_path):
-    from test_larimar import FACTS, encode, small_larimar
+    from larimar_helpers import FACTS, encode, small_larimar
     from transformers import Trainer, TrainingArguments
 
-    from engram_kernels.larimar.training import EpisodeCollator, FactEpisodes
+    from engram_kernels.larimar import EpisodeCollator, FactEpisodes
 
     model, episodes = small_larimar(), FactEpisodes(FACTS, encode, sizes=(1, 3))
     collator = EpisodeCollator(model_zoo.byte_level_tokenizer())
@@ -495,7 +495,7 @@ def test_a_memory_is_evaluated_and_predicts_under_the_trainer(tmp_path):
 
 
 def test_only_the_main_process_writes_a_memory(tmp_path):
-    from test_larimar import small_larimar
+    from larimar_helpers import small_larimar
 
     small_larimar().save_pretrained(tmp_path / "model", is_main_process=False)
     assert not (tmp_path / "model").exists()

@@ -6,17 +6,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from memory_helpers import (
-    STATE,
-    C,
-    K,
-    apart,
-    assert_unchanged,
-    filled,
-    frozen,
-    latents,
-    least_squares,
-)
+from memory_helpers import STATE, C, K, apart, assert_unchanged, filled, frozen, latents, least_squares
 
 import engram_kernels as ek
 from engram_kernels.memory import EpisodicMemory
