@@ -484,7 +484,7 @@ def test_a_memory_is_trained_under_a_launcher(tmp_path, processes):
 def test_a_memory_is_evaluated_and_predicts_under_the_trainer(tmp_path):
     from transformers import Trainer, TrainingArguments
 
-    from engram_kernels.larimar.training import EpisodeCollator, FactEpisodes
+    from engram_kernels.larimar import EpisodeCollator, FactEpisodes
 
     model, episodes = small_larimar(), FactEpisodes(FACTS, encode, sizes=(1, 3))
     collator = EpisodeCollator(model_zoo.byte_level_tokenizer())
