@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import warnings
+from contextlib import ExitStack
 from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .. import _checks as check
 from ..errors import EngramError
+from ..hf.swapped_weights import standing
 from .mask import GraftMask
 from .recipes import Recipe
 
@@ -35,34 +37,21 @@ class MaskTraining:
         self.ever: set[int] = set()
 
     def __enter__(self) -> MaskTraining:
-        everything = list(self.model.parameters())
-        self.before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in everything]
-        self.hooks = []
-        try:
-            self.theta = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in self.mask.pre]
-            self.mask.blend_(self.theta)
-            for parameter in everything:
-                parameter.requires_grad_(False)
-                parameter.grad = None
+        self.theta = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in self.mask.pre]
+        self.mask.blend_(self.theta)
+        with ExitStack() as stack:
+            for parameter in self.model.parameters():
+                stack.callback(_restore, parameter, parameter.requires_grad, parameter.grad)
+                _restore(parameter, False, None)
+            stack.enter_context(standing(self.model, dict(zip(self.names, self.theta, strict=True))))
             for i, parameter in enumerate(self.parameters):
-                parameter.data = self.theta[i]
                 parameter.requires_grad_(True)
-                self.hooks.append(parameter.register_post_accumulate_grad_hook(partial(self._arrived, i)))
-            torch.clear_autocast_cache()
-        except BaseException:
-            self.__exit__()
-            raise
+                stack.callback(parameter.register_post_accumulate_grad_hook(partial(self._arrived, i)).remove)
+            self._way_back = stack.pop_all()
         return self
 
     def __exit__(self, *_details) -> None:
-        for hook in self.hooks:
-            hook.remove()
-        for parameter, pre in zip(self.parameters, self.mask.pre, strict=True):
-            parameter.data = pre
-        for parameter, requires_grad, gradient in self.before:
-            parameter.requires_grad_(requires_grad)
-            parameter.grad = gradient
-        torch.clear_autocast_cache()
+        self._way_back.close()
 
     def _arrived(self, i: int, _parameter: nn.Parameter) -> None:
         if not self.last:
@@ -118,3 +107,8 @@ class MaskTraining:
         self.done.update(self.pending)
         self.ever.update(self.pending)
         self.pending.clear()
+
+
+def _restore(parameter: nn.Parameter, requires_grad: bool, gradient: Tensor | None) -> None:
+    parameter.requires_grad_(requires_grad)
+    parameter.grad = gradient

@@ -83,8 +83,7 @@ class GraftCallback(TrainerCallback):
         check.number("sparsity", sparsity, at_least=0)
         check.expect(sparsity <= 1, "sparsity", "at most 1", sparsity)
         if every is not None:
-            check.integer("every", every)
-            check.expect(every >= 1, "every", "at least 1, or None", every)
+            check.integer("every", every, at_least=1)
         named = isinstance(folder, str) and folder.strip(".") and Path(folder).name == folder
         check.expect(named, "folder", "a name without folders", repr(folder))
         reserved = folder.startswith(PREFIX_CHECKPOINT_DIR)

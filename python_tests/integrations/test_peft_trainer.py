@@ -428,7 +428,7 @@ def test_models_that_cannot_be_grafted_stop_the_training_before_it_begins(tmp_pa
     [
         ({"sparsity": 2.0}, ValueError, "sparsity: expected at most 1, got 2.0"),
         ({"sparsity": "all"}, TypeError, "sparsity: expected a number, got str"),
-        ({"every": 0}, ValueError, "every: expected at least 1, or None, got 0"),
+        ({"every": 0}, ValueError, "every: expected at least 1, got 0"),
         ({"every": 1.5}, TypeError, "every: expected an integer, got float"),
         ({"folder": "../graft"}, ValueError, "folder: expected a name without folders, got '../graft'"),
         ({"folder": ""}, ValueError, "folder: expected a name without folders, got ''"),
