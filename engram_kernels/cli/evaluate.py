@@ -180,7 +180,7 @@ def evaluate(
                 shutil.rmtree(run, ignore_errors=True)
     console.print(_table(summary, f"{data.name}, {model}, {method}, {mode}"))
     if all(case.kind == COUNTERFACT for case in cases):
-        console.print(_published())
+        console.print("[dim]Published figures on CounterFact, for context: examples/published.py[/dim]")
     for item in retained:
         console.print(
             f"first {item.first:,} of {item.edits:,} edits: efficacy {item.efficacy:.3f}", highlight=False
@@ -253,20 +253,4 @@ def _table(summary: dict, title: str) -> Table:
         ("rows left out", str(summary["skipped"] + len(summary["refused"]))),
     ):
         table.add_row(label, "", cell)
-    return table
-
-
-def _published() -> Table:
-    from ..evaluation.published import COUNTERFACT_FIGURES
-
-    table = Table(title="[dim]published on CounterFact, for context: other models, samples, edits[/dim]")
-    names = ("efficacy", "paraphrase", "locality", "fluency")
-    for name in ("method, model, edits", *names):
-        table.add_column(name, style="dim", justify="left" if "," in name else "right", no_wrap=True)
-    for paper in COUNTERFACT_FIGURES:
-        figures = [f"{paper.figures[name]:.3f}" for name in names]
-        table.add_row(f"{paper.method}, {paper.model}, {paper.edits}", *figures)
-    table.caption = (
-        "[dim]Meng et al. 2022, table 4; Meng et al. 2023, table 2; Fang et al. 2024, table 1.[/dim]"
-    )
     return table

@@ -7,6 +7,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Sequence
+from statistics import fmean
 
 import torch
 
@@ -14,7 +15,6 @@ from ..errors import EngramError
 from ..hf.generation import sample
 from ..hf.tokens import context_length, open_ids
 from .datasets import Case
-from .measures import mean
 
 TOP_K = 5
 
@@ -49,7 +49,7 @@ def fluency(
     prompts = [case.generation or (case.edit.text,) for case in cases]
     flat = list(dict.fromkeys(prompt for group in prompts for prompt in group))
     texts = dict(zip(flat, generate(model, tokenizer, flat, tokens, seed, batch_size), strict=True))
-    return [mean(ngram_entropy(texts[prompt]) for prompt in group) for group in prompts]
+    return [fmean(ngram_entropy(texts[prompt]) for prompt in group) for group in prompts]
 
 
 def generate(

@@ -123,7 +123,8 @@ def acceleration(module_or_name: ModuleType | str) -> Acceleration:
         "easyeditor, or the package rome or memit of its repository", repr(library), EngramError,
     )  # fmt: skip
     report = Acceleration(library)
-    report.apply([each for algorithm in algorithms for each in _replacements(library, algorithm, report)])
+    # All of them are checked before the first is put in place.
+    report.replace([each for algorithm in algorithms for each in _replacements(library, algorithm, report)])
     return report
 
 

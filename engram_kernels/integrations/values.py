@@ -19,7 +19,7 @@ from ..editing.batching import EncodedEdit
 from ..editing.edit import Edit
 from ..editing.values import ValueOptions, find_values
 from ..errors import EngramError
-from ..hf.hooks import Stop, run_until
+from ..hf.hooks import Stop, capture, run_until
 from ..hf.layers import decoder_layers
 from ..hf.projection import Projection
 from ..hf.tokens import Row
@@ -219,14 +219,11 @@ def _start(model, name: str, row: Row, layer: int, hparams, check_loss: Callable
             raise Stop
 
     ids = torch.tensor([row.inputs], device=model.get_input_embeddings().weight.device)
-    hook = model.get_submodule(name).register_forward_hook(see)
-    try:
+    with capture(after={model.get_submodule(name): see}):
         if check_loss is None:
             run_until(model, input_ids=ids)
         else:
             check_loss(model, ids, layer, hparams)
-    finally:
-        hook.remove()
     if len(seen) != 1:
         raise Declined(f"{name} runs {len(seen)} times in a pass")
     return seen[0]
@@ -239,11 +236,8 @@ def _reads_the_last_layer(model: nn.Module, ids: Tensor, layer: int, hparams) ->
     if read != f"{stack}.{len(layers) - 1}":
         raise Declined(f"v_loss_layer reads {read}, not the last layer")
     seen: list[Tensor] = []
-    hook = layers[-1].register_forward_hook(lambda _module, _inputs, output: seen.append(output))
-    try:
+    with capture(after={layers[-1]: lambda _module, _inputs, output: seen.append(output)}):
         logits = model(input_ids=ids, use_cache=False).logits
-    finally:
-        hook.remove()
     try:
         norm, head = (model.get_submodule(path) for path in (hparams.ln_f_module, hparams.lm_head_module))
     except AttributeError as error:

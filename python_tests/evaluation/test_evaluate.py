@@ -24,7 +24,7 @@ from engram_kernels.editing.values import ValueOptions
 from engram_kernels.evaluation import plots
 from engram_kernels.evaluation.datasets import Case, Neighbour, read_cases
 from engram_kernels.evaluation.fluency import fluency, generate, ngram_entropy
-from engram_kernels.evaluation.measures import ASPECTS, Figures, harmonic_mean, measure
+from engram_kernels.evaluation.measures import ASPECTS, Figures, measure
 from engram_kernels.evaluation.outcomes import Outcome, Retained, summarise
 from engram_kernels.evaluation.report import EvalReport
 from engram_kernels.evaluation.run import CHECKPOINTS, Evaluation, peak_memory
@@ -337,11 +337,6 @@ def test_the_measures_of_one_case():
     assert [before.successes(aspect) for aspect in ASPECTS] == [0, 0.5, 1]
     assert [before.accuracy(aspect) for aspect in ASPECTS] == [0.5, 0.5, 1]
     assert after.unchanged(before) == (0.75 + 0.5) / 2 and before.unchanged(before) == 1
-
-
-def test_harmonic_mean():
-    assert harmonic_mean([1, 0.5, 0.25]) == pytest.approx(3 / 7)
-    assert harmonic_mean([0.9, 0.0, 1.0]) == 0 and harmonic_mean([0.5] * 3) == 0.5
 
 
 def test_what_cannot_be_measured(tokenizer, cases):
@@ -737,7 +732,7 @@ def test_the_command_edits_measures_and_reports(engram, folder, tmp_path):
     assert summary["peak_memory"] > 2**20 and 0 < content["rows"][0]["probability"] < 1
     assert content["settings"]["layers"] == [1] and content["settings"]["steps"] == 2
     assert {"engram_kernels", "torch", "transformers"} == content["versions"].keys()
-    for text in ("efficacy", "fluency, bits", "GPT-J 6B", "0.789", "AlphaEdit", "for context", "2/2"):
+    for text in ("efficacy", "fluency, bits", "Published figures", "examples/published.py", "2/2"):
         assert text in out
     network, tokenizer = load_model(folder)
     for row, case in zip(content["rows"], read_cases(folder / "counterfact.json", 0, 2).cases, strict=True):

@@ -1,4 +1,4 @@
-"""What an episodic memory recalls of facts, by latents alone: no language model answers here.
+"""What `measure_recall.py` measures: what an episodic memory recalls of facts, by latents alone.
 
 Each fact has three texts: its prompt is the key, the prompt with the new answer is the value, and a
 paraphrase of the prompt is the question. A fact is *recalled* where, of the values of all facts, the readout
@@ -10,7 +10,7 @@ than right. "No memory" is the question in place of a readout.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
@@ -18,20 +18,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..larimar.long_context import read_recursively
-from ..memory import EpisodicMemory, SentenceEncoder
-from .datasets import Case
+from engram_kernels.evaluation import Case
+from engram_kernels.larimar import read_recursively
+from engram_kernels.memory import EpisodicMemory, SentenceEncoder
 
 VANISHING = 1e-6
 LOADS = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 1.0, 5 / 4, 3 / 2, 2.0)
 # Memories that are written at a time where each fact has one of its own.
 _BATCH = 32
 
-Progress = Callable[[str, int, int], None]
-
 
 @dataclass(frozen=True)
-class Facts:
+class FactLatents:
     """Latents of facts, [N, C] each, on the CPU, where the memories are.
 
     Attributes:
@@ -49,8 +47,8 @@ class Facts:
     def __len__(self) -> int:
         return len(self.keys)
 
-    def __getitem__(self, rows: slice | Tensor) -> Facts:
-        return Facts(*(getattr(self, field.name)[rows] for field in fields(self)))
+    def __getitem__(self, rows: slice | Tensor) -> FactLatents:
+        return FactLatents(*(getattr(self, field.name)[rows] for field in fields(self)))
 
 
 class Recall(NamedTuple):
@@ -91,13 +89,12 @@ class Load(NamedTuple):
     ridge: float | None
 
 
-def encode_cases(cases: Sequence[Case], encoder: SentenceEncoder, progress: Progress | None = None) -> Facts:
+def encode_cases(cases: Sequence[Case], encoder: SentenceEncoder) -> FactLatents:
     """Return the latents of cases; of several paraphrases the first is asked.
 
     Args:
         cases: as `read_cases` gives them.
         encoder: of the texts, on any device.
-        progress: called with a stage, the work done, and the work there is.
 
     Example:
         >>> facts = encode_cases(read_cases("counterfact.json", rows=384).cases, load_encoder("minilm"))
@@ -108,15 +105,10 @@ def encode_cases(cases: Sequence[Case], encoder: SentenceEncoder, progress: Prog
         "truths": [f"{case.edit.text} {case.truth}" for case in cases],
         "questions": [case.paraphrases[0] for case in cases],
     }
-    found = {}
-    for number, (name, asked) in enumerate(texts.items(), start=1):
-        found[name] = encoder.encode(asked).cpu()
-        if progress:
-            progress("encode", number, len(texts))
-    return Facts(**found)
+    return FactLatents(**{name: encoder.encode(asked).cpu() for name, asked in texts.items()})
 
 
-def single(facts: Facts, slots: int, seed: int = 0) -> list[Recall]:
+def single(facts: FactLatents, slots: int, seed: int = 0) -> list[Recall]:
     """Write each fact into a memory of its own, and ask for it there, among the values of all facts.
 
     A memory of one fact answers every question with it: what this shows is that writing and reading are
@@ -128,7 +120,7 @@ def single(facts: Facts, slots: int, seed: int = 0) -> list[Recall]:
         memory = EpisodicMemory(slots, facts.keys.shape[-1], batch=len(some), seed=seed)
         memory.write(some.values[:, None], keys=some.keys[:, None])
         asked = torch.stack([some.keys, some.questions], 1)
-        readouts.append(memory.read(asked, addressing="prior"))
+        readouts.append(memory.read(asked))
     by_key, by_question = torch.cat(readouts).unbind(1)
     return [
         _recall("one fact, one memory", by_key, by_question, facts, facts.values),
@@ -136,7 +128,7 @@ def single(facts: Facts, slots: int, seed: int = 0) -> list[Recall]:
     ]
 
 
-def sequential(facts: Facts, slots: int, checkpoints: Sequence[int], seed: int = 0) -> list[Recall]:
+def sequential(facts: FactLatents, slots: int, checkpoints: Sequence[int], seed: int = 0) -> list[Recall]:
     """Write facts one after the other into one memory, and ask at checkpoints: all so far, and the first.
 
     Args:
@@ -159,28 +151,21 @@ def sequential(facts: Facts, slots: int, checkpoints: Sequence[int], seed: int =
     return rows
 
 
-def capacity(
-    facts: Facts,
-    slots: int,
-    loads: Sequence[float] = LOADS,
-    seed: int = 0,
-    progress: Progress | None = None,
-) -> list[Load]:
+def capacity(facts: FactLatents, slots: int, loads: Sequence[float] = LOADS, seed: int = 0) -> list[Load]:
     """Write facts at once, as many for each slot as `loads` say, and ask for all of them.
 
-    Four series: "leave-one-out" and "vanishing ridge" are addressed by keys; "by content" holds the values
-    alone and projects the question onto them (`addressing="memory"`); and "no memory".
+    Four series: "leave-one-out" and "vanishing ridge" are read by key; "by content" holds the values alone,
+    without keys, and projects the question onto them; and "no memory".
 
     Args:
         facts: of which the first are written; loads beyond their number are left out.
         slots: K.
         loads: N/K.
         seed: of the memories.
-        progress: called with a stage, the work done, and the work there is.
     """
     latent, points = facts.keys.shape[-1], []
     counts = {round(load * slots): load for load in loads if 0 < round(load * slots) <= len(facts)}
-    for done, (count, load) in enumerate(counts.items(), start=1):
+    for count, load in counts.items():
         some = facts[:count]
         for series, ridge in (("leave-one-out", "loo"), ("vanishing ridge", VANISHING)):
             memory = EpisodicMemory(slots, latent, ridge=ridge, seed=seed)
@@ -189,17 +174,15 @@ def capacity(
             points.append(Load(series, load, recall, _leverages(memory, some.keys), float(memory.ridges)))
         memory = EpisodicMemory(slots, latent, seed=seed)
         memory.write(some.values)
-        recall = _ask("by content", memory, some, some.values, addressing="memory")
+        recall = _ask("by content", memory, some, some.values)
         points.append(Load("by content", load, recall, _leverages(memory, some.values), float(memory.ridges)))
         recall = _recall("no memory", some.keys, some.questions, some, some.values)
         points.append(Load("no memory", load, recall, None, None))
-        if progress:
-            progress("loads", done, len(counts))
     return points
 
 
 def forgetting(
-    facts: Facts, slots: int, share: float = 0.5, ridge: float | str = "loo", seed: int = 0
+    facts: FactLatents, slots: int, share: float = 0.5, ridge: float | str = "loo", seed: int = 0
 ) -> tuple[list[Recall], float]:
     """Write facts, forget a share of them, and ask for both parts, before and after.
 
@@ -243,7 +226,7 @@ def forgetting(
 
 
 @torch.no_grad()
-def long_context(facts: Facts, slots: int, chunks: Sequence[int], seed: int = 0) -> list[Recall]:
+def long_context(facts: FactLatents, slots: int, chunks: Sequence[int], seed: int = 0) -> list[Recall]:
     """Ask about all facts at once, many more than slots: one memory of all, and memories read recursively.
 
     Args:
@@ -257,7 +240,7 @@ def long_context(facts: Facts, slots: int, chunks: Sequence[int], seed: int = 0)
     rows = [_ask("one memory", memory, facts, facts.values)]
     for chunk in chunks:
         by_key, by_question = (
-            read_recursively(facts.values, asked, memory, facts.keys, chunk, addressing="prior")
+            read_recursively(facts.values, asked, memory, facts.keys, chunk)
             for asked in (facts.keys, facts.questions)
         )
         rows.append(_recall(f"chunks of {chunk:,}, recursively", by_key, by_question, facts, facts.values))
@@ -265,14 +248,14 @@ def long_context(facts: Facts, slots: int, chunks: Sequence[int], seed: int = 0)
     return rows
 
 
-def _ask(
-    setting: str, memory: EpisodicMemory, facts: Facts, candidates: Tensor, addressing: str = "prior"
-) -> Recall:
-    readouts = (memory.read(asked, addressing=addressing) for asked in (facts.keys, facts.questions))
+def _ask(setting: str, memory: EpisodicMemory, facts: FactLatents, candidates: Tensor) -> Recall:
+    readouts = (memory.read(asked) for asked in (facts.keys, facts.questions))
     return _recall(setting, *readouts, facts, candidates)
 
 
-def _recall(setting: str, by_key: Tensor, by_question: Tensor, facts: Facts, candidates: Tensor) -> Recall:
+def _recall(
+    setting: str, by_key: Tensor, by_question: Tensor, facts: FactLatents, candidates: Tensor
+) -> Recall:
     readouts = (by_key, by_question)
     nearest = [_nearest(readout, facts.values, candidates) for readout in readouts]
     chosen = [_chosen(readout, facts) for readout in readouts]
@@ -291,7 +274,7 @@ def _nearest(readouts: Tensor, values: Tensor, candidates: Tensor) -> Tensor:
     return (readouts @ candidates.mT >= own - 1e-12).sum(-1) == 1
 
 
-def _chosen(readouts: Tensor, facts: Facts) -> Tensor:
+def _chosen(readouts: Tensor, facts: FactLatents) -> Tensor:
     """Whether a readout is nearer to the new fact than to the true one."""
     readouts = readouts.double()
     new, true = (F.normalize(latents.double(), dim=-1) for latents in (facts.values, facts.truths))

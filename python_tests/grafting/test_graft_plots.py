@@ -8,7 +8,8 @@ import torch
 
 from engram_kernels import EngramError
 from engram_kernels.grafting import Graft
-from engram_kernels.grafting.plots import Grid, Point, curve, heat_map, percent
+from engram_kernels.grafting.density import Grid, percent
+from engram_kernels.grafting.plots import Point, curve, heat_map
 
 matplotlib = pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 

@@ -1,8 +1,8 @@
-"""What a decoder says from its memory, about facts that neither it nor its conditioning was trained on.
+"""What `train_larimar.py` measures: what a decoder says of facts that are in its memory alone.
 
-An answer is *right* where its first token is the target's; beside it stands the F1 of its words against the
-target's. Each question is asked of the decoder with the fact's memory, of the bare decoder, and with the
-memory of another case, which shows what is read from it.
+Neither the decoder nor its conditioning was trained on them. An answer is *right* where its first token is
+the target's; beside it stands the F1 of its words against the target's. Each question is asked of the decoder
+with the fact's memory, of the bare decoder, and with the memory of another case, which shows what is read.
 """
 
 from __future__ import annotations
@@ -11,22 +11,23 @@ import string
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..larimar.scope import ScopedModel, key_scores, stored_keys
-from ..larimar.training import read_episode
-from ..memory import EpisodicMemory
-from .datasets import Case
-from .measures import mean
+from engram_kernels.evaluation import Case
+from engram_kernels.larimar import ScopedModel
+from engram_kernels.larimar.reading import read_episode
+from engram_kernels.larimar.scope import key_scores, stored_keys
+from engram_kernels.memory import EpisodicMemory
 
 # Prompts at a time.
 _BATCH = 50
 
 
-class Answer(NamedTuple):
+class Reply(NamedTuple):
     """What was said: the first token, and the text up to the first full stop or line's end."""
 
     first: int
@@ -48,11 +49,9 @@ class Score:
     count: int
 
 
-def say(
-    scoped: ScopedModel, prompts: Sequence[str], readouts: Tensor | None, tokens: int = 8
-) -> list[Answer]:
+def say(scoped: ScopedModel, prompts: Sequence[str], readouts: Tensor | None, tokens: int = 8) -> list[Reply]:
     """Greedy answers to prompts, each by its readout; by the bare decoder where readouts is None."""
-    answers: list[Answer | None] = [None] * len(prompts)
+    answers: list[Reply | None] = [None] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for at in range(0, len(order), _BATCH):
         rows = order[at : at + _BATCH]
@@ -60,7 +59,7 @@ def say(
         written = scoped.generate([prompts[row] for row in rows], given, max_new_tokens=tokens)
         for row, ids in zip(rows, written.tolist(), strict=True):
             text = scoped.tokenizer.decode(ids, skip_special_tokens=True)
-            answers[row] = Answer(ids[0], text.strip().split("\n")[0].split(".")[0].strip())
+            answers[row] = Reply(ids[0], text.strip().split("\n")[0].split(".")[0].strip())
     return answers
 
 
@@ -71,7 +70,7 @@ def word_f1(said: str, target: str) -> float:
     return 2 * shared / (sum(mine.values()) + sum(right.values())) if shared else 0.0
 
 
-def score(scoped: ScopedModel, answers: Sequence[Answer], targets: Sequence[str]) -> Score:
+def score(scoped: ScopedModel, answers: Sequence[Reply], targets: Sequence[str]) -> Score:
     """Compare answers with targets.
 
     Raises:
@@ -79,8 +78,8 @@ def score(scoped: ScopedModel, answers: Sequence[Answer], targets: Sequence[str]
     """
     firsts = [first_token_of(scoped, target) for target in targets]
     return Score(
-        mean(answer.first == first for answer, first in zip(answers, firsts, strict=True)),
-        mean(word_f1(answer.text, target) for answer, target in zip(answers, targets, strict=True)),
+        fmean(answer.first == first for answer, first in zip(answers, firsts, strict=True)),
+        fmean(word_f1(answer.text, target) for answer, target in zip(answers, targets, strict=True)),
         len(answers),
     )
 
@@ -162,7 +161,7 @@ def batch_edits(
         memory = _memory_of(scoped, some)
         asked = _questions(some)
         questions = [question.text for question in asked]
-        readouts = memory.read(scoped.encoder.encode(questions), addressing="prior")
+        readouts = memory.read(scoped.encoder.encode(questions))
         answers = say(scoped, questions, readouts, tokens)
         targets = [some[question.case].edit.target for question in asked]
         result[count] = {
@@ -196,7 +195,7 @@ def forgetting(scoped: ScopedModel, cases: Sequence[Case], tokens: int = 8) -> d
         "forgotten, before": score(scoped, before[gone], targets[gone]).first,
         "forgotten, after": score(scoped, after[gone], targets[gone]).first,
         "forgotten, bare": score(scoped, bare[gone], targets[gone]).first,
-        "forgotten as bare": mean(a == b for a, b in zip(after[gone], bare[gone], strict=True)),
+        "forgotten as bare": fmean(a == b for a, b in zip(after[gone], bare[gone], strict=True)),
     }
 
 
@@ -220,13 +219,13 @@ def locality(scoped: ScopedModel, cases: Sequence[Case], tokens: int = 8) -> dic
     own = scoped.encoder.encode([question.text for question in questions])
     own_inside = scoped.detector((own * keys[[question.case for question in questions]]).sum(-1)).tolist()
     return {
-        "answered as bare": mean(
+        "answered as bare": fmean(
             not hit or a == b for hit, a, b in zip(inside.tolist(), told, bare, strict=True)
         ),
-        "without the detector": mean(a == b for a, b in zip(told, bare, strict=True)),
+        "without the detector": fmean(a == b for a, b in zip(told, bare, strict=True)),
         "neighbours in scope": inside.double().mean().item(),
-        "prompts in scope": mean(_chosen(own_inside, [not q.paraphrase for q in questions])),
-        "paraphrases in scope": mean(_chosen(own_inside, [q.paraphrase for q in questions])),
+        "prompts in scope": fmean(_chosen(own_inside, [not q.paraphrase for q in questions])),
+        "paraphrases in scope": fmean(_chosen(own_inside, [q.paraphrase for q in questions])),
     }
 
 
@@ -272,11 +271,11 @@ def _memory_of(scoped: ScopedModel, cases: Sequence[Case]) -> EpisodicMemory:
 
 
 def _answers_of(
-    scoped: ScopedModel, memory: EpisodicMemory, prompts: Sequence[str], bare: Sequence[Answer], tokens: int
-) -> list[Answer]:
+    scoped: ScopedModel, memory: EpisodicMemory, prompts: Sequence[str], bare: Sequence[Reply], tokens: int
+) -> list[Reply]:
     queries = scoped.encoder.encode(prompts)
     inside = scoped.detector(key_scores(queries, stored_keys(memory))).tolist()
-    told = say(scoped, prompts, memory.read(queries, addressing="prior"), tokens)
+    told = say(scoped, prompts, memory.read(queries), tokens)
     return [mine if hit else other for hit, mine, other in zip(inside, told, bare, strict=True)]
 
 
