@@ -191,7 +191,7 @@ def evaluate(
         from ..evaluation import plots
 
         title = f"{data.name}, {summary['rows']:,} rows, {Path(model).name}, {method}"
-        plots.evaluation(summary["unedited"], summary["edited"], plot, retained, title)
+        plots.draw_measures(summary["unedited"], summary["edited"], plot, retained, title)
 
 
 def _each(evaluation: "Evaluation", cases, start: int, kept) -> list["Outcome"]:

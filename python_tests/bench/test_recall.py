@@ -229,9 +229,9 @@ def test_the_script_measures_draws_and_reports(tmp_path):
 
 def test_each_share_and_the_leverages_are_drawn(tmp_path, monkeypatch):
     """The lines that the picture has, read off the figure."""
-    matplotlib = pytest.importorskip("matplotlib", reason="pictures need matplotlib")
+    matplotlib = pytest.importorskip("matplotlib.figure", reason="pictures need matplotlib")
     drawn = []
-    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda figure, path, **_: drawn.append(figure))
+    monkeypatch.setattr(matplotlib.Figure, "savefig", lambda figure, path, **_: drawn.append(figure))
     monkeypatch.setattr("engram_kernels._plots.new_file", nullcontext)
     loads = [
         Load(series, load, Recall("", 4, 0.5, load / 4, 0.5, 1 - load / 4), leverages, 0.1)
