@@ -1,7 +1,7 @@
 """Fused kernels for the engrams of language models: grafting, ROME and MEMIT, episodic memory."""
 
-from . import integrations
-from .backends import backends, use_backend
+from . import backends, integrations
+from .backends import use_backend
 from .covariance import Covariance
 from .errors import EngramError
 from .ops import (

@@ -123,10 +123,8 @@ def data_file(data: Path) -> Path:
 
 
 def versions() -> dict[str, str]:
-    import transformers
-
     return {
         "engram_kernels": __version__,
         "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        "transformers": metadata.version("transformers"),
     }

@@ -19,8 +19,8 @@ def doctor() -> None:
     """Say what is installed, which devices there are, and which backend serves each operator and why."""
     import torch
 
-    from .. import __version__, _ops
-    from ..backends import backends, explain, forced
+    from .. import __version__, backends
+    from ..ops.define import OPERATORS
 
     versions = Table("package", "version", title="Versions")
     versions.add_row("engram_kernels", __version__)
@@ -42,16 +42,17 @@ def doctor() -> None:
     console.print(devices)
 
     table = Table("backend", "runs here", "built with", "tested", title="Backends")
-    for name, reason in backends().items():
+    for name in backends.NAMES:
+        reason = backends.unavailable(name)
         table.add_row(name, "yes" if reason is None else f"no: {reason}", _build(name), _CHECKED[name])
     console.print(table)
-    if forced():
-        console.print(f"ENGRAM_BACKEND forces [bold]{forced()}[/bold] where it has a kernel.")
+    if forced := backends.forced():
+        console.print(f"ENGRAM_BACKEND forces [bold]{forced}[/bold] where it has a kernel.")
 
     served = Table("operator", "device", "served by", "passed over", title="Operators")
-    for operator in _ops.OPERATORS:
+    for operator in OPERATORS:
         for device in ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]:
-            answers = explain(operator, device)
+            answers = backends.explain(operator, device)
             first = next((name for name, reason in answers if reason is None), "nothing")
             passed = "; ".join(f"{name}: {reason}" for name, reason in answers if reason is not None)
             served.add_row(operator, device, first, passed)

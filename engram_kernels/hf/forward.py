@@ -12,19 +12,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from .hooks import capture
 from .tokens import Row, pad_rows
-
-
-class Reached(Exception):
-    """Raised by a hook to stop a forward pass: nothing above it is needed."""
-
-
-def run_until_reached(model: nn.Module, **inputs) -> None:
-    """Run a model up to where a hook raises `Reached`; it keeps nothing unless its inputs say so."""
-    try:
-        model(**{"use_cache": False, **inputs})
-    except Reached:
-        pass
 
 
 def takes(module: nn.Module, argument: str) -> bool:
@@ -49,19 +38,15 @@ def logits_at(model: nn.Module, rows: Tensor, columns: Tensor, **inputs) -> Tens
     head = model.get_output_embeddings()
     picked: list[bool] = []
 
-    def pick(_module, arguments):
+    def pick(_module, arguments, keywords):
         states = arguments[0]
         if states.shape[:2] != inputs["input_ids"].shape:
             return None
         picked.append(True)
-        return (states[rows.to(states.device), columns.to(states.device)][None],)
+        return (states[rows.to(states.device), columns.to(states.device)][None],), keywords
 
-    hook = head.register_forward_pre_hook(pick) if isinstance(head, nn.Module) else None
-    try:
+    with capture(before={head: pick} if isinstance(head, nn.Module) else {}):
         logits = model(**inputs).logits
-    finally:
-        if hook is not None:
-            hook.remove()
     if picked:
         # A view: the backward pass of an index would fill a second tensor of this size.
         return logits.flatten(0, 1).to(rows.device)

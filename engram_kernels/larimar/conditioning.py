@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import EngramError
+from ..hf.cache import cache_inputs, empty_cache, keeps_the_whole_past
 from ..hf.eval_mode import evaluating
 
 
@@ -45,13 +46,11 @@ def first_token(decoder: nn.Module, token: int) -> FirstToken:
         EngramError: the decoder keeps something else than keys and values of one size of the whole past, as
             state-space models and sliding windows do.
     """
-    from transformers.cache_utils import DynamicCache, DynamicLayer
-
     device = decoder.get_input_embeddings().weight.device
-    cache = DynamicCache(config=decoder.config)
+    cache = empty_cache(decoder.config)
     with evaluating(decoder), torch.no_grad():
-        decoder(input_ids=torch.tensor([[token]], device=device), past_key_values=cache, use_cache=True)
-    if not cache.layers or any(type(layer) is not DynamicLayer for layer in cache.layers):
+        decoder(input_ids=torch.tensor([[token]], device=device), **cache_inputs(decoder, cache))
+    if not keeps_the_whole_past(cache):
         kinds = ", ".join(sorted({type(layer).__name__ for layer in cache.layers})) or "none"
         raise EngramError(f"decoder: expected attention to the whole past in every layer, got caches {kinds}")
     shapes = {tuple(part.shape) for layer in cache.layers for part in (layer.keys, layer.values)}
@@ -81,6 +80,7 @@ class Conditioning(nn.Module):
 
     def __init__(self, latent: int, first: FirstToken, embedding: int, hidden: int = 0):
         super().__init__()
+        self.latent = latent
         self.layers, self.heads, self.head_size = first.keys.shape
         width = hidden or latent
         self.hidden = nn.Linear(latent, hidden) if hidden else None

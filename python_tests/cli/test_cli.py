@@ -27,7 +27,7 @@ FACT = ("--subject", "The Eiffel Tower", "--prompt", "{} is located in the city 
 
 
 def test_doctor_names_every_operator_and_backend(engram):
-    from engram_kernels._ops import OPERATORS
+    from engram_kernels.ops.define import OPERATORS
 
     status, out, _ = engram("doctor")
     assert status == 0

@@ -131,8 +131,11 @@ def refused(result, message):
 OTHERS = "model: expected in 'model.layers.1.mlp.down_proj' the weights that the edit was made for"
 STACK = "results: expected edits made for the same weights, or one on top of the other, got number 1 made for"
 BAD = {
-    "missing edit": (("--edit", "none"), "directory: expected saved edits, got 'none'"),
-    "no edit": (("--edit", "base"), "directory: expected saved edits, got 'base'"),
+    "missing edit": (
+        ("--edit", "no/such/edit"),
+        "name_or_directory: expected a folder or a repository on the Hub, got",
+    ),
+    "no edit": (("--edit", "base"), "name_or_directory: expected saved edits, got 'base'"),
     "an edit twice": (("--edit", "tower", "--edit", "tower"), "edit: expected different folders, got tower"),
     "missing model": (
         ("--edit", "tower", "--model", "no/such/model"),
@@ -167,7 +170,7 @@ def test_force_does_not_join_matrices_of_two_shapes(folder):
     other.writes = [dataclasses.replace(write, right=write.right[:, 1:]) for write in other.writes]
     message = r"^results: expected a matrix \[32, 64\] in 'model\.layers\.1\..*', got \[32, 63\] in number 1$"
     with pytest.raises(EngramError, match=message):
-        EditResult.stack([tower, other], force=True)
+        EditResult.merge([tower, other], force=True)
 
 
 def test_the_folder_is_checked_before_any_work(engram, tmp_path, monkeypatch):

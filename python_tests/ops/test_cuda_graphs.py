@@ -1,20 +1,19 @@
 """Every kernel in a CUDA graph: captured over zeros, replayed on data, and equal to the call itself."""
 
 import pytest
-import test_graft
-import test_low_rank
-import test_memory
 import torch
-from conftest import devices_of
+from operator_calls import operator_calls
 
 import engram_kernels as ek
-from engram_kernels._ops import OPERATORS, ops
-from engram_kernels.backends import explain
+from engram_kernels.backends import explain, unavailable
+from engram_kernels.ops.define import OPERATORS, ops
 
-FAMILIES = (test_low_rank, test_graft, test_memory)
 # None where torch sees no GPU: then nothing here is run.
 CASES = [
-    (backend, name) for backend in ("triton", "cuda") if "cuda" in devices_of(backend) for name in OPERATORS
+    (backend, name)
+    for backend in ("triton", "cuda")
+    if unavailable(backend, "cuda") is None
+    for name in OPERATORS
 ]
 
 
@@ -34,8 +33,7 @@ def tensors(value) -> list[torch.Tensor]:
 @pytest.mark.gpu
 @pytest.mark.parametrize(("backend", "name"), CASES)
 def test_a_graph_computes_what_the_call_does(backend, name):
-    (given,) = (calls[name] for family in FAMILIES if name in (calls := family.operator_calls()))
-    given = each(lambda tensor: tensor.cuda(), given)
+    given = each(lambda tensor: tensor.cuda(), operator_calls()[name])
     operator = getattr(ops, name)
     with ek.use_backend(backend):
         if explain(name, "cuda", given)[0] != (backend, None):
