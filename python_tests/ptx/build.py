@@ -26,7 +26,7 @@ CXX = shutil.which(os.environ.get("CXX") or "g++")
 # No -ffast-math and no contraction: a float must be what the instruction says. The other options leave values
 # as they are, and let loops over lanes become vectors.
 OPTIONS = (
-    "-O2 -ftree-vectorize -march=native -ffp-contract=off -fno-math-errno -fno-trapping-math -fPIC".split()
+    "-O2 -ftree-vectorize -march=native -ffp-contract=off -fwrapv -fno-math-errno -fno-trapping-math -fPIC".split()
 )
 
 
