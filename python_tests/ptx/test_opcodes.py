@@ -184,6 +184,7 @@ def test_fields(ptx, name, start, length):
 def test_bits(ptx):
     a, b = integers(U32), integers(U32, 5)
     same(ptx.lanes("not.b32 {d}, {a}", U32, a), ~a)
+    same(ptx.lanes("popc.b32 {d}, {a}", U32, a), [int(x).bit_count() for x in a])
     # Bytes 1, 6, the sign of 3, and 4.
     bytes_of = [
         int(x).to_bytes(4, "little") + int(y).to_bytes(4, "little") for x, y in zip(a, b, strict=True)

@@ -80,6 +80,8 @@ bool bind_bits(Kernel& kernel, Instruction& i, Opcode& opcode) {
     with_integer(i.type, [&]<class T>(T) { bind_map<kInsert, T, T, T, uint32_t, uint32_t>(kernel, i); });
   else if (op == "prmt")
     bind_map<kPermute, uint32_t, uint32_t, uint32_t, uint32_t>(kernel, i);
+  else if (op == "popc" && i.type == Type::b32)
+    bind_map<[](uint32_t a) { return std::popcount(a); }, uint32_t, uint32_t>(kernel, i);
   else
     return false;
   return true;
