@@ -38,7 +38,8 @@ def read(paths: Iterable[Path]) -> tuple[list[Statistics], list[Kernel]]:
         data = json.loads(path.read_text())
         statistics.append(Statistics(*data["statistics"]))
         for architecture, name, lines in data["kernels"]:
-            kernel = Kernel(architecture, name, [Instruction(*line) for line in lines])
+            # The machine ends each listing with an instruction of its own, which has no opcode.
+            kernel = Kernel(architecture, name, [Instruction(*line) for line in lines if line[3] != "(end)"])
             if known := kernels.get(kernel.key()):
                 pairs = zip(known.instructions, kernel.instructions, strict=True)
                 kernel.instructions[:] = [b._replace(runs=a.runs + b.runs) for a, b in pairs]

@@ -11,14 +11,15 @@ import pytest
 from . import build, coverage, package, triton_driver
 from .library import Machine
 
-# Few, so that kernels which fill the device stay small.
-MULTIPROCESSORS = 4
-
 
 def start() -> Machine:
-    """Put engram_kernels on the machine."""
+    """Put engram_kernels on the machine.
+
+    A device is named with its multiprocessors: few of them, as kernels that fill the device shall stay small.
+    """
     machine = Machine(build.machine())
-    machine.set_device(os.environ.get("PTX_DEVICE", "A100"), MULTIPROCESSORS)
+    name, multiprocessors = os.environ.get("PTX_DEVICE", "A100:4").split(":")
+    machine.set_device(name, int(multiprocessors))
     for option in os.environ.get("PTX_OPTIONS", "").split():
         name, value = option.split("=")
         machine.set_options(**{name: float(value)})

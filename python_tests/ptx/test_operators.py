@@ -1,52 +1,38 @@
-"""The operators' tests with the backends `triton` and `cuda`, each kernel as PTX on a CPU, in a process of its own."""
+"""The operators' tests with the backends `triton` and `cuda`: the PTX of every kernel, run on a CPU."""
 
 import os
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-import torch
 
-from . import build
+from . import build, child
 
-TESTS = Path(__file__).parents[1]
 FAMILIES = ("low_rank", "graft", "memory")
 # What torch.compile sees of an operator is the same for every backend, and 1,000 keys are a GEMM's.
 SELECTION = "(triton-cpu or cuda-cpu) and not compiles and not 1000"
-# As what a kernel runs: a device, and options of the machine (machine/api.h).
-RUNS = {
-    "A100": "seed=1",
-    "H100": "seed=2",
-}
-# More of them in `make ptx`. What an assembler or a GPU may round otherwise is not within every test's bound
-# of bits, but must be within its bound of errors.
-MORE = {
-    "RTX 4090": "seed=3",
-    "RTX 5090": "seed=4",
-    "B200": "seed=5 quantum=7 divergence=0.3",
-}
+# A device with a few of its multiprocessors, and the machine's options (machine/api.h).
+RUNS = {"A100:4": "seed=1", "H100:40": "seed=2"}
 if os.environ.get("PTX") == "all":
-    RUNS |= MORE
+    RUNS |= {
+        "RTX 4090:4": "seed=3 quantum=7 divergence=0.3",
+        "RTX 5090:40": "seed=4 quantum=1000 resident=16",
+        "B200:4": "seed=5",
+    }
+REASON = child.missing()
 
 
-def run(command: list, **environment) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path]), **environment}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=TESTS.parent)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the kernels are tested there")
+@pytest.mark.skipif(REASON is not None, reason=str(REASON))
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("device", RUNS)
 def test_operators(device, family):
-    if reason := build.missing():
-        pytest.skip(reason)
-    coverage = build.FOLDER / "coverage" / f"{device.replace(' ', '-')}-{family}.json"
+    name = device.replace(" ", "-").replace(":", "-")
+    coverage = build.FOLDER / "coverage" / f"{name}-{family}.json"
     coverage.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "ptx.plugin", "-p", "no:cacheprovider"]
-    command += ["-k", SELECTION, TESTS / "ops" / f"test_{family}.py"]
-    done = run(command, PTX_DEVICE=device, PTX_OPTIONS=RUNS[device], PTX_COVERAGE=str(coverage))
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
-    print(done.stdout.splitlines()[-1])
+    printed = child.run(
+        *("-m", "pytest", "-q", "-p", "ptx.plugin", "-p", "no:cacheprovider", "-k", SELECTION),
+        child.TESTS / "ops" / f"test_{family}.py",
+        PTX_DEVICE=device,
+        PTX_OPTIONS=RUNS[device],
+        PTX_COVERAGE=str(coverage),
+    )
+    assert " passed" in printed
+    print(printed.splitlines()[-1])
