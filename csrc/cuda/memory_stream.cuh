@@ -170,7 +170,6 @@ struct MemoryStream {
     const int padding = static_cast<int>(plan.pitch) - slots;
     for (int i = thread; kIn && i < m.columns * padding; i += kThreads)
       shared.state[i / padding * plan.pitch + slots + i % padding] = 0;
-    __syncthreads();
   }
 
   ENGRAM_DEVICE void fetch_inverse(const Member& m, uint32_t turn, int64_t first, int thread,

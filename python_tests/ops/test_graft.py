@@ -95,6 +95,30 @@ def test_strided_arguments_are_honoured(device):
     assert torch.equal(out[:, ::2].T, dense) and not out[:, 1::2].any()
 
 
+@pytest.mark.parametrize("size", [33, 8195])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_misaligned_arguments_change_nothing(device, dtype, size):
+    def displaced(tensor):
+        return torch.cat([tensor[:1], tensor])[1:]
+
+    pre, ft, logits, base = (x.to(device) for x in weights(size, dtype))
+    gradient, masks = torch.randn(size).to(device, dtype), [ek.pack_mask(base)]
+    aligned = [pre, ft, logits, gradient]
+    results = []
+    for arguments in (aligned, [displaced(x) for x in aligned]):
+        pre, ft, logits, gradient = arguments
+        logits = logits.detach().requires_grad_()
+        blended = ek.graft_blend(pre, ft, logits, masks[0], BIAS)
+        blended.backward(gradient)
+        stepped, out = logits.detach().clone(), torch.empty_like(pre)
+        ek.graft_mask_step_([stepped], [gradient], [pre], [ft], masks, BIAS, 0.5, 0.01, [out])
+        chosen = ek.graft_blend_packed(pre, ft, masks[0])
+        top = ek.graft_top_k([pre], [ft], size // 3)[0]
+        results.append([blended.detach(), logits.grad, stepped, out, chosen, top])
+    for got, expected in zip(*results, strict=True):
+        assert torch.equal(got, expected)
+
+
 def test_gradcheck(device):
     pre, ft, logits = (torch.randn(11, dtype=torch.float64, device=device).requires_grad_() for _ in range(3))
     base = ek.pack_mask(torch.rand(11, device=device) < 0.5)
@@ -247,12 +271,13 @@ def test_top_k(device, poisoned, dtypes):
                 assert torch.equal(mine, truth)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("k", [0, 1, 17, 9000, 16385, 30000])
-def test_top_k_takes_the_first_of_equals(device, k):
+def test_top_k_takes_the_first_of_equals(device, k, dtype):
     """Ties over the borders of chunks and tensors; both zeros are equal; few distinct values."""
     generator = torch.Generator().manual_seed(k)
     scores = [
-        torch.randint(-1, 2, (size,), generator=generator).float() for size in (8192, 5, 0, 12000, 9803)
+        torch.randint(-1, 2, (size,), generator=generator).to(dtype) for size in (8192, 5, 0, 12000, 9803)
     ]
     scores[0][::2] *= -1  # some zeros are negative ones
     got = ek.top_k_mask([score.to(device) for score in scores], k)
@@ -261,8 +286,8 @@ def test_top_k_takes_the_first_of_equals(device, k):
 
 
 def test_top_k_of_many_small_tensors(device):
-    """More tensors than there are blocks, each with keys that are equal to its neighbours'."""
-    scores, k = [torch.full((1 + i % 9,), float(i // 1000)) for i in range(2070)], 4001
+    """Two tensors for each block, with keys that are equal to their neighbours'."""
+    scores, k = [torch.full((1 + i % 5,), float(i // 2000)) for i in range(4100)], 7001
     got = ek.top_k_mask([score.to(device) for score in scores], k)
     for mask, truth in zip(got, by_sorting(scores, k), strict=True):
         assert torch.equal(ek.unpack_mask(mask, truth.shape).cpu(), truth)

@@ -312,22 +312,7 @@ def test_empty(device, shape):
             assert got.shape == weight.shape
 
 
-@pytest.mark.parametrize(
-    "shape",
-    [
-        (1, 1, 1, 1),
-        (1, 33, 71, 5),
-        (3, 64, 256, 16),
-        (1, 65, 2049, 33),
-        (1, 5, 9, 100),
-        (1, 6, 2064, 9),  # several vectors of every lane, and some left over
-        (300, 1, 24, 2),  # so many matrices that no two warps share a row
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_residual_gram(device, poisoned, dtype, shape, layout):
+def check_residual_gram(device, dtype, shape, layout="contiguous"):
     batch, rows, cols, count = shape
     start = torch.randn(batch, rows, cols).to(dtype)
     weight = LAYOUTS[layout](start.to(device))
@@ -345,9 +330,34 @@ def test_residual_gram(device, poisoned, dtype, shape, layout):
     assert error(gram, exact) <= max(2 * error(eager, exact), rounding(torch.float64, cols))
 
 
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (1, 1, 1, 1),
+        (1, 33, 71, 5),
+        (3, 64, 256, 16),
+        (1, 65, 2049, 33),
+        (1, 5, 9, 100),
+        (1, 6, 2064, 9),  # several vectors of every lane, and some left over
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_residual_gram(device, poisoned, dtype, shape, layout):
+    check_residual_gram(device, dtype, shape, layout)
+
+
+@pytest.mark.parametrize("shape", [(300, 1, 24, 2), (130, 33, 8, 1), (43, 33, 8, 9), (40, 20, 8, 9)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_residual_gram_of_many_matrices(device, poisoned, dtype, shape):
+    """One, two and four warps share the columns of a row where there are more rows or matrices."""
+    check_residual_gram(device, dtype, shape)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(
-    "shape", [(1, 1, 1), (3, 7, 5), (2, 64, 33), (1, 130, 9), (4, 5, 0), (2, 0, 3)], ids=str
+    "shape", [(1, 1, 1), (3, 7, 5), (2, 64, 33), (1, 128, 9), (1, 130, 9), (4, 5, 0), (2, 0, 3)], ids=str
 )
 @pytest.mark.parametrize("kind", ["cholesky", "unit_lower", "unit_upper"])
 def test_small_solve(device, poisoned, kind, shape, dtype):
@@ -373,9 +383,10 @@ def test_a_pivot_lost_to_rounding_is_none(device):
     with pytest.raises(ek.EngramError, match="key 1 dependent"):
         ops.small_solve(nearly, torch.ones(1, 2, 1, device=device), "cholesky")
 
-    negative = -torch.eye(2, dtype=torch.float64, device=device)[None]
-    with pytest.raises(ek.EngramError):
-        ops.small_solve(negative, torch.ones(1, 2, 1, device=device), "cholesky")
+    for dtype in (torch.float32, torch.float64):
+        negative = -torch.eye(40, dtype=torch.float64, device=device)[None]
+        with pytest.raises(ek.EngramError):
+            ops.small_solve(negative, torch.ones(1, 40, 1, dtype=dtype, device=device), "cholesky")
 
 
 def test_in_place_bumps_the_version():

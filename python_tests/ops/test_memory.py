@@ -418,7 +418,7 @@ STREAMS = [
     (1, 130, 33, 41),
     (1, 17, 3, 90),
     (1, 17, 300, 4),
-    (1, 35, 530, 9),  # more slots than a block of threads takes at once
+    (1, 17, 780, 9),  # more slots than a block of threads takes at once
     (7, 50, 20, 30),
 ]
 
