@@ -7,6 +7,13 @@ from rich.table import Table
 
 from .common import console
 
+_CHECKED = {
+    "torch": "on CPUs",
+    "cpu": "on CPUs, also under ASan and UBSan",
+    "triton": "executed as PTX on a CPU; not run on a GPU",
+    "cuda": "executed as PTX on a CPU; not run on a GPU",
+}
+
 
 def doctor() -> None:
     """Say what is installed, which devices there are, and which backend serves each operator and why."""
@@ -34,10 +41,10 @@ def doctor() -> None:
         devices.add_row("cuda", "none that torch can see")
     console.print(devices)
 
-    table = Table("backend", "runs here", "built with", title="Backends")
+    table = Table("backend", "runs here", "built with", "tested", title="Backends")
     for name in backends.NAMES:
         reason = backends.unavailable(name)
-        table.add_row(name, "yes" if reason is None else f"no: {reason}", _build(name))
+        table.add_row(name, "yes" if reason is None else f"no: {reason}", _build(name), _CHECKED[name])
     console.print(table)
     if forced := backends.forced():
         console.print(f"ENGRAM_BACKEND forces [bold]{forced}[/bold] where it has a kernel.")

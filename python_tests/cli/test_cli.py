@@ -33,6 +33,8 @@ def test_doctor_names_every_operator_and_backend(engram):
     assert status == 0
     for name in (*OPERATORS, "torch", "cpu", "triton", "cuda"):
         assert name in out
+    # What is a claim, and not more than that.
+    assert out.count("executed as PTX on a CPU; not run on a GPU") == 2
 
 
 def test_edit_reports_and_saves(engram, folder, tmp_path):

@@ -284,6 +284,9 @@ def test_addresses_beyond_32_bits(device):
     start = torch.randn(4, columns, device=device).bfloat16()
     weight.copy_(start)
     left, right = torch.randn(4, 2, device=device), torch.randn(2, columns, device=device)
+    keys, values = torch.randn(1, 2, columns, device=device), torch.randn(1, 2, 4, device=device)
+    far, near = (ops.residual_gram(w[None], keys, values, keys.double()) for w in (weight, start))
+    assert torch.equal(far[0], near[0])
     ek.apply_low_rank_(weight, left, right)
     assert torch.equal(weight, ek.apply_low_rank_(start.clone(), left, right))
 
@@ -310,7 +313,17 @@ def test_empty(device, shape):
 
 
 @pytest.mark.parametrize(
-    "shape", [(1, 1, 1, 1), (1, 33, 71, 5), (3, 64, 256, 16), (1, 65, 2049, 33), (1, 5, 9, 100)], ids=str
+    "shape",
+    [
+        (1, 1, 1, 1),
+        (1, 33, 71, 5),
+        (3, 64, 256, 16),
+        (1, 65, 2049, 33),
+        (1, 5, 9, 100),
+        (1, 6, 2064, 9),  # several vectors of every lane, and some left over
+        (300, 1, 24, 2),  # so many matrices that no two warps share a row
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
