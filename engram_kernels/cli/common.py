@@ -1,7 +1,7 @@
 """What the commands share: the console, progress bars, and checks of what they are given."""
 
-import json
 import importlib.metadata as metadata
+import json
 import os
 import tempfile
 from collections.abc import Iterator
