@@ -11,7 +11,14 @@ from .errors import EngramError
 from .ops import *  # noqa: F403
 
 if TYPE_CHECKING:
-    from . import editing, evaluation, grafting, hf, integrations, larimar, memory, tracing
+    from . import editing as editing
+    from . import evaluation as evaluation
+    from . import grafting as grafting
+    from . import hf as hf
+    from . import integrations as integrations
+    from . import larimar as larimar
+    from . import memory as memory
+    from . import tracing as tracing
 
 __version__ = "0.1.0"
 
