@@ -13,7 +13,7 @@ PIP = PIP_CONSTRAINT=$(PINS) PIP_BUILD_CONSTRAINT=$(PINS) $(BIN)/python -m pip i
 # What meets other libraries: not the arithmetic, but what they compile of it.
 OTHERS = python_tests/hf python_tests/editing python_tests/tracing python_tests/grafting python_tests/larimar python_tests/memory \
 	python_tests/evaluation python_tests/integrations python_tests/cli \
-	python_tests/ops/test_operators.py python_tests/ops/test_triton_aot.py python_tests/ops/test_triton_interpreter.py
+	python_tests/ops/test_operators.py python_tests/ops/test_triton_aot.py
 # Two processes, as most tests use a single thread; and threads that wait asleep, as there are more of them than cores.
 PYTEST = OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 

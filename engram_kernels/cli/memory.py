@@ -11,13 +11,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from . import recall
-from .common import Device, bars, check_folder, console, device_of
+from .common import App, Device, bars, check_folder, console, device_of, reading
 from .facts import find, names_of, read_facts
 
 if TYPE_CHECKING:
     from ..memory import EpisodicMemory, SentenceEncoder
 
-app = typer.Typer(help="Write facts into an episodic memory, ask it, forget.", no_args_is_help=True)
+app = App(help="Write facts into an episodic memory, ask it, forget.", no_args_is_help=True)
 app.command()(recall.evaluate)
 
 Folder = Annotated[Path, typer.Argument(help="The memory's folder.")]
@@ -191,7 +191,8 @@ def _named(kept: EpisodicMemory, folder: Path) -> str:
 def _encoder(name: str, device: str | None) -> SentenceEncoder:
     from ..memory import load_encoder
 
-    return load_encoder(name, device=device_of(device))
+    with reading("encoder"):
+        return load_encoder(name, device=device_of(device))
 
 
 def _facts(count: int) -> str:
