@@ -152,11 +152,13 @@ def _density(grid: "Grid") -> Table:
     table.add_column("layer", no_wrap=True, min_width=5)
     for label in grid.labels():
         table.add_column(escape(_broken(label)), justify="right", overflow="fold", min_width=5)
-    table.add_column("entries", justify="right", no_wrap=True, min_width=7)
+    entries = {layer: f"{grid.entries(layer):,}" for layer in grid.layers}
+    widest = max(map(len, ("entries", *entries.values())))
+    table.add_column("entries", justify="right", no_wrap=True, min_width=widest)
     for layer in grid.layers:
         cells = [grid.cells.get((layer, kind)) for kind in grid.kinds]
         shares = ["" if cell is None else _per_million(cell.share) for cell in cells]
-        table.add_row(layer_name(layer), *shares, f"{grid.entries(layer):,}")
+        table.add_row(layer_name(layer), *shares, entries[layer])
     return table
 
 
