@@ -148,13 +148,12 @@ def _density(grid: "Grid") -> Table:
     """Where a graft lies: layers down, kinds of modules across."""
     from ..grafting.plots import layer_name
 
-    table = Table(title="Weights set of a million (k: thousand)", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(title="Weights set of a million (k: thousand)", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("layer", no_wrap=True, min_width=5)
     for label in grid.labels():
         table.add_column(escape(_broken(label)), justify="right", overflow="fold", min_width=5)
     entries = {layer: f"{grid.entries(layer):,}" for layer in grid.layers}
-    widest = max(map(len, ("entries", *entries.values())))
-    table.add_column("entries", justify="right", no_wrap=True, min_width=widest)
+    table.add_column("entries", justify="right", no_wrap=True, min_width=max(7, *map(len, entries.values())))
     for layer in grid.layers:
         cells = [grid.cells.get((layer, kind)) for kind in grid.kinds]
         shares = ["" if cell is None else _per_million(cell.share) for cell in cells]
