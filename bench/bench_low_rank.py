@@ -15,7 +15,7 @@ from baselines import calls
 from harness import check, relative, timed
 
 import engram_kernels as ek
-from engram_kernels._ops import ops
+from engram_kernels.ops.define import ops
 
 MODELS = (cases.SMOLLM2, cases.GPT2_MEDIUM, *cases.MODELS[1:])
 SHAPES = pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from engram_kernels.editing import load_model
 from engram_kernels.hf.layers import decoder_layers
 from engram_kernels.hf.projection import output_projection
 from engram_kernels.hf.tokens import encode_row
-from engram_kernels.tracing.trace import KINDS, trace
+from engram_kernels.tracing import KINDS, trace
 
 PROMPT, SUBJECT = "{} is owned by", "Beats Music"
 SAMPLES = 10

@@ -24,7 +24,7 @@ from rich.table import Table
 
 from engram_kernels._io import new_file
 from engram_kernels.editing import Edit, Editor, load_model
-from engram_kernels.editing.layout import Texts, encode_texts
+from engram_kernels.editing.batching import EncodedEdit, encode_edit
 from engram_kernels.editing.values import ValueOptions, find_values, value_groups
 from engram_kernels.hf.projection import default_layer, output_projection
 from engram_kernels.hf.tokens import Row, pad_rows
@@ -32,10 +32,12 @@ from engram_kernels.hf.tokens import Row, pad_rows
 SHAPES = {"gpt2-xl": {"n_embd": 1600, "n_layer": 48, "n_head": 25}}
 
 
-def plain_loop(model, projection, text: Texts, options: ValueOptions) -> tuple[torch.Tensor, list[float]]:
+def plain_loop(
+    model, projection, text: EncodedEdit, options: ValueOptions
+) -> tuple[torch.Tensor, list[float]]:
     """Upstream's optimisation of one value: `δ` and the losses."""
     device = model.get_input_embeddings().weight.device
-    rows = [*text.rewriting, text.essence]
+    rows = [*text.rewriting, text.kl_prompt]
     ids, mask = pad_rows([row.inputs for row in rows], device)
     delta = torch.zeros(projection.matrix.shape[0], device=device, requires_grad=True)
     start, unedited, losses = None, None, []
@@ -59,9 +61,9 @@ def plain_loop(model, projection, text: Texts, options: ValueOptions) -> tuple[t
         predictions = torch.log_softmax(logits.float(), dim=-1)
         chosen = predictions.gather(-1, targets.clamp(min=0)[..., None])[..., 0] * wanted
         nll = -(chosen.sum(1)[:-1] / wanted.sum(1)[:-1]).mean()
-        essence = predictions[-1, len(text.essence.inputs) - 1]
-        unedited = essence.detach() if unedited is None else unedited
-        kl = torch.nn.functional.kl_div(unedited, essence, log_target=True, reduction="sum")
+        answer = predictions[-1, len(text.kl_prompt.inputs) - 1]
+        unedited = answer.detach() if unedited is None else unedited
+        kl = torch.nn.functional.kl_div(unedited, answer, log_target=True, reduction="sum")
         loss = nll + options.kl_weight * kl + options.weight_decay * delta.norm() / start.norm() ** 2
         losses.append(loss.item())
         if losses[-1] < options.stop_loss or step == options.steps - 1:
@@ -83,7 +85,7 @@ def counterfact_texts(path: Path, rows: int, dtype: torch.dtype, device: str):
     prefixes = Editor(model, tokenizer).prefixes()
     cases = json.loads(path.read_text(encoding="utf-8"))[:rows]
     edits = [Edit(case["subject"], case["prompt"], case["target_new"]) for case in cases]
-    return model, [encode_texts(model, tokenizer, edit, prefixes) for edit in edits]
+    return model, [encode_edit(model, tokenizer, edit, prefixes) for edit in edits]
 
 
 def random_texts(shape: str, rows: int, dtype: torch.dtype, device: str):
@@ -99,7 +101,7 @@ def random_texts(shape: str, rows: int, dtype: torch.dtype, device: str):
         prompt = torch.randint(1000, 40000, (11,)).tolist()
         lengths = [0] + [6] * 10 + [12] * 10
         contexts = [Row([7] * n + prompt, n + 4, n + 9) for n in lengths]
-        texts.append(Texts(Edit(f"subject {number}", "{} is", "so"), contexts, Row(prompt[:7], 4, 7)))
+        texts.append(EncodedEdit(Edit(f"subject {number}", "{} is", "so"), contexts, Row(prompt[:7], 4, 7)))
     return model, texts
 
 

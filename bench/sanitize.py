@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 import engram_kernels as ek
-from engram_kernels._ops import OPERATORS, ops
 from engram_kernels.backends import explain
+from engram_kernels.ops.define import OPERATORS, ops
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "python_tests" / "ops"))
 FAMILIES = ("test_low_rank", "test_graft", "test_memory")

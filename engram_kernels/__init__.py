@@ -4,8 +4,8 @@ import importlib
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from . import ops
-from .backends import backends, use_backend
+from . import backends, ops
+from .backends import use_backend
 from .covariance import Covariance
 from .errors import EngramError
 from .ops import *  # noqa: F403

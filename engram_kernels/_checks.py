@@ -17,18 +17,22 @@ def expect(
         raise error(f"{name}: expected {expected}, got {got}")
 
 
-def number(name: str, value: object, at_least: float = -math.inf) -> None:
+def number(name: str, value: object, at_least: float = -math.inf, above: float = -math.inf) -> None:
     """Check that a value is a finite number, and not under a bound."""
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    # A symbol while code is traced.
+    is_number = isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) and not isinstance(value, bool)
     expect(is_number, name, "a number", type(value).__name__, TypeError)
-    expected = "a finite number" if at_least == -math.inf else f"a finite number of at least {at_least:g}"
-    expect(-math.inf < value < math.inf and value >= at_least, name, expected, value)
+    if not (-math.inf < value < math.inf and value >= at_least and value > above):
+        bound = f" of at least {at_least:g}" if at_least > -math.inf else ""
+        bound = f" above {above:g}" if above > -math.inf else bound
+        raise ValueError(f"{name}: expected a finite number{bound}, got {value}")
 
 
-def integer(name: str, value: object) -> None:
-    """Check that a value is an integer; True and False are none."""
+def integer(name: str, value: object, at_least: int | None = None) -> None:
+    """Check that a value is an integer, and not under a bound; True and False are none."""
     is_integer = isinstance(value, int) and not isinstance(value, bool)
     expect(is_integer, name, "an integer", type(value).__name__, TypeError)
+    expect(at_least is None or value >= at_least, name, f"at least {at_least}", value)
 
 
 def shape(name: str, tensor: Tensor, expected: Sequence[int], meaning: str) -> None:
@@ -37,14 +41,24 @@ def shape(name: str, tensor: Tensor, expected: Sequence[int], meaning: str) -> N
         raise ValueError(f"{name}: expected shape {list(expected)} ({meaning}), got {list(tensor.shape)}")
 
 
-def floating(name: str, tensor: object, dtypes: Sequence[torch.dtype] = WEIGHT_DTYPES) -> None:
-    """Check that a tensor is one, and has one of the floating dtypes."""
-    expect(isinstance(tensor, Tensor), name, "a tensor", type(tensor).__name__, TypeError)
-    if tensor.dtype not in dtypes:
+def dimensions(name: str, tensor: Tensor, meaning: str) -> None:
+    """Check the number of a tensor's dimensions; `meaning` names them, such as "[n, in]"."""
+    if tensor.dim() != meaning.count(",") + 1:
+        raise ValueError(f"{name}: expected shape {meaning}, got {list(tensor.shape)}")
+
+
+def tensor(name: str, value: object, dtypes: Sequence[torch.dtype]) -> None:
+    """Check that a value is a tensor of one of the dtypes."""
+    if not (isinstance(value, Tensor) and value.dtype in dtypes):
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        raise TypeError(
-            f"{name}: expected a tensor of {names}, got {str(tensor.dtype).removeprefix('torch.')}"
-        )
+        got = str(value.dtype).removeprefix("torch.") if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{name}: expected a tensor of {names}, got {got}")
+
+
+def floating(name: str, value: object, dtypes: Sequence[torch.dtype] = WEIGHT_DTYPES) -> None:
+    """Check that a value is a tensor, and of one of the floating dtypes."""
+    expect(isinstance(value, Tensor), name, "a tensor", type(value).__name__, TypeError)
+    tensor(name, value, dtypes)
 
 
 def same_device(name: str, tensor: Tensor, device: torch.device) -> None:
@@ -55,7 +69,8 @@ def same_device(name: str, tensor: Tensor, device: torch.device) -> None:
 
 def no_overlap(name: str, tensor: Tensor) -> None:
     """Check that no two indices name one element: writing to such a tensor has no meaning."""
-    if tensor.is_contiguous():
+    # Compiled code calls the operator, which looks again, at numbers and not at symbols.
+    if tensor.is_contiguous() or torch.compiler.is_compiling():
         return
     reach = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):

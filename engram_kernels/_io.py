@@ -67,8 +67,11 @@ def save_tensors(
 
     with new_file(path) as temporary:
         plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        # safetensors writes for the owner alone; a folder may be shared, as far as the user's umask says.
+        temporary.touch()
+        mode = temporary.stat().st_mode
         save_file(plain, temporary, None if metadata is None else dict(metadata))
-        temporary.chmod(0o644)  # safetensors writes for the owner alone; a folder may be shared
+        temporary.chmod(mode)
 
 
 def write_json(path: str | os.PathLike, content: object) -> None:

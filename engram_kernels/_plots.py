@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,20 +22,25 @@ STYLE = {
     "legend.frameon": False,
     "figure.dpi": 150,
     "text.usetex": False,
+    "svg.hashsalt": "engram",
 }
+# Without the hour, the same figures always give the same file.
+UNDATED = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
 # Okabe and Ito's colours, which colour-blind readers tell apart; markers tell them apart in print too.
 SERIES = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#E69F00", "v"))
 
 
-def check(path: str | os.PathLike, argument: str = "path") -> None:
+def check(path: str | os.PathLike, argument: str = "path", suffixes: Sequence[str] = (".png",)) -> None:
     """Raise unless a picture of that name can be drawn here.
 
     Raises:
-        ValueError: the name does not end in `.png`.
+        ValueError: the name ends in none of the suffixes.
         EngramError: matplotlib is not installed.
     """
-    if Path(path).suffix.lower() != ".png":
-        raise ValueError(f"{argument}: expected a name that ends in .png, got {os.fspath(path)!r}")
+    if Path(path).suffix.lower() not in suffixes:
+        *others, last = suffixes
+        expected = f"{', '.join(others)} or {last}" if others else last
+        raise ValueError(f"{argument}: expected a name that ends in {expected}, got {os.fspath(path)!r}")
     import_matplotlib()
 
 
@@ -49,9 +54,11 @@ def import_matplotlib():
 
 
 @contextmanager
-def figure_file(path: str | os.PathLike, size: tuple[float, float]) -> Iterator:
+def figure_file(
+    path: str | os.PathLike, size: tuple[float, float], suffixes: Sequence[str] = (".png",)
+) -> Iterator:
     """Yield a figure of its own canvas, which leaves pyplot and its backend alone, and write it whole."""
-    check(path)
+    check(path, suffixes=suffixes)
     matplotlib = import_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
@@ -60,4 +67,5 @@ def figure_file(path: str | os.PathLike, size: tuple[float, float]) -> Iterator:
         FigureCanvasAgg(figure)
         yield figure
         with new_file(path) as temporary:
-            figure.savefig(temporary, format="png")
+            suffix = temporary.suffix.lower()
+            figure.savefig(temporary, format=suffix[1:], metadata=UNDATED.get(suffix))

@@ -1,7 +1,6 @@
 """The uncentred second moment of a layer's inputs, inverted once and used for every edit."""
 
 import os
-import tempfile
 from functools import cached_property
 from pathlib import Path
 
@@ -9,8 +8,12 @@ import torch
 from torch import Tensor
 
 from . import _checks as check
-from .backends.torch.low_rank import cholesky
+from ._io import new_directory, save_tensors
+from ._linalg import cholesky
 from .errors import EngramError
+
+_FILE = "covariance.safetensors"
+_FORMAT = "engram_kernels.covariance"
 
 # Each is a pass over the matrix; 20 come within a few percent on spectra that fall off slowly.
 _POWER_STEPS = 20
@@ -123,34 +126,41 @@ class Covariance:
         """Return the covariance on another device."""
         return Covariance(self._inverse.to(device), self._largest.to(device), self.count, self.ridge)
 
-    def save(self, path: str | os.PathLike) -> None:
-        """Write the inverse to a safetensors file, at once or not at all.
+    def save_pretrained(self, directory: str | os.PathLike) -> None:
+        """Write the inverse, with count and ridge, into a new folder: all of it or nothing.
+
+        Args:
+            directory: a new or empty one.
 
         Raises:
-            OSError: the folder cannot be written.
-        """
-        from safetensors.torch import save_file
+            EngramError: the directory is not empty or cannot be written.
 
-        path = Path(path)
-        metadata = {
-            "format": "engram_kernels.covariance",
-            "count": str(self.count),
-            "ridge": repr(self.ridge),
-        }
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=path.name) as folder:
-            temporary = Path(folder) / path.name
-            save_file({"inverse": self._inverse, "largest": self._largest}, temporary, metadata)
-            temporary.chmod(0o644)  # safetensors writes for the owner alone; a cache may be shared
-            os.replace(temporary, path)
+        Example:
+            >>> covariance.save_pretrained("covariance-17")
+        """
+        metadata = {"format": _FORMAT, "count": str(self.count), "ridge": repr(self.ridge)}
+        with new_directory(directory) as folder:
+            save_tensors(folder / _FILE, {"inverse": self._inverse, "largest": self._largest}, metadata)
 
     @classmethod
-    def load(cls, path: str | os.PathLike, device: torch.device | str = "cpu") -> "Covariance":
-        """Read a covariance that `save` wrote.
+    def from_pretrained(
+        cls, directory: str | os.PathLike, device: torch.device | str = "cpu"
+    ) -> "Covariance":
+        """Read a folder that `save_pretrained` wrote.
+
+        Args:
+            directory: the folder.
+            device: where the covariance shall lie.
+
+        Returns:
+            The covariance, bit for bit.
 
         Raises:
-            FileNotFoundError: there is no such file.
             ValueError: torch knows no such device.
-            EngramError: the file is not a covariance.
+            EngramError: the folder holds no covariance.
+
+        Example:
+            >>> covariance = ek.Covariance.from_pretrained("covariance-17", device="cuda")
         """
         from safetensors import SafetensorError, safe_open
 
@@ -158,23 +168,16 @@ class Covariance:
             device = torch.device(device)
         except RuntimeError as error:
             raise ValueError(f"device: expected one that torch knows, got {device!r}") from error
-        if not Path(path).is_file():
-            raise FileNotFoundError(
-                f"path: expected a covariance file, got {os.fspath(path)!r}, which does not exist"
-            )
+        expected = f"directory: expected a covariance, got {os.fspath(directory)!r}"
         try:
-            with safe_open(path, framework="pt") as file:
+            with safe_open(Path(directory) / _FILE, framework="pt") as file:
                 metadata = file.metadata() or {}
-                if metadata.get("format") != "engram_kernels.covariance":
-                    raise EngramError(
-                        f"path: expected a covariance file, got {os.fspath(path)!r} of another format"
-                    )
+                if metadata.get("format") != _FORMAT:
+                    raise EngramError(f"{expected} of another format")
                 tensors = file.get_tensor("inverse"), file.get_tensor("largest")
                 found = cls(*tensors, int(metadata["count"]), float(metadata["ridge"]))
-        except (SafetensorError, KeyError, ValueError) as error:
-            raise EngramError(
-                f"path: expected a covariance file, got {os.fspath(path)!r}: {error}"
-            ) from error
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise EngramError(f"{expected}: {error}") from error
         return found.to(device)
 
     def __repr__(self) -> str:

@@ -25,7 +25,14 @@ import typer
 
 import engram_kernels as ek
 from engram_kernels.editing import load_model
-from engram_kernels.grafting import Graft, PromptTask, evaluate, graftable_parameters, localize, plots
+from engram_kernels.grafting import (
+    Graft,
+    PromptTask,
+    classification_score,
+    graftable_parameters,
+    localize,
+    plots,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -155,7 +162,7 @@ class Run:
         name = f"{name} {self.of}"
         if name not in self.results:
             with make().apply(self.base) if make else nullcontext():
-                self.note(name, evaluate(self.base, self.test, self.task.logits)._asdict())
+                self.note(name, classification_score(self.base, self.test, self.task.logits)._asdict())
         return self.results[name]
 
     def note(self, name: str, value) -> None:
@@ -172,7 +179,7 @@ def main(
     seeds: Annotated[int, typer.Option(help="How many seeds.")] = 1,
     sparsity: Annotated[float, typer.Option(help="Share of the graftable weights; 1e-4 is 0.01 %.")] = 1e-4,
     curve: Annotated[bool, typer.Option(help="Seed 0 from 1 % to 0.001 %, on 300 test rows.")] = False,
-    trec: Annotated[bool, typer.Option(help="A second skill, and the union of both.")] = False,
+    trec: Annotated[bool, typer.Option(help="A second skill, and both merged.")] = False,
     rows: Annotated[int | None, typer.Option(help="Test rows to use; default: all.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for grafts, results and pictures.")] = Path("graft-sst2"),
 ) -> None:
@@ -222,12 +229,12 @@ def join(sentiment: Run, questions: Run, sparsity: float) -> None:
     questions.measure("pre")
     questions.measure("fine-tuned", questions.tuned)
     one, two = sentiment.learned(sparsity), questions.learned(sparsity)
-    union = Graft.union([one, two])
+    merged = Graft.merge([one, two])
     questions.note("overlap", one.overlap(two)._asdict())
     for run, graft in ((sentiment, one), (questions, two)):
         own = run.measure(f"learned {sparsity:g}", lambda graft=graft: graft)
-        both = run.measure(f"union {sparsity:g}", lambda: union)
-        print(f"{run.data.train}: own graft {own['accuracy']:.3f}, union {both['accuracy']:.3f}", flush=True)
+        both = run.measure(f"merged {sparsity:g}", lambda: merged)
+        print(f"{run.data.train}: own graft {own['accuracy']:.3f}, merged {both['accuracy']:.3f}", flush=True)
 
 
 if __name__ == "__main__":

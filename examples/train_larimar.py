@@ -20,18 +20,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+import larimar_answers
 import torch
 import typer
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from engram_kernels.evaluation import larimar as evaluation
 from engram_kernels.evaluation import read_cases
 from engram_kernels.hf import loading
-from engram_kernels.larimar.model import LarimarModel
-from engram_kernels.larimar.scope import ScopeDetector, ScopedModel
-from engram_kernels.larimar.training import EpisodeCollator, Fact, FactEpisodes, Objective, warm_start
+from engram_kernels.larimar import (
+    EpisodeCollator,
+    Fact,
+    FactEpisodes,
+    LarimarModel,
+    Objective,
+    ScopeDetector,
+    ScopedModel,
+    warm_start,
+)
 from engram_kernels.memory import load_encoder
 
 HELD_BACK = 400
@@ -222,15 +229,15 @@ def calibrate(data: Data, encoder) -> ScopeDetector:
     return ScopeDetector.calibrate((keys * own).sum(-1), (keys * other).sum(-1))
 
 
-def evaluate(scoped: ScopedModel, data: Data, rows: int, counts: list[int]) -> dict:
+def measure(scoped: ScopedModel, data: Data, rows: int, counts: list[int]) -> dict:
     """Every figure, of the rows held back."""
     folder = Path(os.environ.get("ENGRAM_DATA", "../shared/data"))
     cases = read_cases(folder / "counterfact_dev.json", rows=rows, skip_bad=True).cases
     unseen = [case.edit.target in data.unseen for case in cases]
     prompts = {case.edit.text: case for case in cases}
     cases_once = list(prompts.values())
-    single = evaluation.single_edits(scoped, cases, unseen)
-    batch = evaluation.batch_edits(scoped, cases_once, [n for n in counts if n <= len(cases_once)])
+    single = larimar_answers.single_edits(scoped, cases, unseen)
+    batch = larimar_answers.batch_edits(scoped, cases_once, [n for n in counts if n <= len(cases_once)])
     return {
         "cases": len(cases),
         "unseen targets": sum(unseen),
@@ -243,8 +250,8 @@ def evaluate(scoped: ScopedModel, data: Data, rows: int, counts: list[int]) -> d
             count: {what: dataclasses.asdict(score) for what, score in scores.items()}
             for count, scores in batch.items()
         },
-        "forgetting": evaluation.forgetting(scoped, cases_once[: min(64, len(cases_once))]),
-        "locality": evaluation.locality(scoped, cases),
+        "forgetting": larimar_answers.forgetting(scoped, cases_once[: min(64, len(cases_once))]),
+        "locality": larimar_answers.locality(scoped, cases),
     }
 
 
@@ -264,16 +271,18 @@ def main(
     encoder = load_encoder("minilm")
     data = Data(recipe, tokenizer)
     results = {"recipe": dataclasses.asdict(recipe), "threads": torch.get_num_threads()}
-    if (out / "model" / "config.json").exists():
+    trained = (out / "model").exists()
+    if trained:
         results["training"] = json.loads((out / "training.json").read_text())
         model = LarimarModel.from_pretrained(out / "model", encoder=encoder.model, decoder=decoder)
     else:
         model, results["training"] = train(recipe, data, out, tokenizer, encoder, decoder)
         (out / "training.json").write_text(json.dumps(results["training"], indent=2) + "\n")
     scoped = ScopedModel(model, tokenizer, encoder, calibrate(data, encoder))
-    scoped.save_pretrained(out / "model")
+    if not trained:
+        scoped.save_pretrained(out / "model")
     start = time.perf_counter()
-    results |= evaluate(scoped, data, rows, [1, 16, 64, 256])
+    results |= measure(scoped, data, rows, [1, 16, 64, 256])
     results["seconds to evaluate"] = time.perf_counter() - start
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     print(json.dumps({name: results[name] for name in ("single edits", "forgetting", "locality")}, indent=2))

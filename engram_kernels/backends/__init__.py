@@ -2,16 +2,21 @@
 
 A backend is a subpackage with one file an operator family. Importing it fills the table through `implements`;
 its module-level `unavailable()` says in one sentence why it cannot run here, or None.
+
+The module itself can be called: `backends()` says of every backend whether it can run here.
 """
 
 import functools
 import importlib
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from ..errors import EngramError
 
@@ -58,14 +63,20 @@ def unavailable(backend: str, device: str | None = None) -> str | None:
     return reason
 
 
-def backends() -> dict[str, str | None]:
-    """Return every backend by name, with the reason why it cannot run on this machine, or None where it can.
+class _Backends(ModuleType):
+    """This module, which answers when it is called as a function."""
 
-    Example:
-        >>> ek.backends()["torch"] is None
-        True
-    """
-    return {name: unavailable(name) for name in NAMES}
+    def __call__(self) -> dict[str, str | None]:
+        """Return every backend by name, with why it cannot run on this machine, or None where it can.
+
+        Example:
+            >>> ek.backends()["torch"] is None
+            True
+        """
+        return {name: unavailable(name) for name in NAMES}
+
+
+sys.modules[__name__].__class__ = _Backends
 
 
 def forced() -> str | None:
@@ -127,13 +138,31 @@ def _implementation(operator: str, backend: str, device: str) -> Implementation 
     return unavailable(backend, device) or _table.get(operator, {}).get(backend, "has no kernel for it")
 
 
+def _is_empty(args: tuple) -> bool:
+    """Whether a tensor, or every tensor of a list, has no elements."""
+    for argument in args:
+        if isinstance(argument, Tensor):
+            if argument.numel() == 0:
+                return True
+        elif isinstance(argument, list) and argument and not any(map(Tensor.numel, argument)):
+            return True
+    return False
+
+
+def _declines(backend: str, found: Implementation, args: tuple) -> str | None:
+    """Say why a backend does not take a call, or None. No native kernel sees sizes of 0."""
+    if backend == "torch":
+        return None
+    return "leaves tensors without elements to the reference" if _is_empty(args) else found.declines(*args)
+
+
 def explain(operator: str, device: str, args: tuple | None = None) -> list[tuple[str, str | None]]:
     """List the backends that are asked to serve an operator, in order, with the reason of each refusal."""
     answers = []
     for backend in _order(device):
         found = _implementation(operator, backend, device)
         if isinstance(found, Implementation):
-            answers.append((backend, None if args is None else found.declines(*args)))
+            answers.append((backend, None if args is None else _declines(backend, found, args)))
         else:
             answers.append((backend, found))
     return answers
@@ -143,6 +172,6 @@ def select(operator: str, device: torch.device, args: tuple) -> Callable:
     """Return the function that serves this call: the first backend in order that takes it."""
     for backend in _order(device.type):
         found = _implementation(operator, backend, device.type)
-        if isinstance(found, Implementation) and found.declines(*args) is None:
+        if isinstance(found, Implementation) and _declines(backend, found, args) is None:
             return found.function
     raise AssertionError("the reference takes every call")

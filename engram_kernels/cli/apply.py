@@ -33,18 +33,18 @@ def apply(
         raise ValueError(f"edit: expected different folders, got {', '.join(edit)}")
     with reading("edit"):
         results = [EditResult.from_pretrained(folder) for folder in edit]
-    edits = EditResult.stack(results, force)
+    edits = EditResult.merge(results, force)
     with bars() as progress:
         progress("apply", 0, 3, f"load {escape(model)}")
         # The checksums are of weights in the dtype that the edits were made in.
         with reading("model"):
-            network, tokenizer = load_model(model, dtype=getattr(torch, edits.sites[0].dtype or "float32"))
+            network, tokenizer = load_model(model, dtype=getattr(torch, edits.edited_modules[0].dtype))
         progress("apply", 1, 3, "write")
         with ExitStack() as opened:
-            for site in edits.sites:
-                if site.experts is not None:
-                    number = int(site.module.rpartition(".")[2])
-                    opened.enter_context(open_expert(network, site.layer, number))
+            for edited in edits.edited_modules:
+                if edited.experts is not None:
+                    number = int(edited.module.rpartition(".")[2])
+                    opened.enter_context(open_expert(network, edited.layer, number))
             edits.apply(network, force)
         progress("apply", 2, 3, "save")
         save_model(network, tokenizer, out)

@@ -7,13 +7,20 @@ from rich.table import Table
 
 from .common import console
 
+_CHECKED = {
+    "torch": "on CPUs",
+    "cpu": "on CPUs, also under ASan and UBSan",
+    "triton": "executed as PTX on a CPU; not run on a GPU",
+    "cuda": "executed as PTX on a CPU; not run on a GPU",
+}
+
 
 def doctor() -> None:
     """Say what is installed, which devices there are, and which backend serves each operator and why."""
     import torch
 
-    from .. import __version__, _ops
-    from ..backends import backends, explain, forced
+    from .. import __version__, backends
+    from ..ops.define import OPERATORS
 
     versions = Table("package", "version", title="Versions")
     versions.add_row("engram_kernels", __version__)
@@ -34,17 +41,18 @@ def doctor() -> None:
         devices.add_row("cuda", "none that torch can see")
     console.print(devices)
 
-    table = Table("backend", "runs here", "built with", title="Backends")
-    for name, reason in backends().items():
-        table.add_row(name, "yes" if reason is None else f"no: {reason}", _build(name))
+    table = Table("backend", "runs here", "built with", "tested", title="Backends")
+    for name in backends.NAMES:
+        reason = backends.unavailable(name)
+        table.add_row(name, "yes" if reason is None else f"no: {reason}", _build(name), _CHECKED[name])
     console.print(table)
-    if forced():
-        console.print(f"ENGRAM_BACKEND forces [bold]{forced()}[/bold] where it has a kernel.")
+    if forced := backends.forced():
+        console.print(f"ENGRAM_BACKEND forces [bold]{forced}[/bold] where it has a kernel.")
 
     served = Table("operator", "device", "served by", "passed over", title="Operators")
-    for operator in _ops.OPERATORS:
+    for operator in OPERATORS:
         for device in ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]:
-            answers = explain(operator, device)
+            answers = backends.explain(operator, device)
             first = next((name for name, reason in answers if reason is None), "nothing")
             passed = "; ".join(f"{name}: {reason}" for name, reason in answers if reason is not None)
             served.add_row(operator, device, first, passed)

@@ -102,7 +102,7 @@ def evaluate(
         list[str] | None,
         typer.Option(help="Texts before a prompt, TOKENSxCOUNT; may be repeated; default: 5x10 and 10x10."),
     ] = None,
-    bare_share: Annotated[float, typer.Option(help="Share of the bare prompt's key.")] = 0.5,
+    bare_prompt_weight: Annotated[float, typer.Option(help="Share of the bare prompt's key.")] = 0.5,
     dtype: Dtype = "float32",
     device: Device = None,
     seed: Seed = 0,
@@ -144,15 +144,16 @@ def evaluate(
         "start": start, "rows": rows, "skip_bad": skip_bad, "mode": mode, **options,
         "checkpoints": checkpoints, "fluency": fluency, "batch_size": batch_size,
         "corpus": None if corpus is None else _digest(corpus), "tokens": tokens, **given,
-        "original_key": original_key, **pairs, "bare_share": bare_share,
+        "original_key": original_key, **pairs, "bare_prompt_weight": bare_prompt_weight,
         "dtype": dtype, "device": device_of(device), "seed": seed,
     }  # fmt: skip
     run = None if report is None else report.with_name(f"{report.name}.run")
     with bars() as progress:
         network, tokenizer = load(progress, model, dtype, device)
         editor = Editor(
-            network, tokenizer, corpus=corpus, tokens=tokens, seed=seed, bare_share=bare_share,
-            consistent_key=not original_key, value=value, progress=progress, **pairs,
+            network, tokenizer, corpus=corpus, tokens=tokens, seed=seed,
+            bare_prompt_weight=bare_prompt_weight, consistent_key=not original_key,
+            value=value, progress=progress, **pairs,
         )  # fmt: skip
         evaluation = Evaluation(
             editor, options, fluency_tokens=fluency, batch_size=batch_size, seed=seed, progress=progress
@@ -179,7 +180,7 @@ def evaluate(
                 shutil.rmtree(run, ignore_errors=True)
     console.print(_table(summary, f"{data.name}, {model}, {method}, {mode}"))
     if all(case.kind == COUNTERFACT for case in cases):
-        console.print(_published())
+        console.print("[dim]Published figures on CounterFact, for context: examples/published.py[/dim]")
     for item in retained:
         console.print(
             f"first {item.first:,} of {item.edits:,} edits: efficacy {item.efficacy:.3f}", highlight=False
@@ -190,7 +191,7 @@ def evaluate(
         from ..evaluation import plots
 
         title = f"{data.name}, {summary['rows']:,} rows, {Path(model).name}, {method}"
-        plots.evaluation(summary["unedited"], summary["edited"], plot, retained, title)
+        plots.draw_measures(summary["unedited"], summary["edited"], plot, retained, title)
 
 
 def _each(evaluation: "Evaluation", cases, start: int, kept) -> list["Outcome"]:
@@ -252,20 +253,4 @@ def _table(summary: dict, title: str) -> Table:
         ("rows left out", str(summary["skipped"] + len(summary["refused"]))),
     ):
         table.add_row(label, "", cell)
-    return table
-
-
-def _published() -> Table:
-    from ..evaluation.published import COUNTERFACT_FIGURES
-
-    table = Table(title="[dim]published on CounterFact, for context: other models, samples, edits[/dim]")
-    names = ("efficacy", "paraphrase", "locality", "fluency")
-    for name in ("method, model, edits", *names):
-        table.add_column(name, style="dim", justify="left" if "," in name else "right", no_wrap=True)
-    for paper in COUNTERFACT_FIGURES:
-        figures = [f"{paper.figures[name]:.3f}" for name in names]
-        table.add_row(f"{paper.method}, {paper.model}, {paper.edits}", *figures)
-    table.caption = (
-        "[dim]Meng et al. 2022, table 4; Meng et al. 2023, table 2; Fang et al. 2024, table 1.[/dim]"
-    )
     return table

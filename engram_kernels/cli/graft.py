@@ -148,7 +148,13 @@ def _density(grid: "Grid") -> Table:
     """Where a graft lies: layers down, kinds of modules across."""
     from ..grafting.plots import layer_name
 
-    table = Table(title="Weights set of a million (k: thousand)", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    table = Table(
+        title="Weights set of a million (k: thousand)",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
     table.add_column("layer", no_wrap=True, min_width=5)
     for label in grid.labels():
         table.add_column(escape(_broken(label)), justify="right", overflow="fold", min_width=5)

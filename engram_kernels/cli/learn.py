@@ -90,7 +90,7 @@ def localize(
                 with graft.apply(trial.model):
                     results["grafted"] = trial.test("grafted", progress)
                 asked = {"test": test.name, "template": template, "words": word}
-                graft.metrics = asked | {name: result._asdict() for name, result in results.items()}
+                graft.metrics |= asked | {name: result._asdict() for name, result in results.items()}
         finally:
             graft.save_pretrained(out)  # what was learned outlives a test that failed
     if results:

@@ -10,15 +10,17 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from . import recall
 from .common import App, Device, bars, check_folder, console, device_of, reading
 from .facts import find, names_of, read_facts
 
 if TYPE_CHECKING:
     from ..memory import EpisodicMemory, SentenceEncoder
 
-app = App(help="Write facts into an episodic memory, ask it, forget.", no_args_is_help=True)
-app.command()(recall.evaluate)
+app = App(
+    help="Write facts into an episodic memory, ask it, forget. "
+    "How much one recalls: examples/measure_recall.py.",
+    no_args_is_help=True,
+)
 
 Folder = Annotated[Path, typer.Argument(help="The memory's folder.")]
 
@@ -56,26 +58,28 @@ def write(
     if new:
         check_folder("memory", memory)
         strength = _ridge(ridge or "loo")
-        spoken = _encoder(encoder or "minilm", device)
-        settings = {"ridge": strength, "seed": seed or 0, "encoder": spoken.name}
-        kept = EpisodicMemory(spoken.latent if slots is None else slots, spoken.latent, **settings)
+        sentence_encoder = _encoder(encoder or "minilm", device)
+        settings = {"ridge": strength, "seed": seed or 0, "encoder": sentence_encoder.name}
+        kept = EpisodicMemory(
+            sentence_encoder.latent if slots is None else slots, sentence_encoder.latent, **settings
+        )
     else:
         for name, value in (("slots", slots), ("ridge", ridge), ("seed", seed)):
             if value is not None:
                 raise ValueError(f"{name}: expected none, as {str(memory)!r} has its own, got {value!r}")
-        kept = EpisodicMemory.from_pretrained(memory)
+        kept = _saved(memory)
         names_of(found, kept)
         if encoder is not None and encoder != kept.encoder:
             raise ValueError(
                 f"encoder: expected {kept.encoder!r}, which made {str(memory)!r}, got {encoder!r}"
             )
-        spoken = _encoder(_named(kept, memory), device)
+        sentence_encoder = _encoder(_named(kept, memory), device)
     names = names_of(found, kept)
     # Once each: the key of a fact without one is its value, to the bit.
     texts = list(dict.fromkeys(text for fact in found for text in (fact.value, fact.asked)))
     with bars() as progress:
         progress("encode", 0, len(texts))
-        latents = dict(zip(texts, spoken.encode(texts).cpu(), strict=True))
+        latents = dict(zip(texts, sentence_encoder.encode(texts).cpu(), strict=True))
         progress("encode", len(texts), len(texts))
     values, keys = (
         torch.stack([latents[getattr(fact, name)] for fact in found]) for name in ("value", "asked")
@@ -105,7 +109,7 @@ def ask(
         raise ValueError("question: expected some text, got none")
     kept = _filled(memory)
     latent = _encoder(_named(kept, memory), device).encode([question]).cpu()
-    readout = kept.read(latent.double(), addressing="prior")
+    readout = kept.read(latent.double(), addressing="key")
     entries = dict(kept.ledger.items())
     values, keys = (
         torch.stack([getattr(entry, name) for entry in entries.values()]) for name in ("value", "key")
@@ -150,9 +154,7 @@ def list_facts(memory: Folder) -> None:
     """Show what a memory holds, and how much hangs on each fact."""
     import torch
 
-    from ..memory import EpisodicMemory
-
-    kept = EpisodicMemory.from_pretrained(memory)
+    kept = _saved(memory)
     facts = Table(show_header=False, title=escape(str(memory)))
     facts.add_row("facts", f"{len(kept):,}")
     facts.add_row("slots, latent", f"{kept.slots:,}, {kept.latent:,}")
@@ -173,10 +175,15 @@ def list_facts(memory: Folder) -> None:
     console.print(table)
 
 
-def _filled(folder: Path) -> EpisodicMemory:
+def _saved(folder: Path) -> EpisodicMemory:
     from ..memory import EpisodicMemory
 
-    kept = EpisodicMemory.from_pretrained(folder)
+    with reading("memory"):
+        return EpisodicMemory.from_pretrained(folder)
+
+
+def _filled(folder: Path) -> EpisodicMemory:
+    kept = _saved(folder)
     if not kept.ids:
         raise ValueError(f"memory: expected one that holds facts, got {str(folder)!r}, which holds none")
     return kept

@@ -1,7 +1,6 @@
 """`engram trace`: where in a model a fact lies."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,7 +13,6 @@ from .common import (
     Device,
     Dtype,
     Model,
-    Report,
     Seed,
     bars,
     check_file,
@@ -24,7 +22,7 @@ from .common import (
 )
 
 if TYPE_CHECKING:
-    from ..tracing.result import AverageTrace, Trace
+    from ..tracing import AverageTrace, Trace
 
 
 def trace(
@@ -52,21 +50,18 @@ def trace(
     device: Device = None,
     seed: Seed = 0,
     out: Annotated[
-        list[Path] | None, typer.Option(help="File to write: .png, .svg, .pdf, .html or .json; repeatable.")
+        list[Path] | None, typer.Option(help="File to write: .png, .svg, .pdf or .json; repeatable.")
     ] = None,
 ) -> None:
     """Corrupt a subject, restore one state at a time, and show which ones bring the answer back.
 
     Example: engram trace --prompt "{} is located in the city of" --subject "The Eiffel Tower" --out trace.png
     """
-    from ..tracing.plots import draw
-    from ..tracing.result import average
-    from ..tracing.trace import KINDS, embedding_std, known
-    from ..tracing.trace import trace as trace_fact
+    from .. import tracing
 
     kinds = list(dict.fromkeys(kind or ["hidden"]))
     for name in kinds:
-        if name not in KINDS:
+        if name not in tracing.KINDS:
             raise ValueError(f"kind: expected hidden, mlp or attention, got {name!r}")
     if facts is None and (prompt is None or subject is None):
         raise ValueError("prompt: expected one with its subject, or facts, got neither")
@@ -84,25 +79,24 @@ def trace(
         network, tokenizer = load(progress, model, dtype, device)
         if facts is None:
             found = [
-                trace_fact(
-                    network, tokenizer, prompt, subject, name,
-                    target=target, progress=_stage(progress, name), **options,
+                tracing.trace(
+                    network, tokenizer, prompt, subject, name, target=target, progress=progress, **options
                 )
                 for name in kinds
-            ]  # fmt: skip
+            ]
         else:
-            options["sigma"] = embedding_std(network, tokenizer, [row["subject"] for row in listed])
+            options["sigma"] = tracing.embedding_std(network, tokenizer, [row["subject"] for row in listed])
             traces: dict[str, list[Trace]] = {name: [] for name in kinds}
-            right = (row for row in listed if known(network, tokenizer, row))
+            right = (row for row in listed if tracing.known(network, tokenizer, row))
             for done, row in zip(range(1, rows + 1), right, strict=False):
                 for name in kinds:
                     traces[name].append(
-                        trace_fact(network, tokenizer, row["prompt"], row["subject"], name, **options)
+                        tracing.trace(network, tokenizer, row["prompt"], row["subject"], name, **options)
                     )
                 progress("facts", done, rows, escape(row["subject"]))
             if not traces[kinds[0]]:
                 raise EngramError(f"facts: expected one that {model} knows, got none of {len(listed)}")
-            found = [average(traces[name]) for name in kinds]
+            found = [tracing.average(traces[name]) for name in kinds]
 
     for one in found:
         console.print(_table(one))
@@ -110,24 +104,17 @@ def trace(
         if path.suffix.lower() == ".json":
             write_json(path, [one.to_dict() for one in found])
         else:
-            draw(found, path)
+            tracing.draw(found, path)
         console.print(f"Saved to {escape(str(path))}.")
-
-
-def _stage(progress: Report, name: str) -> Callable[[int, int], None]:
-    return lambda done, total: progress(f"trace {name}", done, total)
 
 
 def _check_out(path: Path) -> None:
     """Prove, before any work, that a file of that name can be written."""
-    from ..tracing import plots as trace_plots
+    from .. import _plots
+    from ..tracing.plots import SUFFIXES
 
-    if path.suffix.lower() not in (*trace_plots.SUFFIXES, ".json"):
-        raise ValueError(
-            f"out: expected a name that ends in .png, .svg, .pdf, .html or .json, got {str(path)!r}"
-        )
     if path.suffix.lower() != ".json":
-        trace_plots.check(path, "out")
+        _plots.check(path, "out", (*SUFFIXES, ".json"))
     check_file("out", path)
 
 

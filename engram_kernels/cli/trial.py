@@ -15,7 +15,7 @@ from .common import Report, reading
 from .examples import Examples, document_batches
 
 if TYPE_CHECKING:
-    from ..grafting import Evaluation, Graft
+    from ..grafting import ClassificationScore, Graft
 
 
 class Trial:
@@ -66,14 +66,23 @@ class Trial:
     def learned(self, sparsity: float, progress: Report, stage: str = "learn", **options) -> Graft:
         from ..grafting import localize
 
+        loss_of = self.task.loss if self.task else lambda model, batch: model(**batch).loss
+        note = ""
+
+        def loss(model, batch):
+            nonlocal note
+            value = loss_of(model, batch)
+            note = f"loss {float(value.detach()):.4f}"
+            return value
+
         return localize(
             self.model,
             self.tuned,
             self.batches,
-            self.task.loss if self.task else None,
+            loss,
             sparsity=sparsity,
             seed=self.seed,
-            progress=lambda done, total, loss: progress(stage, done, total, f"loss {loss:.4f}"),
+            progress=lambda _, done, total: progress(stage, done, total, note),
             base_model=self.base,  # as the user named it: smollm2 lies in a cache of this machine
             **options,
         )
@@ -95,13 +104,11 @@ class Trial:
             masks = graft_top_k(list(pre.values()), list(ft.values()), size)
         return Graft.from_masks(pre, ft, dict(zip(pre, masks, strict=True)))
 
-    def test(self, stage: str, progress: Report) -> Evaluation:
-        from ..grafting import evaluate
+    def test(self, stage: str, progress: Report) -> ClassificationScore:
+        from ..grafting import classification_score
 
-        rows = sum(len(batch["labels"]) for batch in self.tests)
-        return evaluate(
-            self.model, self.tests, self.task.logits, lambda done: progress(f"test {stage}", done, rows)
-        )
+        told = lambda _, done, rows: progress(f"test {stage}", done, rows)  # noqa: E731
+        return classification_score(self.model, self.tests, self.task.logits, told)
 
     def fine_tuned(self) -> AbstractContextManager[None]:
         """Let the fine-tuned model's tensors, all of them, stand in the base model."""

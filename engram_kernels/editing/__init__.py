@@ -3,7 +3,6 @@
 from ..hf.dequantize import dequantize_layer
 from ..hf.experts import open_expert
 from ..hf.loading import load_model
-from ..tracing.result import Trace, average
 from .edit import Edit
 from .editor import Editor
 from .result import EditResult
@@ -14,9 +13,7 @@ __all__ = [
     "Edit",
     "EditResult",
     "Editor",
-    "Trace",
     "ValueOptions",
-    "average",
     "dequantize_layer",
     "load_model",
     "open_expert",

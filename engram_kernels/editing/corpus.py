@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from ..errors import EngramError
-from ..hf.cache import cache_inputs, output_cache
+from ..hf.generation import sample
 from ..hf.loading import package_file
 from ..hf.tokens import context_length
 
@@ -108,24 +108,21 @@ class TokenStream:
         self._ids = array("q")
 
 
-@torch.no_grad()
 def sample_ids(model, tokenizer, limit: int, seed: int) -> torch.Tensor:
     """`limit` tokens sampled from the model itself `[count]`; the global random state stays as it is."""
-    device = model.get_input_embeddings().weight.device
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id or 0
     length = min(SAMPLED_LENGTH, context_length(model) or SAMPLED_LENGTH)
     generator = torch.Generator().manual_seed(seed)
-    sampled: list[torch.Tensor] = []
-    while sum(block.numel() for block in sampled) < limit:
-        block = torch.full((SAMPLED_ROWS, 1), start, device="cpu")
-        cache = None
-        for _ in range(length):
-            output = model(input_ids=block[:, -1:].to(device), **cache_inputs(model, cache))
-            cache = output_cache(output)
-            chances = output.logits[:, -1].float().softmax(-1).cpu()
-            block = torch.cat([block, torch.multinomial(chances, 1, generator=generator)], dim=1)
-        sampled.append(block[:, 1:].flatten())
-    return torch.cat(sampled)[:limit]
+
+    def choose(_numbers: list[int], logits: torch.Tensor) -> list[int]:
+        chances = logits.softmax(-1).cpu()
+        return torch.multinomial(chances, 1, generator=generator).flatten().tolist()
+
+    sampled: list[int] = []
+    while len(sampled) < limit:
+        rows = sample(model, [[start]] * SAMPLED_ROWS, [length] * SAMPLED_ROWS, choose)
+        sampled += [token for row in rows for token in row[1:]]
+    return torch.tensor(sampled[:limit], device="cpu")
 
 
 def wikipedia_articles(path: Path) -> Iterator[str]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..hf.tokens import check_prompt, check_text
+
 
 @dataclass(frozen=True)
 class Edit:
@@ -29,25 +31,10 @@ class Edit:
     target: str
 
     def __post_init__(self):
-        for field in ("subject", "prompt", "target"):
-            value = getattr(self, field)
-            if not isinstance(value, str):
-                raise TypeError(f"{field}: expected a string, got {type(value).__name__}")
-            if not value.strip():
-                raise ValueError(f"{field}: expected some text, got {value!r}")
-        if "{}" in self.subject:
-            raise ValueError(f"subject: expected text without {{}}, got {self.subject!r}")
-        object.__setattr__(self, "subject", self.subject.strip())
-        object.__setattr__(self, "target", self.target.strip())
-        places = self.prompt.count("{}")
-        if places == 0:
-            if self.prompt.count(self.subject) != 1:
-                raise ValueError(
-                    f"prompt: expected {{}} or the subject {self.subject!r} exactly once, got {self.prompt!r}"
-                )
-            object.__setattr__(self, "prompt", self.prompt.replace(self.subject, "{}"))
-        elif places > 1:
-            raise ValueError(f"prompt: expected {{}} exactly once, got {self.prompt!r}")
+        subject, prompt = check_prompt(self.subject, self.prompt)
+        fields = {"subject": subject, "prompt": prompt, "target": check_text("target", self.target)}
+        for name, value in fields.items():
+            object.__setattr__(self, name, value)
 
     @property
     def text(self) -> str:

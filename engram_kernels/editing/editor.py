@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import functools
-import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
 from .. import _checks as check
+from .. import tracing
+from .._progress import Progress
 from ..covariance import Covariance
 from ..hf.eval_mode import evaluating
 from ..hf.layers import decoder_layers
@@ -42,7 +42,7 @@ class Editor:
         cache_dir: where `C` is kept; None: `$ENGRAM_CACHE`, else `~/.cache/engram`.
         tokens: how many tokens of the corpus are used; None: twenty a dimension of the key.
         contexts: the texts sampled before the prompt, as pairs `(tokens, how many)`.
-        bare_share: the share of the bare prompt's key in the averaged key; None: all contexts count alike.
+        bare_prompt_weight: of the bare prompt's key in the averaged key; None: all contexts count alike.
             Where nothing stands before the subject, not even a beginning-of-text token, its key is far from
             the others (cosine 0.4 to 0.7 on SmolLM2), and one part in twenty-one does not reach it.
         consistent_key: the same averaged key in the numerator and the denominator of the write (R-ROME, Gupta
@@ -71,48 +71,37 @@ class Editor:
         cache_dir: str | os.PathLike | None = None,
         tokens: int | None = None,
         contexts: Sequence[tuple[int, int]] = ((5, 10), (10, 10)),
-        bare_share: float | None = 0.5,
+        bare_prompt_weight: float | None = 0.5,
         consistent_key: bool = True,
         ridge: float = 0.0,
         value: ValueOptions | None = None,
         seed: int = 0,
-        progress: Callable[[str, int, int], None] | None = None,
+        progress: Progress | None = None,
     ):
         _expect("model", model, "a Hugging Face causal language model", torch.nn.Module)
-        if not callable(tokenizer):
-            raise TypeError(f"tokenizer: expected the model's tokenizer, got {type(tokenizer).__name__}")
         _expect("cache_dir", cache_dir, "a path or None", str, os.PathLike, type(None))
-        _expect("tokens", tokens, "an integer or None", int, type(None))
-        _expect("contexts", contexts, "pairs (tokens, how many)", Iterable)
-        contexts = tuple(contexts)
-        for pair in contexts:
-            if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
-                raise TypeError(f"contexts: expected pairs (tokens, how many), got {pair!r}")
-            for number in pair:
-                _expect("contexts", number, "pairs of integers", int)
-        _expect("bare_share", bare_share, "a number or None", int, float, type(None))
         _expect("consistent_key", consistent_key, "True or False", bool)
-        _expect("ridge", ridge, "a number", int, float)
         _expect("value", value, "ValueOptions or None", ValueOptions, type(None))
-        _expect("seed", seed, "an integer", int)
+        check.expect(
+            callable(tokenizer), "tokenizer", "the model's tokenizer", type(tokenizer).__name__, TypeError
+        )
         if not (progress is None or callable(progress)):
             raise TypeError(f"progress: expected a function or None, got {type(progress).__name__}")
-        if tokens is not None and tokens < 1:
-            raise ValueError(f"tokens: expected a positive number, got {tokens}")
-        if not (math.isfinite(ridge) and ridge >= 0):
-            raise ValueError(f"ridge: expected a finite number of at least 0, got {ridge}")
-        if bare_share is not None and not 0 <= bare_share <= 1:
-            raise ValueError(f"bare_share: expected a number from 0 to 1 or None, got {bare_share}")
-        if any(length < 1 or count < 0 for length, count in contexts):
-            raise ValueError(f"contexts: expected pairs of a positive length and a count, got {contexts!r}")
+        if tokens is not None:
+            check.integer("tokens", tokens, at_least=1)
+        if bare_prompt_weight is not None:
+            check.number("bare_prompt_weight", bare_prompt_weight, at_least=0)
+            check.expect(bare_prompt_weight <= 1, "bare_prompt_weight", "at most 1", bare_prompt_weight)
+        check.number("ridge", ridge, at_least=0)
+        check.integer("seed", seed)
         self.model = model
         self.tokenizer = tokenizer
         self.cache = writable_directory(
             cache_directory(cache_dir), "cache_dir" if cache_dir else "the cache ($ENGRAM_CACHE)"
         )
         self.tokens = tokens
-        self.contexts = contexts
-        self.bare_share = bare_share
+        self.contexts = _pairs(contexts)
+        self.bare_prompt_weight = bare_prompt_weight
         self.consistent_key = consistent_key
         self.ridge = ridge
         self.value = value or ValueOptions()
@@ -120,15 +109,11 @@ class Editor:
         self.progress = progress
         self._prefixes: list[str] | None = None
         self._moments = Moments(
-            model,
-            tokenizer,
-            corpus,
-            self.cache,
-            tokens=tokens,
-            ridge=ridge,
-            seed=seed,
-            progress=None if progress is None else functools.partial(progress, "statistics"),
+            model, tokenizer, corpus, self.cache, tokens=tokens, ridge=ridge, seed=seed, progress=progress
         )
+
+    def __repr__(self) -> str:
+        return f"Editor({type(self.model).__name__}, contexts={self.contexts}, ridge={self.ridge:g})"
 
     def edit(
         self,
@@ -213,7 +198,7 @@ class Editor:
         if preserve is True:
             preserve = 1.0 / ridge if ridge > 0 else 1.0
         check.number("preserve", float(preserve), at_least=0)
-        layers = self.layers(method) if layers is None else self._asked_layers(layers)
+        layers = self.layers(method) if layers is None else _asked_layers(layers)
         if (len(layers) > 1 or ridge > 0) and not self.consistent_key:
             raise ValueError(
                 "consistent_key: expected True for several layers or a ridge, got False with layers "
@@ -228,7 +213,7 @@ class Editor:
             last_wins=conflicts == "last",
             skip_failures=failures == "skip",
             value=self.value,
-            bare_share=self.bare_share if self.consistent_key else None,
+            bare_prompt_weight=self.bare_prompt_weight if self.consistent_key else None,
             bare_denominator=not self.consistent_key,
         )
 
@@ -242,17 +227,6 @@ class Editor:
         count = METHODS[method].layers
         first = max(0, default_layer(self.model) - count // 2)
         return tuple(range(len(decoder_layers(self.model)[1])))[first : first + count]
-
-    def _asked_layers(self, layers: int | Sequence[int]) -> tuple[int, ...]:
-        layers = [layers] if isinstance(layers, int) else layers
-        if not isinstance(layers, Iterable) or isinstance(layers, str):
-            raise TypeError(f"layers: expected an integer or a list of them, got {type(layers).__name__}")
-        layers = list(layers)
-        for layer in layers:
-            _expect("layers", layer, "integers", int)
-        if not layers or layers != sorted(set(layers)):
-            raise ValueError(f"layers: expected different layers, the lowest first, got {layers}")
-        return tuple(layers)
 
     def prefixes(self) -> list[str]:
         """The texts that are put before every prompt, sampled once."""
@@ -286,16 +260,13 @@ class Editor:
         """
         self._moments.use(layer, covariance)
 
-    def trace(self, prompt: str, subject: str, kind: str = "hidden", **options):
-        """The causal `Trace` of a fact in the model as it is now: `engram_kernels.tracing.trace.trace`.
+    def trace(self, prompt: str, subject: str, kind: str = "hidden", **options) -> tracing.Trace:
+        """The causal `Trace` of a fact in the model as it is now: `engram_kernels.tracing.trace`.
 
         Its options are taken, but for `progress`; `seed` is the editor's where none is given.
         """
-        from ..tracing.trace import trace
-
-        progress = self.progress and (lambda done, total: self.progress("trace", done, total))
-        options = {"seed": self.seed, **options, "progress": progress}
-        return trace(self.model, self.tokenizer, prompt, subject, kind, **options)
+        options = {"seed": self.seed, **options, "progress": self.progress}
+        return tracing.trace(self.model, self.tokenizer, prompt, subject, kind, **options)
 
 
 def _edits(edits) -> list[Edit]:
@@ -308,6 +279,29 @@ def _edits(edits) -> list[Edit]:
         if not isinstance(edit, Edit):
             raise TypeError(f"edits: expected Edit objects, got {type(edit).__name__}")
     return edits
+
+
+def _asked_layers(layers) -> tuple[int, ...]:
+    layers = [layers] if isinstance(layers, int) else layers
+    _expect("layers", layers, "an integer or a list of them", Iterable)
+    layers = list(layers)
+    for layer in layers:
+        check.integer("layers", layer)
+    in_order = layers == sorted(set(layers)) and layers
+    check.expect(bool(in_order), "layers", "different layers, the lowest first", layers)
+    return tuple(layers)
+
+
+def _pairs(contexts) -> tuple[tuple[int, int], ...]:
+    """Pairs of a number of tokens and a number of texts."""
+    _expect("contexts", contexts, "pairs (tokens, how many)", Iterable)
+    contexts = tuple(contexts)
+    for pair in contexts:
+        whole = isinstance(pair, Sequence) and len(pair) == 2 and all(type(number) is int for number in pair)
+        check.expect(whole, "contexts", "pairs of integers (tokens, how many)", repr(pair), TypeError)
+        inside = pair[0] >= 1 and pair[1] >= 0
+        check.expect(inside, "contexts", "pairs of a positive length and a count", repr(pair))
+    return contexts
 
 
 def _expect(name: str, value: object, expected: str, *kinds: type) -> None:

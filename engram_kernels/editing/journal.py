@@ -8,15 +8,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from .._io import new_file
+from .._io import read_json, save_tensors, write_json
 from ..errors import EngramError
 from ..hf.loading import writable_directory
-from .files import TENSORS, write_tensors
-from .result import Write
+from .files import read_writes, write_report, write_tensors
+from .records import Write
 from .values import Value
 
-FORMAT = 1
+FORMAT = 2
 
 
 class Journal:
@@ -41,12 +42,11 @@ class Journal:
                     f"directory: expected an empty one or a run's, got {str(self.directory)!r}, "
                     "which holds something else and no run.json"
                 )
-            with new_file(path) as temporary:
-                temporary.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+            write_json(path, settings)
         for name in ("values", "writes"):
             (self.directory / name).mkdir(exist_ok=True)
         try:
-            known = json.loads(path.read_text(encoding="utf-8"))
+            known = read_json(path)
             if not isinstance(known, dict):
                 raise ValueError("no object")
         except (OSError, ValueError) as error:
@@ -60,66 +60,46 @@ class Journal:
 
     def save_value(self, number: int, value: Value) -> None:
         """Keep the value of an edit."""
-        tensors = {
-            "key": value.key,
-            "bare_key": value.bare_key,
-            "change": value.change,
-            "initial_norm": torch.tensor(value.initial_norm, dtype=torch.float64),
-            "losses": torch.tensor(value.losses, dtype=torch.float64),
-        }
-        _save(self._path("values", number), tensors)
+        tensors = {"key": value.key, "bare_key": value.bare_key, "change": value.change}
+        report = {"initial_norm": value.initial_norm, "losses": value.losses}
+        _save(self._path("values", number), report, tensors)
 
     def load_value(self, number: int, device: torch.device) -> Value | None:
         """The value of an edit, or None where there is none that can be read."""
-        tensors = _load(self._path("values", number))
-        if tensors is None:
+        entry = _load(self._path("values", number))
+        if entry is None:
             return None
-        return Value(
-            key=tensors["key"].to(device),
-            bare_key=tensors["bare_key"].to(device),
-            change=tensors["change"].to(device),
-            initial_norm=tensors["initial_norm"].item(),
-            losses=tensors["losses"].tolist(),
-        )
+        report, tensors = entry
+        # Copies: the last bits of a product depend on how its factors are aligned.
+        return Value(**{name: tensor.clone().to(device) for name, tensor in tensors.items()}, **report)
 
     def save_writes(self, batch: int, writes: Sequence[Write]) -> None:
         """Keep the writes of a batch."""
-        report = [{"module": write.module, "ridge": write.ridge, "edits": write.edits} for write in writes]
-        tensors = write_tensors(list(writes))
-        tensors["report"] = torch.frombuffer(bytearray(json.dumps(report).encode()), dtype=torch.uint8)
-        _save(self._path("writes", batch), tensors)
+        tensors = write_tensors(writes, ("left", "right", "keys", "residuals"))
+        _save(self._path("writes", batch), list(map(write_report, writes)), tensors)
 
     def load_writes(self, batch: int) -> list[Write] | None:
         """The writes of a batch, or None where there are none that can be read."""
-        tensors = _load(self._path("writes", batch))
-        if tensors is None:
-            return None
-        report = json.loads(bytes(tensors["report"].tolist()))
-        return [
-            Write(
-                **{name: tensors[f"{number}.{name}"] for name in TENSORS},
-                module=entry["module"], ridge=entry["ridge"], edits=tuple(entry["edits"]),
-            )
-            for number, entry in enumerate(report)
-        ]  # fmt: skip
+        entry = _load(self._path("writes", batch))
+        return None if entry is None else read_writes(*entry)
 
     def _path(self, kind: str, number: int) -> Path:
         return self.directory / kind / f"{number:06d}.safetensors"
 
 
-def _save(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    from safetensors.torch import save
-
-    with new_file(path) as temporary:
-        temporary.write_bytes(save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}))
+def _save(path: Path, report: object, tensors: dict[str, Tensor]) -> None:
+    save_tensors(path, tensors, {"report": json.dumps(report)})
 
 
-def _load(path: Path) -> dict[str, torch.Tensor] | None:
-    from safetensors.torch import load_file
+def _load(path: Path) -> tuple | None:
+    """The report and the tensors of a file."""
+    from safetensors import safe_open
 
     try:
-        # Copies: the last bits of a product depend on how its factors are aligned.
-        return {name: tensor.clone() for name, tensor in load_file(path).items()}
+        with safe_open(path, framework="pt") as file:
+            return json.loads(file.metadata()["report"]), {
+                name: file.get_tensor(name) for name in file.keys()
+            }
     except Exception:
         # Not there, or spoilt: it is computed again.
         return None

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
+from .. import _checks as check
 from .._hashing import tensor_bytes
+from .._progress import Progress
 from ..covariance import Covariance
 from ..hf.loading import writable_directory
 from ..hf.projection import Projection, output_projection
@@ -37,7 +39,7 @@ class Moments:
         tokens: how many tokens of the corpus are used; None: twenty a dimension of the key.
         ridge: added to each covariance, as a share of its mean diagonal.
         seed: of the sampled text.
-        progress: called with the tokens seen and their number.
+        progress: called with "statistics", the tokens seen and their number.
         checkpoint_seconds: between two writes of the running sums.
 
     Example:
@@ -55,7 +57,7 @@ class Moments:
         tokens: int | None = None,
         ridge: float = 0.0,
         seed: int = 0,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Progress | None = None,
         checkpoint_seconds: float = CHECKPOINT_SECONDS,
     ):
         self.model = model
@@ -68,8 +70,12 @@ class Moments:
         self.progress = progress
         self.checkpoint_seconds = checkpoint_seconds
         self._stream: corpora.TokenStream | None = None
-        # By layer: the state of the weights that feed it, the name of their moment, and what it gave.
-        self._known: dict[int, tuple[tuple, str, Covariance]] = {}
+        # By their number, the tokens and what tells them from others.
+        self._sources: dict[int, tuple[torch.Tensor | None, str]] = {}
+        # By layer: the state of the weights that feed it, and their digest.
+        self._fingerprints: dict[int, tuple[tuple, str]] = {}
+        # By layer: the name of its moment, and what it gave.
+        self._computed: dict[int, tuple[str, Covariance]] = {}
         self._given: dict[int, Covariance] = {}
 
     def covariances(self, layers: Sequence[int]) -> dict[int, Covariance]:
@@ -84,30 +90,20 @@ class Moments:
         if not isinstance(layers, Iterable) or isinstance(layers, str):
             raise TypeError(f"layers: expected a sequence of integers, got {type(layers).__name__}")
         projections = {layer: output_projection(self.model, layer) for layer in layers}
-        states = {
-            layer: statistics.weights_state(self.model, projection)
-            for layer, projection in projections.items()
-            if layer not in self._given
-        }
-        missing: dict[int, list[Projection]] = {}
-        for layer, state in states.items():
-            known = self._known.get(layer)
-            if known is None or known[0] != state:
-                count = self.tokens or TOKENS_PER_DIMENSION * projections[layer].matrix.shape[1]
-                missing.setdefault(count, []).append(projections[layer])
-        for count, group in missing.items():
+        groups: dict[int, list[Projection]] = {}
+        for layer, projection in projections.items():
+            if layer not in self._given:
+                count = self.tokens or TOKENS_PER_DIMENSION * projection.matrix.shape[1]
+                groups.setdefault(count, []).append(projection)
+        for count, group in groups.items():
             ids, source = self._source(count)
             keys = {projection.layer: self._key(projection, source) for projection in group}
-            # Weights that were written and put back have another state, and the same moment.
-            same = [layer for layer in keys if layer in self._known and self._known[layer][1] == keys[layer]]
-            for layer in same:
-                self._known[layer] = states[layer], keys[layer], self._known[layer][2]
-            others = [projection for projection in group if projection.layer not in same]
-            for layer, moment, seen in self._moments(others, keys, ids, count):
+            missing = [one for one in group if self._computed.get(one.layer, ("",))[0] != keys[one.layer]]
+            for layer, moment, seen in self._moments(missing, keys, ids, count):
                 covariance = Covariance.from_second_moment(moment, seen, ridge=self.ridge)
-                self._known[layer] = states[layer], keys[layer], covariance
+                self._computed[layer] = keys[layer], covariance
         return {
-            layer: self._known[layer][2] if layer in states else self._placed(projection)
+            layer: self._placed(projection) if layer in self._given else self._computed[layer][1]
             for layer, projection in projections.items()
         }
 
@@ -125,9 +121,8 @@ class Moments:
             return
         if not isinstance(covariance, Covariance):
             raise TypeError(f"covariance: expected a Covariance or None, got {type(covariance).__name__}")
-        shape = list(covariance.inverse().shape)
-        if shape != [width, width]:
-            raise ValueError(f"covariance: expected shape {[width, width]} for layer {layer}, got {shape}")
+        expected, got = [width, width], list(covariance.inverse().shape)
+        check.expect(got == expected, "covariance", f"shape {expected} for layer {layer}", got)
         self._given[layer] = covariance
 
     def _placed(self, projection: Projection) -> Covariance:
@@ -180,11 +175,11 @@ class Moments:
             sums, seen = statistics.zeros(projections), 0
             ids = corpora.sample_ids(self.model, self.tokenizer, count, self.seed) if ids is None else ids
 
-        def after(done: int, total: int) -> None:
+        def after(stage: str, done: int, total: int) -> None:
             if done < total:
                 checkpoint.save_when_due(sums, done, ids)
             if self.progress:
-                self.progress(done, total)
+                self.progress(stage, done, total)
 
         return statistics.second_moments(self.model, projections, ids, after, sums, seen), len(ids)
 
@@ -193,15 +188,21 @@ class Moments:
         corpus = self.corpus if self.corpus is not None else corpora.wikipedia_file()
         if corpus is None:
             return None, f"sampled {count} {self.seed}"
-        if self._stream is None:
-            self._stream = corpora.TokenStream(self.tokenizer, corpus)
-        ids = self._stream.first(count)
-        if self.tokens is not None and len(ids) < count:
-            warnings.warn(f"corpus: expected {count} tokens, got {len(ids)}", stacklevel=5)
-        return ids, hashlib.sha256(tensor_bytes(ids)).hexdigest()
+        if count not in self._sources:
+            if self._stream is None:
+                self._stream = corpora.TokenStream(self.tokenizer, corpus)
+            ids = self._stream.first(count)
+            if self.tokens is not None and len(ids) < count:
+                warnings.warn(f"corpus: expected {count} tokens, got {len(ids)}", stacklevel=5)
+            self._sources[count] = ids, hashlib.sha256(tensor_bytes(ids)).hexdigest()
+        return self._sources[count]
 
     def _key(self, projection: Projection, source: str) -> str:
         """The name of a moment on disk: what it depends on, digested."""
-        fingerprint = statistics.weights_fingerprint(self.model, projection)
+        state = statistics.weights_state(self.model, projection)
+        if self._fingerprints.get(projection.layer, ((),))[0] != state:
+            fingerprint = statistics.weights_fingerprint(self.model, projection)
+            self._fingerprints[projection.layer] = state, fingerprint
+        _, fingerprint = self._fingerprints[projection.layer]
         text = f"{fingerprint} {projection.name} {source} {statistics.CHUNK}"
         return hashlib.sha256(text.encode()).hexdigest()[:32]

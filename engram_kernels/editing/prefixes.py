@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from ..errors import EngramError
-from ..hf.tokens import context_length, open_ids, pad_rows
+from ..hf.generation import sample
+from ..hf.tokens import context_length, open_ids
 
 # Common first words; after a beginning-of-text token alone a chat model opens a dialogue.
 FIRST_WORDS = ("The", "Therefore", "Because", "I", "You")
 TOP_K = 5
 
 
-@torch.no_grad()
 def sample_prefixes(model, tokenizer, lengths: Sequence[tuple[int, int]], seed: int) -> list[str]:
     """Sample text from the model's five likeliest next tokens, without touching the global random state.
 
@@ -39,22 +39,26 @@ def sample_prefixes(model, tokenizer, lengths: Sequence[tuple[int, int]], seed: 
             f"contexts: expected at most {limit} tokens, the model's context, got {max(wanted)}"
         )
     rows = [open_ids(tokenizer, FIRST_WORDS[i % len(FIRST_WORDS)]) for i in range(len(wanted))]
-    generator = torch.Generator().manual_seed(seed)
-    device = model.get_input_embeddings().weight.device
-    while True:
-        growing = [i for i, row in enumerate(rows) if len(row) < wanted[i]]
-        if not growing:
-            break
-        ids, mask = pad_rows([rows[i] for i in growing], device)
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        last = torch.tensor([len(rows[i]) - 1 for i in growing], device=logits.device)
-        top = (
-            logits[torch.arange(len(growing), device=logits.device), last]
-            .float()
-            .cpu()
-            .topk(min(TOP_K, logits.shape[-1]))
-        )
-        choice = torch.multinomial(top.values.softmax(-1), 1, generator=generator)
-        for i, token in zip(growing, top.indices.gather(-1, choice).flatten().tolist(), strict=True):
-            rows[i].append(token)
+    counts = [max(0, tokens - len(row)) for tokens, row in zip(wanted, rows, strict=True)]
+    draws = _draws(counts, seed)
+
+    def choose(numbers: list[int], logits: torch.Tensor) -> list[int]:
+        top = logits.cpu().topk(min(TOP_K, logits.shape[-1]))
+        noise = torch.stack([next(draws[i]) for i in numbers])[:, : top.values.shape[1]]
+        choice = (top.values.softmax(-1) / noise).argmax(-1, keepdim=True)
+        return top.indices.gather(-1, choice).flatten().tolist()
+
+    rows = sample(model, rows, counts, choose)
     return [" ".join(tokenizer.decode(row, skip_special_tokens=True).split()) for row in rows]
+
+
+def _draws(counts: list[int], seed: int) -> list[Iterator[torch.Tensor]]:
+    """Exponential noise `[TOP_K]` of each row's tokens: the greatest probability over noise is drawn."""
+    generator = torch.Generator().manual_seed(seed)
+    draws: list[list[torch.Tensor]] = [[] for _ in counts]
+    for step in range(max(counts)):
+        growing = [i for i, count in enumerate(counts) if step < count]
+        noise = torch.empty(len(growing), TOP_K, dtype=torch.float32, device="cpu")
+        for i, row in zip(growing, noise.exponential_(generator=generator), strict=True):
+            draws[i].append(row)
+    return [iter(rows) for rows in draws]

@@ -7,7 +7,7 @@ from torch import nn
 
 from ..hf.eval_mode import evaluating
 from ..hf.experts import routed_experts
-from ..hf.hooks import Stop, run_until
+from ..hf.hooks import Stop, capture, run_until
 from ..hf.tokens import check_length, encode_row
 from .edit import Edit
 
@@ -23,16 +23,12 @@ def routed_expert(model: nn.Module, tokenizer, edit: Edit, layer: int) -> int:
     row = check_length(model, encode_row(tokenizer, edit.subject, edit.prompt, edit.target), edit.text)
     seen = []
 
-    def see(_module, inputs):
-        seen.extend(inputs[1:])
+    def see(_module, arguments, _keywords):
+        seen.extend(arguments[1:])
         raise Stop
 
-    hook = experts.register_forward_pre_hook(see)
-    try:
-        with evaluating(model), torch.no_grad():
-            device = model.get_input_embeddings().weight.device
-            run_until(model, input_ids=torch.tensor([row.ids], device=device))
-    finally:
-        hook.remove()
+    with evaluating(model), torch.no_grad(), capture(before={experts: see}):
+        device = model.get_input_embeddings().weight.device
+        run_until(model, input_ids=torch.tensor([row.ids], device=device))
     chosen, shares = (part[row.subject] for part in seen)
     return int(chosen[shares.argmax()])

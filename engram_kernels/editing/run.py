@@ -3,33 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor
 
 from .._hashing import digest, weights_checksums
+from .._progress import Progress
 from ..covariance import Covariance
 from ..errors import EngramError
 from ..hf.layers import adapter_settings
 from ..hf.projection import output_projection
+from .batching import EncodedEdit, encode_edit
 from .edit import Edit
 from .journal import Journal
-from .layout import Texts, encode_texts
-from .operators import null_space, preserving
-from .result import (
-    EditRecord,
-    EditResult,
-    Site,
-    SkippedEdit,
-    Write,
-    matrix_checksum,
-    restore,
-    snapshot,
-    write_,
-)
+from .preconditioner import null_space, preserving
+from .records import EditedModule, EditRecord, SkippedEdit, Write
+from .result import EditResult
 from .values import Value, ValueOptions, find_values, target_log_probabilities, value_groups
+from .weights import Snapshot, matrix_checksum
 from .writing import write_values
 
 
@@ -45,7 +38,7 @@ class Plan:
     last_wins: bool
     skip_failures: bool
     value: ValueOptions
-    bare_share: float | None
+    bare_prompt_weight: float | None
     bare_denominator: bool
 
 
@@ -66,14 +59,14 @@ class Run:
         tokenizer,
         edits: Sequence[Edit],
         plan: Plan,
-        progress: Callable[[str, int, int], None] | None = None,
+        progress: Progress | None = None,
     ):
         self.model, self.tokenizer, self.edits, self.plan = model, tokenizer, list(edits), plan
         self.progress = progress or (lambda *_: None)
         self.projections = [output_projection(model, layer) for layer in plan.layers]
         self.skipped: list[SkippedEdit] = []
         # By the number of an edit; those that are skipped leave.
-        self.texts: dict[int, Texts] = {}
+        self.encoded: dict[int, EncodedEdit] = {}
         self.batches: list[list[int]] = []
 
     def begin(self) -> None:
@@ -83,7 +76,7 @@ class Run:
             EngramError: a text cannot be used, or the model predicts NaN.
         """
         self._encode(range(len(self.edits)), ())
-        self._before = self._log_probabilities(self.texts)
+        self._before = self._log_probabilities(self.encoded)
 
     def encode(self, prefixes: Sequence[str]) -> None:
         """Tokenise all edits after every prefix, and divide them into batches.
@@ -92,8 +85,9 @@ class Run:
             EngramError: a text cannot be used, or edits of a batch have one key.
         """
         self._prefixes = list(prefixes)
-        self._encode(list(self.texts), prefixes)
-        numbers = list(self.texts)
+        self._weights = _context_weights(len(prefixes), self.plan.bare_prompt_weight)
+        self._encode(list(self.encoded), prefixes)
+        numbers = list(self.encoded)
         size = self.plan.batch or max(1, len(numbers))
         self.batches = [self._apart(numbers[i : i + size]) for i in range(0, len(numbers), size)]
 
@@ -111,37 +105,40 @@ class Run:
 
     def result(self, covariances: dict[int, Covariance], journal: Journal | None) -> EditResult:
         """Find and write everything; if anything fails, the weights are put back."""
-        operators = {layer: self._operator(covariances[layer]) for layer in self.plan.layers}
-        sites = [Site.of(projection) for projection in self.projections]
+        preconditioners = {layer: self._preconditioner(covariances[layer]) for layer in self.plan.layers}
+        edited = [EditedModule.of(projection) for projection in self.projections]
+        originals = {projection.name: Snapshot(projection) for projection in self.projections}
         values: dict[int, Value] = {}
         writes: list[Write] = []
         try:
             for number, batch in enumerate(self.batches):
                 found = self._values(batch, len(values), journal)
-                written = self._written(number, found, operators, journal)
+                written = self._written(number, found, preconditioners, journal)
                 if self.plan.preserve and written and number + 1 < len(self.batches):
                     for layer, write in zip(self.plan.layers, written, strict=True):
-                        operators[layer] = preserving(operators[layer], write.keys, self.plan.preserve)
+                        held = preserving(preconditioners[layer], write.keys, self.plan.preserve)
+                        preconditioners[layer] = held
                 values |= found
                 writes += written
             self._check_any()
             after = self._log_probabilities(values)
-            for site, projection in zip(sites, self.projections, strict=True):
-                site.edited_checksum = matrix_checksum(projection)
+            for module, projection in zip(edited, self.projections, strict=True):
+                module.edited_checksum = matrix_checksum(projection)
             made = sorted(values)
             places = {number: place for place, number in enumerate(made)}
             return EditResult(
                 records=[_record(self.edits[i], values[i], self._before[i], after[i]) for i in made],
-                writes=[_renumbered(write, places) for write in writes],
-                sites=sites,
+                writes=[replace(write, edits=tuple(places[i] for i in write.edits)) for write in writes],
+                edited_modules=edited,
                 skipped=sorted(self.skipped, key=lambda skipped: skipped.number),
+                _originals=originals,
             )
         except BaseException:
-            for site in sites:
-                site.put_back()
+            for original in originals.values():
+                original.restore()
             raise
 
-    def _operator(self, covariance: Covariance) -> Tensor:
+    def _preconditioner(self, covariance: Covariance) -> Tensor:
         """`C⁻¹`, or the projection that stands in its place."""
         if self.plan.null_space is None:
             return covariance.inverse()
@@ -150,7 +147,7 @@ class Run:
     def _encode(self, numbers: Iterable[int], prefixes: Sequence[str]) -> None:
         for number in numbers:
             try:
-                self.texts[number] = encode_texts(self.model, self.tokenizer, self.edits[number], prefixes)
+                self.encoded[number] = encode_edit(self.model, self.tokenizer, self.edits[number], prefixes)
             except EngramError as error:
                 self._skip(number, error)
         self._check_any()
@@ -158,26 +155,28 @@ class Run:
     def _log_probabilities(self, numbers: Iterable[int]) -> dict[int, float]:
         """`log p(target | prompt)` of some edits, by number."""
         numbers = list(numbers)
-        texts = [self.texts[number] for number in numbers]
-        return dict(zip(numbers, target_log_probabilities(self.model, texts), strict=True))
+        encoded = [self.encoded[number] for number in numbers]
+        return dict(zip(numbers, target_log_probabilities(self.model, encoded), strict=True))
 
     def _values(self, batch: list[int], done: int, journal: Journal | None) -> dict[int, Value]:
-        """The values of a batch by number, in the order of the batch."""
-        texts, options = [self.texts[number] for number in batch], self.plan.value
+        """The values of a batch by number, in the order of the batch; `done`: how many were found before."""
+        encoded, device = [self.encoded[i] for i in batch], self.model.get_input_embeddings().weight.device
         found: dict[int, Value] = {}
-        for group in value_groups(texts, options, self.model.get_input_embeddings().weight.device):
+        for group in value_groups(encoded, self.plan.value, device):
             found |= self._group([batch[i] for i in group], done + len(found), journal)
         return {number: found[number] for number in batch if number in found}
 
     def _group(self, numbers: list[int], done: int, journal: Journal | None) -> dict[int, Value]:
         """The values of edits that are optimised side by side; those without one are skipped."""
-        projection, steps = self.projections[-1], self.plan.value.steps
+        projection, options = self.projections[-1], self.plan.value
+
+        def progress(stage: str, steps: int, _total: int) -> None:
+            self.progress(stage, done * options.steps + steps, len(self.encoded) * options.steps)
+
         kept = [journal.load_value(number, projection.matrix.device) for number in numbers] if journal else []
         if not kept or None in kept:
-            kept = find_values(
-                self.model, projection, [self.texts[i] for i in numbers], self._weights(), self.plan.value,
-                lambda step: self.progress("values", done * steps + step, len(self.texts) * steps),
-            )  # fmt: skip
+            encoded = [self.encoded[i] for i in numbers]
+            kept = find_values(self.model, projection, encoded, self._weights, options, progress)
         found = {}
         for number, value in zip(numbers, kept, strict=True):
             if isinstance(value, EngramError):
@@ -189,42 +188,39 @@ class Run:
         return found
 
     def _written(
-        self, number: int, found: dict[int, Value], operators: dict[int, Tensor], journal: Journal | None
+        self,
+        number: int,
+        found: dict[int, Value],
+        preconditioners: dict[int, Tensor],
+        journal: Journal | None,
     ) -> list[Write]:
         """The writes of a batch, one a layer; they are done. An edit whose write fails leaves `found`."""
         kept = journal.load_writes(number) if journal else None
         if kept is not None:
             for projection, write in zip(self.projections, kept, strict=True):
-                write_(projection, write)
+                write.apply_(projection)
             return kept
         if not found:
             return []
         alone = len(found) == 1 and self.plan.skip_failures
-        originals = [snapshot(projection) for projection in self.projections] if alone else []
+        originals = list(map(Snapshot, self.projections)) if alone else []
         try:
             writes = write_values(
-                self.model, self.projections, [self.texts[i] for i in found], list(found.values()),
-                operators, self._weights(), list(found), self.plan.ridge, self.plan.bare_denominator,
+                self.model, self.projections, [self.encoded[i] for i in found], list(found.values()),
+                preconditioners, self._weights, list(found), self.plan.ridge, self.plan.bare_denominator,
             )  # fmt: skip
         except EngramError as error:
             if not alone:
                 raise
-            for projection, original in zip(self.projections, originals, strict=True):
-                restore(projection, original)
-            (failed,) = found
-            del found[failed]
+            for original in originals:
+                original.restore()
+            ((failed, _),) = found.items()
+            found.clear()
             self._skip(failed, error)
             return []
         if journal:
             journal.save_writes(number, writes)
         return writes
-
-    def _weights(self) -> Tensor:
-        """`[contexts]`, the share of the bare prompt and of each prefixed one in a key."""
-        count, share = len(self._prefixes) + 1, self.plan.bare_share
-        if share is None or count == 1:
-            return torch.full((count,), 1.0 / count, dtype=torch.float32)
-        return torch.tensor([share] + [(1 - share) / (count - 1)] * (count - 1), dtype=torch.float32)
 
     def _apart(self, batch: list[int]) -> list[int]:
         """The edits of a batch whose keys differ.
@@ -234,7 +230,7 @@ class Run:
         """
         owners: dict[tuple[int, ...], int] = {}
         for number in batch:
-            row = self.texts[number].rewriting[0]
+            row = self.encoded[number].rewriting[0]
             key = tuple(row.ids[: row.subject + 1])
             if key in owners:
                 first, second = self.edits[owners[key]], self.edits[number]
@@ -254,10 +250,10 @@ class Run:
         if not (always or self.plan.skip_failures):
             raise error
         self.skipped.append(SkippedEdit(number, self.edits[number], str(error)))
-        self.texts.pop(number, None)
+        self.encoded.pop(number, None)
 
     def _check_any(self) -> None:
-        if not self.texts:
+        if not self.encoded:
             raise EngramError(
                 f"edits: expected at least one that can be made, got {len(self.skipped)} that cannot; "
                 f"the first: {self.skipped[0].reason}"
@@ -276,7 +272,8 @@ def _record(edit: Edit, value: Value, before: float, after: float) -> EditRecord
     )
 
 
-def _renumbered(write: Write, places: dict[int, int]) -> Write:
-    """The write with the places of its edits among those that were made."""
-    fields = {**vars(write), "edits": tuple(places[number] for number in write.edits)}
-    return Write(**fields)
+def _context_weights(prefixes: int, bare: float | None) -> Tensor:
+    """`[1 + prefixes]`, the weights of the bare prompt and of each prefixed one in a key."""
+    if bare is None or prefixes == 0:
+        return torch.full((prefixes + 1,), 1.0 / (prefixes + 1), dtype=torch.float32)
+    return torch.tensor([bare] + [(1 - bare) / prefixes] * prefixes, dtype=torch.float32)

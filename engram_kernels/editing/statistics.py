@@ -6,15 +6,16 @@ import hashlib
 import json
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from .._hashing import plain_tensors, tensor_bytes
-from .._io import new_file
+from .._io import save_tensors
+from .._progress import Progress
 from ..errors import EngramError
-from ..hf.hooks import Stop, run_until
+from ..hf.hooks import Stop, capture, run_until
 from ..hf.layers import adapter_settings, decoder_layers
 from ..hf.projection import Projection
 from ..hf.tokens import context_length
@@ -74,7 +75,7 @@ def second_moments(
     model: torch.nn.Module,
     projections: Sequence[Projection],
     ids: torch.Tensor,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
     sums: dict[int, torch.Tensor] | None = None,
     start: int = 0,
 ) -> dict[int, torch.Tensor]:
@@ -84,7 +85,7 @@ def second_moments(
         model: in evaluation mode.
         projections: whose inputs are observed, at least one.
         ids: `[count]` tokens, cut into chunks of 512 (or the model's context, where that is shorter).
-        progress: called after each batch with the tokens seen and their number.
+        progress: called after each batch with "statistics", the tokens seen and their number.
         sums: by layer, what is added to in place; None: zeros.
         start: the tokens at the beginning of `ids` that `sums` holds already, a number of those that
             `progress` was called with.
@@ -105,20 +106,16 @@ def second_moments(
         if batch.numel() and seen > start:
             _observe(model, projections, batch, sums)
             if progress:
-                progress(seen, len(ids))
+                progress("statistics", seen, len(ids))
     return sums
 
 
 def zeros(projections: Sequence[Projection]) -> dict[int, torch.Tensor]:
     """By layer, the second moment of no token: `[in, in]` float64 on the projection's device."""
+    matrices = {projection.layer: projection.matrix for projection in projections}
     return {
-        projection.layer: torch.zeros(
-            projection.matrix.shape[1],
-            projection.matrix.shape[1],
-            dtype=torch.float64,
-            device=projection.matrix.device,
-        )
-        for projection in projections
+        layer: torch.zeros(matrix.shape[1], matrix.shape[1], dtype=torch.float64, device=matrix.device)
+        for layer, matrix in matrices.items()
     }
 
 
@@ -127,9 +124,9 @@ def _observe(model, projections: Sequence[Projection], batch: torch.Tensor, sums
     deepest = max(projection.layer for projection in projections)
 
     def observer(projection: Projection):
-        def observe(_module, inputs):
+        def observe(_module, arguments, _keywords):
             try:
-                second_moment_(sums[projection.layer], inputs[0])
+                second_moment_(sums[projection.layer], arguments[0])
             except ValueError as error:
                 # Everything else about the inputs is right by construction.
                 raise EngramError(
@@ -140,12 +137,8 @@ def _observe(model, projections: Sequence[Projection], batch: torch.Tensor, sums
 
         return observe
 
-    hooks = [projection.module.register_forward_pre_hook(observer(projection)) for projection in projections]
-    try:
+    with capture(before={projection.module: observer(projection) for projection in projections}):
         run_until(model, input_ids=batch.to(model.get_input_embeddings().weight.device))
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def load_moment(path: Path) -> tuple[torch.Tensor, int] | None:
@@ -162,11 +155,7 @@ def load_moment(path: Path) -> tuple[torch.Tensor, int] | None:
 
 def save_moment(path: Path, moment: torch.Tensor, count: int) -> None:
     """Write a moment so that readers see either all of it or nothing."""
-    from safetensors.torch import save
-
-    # Not save_file, whose files only their owner may read.
-    with new_file(path) as temporary:
-        temporary.write_bytes(save({"moment": moment.cpu().contiguous(), "count": torch.tensor(count)}))
+    save_tensors(path, {"moment": moment, "count": torch.tensor(count)})
 
 
 class Checkpoint:
@@ -205,15 +194,13 @@ class Checkpoint:
     def save_when_due(self, sums: dict[int, torch.Tensor], seen: int, ids: torch.Tensor) -> None:
         """Write, if the time has come, so that readers see either all of it or what was there before."""
         from safetensors import SafetensorError
-        from safetensors.torch import save_file
 
         begun = time.monotonic()
         if begun < self._due:
             return
-        tensors = {str(layer): total.cpu() for layer, total in sums.items()}
+        tensors = {str(layer): total for layer, total in sums.items()}
         try:
-            with new_file(self.path) as temporary:
-                save_file(tensors | {"seen": torch.tensor(seen), "ids": ids}, temporary)
+            save_tensors(self.path, tensors | {"seen": torch.tensor(seen), "ids": ids})
         except (OSError, SafetensorError) as error:
             # The pass itself is sound: not worth ending it.
             warnings.warn(f"cache_dir: expected room for a checkpoint, got none ({error})", stacklevel=2)

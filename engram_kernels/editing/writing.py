@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import EngramError
-from ..hf.hooks import Stop, run_until
+from ..hf.hooks import Stop, capture, run_until
 from ..hf.layers import decoder_layers
 from ..hf.projection import Projection
 from ..hf.tokens import pad_rows
 from ..ops import low_rank_factors
-from .forward import adding
-from .layout import Texts
-from .result import Write, write_
+from .batching import EncodedEdit
+from .partial_forward import adding
+from .records import Write, left_factor
 from .values import Value
 
 ROWS = 64
@@ -25,9 +25,9 @@ ROWS = 64
 def write_values(
     model: nn.Module,
     projections: Sequence[Projection],
-    texts: Sequence[Texts],
+    encoded: Sequence[EncodedEdit],
     values: Sequence[Value],
-    operators: dict[int, Tensor],
+    preconditioners: Mapping[int, Tensor],
     weights: Tensor,
     edits: Sequence[int],
     ridge: float = 0.0,
@@ -43,9 +43,9 @@ def write_values(
     Args:
         model: as it was when the values were found.
         projections: of the layers, the first one first; the values belong to the last.
-        texts: of the edits.
+        encoded: the edits.
         values: of the edits.
-        operators: by layer, `C⁻¹` or what stands in its place.
+        preconditioners: by layer, `C⁻¹` or what stands in its place.
         weights: `[contexts]`, the share of each context in a key.
         edits: the numbers of the edits, to be noted in the writes.
         ridge: `λ`.
@@ -59,75 +59,69 @@ def write_values(
         EngramError: the keys are dependent, a factor is not finite, the weights leave their type's range, or
             the last layer's output is not the sum of its parts.
     """
-    changes = torch.stack([value.change for value in values])
+    residuals = torch.stack([value.change for value in values])
     if len(projections) == 1:
         keys = torch.stack([value.key for value in values])
         bare = torch.stack([value.bare_key for value in values]) if bare_denominator else None
-        return [_write(projections[0], texts, keys, bare, changes, operators, ridge, edits)]
+        return [_write(projections[0], encoded, keys, bare, residuals, preconditioners, ridge, edits)]
     last = projections[-1]
-    check_additive(model, last, texts[0])
+    check_additive(model, last, encoded[0])
     before, writes = None, []
     for number, projection in enumerate(projections):
-        keys, hidden = subject_states(model, projection, last, texts)
-        keys, hidden = (torch.einsum("c,ecd->ed", weights.to(states), states) for states in (keys, hidden))
+        states = subject_states(model, projection, last, encoded)
+        keys, hidden = (torch.einsum("c,ecd->ed", weights.to(state), state) for state in states)
         before = hidden if before is None else before
-        missing = (changes.to(hidden) - (hidden - before)) / (len(projections) - number)
+        missing = (residuals.to(hidden) - (hidden - before)) / (len(projections) - number)
         keys, missing = keys.to(projection.matrix.device), missing.to(projection.matrix.device)
-        writes.append(_write(projection, texts, keys, None, missing, operators, ridge, edits))
+        writes.append(_write(projection, encoded, keys, None, missing, preconditioners, ridge, edits))
     return writes
 
 
-def _write(projection: Projection, texts, keys, bare_keys, changes, operators, ridge: float, edits) -> Write:
-    """One joint write that changes the answer to every key by what is wanted."""
-    matrix, operator = projection.matrix, operators[projection.layer]
+def _write(
+    projection: Projection, encoded, keys, bare_keys, residuals, preconditioners, ridge: float, edits
+) -> Write:
+    """One joint write that changes the answer to every key by its residual."""
+    matrix, preconditioner = projection.matrix, preconditioners[projection.layer]
     try:
         if bare_keys is None:
             # The bias, which stays, is in neither side of the constraint.
-            wanted = keys @ matrix.float().T + changes
-            left, right = low_rank_factors(matrix, keys, wanted, operator, ridge=ridge)
+            wanted = keys @ matrix.float().T + residuals
+            left, right = low_rank_factors(
+                matrix, keys, wanted, inverse_covariance=preconditioner, ridge=ridge
+            )
         else:
-            right = (keys.double() @ operator).float()
-            system = bare_keys.double() @ right.double().T
-            left = torch.linalg.solve(system, changes.double()).T.float()
+            right = (keys.double() @ preconditioner).float()
+            left = left_factor(bare_keys, right, residuals, 0.0)
     except (EngramError, torch.linalg.LinAlgError) as error:
         if isinstance(error, EngramError) and not str(error).startswith("keys:"):
             raise
-        raise EngramError(_dependent(texts, keys.shape[1])) from error
+        raise EngramError(_dependent(encoded, keys.shape[1])) from error
     constrained = keys if bare_keys is None else bare_keys
     # In main memory, wherever the weights are: thousands of edits would fill a device.
-    tensors = (tensor.cpu() for tensor in (left, right, constrained, changes))
+    tensors = (tensor.cpu() for tensor in (left, right, constrained, residuals))
     write = Write(projection.name, *tensors, ridge, tuple(edits))
-    write_checked(projection, write)
+    if not (write.left.isfinite().all() and write.right.isfinite().all()):
+        raise EngramError(f"edits: expected finite factors for {projection.name!r}, got NaN or infinity")
+    write.apply_(projection)
+    if not projection.matrix.isfinite().all():
+        raise EngramError(f"edits: expected weights in the range of {projection.matrix.dtype}, got infinity")
     return write
 
 
-def _dependent(texts: Sequence[Texts], width: int) -> str:
-    if len(texts) > width:
-        return f"edits: expected at most {width} at once without a ridge, got {len(texts)}"
-    names = ", ".join(repr(text.edit.subject) for text in texts[:3])
-    more = f" and {len(texts) - 3} others" if len(texts) > 3 else ""
+def _dependent(encoded: Sequence[EncodedEdit], width: int) -> str:
+    if len(encoded) > width:
+        return f"edits: expected at most {width} at once without a ridge, got {len(encoded)}"
+    names = ", ".join(repr(one.edit.subject) for one in encoded[:3])
+    more = f" and {len(encoded) - 3} others" if len(encoded) > 3 else ""
     return (
         "edits: expected subjects with linearly independent keys, or a ridge, got dependent ones among "
         f"{names}{more}"
     )
 
 
-def write_checked(projection: Projection, write: Write) -> None:
-    """Do a write whose factors and whose outcome are finite; otherwise the weights may be spoilt.
-
-    Raises:
-        EngramError: a factor is not finite, or the weights leave their type's range.
-    """
-    if not (write.left.isfinite().all() and write.right.isfinite().all()):
-        raise EngramError(f"edits: expected finite factors for {projection.name!r}, got NaN or infinity")
-    write_(projection, write)
-    if not projection.matrix.isfinite().all():
-        raise EngramError(f"edits: expected weights in the range of {projection.matrix.dtype}, got infinity")
-
-
 @torch.no_grad()
 def subject_states(
-    model: nn.Module, projection: Projection, last: Projection, texts: Sequence[Texts]
+    model: nn.Module, projection: Projection, last: Projection, encoded: Sequence[EncodedEdit]
 ) -> tuple[Tensor, Tensor]:
     """What stands at the subjects' last tokens now.
 
@@ -135,42 +129,37 @@ def subject_states(
         The projection's inputs `[edits, contexts, in]` and the output of the last layer `[edits, contexts,
         width]`, float32.
     """
-    rows = [row for text in texts for row in text.rewriting]
+    rows = [row for one in encoded for row in one.rewriting]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
-    embedded = model.get_input_embeddings().weight.device
+    device = model.get_input_embeddings().weight.device
     found: dict[str, list[Tensor]] = {"keys": [], "hidden": []}
     seen: dict[str, Tensor] = {}
 
-    def see_keys(_module, inputs):
-        seen["keys"] = inputs[0]
+    def see_keys(_module, arguments, _keywords):
+        seen["keys"] = arguments[0]
 
-    def see_hidden(_module, _inputs, output):
+    def see_hidden(_module, _arguments, output):
         seen["hidden"] = output[0] if isinstance(output, tuple) else output
         raise Stop
 
-    hooks = [
-        projection.module.register_forward_pre_hook(see_keys),
-        decoder_layers(model)[1][last.layer].register_forward_hook(see_hidden),
-    ]
-    try:
+    layer = decoder_layers(model)[1][last.layer]
+    with capture(before={projection.module: see_keys}, after={layer: see_hidden}):
         for start in range(0, len(order), ROWS):
             batch = order[start : start + ROWS]
-            ids, mask = pad_rows([rows[i].ids for i in batch], embedded)
+            ids, mask = pad_rows([rows[i].ids for i in batch], device)
             run_until(model, input_ids=ids, attention_mask=mask)
             places = torch.arange(len(batch)), torch.tensor([rows[i].subject for i in batch])
             for name, states in found.items():
                 # Some models (OPT) flatten [rows, longest, width] before their MLP.
                 states.append(seen[name].reshape(*ids.shape, -1)[places].float())
-    finally:
-        for hook in hooks:
-            hook.remove()
     # Back into the order of the rows.
-    places, shape = torch.tensor(order).argsort(), (len(texts), len(texts[0].rewriting), -1)
-    return tuple(torch.cat(states)[places].view(shape) for states in found.values())
+    places, shape = torch.tensor(order).argsort(), (len(encoded), len(encoded[0].rewriting), -1)
+    keys, hidden = (torch.cat(states)[places].view(shape) for states in found.values())
+    return keys, hidden
 
 
 @torch.no_grad()
-def check_additive(model: nn.Module, projection: Projection, text: Texts) -> None:
+def check_additive(model: nn.Module, projection: Projection, encoded: EncodedEdit) -> None:
     """Prove that a change of the projection's output is the same change of its layer's output.
 
     Where a norm or a factor stands between them, layers cannot share a change by equal parts.
@@ -178,16 +167,15 @@ def check_additive(model: nn.Module, projection: Projection, text: Texts) -> Non
     Raises:
         EngramError: it is another one.
     """
-    bare = replace(text, rewriting=text.rewriting[:1])
+    bare = replace(encoded, rewriting=encoded.rewriting[:1])
     device = projection.matrix.device
     generator = torch.Generator().manual_seed(0)
     width = projection.matrix.shape[0]
     change = torch.randn(1, width, generator=generator, device="cpu", dtype=torch.float32).to(device)
     where = torch.tensor([bare.rewriting[0].subject], device=device)
-    with adding(projection, torch.zeros_like(where), where) as given:
-        states = []
-        for scale in (0.0, 1.0):
-            given["delta"] = scale * change
+    states = []
+    for delta in (torch.zeros_like(change), change):
+        with adding(projection, delta, torch.zeros_like(where), where):
             states.append(subject_states(model, projection, projection, [bare])[1][0, 0])
     change = change[0].to(states[0])
     off = (states[1] - states[0] - change).abs()

@@ -44,7 +44,7 @@ class Case:
     generation: tuple[str, ...] = ()
 
 
-class Rows(NamedTuple):
+class Cases(NamedTuple):
     """The cases of a file, and why other rows of it are none."""
 
     cases: list[Case]
@@ -53,7 +53,7 @@ class Rows(NamedTuple):
 
 def read_cases(
     path: str | os.PathLike, start: int = 0, rows: int | None = None, skip_bad: bool = False
-) -> Rows:
+) -> Cases:
     """Read rows of CounterFact or zsRE from a JSON array, or from JSON lines.
 
     Three layouts are told apart by their fields: the ROME repository's CounterFact (`requested_rewrite`),
@@ -79,7 +79,7 @@ def read_cases(
         raise ValueError(f"start: expected from 0 to {len(found) - 1}, the last row, got {start}")
     if rows is not None and rows < 1:
         raise ValueError(f"rows: expected at least 1, got {rows}")
-    result = Rows([], [])
+    result = Cases([], [])
     for number, row in enumerate(found[start : None if rows is None else start + rows], start):
         try:
             result.cases.append(case_of(row, number))

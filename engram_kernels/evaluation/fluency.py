@@ -7,14 +7,14 @@ import random
 import re
 from collections import Counter
 from collections.abc import Sequence
+from statistics import fmean
 
 import torch
 
 from ..errors import EngramError
-from ..hf.cache import cache_inputs, output_cache
+from ..hf.generation import sample
 from ..hf.tokens import context_length, open_ids
 from .datasets import Case
-from .measures import mean
 
 TOP_K = 5
 
@@ -49,7 +49,7 @@ def fluency(
     prompts = [case.generation or (case.edit.text,) for case in cases]
     flat = list(dict.fromkeys(prompt for group in prompts for prompt in group))
     texts = dict(zip(flat, generate(model, tokenizer, flat, tokens, seed, batch_size), strict=True))
-    return [mean(ngram_entropy(texts[prompt]) for prompt in group) for group in prompts]
+    return [fmean(ngram_entropy(texts[prompt]) for prompt in group) for group in prompts]
 
 
 def generate(
@@ -69,41 +69,18 @@ def generate(
     for at in range(0, len(order), batch_size):
         batch = order[at : at + batch_size]
         # Seeded by prompt: it draws alike before and after an edit, and in any company.
-        draws = [_draws(prompts[i], seed, tokens) for i in batch]
-        for i, ids in zip(batch, _continue(model, [encoded[i] for i in batch], draws), strict=True):
-            texts[i] = tokenizer.decode(ids, skip_special_tokens=True)
+        draws = [random.Random(f"{seed} {prompts[i]}") for i in batch]
+
+        def choose(numbers: list[int], logits: torch.Tensor, draws=draws) -> list[int]:
+            top = logits.cpu().topk(min(TOP_K, logits.shape[-1]))
+            reached = top.values.softmax(-1).cumsum(-1)[:, :-1]
+            drawn = torch.tensor([[draws[number].random()] for number in numbers], dtype=torch.float64)
+            return top.indices.gather(1, (reached < drawn).sum(1, keepdim=True)).flatten().tolist()
+
+        rows = sample(model, [encoded[i] for i in batch], [tokens] * len(batch), choose)
+        for i, row in zip(batch, rows, strict=True):
+            texts[i] = tokenizer.decode(row, skip_special_tokens=True)
     return texts
-
-
-@torch.no_grad()
-def _continue(model, rows: list[list[int]], draws: list[list[float]]) -> list[list[int]]:
-    """All rows in step, position by position: a row's own tokens while it has some, then drawn ones.
-
-    Rows so aligned on the left need no padding, and each step runs one token a row.
-    """
-    device = model.get_input_embeddings().weight.device
-    rows = [list(row) for row in rows]
-    lengths, tokens = [len(row) for row in rows], len(draws[0])
-    done, cache = 0, None
-    while done < max(lengths) + tokens - 1:
-        upto = min(lengths) if done == 0 else done + 1
-        ids = torch.tensor([row[done:upto] for row in rows], device=device)
-        output = model(input_ids=ids, **cache_inputs(model, cache))
-        cache, done = output_cache(output), upto
-        top = output.logits[:, -1].float().cpu().topk(min(TOP_K, output.logits.shape[-1]))
-        chances = top.values.softmax(-1).cumsum(-1)
-        for i, row in enumerate(rows):
-            if len(row) == done:
-                # A row that has all its tokens goes on until the longest one has, and is cut below.
-                draw = draws[i][min(done - lengths[i], tokens - 1)]
-                choice = int((chances[i, :-1] < draw).sum())
-                row.append(int(top.indices[i, choice]))
-    return [row[: length + tokens] for row, length in zip(rows, lengths, strict=True)]
-
-
-def _draws(prompt: str, seed: int, tokens: int) -> list[float]:
-    generator = random.Random(f"{seed} {prompt}")
-    return [generator.random() for _ in range(tokens)]
 
 
 def _entropy(words: list[str], n: int) -> float:

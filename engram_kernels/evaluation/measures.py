@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import NamedTuple
 
 from ..errors import EngramError
@@ -15,7 +16,7 @@ from .datasets import Case
 ASPECTS = ("efficacy", "paraphrase", "locality")
 
 
-class Answer(NamedTuple):
+class ScoredAnswer(NamedTuple):
     """How a model takes an answer: the mean log-probability of its tokens, they, and the likeliest ones."""
 
     mean: float
@@ -25,7 +26,7 @@ class Answer(NamedTuple):
     @property
     def share(self) -> float:
         """The share of the answer's tokens that are the likeliest, the right ones before them given."""
-        return mean(a == b for a, b in zip(self.tokens, self.likeliest, strict=True))
+        return fmean(a == b for a, b in zip(self.tokens, self.likeliest, strict=True))
 
 
 @dataclass(frozen=True)
@@ -47,16 +48,16 @@ class Figures:
 
     def successes(self, aspect: str) -> float:
         """The share of an aspect's prompts on which the right answer is the likelier one."""
-        return mean(margin > 0 for margin in self.margins[aspect])
+        return fmean(margin > 0 for margin in self.margins[aspect])
 
     def accuracy(self, aspect: str) -> float:
         """The mean share of the right answer's tokens that are the likeliest."""
-        return mean(self.shares[aspect])
+        return fmean(self.shares[aspect])
 
     def unchanged(self, before: Figures) -> float:
         """The share of the neighbours' answer tokens whose likeliest token is that of before."""
         pairs = zip(before.neighbours, self.neighbours, strict=True)
-        return mean(mean(a == b for a, b in zip(*pair, strict=True)) for pair in pairs)
+        return fmean(fmean(a == b for a, b in zip(*pair, strict=True)) for pair in pairs)
 
 
 def measure(model, tokenizer, cases: Sequence[Case], batch_size: int = 32) -> list[Figures]:
@@ -94,7 +95,7 @@ def measure(model, tokenizer, cases: Sequence[Case], batch_size: int = 32) -> li
 
 def score(
     model, tokenizer, pairs: Iterable[tuple[str, str]], batch_size: int = 32
-) -> dict[tuple[str, str], Answer]:
+) -> dict[tuple[str, str], ScoredAnswer]:
     """Score each answer after its prompt; the space between them is understood.
 
     Raises:
@@ -107,21 +108,11 @@ def score(
         batch = rows[at : at + batch_size]
         found = target_predictions(model, [row for _, row in batch])
         for (pair, row), (chosen, likeliest) in zip(batch, found, strict=True):
-            answer = Answer(chosen.mean().item(), row.ids[row.target :], likeliest)
+            answer = ScoredAnswer(chosen.mean().item(), row.ids[row.target :], likeliest)
             if not math.isfinite(answer.mean):
                 raise EngramError(f"model: expected finite predictions after {pair[0]!r}, got {answer.mean}")
             answers[pair] = answer
     return answers
-
-
-def mean(values: Iterable[float]) -> float:
-    values = list(values)
-    return sum(values) / len(values)
-
-
-def harmonic_mean(values: Sequence[float]) -> float:
-    """`n / Σ 1/x`, and zero where a value is zero."""
-    return 0.0 if min(values) <= 0 else len(values) / sum(1 / value for value in values)
 
 
 def _questions(case: Case) -> list[tuple[str, str, str, str]]:

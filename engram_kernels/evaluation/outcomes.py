@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean, harmonic_mean, median
 from typing import NamedTuple
 
 from ..errors import EngramError
-from .measures import ASPECTS, Figures, harmonic_mean, mean
+from .measures import ASPECTS, Figures
 
 
 @dataclass(frozen=True)
@@ -73,22 +73,22 @@ def summarise(outcomes: Sequence[Outcome]) -> dict:
         "skipped": len(outcomes) - len(done),
         "unedited": _measures([(outcome.before, outcome.before) for outcome in done]),
         "edited": _measures([(outcome.before, outcome.after) for outcome in done]),
-        "median_seconds": statistics.median(timed) if timed else None,
+        "median_seconds": median(timed) if timed else None,
         "reverted_exactly": sum(bool(outcome.reverted_exactly) for outcome in done),
     }
 
 
 def _measures(pairs: Sequence[tuple[Figures, Figures]]) -> dict[str, float]:
     """Every measure of the second figures; the first are those before the edit."""
-    found = {aspect: mean(figures.successes(aspect) for _, figures in pairs) for aspect in ASPECTS}
+    found = {aspect: fmean(figures.successes(aspect) for _, figures in pairs) for aspect in ASPECTS}
     found["score"] = harmonic_mean(list(found.values()))
     tokens = {
-        f"{aspect}_tokens": mean(figures.accuracy(aspect) for _, figures in pairs) for aspect in ASPECTS
+        f"{aspect}_tokens": fmean(figures.accuracy(aspect) for _, figures in pairs) for aspect in ASPECTS
     }
-    tokens["locality_unchanged"] = mean(figures.unchanged(before) for before, figures in pairs)
+    tokens["locality_unchanged"] = fmean(figures.unchanged(before) for before, figures in pairs)
     names = ("efficacy_tokens", "paraphrase_tokens", "locality_unchanged")
     tokens["score_tokens"] = harmonic_mean([tokens[name] for name in names])
     found |= tokens
     if all(figures.fluency is not None for _, figures in pairs):
-        found["fluency"] = mean(figures.fluency for _, figures in pairs)
+        found["fluency"] = fmean(figures.fluency for _, figures in pairs)
     return found

@@ -24,7 +24,7 @@ SHARES = {
 BEFORE, AFTER = "0.72", SERIES[0][0]
 
 
-def evaluation(
+def draw_measures(
     unedited: Mapping[str, float],
     edited: Mapping[str, float],
     path: str | os.PathLike,
@@ -45,7 +45,7 @@ def evaluation(
         OSError: the file cannot be written.
 
     Example:
-        >>> evaluation(summary["unedited"], summary["edited"], "evaluation.png")
+        >>> draw_measures(summary["unedited"], summary["edited"], "evaluation.png")
     """
     names = [name for name in SHARES if name in edited]
     if not names:

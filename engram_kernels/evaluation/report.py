@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from .._io import new_file
+from .._io import read_json, write_json
 from .outcomes import Outcome, Retained
 
 FORMAT = 1
@@ -54,12 +54,11 @@ class EvalReport:
             "retention": [item._asdict() for item in retained],
             "rows": [asdict(outcome) for outcome in outcomes],
         }
-        with new_file(self.path) as temporary:
-            temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(self.path, content)
 
     def _read(self) -> None:
         try:
-            content = json.loads(self.path.read_text(encoding="utf-8"))
+            content = read_json(self.path)
             if content["format"] != FORMAT:
                 raise ValueError(f"format {content['format']!r}")
             found = {name: content[name] for name in self._asked}

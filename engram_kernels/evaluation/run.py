@@ -8,15 +8,18 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 
 import torch
 
+from .. import _checks as check
 from .._hashing import digest, tensor_checksum, weights_checksums
+from .._progress import Progress
 from ..errors import EngramError
 from ..hf.eval_mode import evaluating
 from .datasets import Case
 from .fluency import fluency
-from .measures import Figures, mean, measure, score
+from .measures import Figures, measure, score
 from .outcomes import Outcome, Retained
 
 CHECKPOINTS = (10, 50, 100)
@@ -33,7 +36,7 @@ class Evaluation:
         fluency_tokens: to write after each generation prompt; 0: fluency is not measured.
         batch_size: texts measured at a time.
         seed: of the texts that are written.
-        progress: called with the name of a stage, the work done, the work there is, and a note.
+        progress: called as `progress(stage, done, total)`.
 
     Example:
         >>> cases, _ = read_cases("counterfact.json", rows=20)
@@ -49,18 +52,21 @@ class Evaluation:
         fluency_tokens: int = 100,
         batch_size: int = 32,
         seed: int = 0,
-        progress: Callable[..., None] | None = None,
+        progress: Progress | None = None,
     ):
-        for name, value, least in (("fluency_tokens", fluency_tokens, 0), ("batch_size", batch_size, 1)):
-            if value < least:
-                raise ValueError(f"{name}: expected at least {least}, got {value}")
+        check.expect(fluency_tokens >= 0, "fluency_tokens", "at least 0", fluency_tokens)
+        check.expect(batch_size >= 1, "batch_size", "at least 1", batch_size)
         self.editor = editor
         self.options = dict(options or {})
         self.fluency_tokens = fluency_tokens
         self.batch_size = batch_size
         self.seed = seed
-        self.progress = progress or (lambda *_: None)
+        self.progress = progress
         self._checksums = weights_checksums(editor.model)
+
+    def __repr__(self) -> str:
+        options = ", ".join(f"{name}={value!r}" for name, value in self.options.items() if value is not None)
+        return f"Evaluation(of {type(self.editor.model).__name__}, {options or 'the editor defaults'})"
 
     def prepare(self) -> None:
         """Collect the statistics and sample the contexts, which are no part of an edit's seconds."""
@@ -90,7 +96,7 @@ class Evaluation:
             outcomes.append(self._one(case))
             if keep:
                 keep(outcomes)
-            self.progress("cases", number, len(cases), case.edit.text)
+            self._report("cases", number, len(cases))
         return outcomes
 
     def together(
@@ -136,7 +142,7 @@ class Evaluation:
                     results.append(result)
                     records |= {record.edit: record for record in result.records}
                 retained += self._retained(cases, [stop for stop in stops if stop <= end], records)
-                self.progress("edits", end, len(cases), "")
+                self._report("edits", end, len(cases))
             after = self._figures(cases, "edited")
         finally:
             for result in reversed(results):
@@ -208,7 +214,7 @@ class Evaluation:
                     found = [replace(one, fluency=entropy) for one, entropy in zip(found, bits, strict=True)]
             figures += found
             if stage:
-                self.progress(stage, len(figures), len(cases), "")
+                self._report(stage, len(figures), len(cases))
         return figures
 
     def _retained(self, cases: Sequence[Case], stops: Sequence[int], records: Mapping) -> list[Retained]:
@@ -225,7 +231,11 @@ class Evaluation:
             for edit, (prompt, target, truth) in prompts.items()
         }
         firsts = {stop: [stands[case.edit] for case in cases[:stop] if case.edit in stands] for stop in stops}
-        return [Retained(max(stops), stop, mean(first)) for stop, first in firsts.items() if first]
+        return [Retained(max(stops), stop, fmean(first)) for stop, first in firsts.items() if first]
+
+    def _report(self, stage: str, done: int, total: int) -> None:
+        if self.progress is not None:
+            self.progress(stage, done, total)
 
     def _state(self) -> dict[str, torch.Tensor]:
         return self.editor.model.state_dict()

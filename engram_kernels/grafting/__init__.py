@@ -3,19 +3,22 @@
 Panigrahi et al. 2023 (arXiv 2302.06600).
 """
 
-from .applied import AppliedGraft, GraftSwitch
-from .graft import Density, Graft, Overlap
+from .applied import AppliedGraft
+from .density import Density
+from .graft import Graft, Overlap
 from .localize import localize
 from .mask import GraftMask
 from .parameters import graftable_parameters
 from .recipes import RECIPES, Recipe
-from .tasks import Evaluation, PromptTask, calibration_error, evaluate
+from .scores import ClassificationScore, calibration_error, classification_score
+from .switch import GraftSwitch
+from .tasks import PromptTask
 
 __all__ = [
     "RECIPES",
     "AppliedGraft",
+    "ClassificationScore",
     "Density",
-    "Evaluation",
     "Graft",
     "GraftMask",
     "GraftSwitch",
@@ -23,7 +26,7 @@ __all__ = [
     "PromptTask",
     "Recipe",
     "calibration_error",
-    "evaluate",
+    "classification_score",
     "graftable_parameters",
     "localize",
 ]

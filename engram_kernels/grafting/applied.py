@@ -1,158 +1,61 @@
-"""A graft that stands in a model, and several that take turns in one."""
+"""Sparse values in a model's weights, and the way back."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from .. import _checks as check
 from .._hashing import tensor_checksum
 from ..errors import EngramError
 from ..ops import sparse_apply_
 from .parameters import tensors_of
 
-if TYPE_CHECKING:
-    from .graft import Graft
+
+class Delta(Protocol):
+    """What can be written: `weight[indices] = values`, by name, and the base's shapes and checksums."""
+
+    indices: dict[str, Tensor]
+    values: dict[str, Tensor]
+    shapes: dict[str, tuple[int, ...]]
+    checksums: dict[str, str]
 
 
 class AppliedGraft:
-    """A graft in a model, and the values that it overwrote.
+    """A graft in a model, with the values that it overwrote. `Graft.apply` makes it.
 
-    As a context manager it takes the graft back at the end of the block.
-    """
+    As a context manager it reverts the graft at the end of the block.
 
-    def __init__(self, graft: Graft, model: nn.Module, force: bool = False):
-        self._patch: _Patch | None = _Patch(graft, model, force)
-        self._patch.exchange()
-
-    @property
-    def applied(self) -> bool:
-        """Whether the graft still stands in the model."""
-        return self._patch is not None
-
-    def revert(self, force: bool = False) -> None:
-        """Put the overwritten values back, bit for bit. Nothing happens where nothing is applied.
-
-        Args:
-            force: put them back even if the grafted weights were changed since.
-
-        Raises:
-            EngramError: they were changed since, by a later graft for instance, and `force` is False; the
-                model is unchanged.
-        """
-        if self._patch is None:
-            return
-        self._patch.withdraw(force)
-        self._patch = None
-
-    def __enter__(self) -> AppliedGraft:
-        return self
-
-    def __exit__(self, kind, _exception, _traceback) -> None:
-        with _quiet_after(kind):
-            self.revert()
-
-
-class GraftSwitch:
-    """Several grafts that take turns in one resident model; a change is two sparse writes.
-
-    The base is checked once, when the switch is made; every graft's tensors lie ready on the model's devices.
-    Move or convert the model before, not after.
-
-    Args:
-        model: the base, with no graft in it.
-        grafts: by name.
-        force: as for `Graft.apply`.
+    Attributes:
+        applied: whether the graft is in the model now.
 
     Example:
-        >>> switch = GraftSwitch(model, {"sentiment": first, "questions": second})
-        >>> switch.use("sentiment")
-        >>> switch.use("questions")
-        >>> switch.use(None)  # the base again, bit for bit
+        >>> applied = graft.apply(model)
+        >>> applied.revert()  # bit for bit
     """
 
-    def __init__(self, model: nn.Module, grafts: Mapping[str, Graft], force: bool = False):
-        checksums: dict[str, str] = {}
-        self._patches = {name: _Patch(graft, model, force, checksums) for name, graft in grafts.items()}
-        self.active: str | None = None
+    def __init__(
+        self, model: nn.Module, graft: Delta, force: bool = False, known: dict[str, str] | None = None
+    ):
+        """Check the model and bring the values to its devices; `write` writes them.
 
-    def use(self, name: str | None) -> None:
-        """Let the graft of that name stand in the model, or none.
-
-        Raises:
-            ValueError: there is no graft of that name.
-            EngramError: the active graft's weights were changed since; the model is unchanged.
+        Args:
+            model: the base.
+            graft: what to write.
+            force: whether the base may have other weights.
+            known: checksums of the model's tensors, by name, that need not be computed; new ones are added.
         """
-        if name is not None and name not in self._patches:
-            raise ValueError(f"name: expected one of {', '.join(self._patches)}, or None, got {name!r}")
-        if name == self.active:
-            return
-        if self.active is not None:
-            self._patches[self.active].withdraw()
-            self.active = None
-        if name is not None:
-            self._patches[name].exchange()
-        self.active = name
-
-    def __enter__(self) -> GraftSwitch:
-        return self
-
-    def __exit__(self, kind, _exception, _traceback) -> None:
-        with _quiet_after(kind):
-            self.use(None)
-
-
-@contextmanager
-def _quiet_after(kind: type[BaseException] | None) -> Iterator[None]:
-    """Where an exception is in flight it says more than its consequence here, which becomes a warning."""
-    try:
-        yield
-    except EngramError as error:
-        if kind is None:
-            raise
-        warnings.warn(f"the graft stays in the model: {error}", stacklevel=4)
-
-
-class _Group(NamedTuple):
-    """What a patch writes on one device: a model may be spread over several."""
-
-    names: list[str]
-    weights: list[Tensor]
-    indices: list[Tensor]
-    values: list[Tensor]
-
-    def exchanged(self) -> _Group:
-        return self._replace(values=sparse_apply_(self.weights, self.indices, self.values))
-
-
-class _Patch:
-    """A graft's positions in one model. `exchange` swaps the values there with those kept."""
-
-    def __init__(self, graft: Graft, model: nn.Module, force: bool, checksums: dict[str, str] | None = None):
-        checksums = {} if checksums is None else checksums  # of the model's tensors that are known already
-        names = list(graft.indices)
-        weights = tensors_of(model, list(graft.shapes) if not force else names, "model")
-        for name, weight in weights.items():
-            if tuple(weight.shape) != tuple(graft.shapes[name]):
-                raise EngramError(
-                    f"model: expected shape {list(graft.shapes[name])} in {name!r}, got {list(weight.shape)}"
-                )
-            if not weight.is_floating_point() or weight.is_meta:
-                raise EngramError(f"model: expected floating-point weights in memory in {name!r}, got others")
-            if force:
-                continue
-            if name not in checksums:
-                checksums[name] = tensor_checksum(weight)
-            if checksums[name] != graft.checksums[name]:
-                raise EngramError(
-                    f"model: expected in {name!r} the weights that the graft was made for, got others "
-                    "(force=True grafts them all the same)"
-                )
+        check.expect(isinstance(model, nn.Module), "model", "a module", type(model).__name__, TypeError)
+        self.applied = False
         self._model = model
+        names = list(graft.indices)
+        weights = tensors_of(model, names if force else list(graft.shapes), "model")
+        _check_base(weights, graft, None if force else known if known is not None else {})
         self._groups: list[_Group] = []
         for device in dict.fromkeys(weights[name].device for name in names):
             mine = [name for name in names if weights[name].device == device]
@@ -168,8 +71,60 @@ class _Patch:
             )
         self._written = [group.values for group in self._groups]
 
-    def exchange(self) -> None:
-        """Swap; all of it or nothing."""
+    def write(self) -> None:
+        """Write the values, all or none. Nothing happens where they are in the model already.
+
+        Raises:
+            EngramError: the model was moved or converted since.
+        """
+        if not self.applied:
+            self._exchange()
+            self.applied = True
+
+    def revert(self, force: bool = False) -> None:
+        """Put the overwritten values back, bit for bit. Nothing happens where nothing is applied.
+
+        Args:
+            force: put them back even if the grafted weights were changed since.
+
+        Raises:
+            EngramError: they were changed since, by a later graft for instance, and `force` is False; the
+                model is unchanged.
+        """
+        if not self.applied:
+            return
+        self._exchange()
+        as_written = all(
+            value.view(torch.uint8).equal(expected.view(torch.uint8))
+            for group, written in zip(self._groups, self._written, strict=True)
+            for value, expected in zip(group.values, written, strict=True)
+        )
+        if not as_written and not force:
+            self._exchange()
+            raise EngramError(
+                "model: expected the grafted weights as the graft left them, got them changed since: "
+                "revert later grafts first, or give force=True"
+            )
+        # Values that were changed since are not the graft's.
+        self._groups = [
+            group._replace(values=written) for group, written in zip(self._groups, self._written, strict=True)
+        ]
+        self.applied = False
+
+    def __enter__(self) -> AppliedGraft:
+        return self
+
+    def __exit__(self, kind, _exception, _traceback) -> None:
+        with warning_after(kind):
+            self.revert()
+
+    def __repr__(self) -> str:
+        entries = sum(at.numel() for group in self._groups for at in group.indices)
+        state = "applied" if self.applied else "reverted"
+        return f"AppliedGraft({entries:,} weights of a {type(self._model).__name__}, {state})"
+
+    def _exchange(self) -> None:
+        """Swap the values at the graft's positions with those kept; all of them or none."""
         self._check_memory()
         done: list[_Group] = []
         try:
@@ -183,21 +138,6 @@ class _Patch:
         # A caller's autocast keeps copies of the weights in its own dtype, and does not see this write.
         torch.clear_autocast_cache()
 
-    def withdraw(self, force: bool = False) -> None:
-        """Exchange back; where what comes out is not what was written, undo that and raise."""
-        self.exchange()
-        same = all(
-            _bits(value).equal(_bits(expected))
-            for group, written in zip(self._groups, self._written, strict=True)
-            for value, expected in zip(group.values, written, strict=True)
-        )
-        if not same and not force:
-            self.exchange()
-            raise EngramError(
-                "model: expected the grafted weights as the graft left them, got them changed since: "
-                "revert later grafts first, or give force=True"
-            )
-
     def _check_memory(self) -> None:
         """The model's tensors must be those that are written to: moving a model gives it others."""
         for group in self._groups:
@@ -210,5 +150,44 @@ class _Patch:
                     )
 
 
-def _bits(tensor: Tensor) -> Tensor:
-    return tensor.view(torch.uint8)
+class _Group(NamedTuple):
+    """What is written on one device: a model may be spread over several."""
+
+    names: list[str]
+    weights: list[Tensor]
+    indices: list[Tensor]
+    values: list[Tensor]
+
+    def exchanged(self) -> _Group:
+        return self._replace(values=sparse_apply_(self.weights, self.indices, self.values))
+
+
+def _check_base(weights: Mapping[str, Tensor], graft: Delta, known: dict[str, str] | None) -> None:
+    """Make sure of the weights' shapes and, unless `known` is None, of their checksums."""
+    for name, weight in weights.items():
+        if tuple(weight.shape) != tuple(graft.shapes[name]):
+            raise EngramError(
+                f"model: expected shape {list(graft.shapes[name])} in {name!r}, got {list(weight.shape)}"
+            )
+        if not weight.is_floating_point() or weight.is_meta:
+            raise EngramError(f"model: expected floating-point weights in memory in {name!r}, got others")
+        if known is None:
+            continue
+        if name not in known:
+            known[name] = tensor_checksum(weight)
+        if known[name] != graft.checksums[name]:
+            raise EngramError(
+                f"model: expected in {name!r} the weights that the graft was made for, got others "
+                "(force=True grafts them all the same)"
+            )
+
+
+@contextmanager
+def warning_after(kind: type[BaseException] | None) -> Iterator[None]:
+    """Where an exception is in flight it says more than its consequence here, which becomes a warning."""
+    try:
+        yield
+    except EngramError as error:
+        if kind is None:
+            raise
+        warnings.warn(f"the graft stays in the model: {error}", stacklevel=4)

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import os
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from .. import _checks as check
 from .._hashing import tensor_checksum
 from ..errors import EngramError
-from ..ops import unpack_mask
-from . import files
+from ..hf.hub import HubFolder
+from ..ops import pack_mask, unpack_mask
 from .applied import AppliedGraft
+from .density import Density, layer_and_kind, percent
+from .files import read_files, write_files
 
 
 class Overlap(NamedTuple):
@@ -27,21 +29,8 @@ class Overlap(NamedTuple):
     jaccard: float
 
 
-class Density(NamedTuple):
-    """How many `entries` of `size` weights a graft sets in one kind of module of one layer (−1: in none)."""
-
-    layer: int
-    module: str
-    entries: int
-    size: int
-
-    @property
-    def share(self) -> float:
-        return self.entries / self.size if self.size else 0.0
-
-
-@dataclass
-class Graft:
+@dataclass(repr=False, eq=False)
+class Graft(HubFolder):
     """A skill as a sparse patch: `weight[indices] = values`, absolute fine-tuned values, bit for bit.
 
     Attributes:
@@ -55,11 +44,15 @@ class Graft:
         recipe: how the positions were found.
         metrics: whatever was measured; written to the configuration.
 
+    Raises:
+        ValueError: positions that are not ascending or not within their shape, or not one value for each.
+
     Example:
         >>> graft = Graft.from_pretrained("my-skill")
         >>> with graft.apply(model):
         ...     model.generate(**inputs)
         >>> # here the model is as it was, bit for bit
+        >>> graft.push_to_hub("user/my-skill")
 
     Source: Panigrahi et al. 2023 (arXiv 2302.06600).
     """
@@ -72,6 +65,22 @@ class Graft:
     base_revision: str | None = None
     recipe: dict = field(default_factory=dict)
     metrics: dict = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, at in self.indices.items():
+            check.expect(name in self.shapes, "indices", "names that have a shape", repr(name))
+            size, values = _count(self.shapes[name]), self.values.get(name)
+            whole = at.dtype in (torch.int32, torch.int64) and at.dim() == 1
+            check.expect(whole, "indices", f"integers [n] in {name!r}", f"{at.dtype} {list(at.shape)}")
+            got = "none" if values is None else list(values.shape)
+            paired = values is not None and values.shape == at.shape
+            check.expect(paired, "values", f"shape {list(at.shape)} in {name!r}", got)
+            ascending = not at.numel() or (
+                0 <= int(at[0]) and int(at[-1]) < size and bool((at[1:] > at[:-1]).all())
+            )
+            check.expect(
+                ascending, "indices", f"ascending positions from 0 to {size - 1} in {name!r}", "others"
+            )
 
     @classmethod
     def from_masks(
@@ -94,10 +103,25 @@ class Graft:
             at = unpack_mask(masks[name], (weight.numel(),)).nonzero().flatten()
             if at.numel():
                 values[name] = ft[name].detach().reshape(-1)[at].cpu()
-                indices[name] = at.to(_index_dtype(weight.numel())).cpu()
+                indices[name] = at.to(torch.int32 if weight.numel() <= 2**31 else torch.int64).cpu()
         shapes = {name: tuple(weight.shape) for name, weight in pre.items()}
         checksums = {name: tensor_checksum(weight) for name, weight in pre.items()}
         return cls(indices, values, shapes, checksums, **attributes)
+
+    def masks(self) -> dict[str, Tensor]:
+        """The packed masks of the graft's positions, by name of every graftable parameter.
+
+        Returns:
+            What `from_masks` was given: `[⌈entries / 8⌉]`, uint8, as `ek.unpack_mask` and
+            `ek.graft_blend_packed` take them.
+        """
+        masks = {}
+        for name, shape in self.shapes.items():
+            mask = torch.zeros(_count(shape), dtype=torch.bool, device="cpu")
+            if name in self.indices:
+                mask[self.indices[name].long()] = True
+            masks[name] = pack_mask(mask)
+        return masks
 
     @property
     def size(self) -> int:
@@ -109,6 +133,14 @@ class Graft:
         """That number as a share of the graftable weights: 1e-4 is 0.01 %."""
         return self.size / max(1, sum(map(_count, self.shapes.values())))
 
+    def __repr__(self) -> str:
+        total = sum(map(_count, self.shapes.values()))
+        return (
+            f"Graft({self.size:,} of {total:,} weights ({percent(self.sparsity)}) in {len(self.indices)} of "
+            f"{len(self.shapes)} parameters,\n      base {self.base_model!r}, "
+            f"recipe {self.recipe.get('name')!r})"
+        )
+
     def apply(self, model: nn.Module, force: bool = False) -> AppliedGraft:
         """Write the values into a model; what is returned takes them back, bit for bit.
 
@@ -117,19 +149,22 @@ class Graft:
             force: write even if its weights are others; values are rounded to the model's dtype then.
 
         Returns:
-            The applied graft: `revert()` it, or use it as a context manager, or let it stand. It holds on to
+            The applied graft: `revert()` it, or use it as a context manager, or leave it in. It holds on to
             the model's tensors: revert it before the model is moved or converted.
 
         Raises:
+            TypeError: `model` is none.
             EngramError: the model lacks a parameter, or its weights are not the base's; it is unchanged.
         """
-        return AppliedGraft(self, model, force)
+        applied = AppliedGraft(model, self, force)
+        applied.write()
+        return applied
 
     def merge_and_unload(self, model: nn.Module, force: bool = False) -> nn.Module:
         """Write the values into a model for good, and return the model.
 
         Raises:
-            EngramError: as `apply`.
+            TypeError, EngramError: as `apply`.
         """
         self.apply(model, force)
         return model
@@ -138,14 +173,14 @@ class Graft:
         """Entries by layer and kind of module, in the model's order; layer −1 for what is in no layer."""
         table: dict[tuple[int, str], list[int]] = {}
         for name, shape in self.shapes.items():
-            layer, kind = _place(name)
-            row = table.setdefault((layer, kind), [0, 0])
+            row = table.setdefault(layer_and_kind(name), [0, 0])
             row[0] += self.indices[name].numel() if name in self.indices else 0
             row[1] += _count(shape)
         return [Density(layer, kind, entries, size) for (layer, kind), (entries, size) in table.items()]
 
     def overlap(self, other: Graft) -> Overlap:
         """Count the positions that both grafts set."""
+        check.expect(isinstance(other, Graft), "other", "a Graft", type(other).__name__, TypeError)
         shared = sum(
             int(torch.isin(at, other.indices[name], assume_unique=True).sum())
             for name, at in self.indices.items()
@@ -154,30 +189,36 @@ class Graft:
         either = self.size + other.size - shared
         return Overlap(shared, self.size, other.size, shared / either if either else 0.0)
 
-    @staticmethod
-    def union(grafts: Sequence[Graft], conflicts: str = "average") -> Graft:
-        """Join grafts of one base.
+    @classmethod
+    def merge(cls, grafts: Iterable[Graft], conflicts: str = "average") -> Graft:
+        """Make one graft of several of one base, with the positions of all.
 
         Args:
             grafts: at least one.
-            conflicts: what stands where several grafts set one position: "average", the mean of their values
+            conflicts: what is set where several grafts set one position: "average", the mean of their values
                 (taken in fp32, rounded once), or "first", the value of the first graft that sets it.
 
         Returns:
             A new graft, without metrics.
 
         Raises:
+            TypeError: something else than grafts.
             ValueError: no graft, or an unknown rule.
             EngramError: the grafts were made for different bases.
+
+        Example:
+            >>> both = Graft.merge([sentiment, questions])
         """
-        if conflicts not in ("average", "first"):
-            raise ValueError(f"conflicts: expected 'average' or 'first', got {conflicts!r}")
-        if not grafts:
-            raise ValueError("grafts: expected at least one, got none")
-        first = grafts[0]
+        known = ("average", "first")
+        check.expect(conflicts in known, "conflicts", "'average' or 'first'", repr(conflicts))
+        several = isinstance(grafts, Iterable)
+        check.expect(several, "grafts", "a list of grafts", type(grafts).__name__, TypeError)
+        grafts = list(grafts)
+        check.expect(len(grafts) > 0, "grafts", "at least one", "none")
         shapes: dict[str, tuple[int, ...]] = {}
         checksums: dict[str, str] = {}
         for graft in grafts:
+            check.expect(isinstance(graft, Graft), "grafts", "grafts", type(graft).__name__, TypeError)
             for name, checksum in graft.checksums.items():
                 if checksums.setdefault(name, checksum) != checksum:
                     raise EngramError(f"grafts: expected grafts of one base, got two different {name!r}")
@@ -191,55 +232,56 @@ class Graft:
                     [graft.values[name] for graft in given],
                     conflicts,
                 )
-        recipe = {"union": [graft.recipe for graft in grafts], "conflicts": conflicts}
-        return Graft(indices, values, shapes, checksums, first.base_model, first.base_revision, recipe)
+        first, recipes = grafts[0], [graft.recipe for graft in grafts]
+        recipe = {"name": "merge", "conflicts": conflicts, "merged": recipes}
+        return cls(indices, values, shapes, checksums, first.base_model, first.base_revision, recipe)
 
-    def save_pretrained(self, directory: str | os.PathLike) -> None:
-        """Write `graft_config.json` and `graft_model.safetensors` into a new folder: all of it or nothing.
-
-        Raises:
-            EngramError: the folder exists and is not empty, or cannot be written.
-        """
-        files.save(self, directory)
+    def _save_pretrained(self, save_directory: Path) -> None:
+        tensors = {}
+        for name, at in self.indices.items():
+            tensors |= {f"{name}.indices": at, f"{name}.values": self.values[name]}
+        config = {
+            "base_model": self.base_model,
+            "base_revision": self.base_revision,
+            "entries": self.size,
+            "sparsity": self.sparsity,
+            "recipe": self.recipe,
+            "metrics": self.metrics,
+            "parameters": {
+                name: {"shape": list(shape), "base_checksum": self.checksums[name]}
+                for name, shape in self.shapes.items()
+            },
+        }
+        try:
+            write_files(save_directory, config, tensors)
+        except ValueError as error:
+            raise ValueError(
+                f"metrics: expected finite numbers, texts, lists and mappings, got others ({error})"
+            ) from error
 
     @classmethod
-    def from_pretrained(cls, name_or_directory: str | os.PathLike, revision: str | None = None) -> Graft:
-        """Read a graft from a folder, or from the Hugging Face Hub.
+    def _read_folder(cls, folder: Path) -> Graft:
+        from safetensors import SafetensorError
 
-        Args:
-            name_or_directory: a folder that `save_pretrained` wrote, or a repository's name.
-            revision: of the repository.
-
-        Raises:
-            EngramError: there is none, or its files are incomplete or were changed.
-        """
-        return cls(**files.load(name_or_directory, revision))
-
-    def push_to_hub(
-        self, repo_id: str, private: bool | None = None, commit_message: str | None = None
-    ) -> str:
-        """Upload the graft's folder to the Hugging Face Hub; return the commit's address.
-
-        Args:
-            repo_id: such as "user/skill"; made where there is none.
-            private: whether a repository that is made is private. Default: the account's own.
-            commit_message: default "Upload graft".
-        """
-        return files.push(self, repo_id, private, commit_message or "Upload graft")
+        try:
+            config, tensors = read_files(folder)
+            names = [key.removesuffix(".indices") for key in tensors if key.endswith(".indices")]
+            parameters = config["parameters"]
+            return cls(
+                indices={name: tensors[f"{name}.indices"] for name in names},
+                values={name: tensors[f"{name}.values"] for name in names},
+                shapes={name: tuple(entry["shape"]) for name, entry in parameters.items()},
+                checksums={name: entry["base_checksum"] for name, entry in parameters.items()},
+                **{key: config[key] for key in ("base_model", "base_revision", "recipe", "metrics")},
+            )
+        except (OSError, KeyError, TypeError, AttributeError, ValueError, SafetensorError) as error:
+            raise EngramError(
+                f"name_or_directory: expected a saved graft, got {str(folder)!r} ({error})"
+            ) from error
 
 
 def _count(shape: Sequence[int]) -> int:
     return torch.Size(shape).numel()
-
-
-def _index_dtype(size: int) -> torch.dtype:
-    return torch.int32 if size <= 2**31 else torch.int64
-
-
-def _place(name: str) -> tuple[int, str]:
-    """("model.layers.3.mlp.down_proj.weight") → (3, "mlp.down_proj.weight")."""
-    found = re.search(r"(?:^|\.)(\d+)\.", name)
-    return (int(found[1]), name[found.end() :]) if found else (-1, name)
 
 
 def _join(indices: list[Tensor], values: list[Tensor], conflicts: str) -> tuple[Tensor, Tensor]:
@@ -252,5 +294,5 @@ def _join(indices: list[Tensor], values: list[Tensor], conflicts: str) -> tuple[
         return unique, first
     total = torch.zeros(len(unique), dtype=torch.float32, device=given.device)
     total.index_add_(0, which, given.float())
-    # One value stands as it is: a sum of one is exact, a NaN's bits might not be.
+    # One value stays as it is: a sum of one is exact, a NaN's bits might not be.
     return unique, torch.where(counts == 1, first, (total / counts).to(given.dtype))

@@ -6,24 +6,19 @@ import copy
 import dataclasses
 import math
 import os
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from .. import _checks as check
+from .._progress import Progress
 from ..errors import EngramError
 from .graft import Graft
 from .mask import GraftMask
-from .parameters import graftable_parameters, tensors_of
-from .recipes import RECIPES, Recipe
-
-# Gradients are used, and freed, whenever so many bytes of them have come: few launches, and no copy of the
-# model in gradients.
-BUCKET = 16 << 20
+from .parameters import base_of, graftable_parameters, tensors_of
+from .recipes import Recipe, complete
+from .training import MaskTraining
 
 
 def localize(
@@ -41,7 +36,7 @@ def localize(
     accumulate: int | None = None,
     seed: int = 0,
     base_model: str | None = None,
-    progress: Callable[[int, int, float], None] | None = None,
+    progress: Progress | None = None,
 ) -> Graft:
     """Learn which fine-tuned weights carry a skill: `min over S of loss(pre + γ(S) (ft − pre))`.
 
@@ -68,10 +63,11 @@ def localize(
             one where the recipe has rounds, else all batches.
         seed: of the logits' noise.
         base_model: what the graft shall call its base. Default: the configuration's name, without folders.
-        progress: called with the steps done, their number, and the loss.
+        progress: called as `progress("localize", steps done, steps)` after every step.
 
     Returns:
-        The graft. Under "rounds" it has exactly `round(sparsity · weights)` entries.
+        The graft. Under "rounds" it has exactly `round(sparsity · weights)` entries. Its metrics hold the
+        first and the last step's loss.
 
     Raises:
         ValueError, TypeError: an argument that cannot be used.
@@ -86,7 +82,7 @@ def localize(
     check.number("sparsity", sparsity, at_least=0)
     check.expect(sparsity <= 1, "sparsity", "at most 1", sparsity)
     check.integer("seed", seed)
-    plan, accumulate = checked_plan(recipe, {"steps": steps, "lr": lr, "l1": l1}, accumulate, batches)
+    plan, accumulate = complete(recipe, {"steps": steps, "lr": lr, "l1": l1}, accumulate, batches)
     parameters = graftable_parameters(pre_model, include, exclude)
     pre = {name: parameter.detach() for name, parameter in parameters.items()}
     ft = _matching(tensors_of(ft_model, list(pre), "ft_model"), pre)
@@ -96,163 +92,32 @@ def localize(
     loss_fn = loss_fn or _own_loss
     with torch.inference_mode(False), torch.enable_grad():
         mask = GraftMask(pre, ft, plan, size, seed)
-        with _InPlace(pre_model, parameters, mask, plan) as training:
+        losses = []
+        with MaskTraining(pre_model, parameters, mask, plan) as training:
             for step in range(plan.steps):
-                losses = []
+                total = 0.0
                 for i in range(accumulate):
                     loss = loss_fn(pre_model, _moved(next(stream), pre_model))
-                    losses.append(_checked(loss))
+                    total += _checked(loss)
                     training.last = i == accumulate - 1
                     (loss / accumulate).backward()
+                losses.append(total / accumulate)
                 training.flush()
                 if plan.rounds and (step + 1) * plan.rounds // plan.steps > step * plan.rounds // plan.steps:
                     training.rebase()
                 if progress:
-                    progress(step + 1, plan.steps, sum(losses) / accumulate)
+                    progress("localize", step + 1, plan.steps)
             training.report()
         chosen = mask.base if plan.rounds else mask.open()
-    settings = getattr(pre_model, "config", None)
     return Graft.from_masks(
         pre,
         ft,
         dict(zip(mask.names, chosen, strict=True)),
-        base_model=base_model or public_name(getattr(settings, "_name_or_path", None)),
-        base_revision=getattr(settings, "_commit_hash", None),
+        **base_of(pre_model, base_model),
         recipe={"name": recipe if isinstance(recipe, str) else "own", **dataclasses.asdict(plan)}
         | {"sparsity": sparsity, "accumulate": accumulate, "seed": seed},
+        metrics={"first_loss": losses[0], "last_loss": losses[-1]},
     )
-
-
-class _InPlace:
-    """The model with θ in its parameters, and a mask that learns from their gradients as they come."""
-
-    def __init__(self, model: nn.Module, parameters: dict[str, nn.Parameter], mask: GraftMask, plan: Recipe):
-        self.model, self.mask, self.plan = model, mask, plan
-        self.names, self.parameters = list(parameters), list(parameters.values())
-        self.last = True  # whether the present backward pass is the step's last
-        self.pending: list[int] = []  # gradients that have come
-        self.done: set[int] = set()  # and were used, in this step
-        self.ever: set[int] = set()
-
-    def __enter__(self) -> _InPlace:
-        everything = list(self.model.parameters())
-        self.before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in everything]
-        self.hooks = []
-        try:
-            self.theta = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in self.mask.pre]
-            self.mask.blend_(self.theta)
-            for parameter in everything:
-                parameter.requires_grad_(False)
-                parameter.grad = None
-            for i, parameter in enumerate(self.parameters):
-                parameter.data = self.theta[i]
-                parameter.requires_grad_(True)
-                self.hooks.append(parameter.register_post_accumulate_grad_hook(partial(self._arrived, i)))
-            torch.clear_autocast_cache()
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
-
-    def __exit__(self, *_details) -> None:
-        for hook in self.hooks:
-            hook.remove()
-        for parameter, pre in zip(self.parameters, self.mask.pre, strict=True):
-            parameter.data = pre
-        for parameter, requires_grad, gradient in self.before:
-            parameter.requires_grad_(requires_grad)
-            parameter.grad = gradient
-        torch.clear_autocast_cache()
-
-    def _arrived(self, i: int, _parameter: nn.Parameter) -> None:
-        if not self.last:
-            return
-        if i in self.done or i in self.pending:
-            raise EngramError(
-                "pre_model: expected each weight's gradient once in a backward pass, got it in parts: "
-                "use checkpointing with use_reentrant=False"
-            )
-        self.pending.append(i)
-        if sum(self.parameters[j].grad.nbytes for j in self.pending) >= BUCKET:
-            self._step()
-
-    def flush(self) -> None:
-        """Use the gradients that are left, and be ready for the next step."""
-        # Gradients of earlier batches alone wait here for parameters that the last batch did not use.
-        waiting = set(self.pending)
-        self.pending += [i for i, p in enumerate(self.parameters) if p.grad is not None and i not in waiting]
-        self._step()
-        if not self.done:
-            raise EngramError("loss_fn: expected a loss that depends on the graftable weights, got none")
-        self.done.clear()
-        # A caller's autocast keeps copies of the weights, and does not see what was written.
-        torch.clear_autocast_cache()
-
-    def rebase(self) -> None:
-        """Take the best k positions."""
-        self.mask.rebase_()
-        self.mask.blend_(self.theta)
-        torch.clear_autocast_cache()
-
-    def report(self) -> None:
-        """Warn of weights that no gradient ever reached: nothing was learned about them."""
-        missed = [name for i, name in enumerate(self.names) if i not in self.ever]
-        if missed:
-            warnings.warn(
-                f"no gradient reached {len(missed)} of {len(self.names)} parameters, such as {missed[0]!r}: "
-                "experts that no token chose, or reentrant checkpointing of frozen inputs",
-                stacklevel=3,
-            )
-
-    def _step(self) -> None:
-        if not self.pending:
-            return
-        grads = [self.parameters[i].grad for i in self.pending]
-        if not check.is_finite(torch.nn.utils.get_total_norm(grads, math.inf)):
-            bad = next(self.names[i] for i in self.pending if not check.is_finite(self.parameters[i].grad))
-            raise EngramError(f"loss_fn: expected finite gradients, got NaN or infinity in {bad!r}")
-        out = [self.theta[i] for i in self.pending]
-        self.mask.step_(self.pending, grads, out, self.plan.lr, self.plan.l1)
-        for i in self.pending:
-            self.parameters[i].grad = None
-        self.done.update(self.pending)
-        self.ever.update(self.pending)
-        self.pending.clear()
-
-
-def checked_plan(recipe: str | Recipe, given: dict, accumulate: int | None, batches) -> tuple[Recipe, int]:
-    """The recipe with every number in its place, and the batches a step.
-
-    Raises:
-        ValueError, TypeError: an argument of `localize` that cannot be used.
-    """
-    if not isinstance(recipe, Recipe):
-        check.expect(recipe in RECIPES, "recipe", f"one of {', '.join(RECIPES)} or a Recipe", repr(recipe))
-        recipe = RECIPES[recipe]
-    given = {name: value for name, value in given.items() if value is not None}
-    for name, value in given.items():
-        check.number(name, value)
-    recipe = dataclasses.replace(recipe, **given)
-    try:
-        count = len(batches)
-    except TypeError:  # an iterator, or a loader of a stream
-        count = None
-    if accumulate is None:
-        known = recipe.rounds or count is not None
-        check.expect(known, "accumulate", "a number, as batches have no length", accumulate, TypeError)
-        accumulate = 1 if recipe.rounds else max(1, count)
-    check.integer("accumulate", accumulate)
-    check.expect(accumulate >= 1, "accumulate", "at least 1", accumulate)
-    if recipe.steps is None:
-        known = count is not None
-        check.expect(known, "steps", "a number, as batches have no length", recipe.steps, TypeError)
-        steps = max(1, recipe.rounds) * max(1, math.ceil(count / accumulate))
-        recipe = dataclasses.replace(recipe, steps=steps)
-    check.integer("steps", recipe.steps)
-    check.expect(
-        recipe.steps >= max(1, recipe.rounds), "steps", f"at least {max(1, recipe.rounds)}", recipe.steps
-    )
-    return recipe, accumulate
 
 
 def _matching(ft: dict[str, Tensor], pre: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -306,8 +171,3 @@ def _checked(loss: Tensor) -> float:
     if not math.isfinite(value):
         raise EngramError(f"loss_fn: expected a finite loss, got {value}")
     return value
-
-
-def public_name(name: str | None) -> str | None:
-    """A model's name on the Hub, or its folder's: where the folder lies is nobody else's business."""
-    return (Path(name).name if Path(name).is_dir() else name) if name else None

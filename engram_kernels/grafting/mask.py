@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from .. import _checks as check
 from ..ops import (
     _foreach_graft_blend_,
     graft_blend,
@@ -25,13 +26,22 @@ class GraftMask:
     For those who compose with their own autograd, `parameters` gives blended weights that are differentiable
     in the logits, for `torch.func.functional_call`.
 
+    Args:
+        pre, ft: the tensors of the two models, by parameter name.
+        recipe: what the logits begin with.
+        size: the number k of positions that the mask shall have.
+        seed: of the logits' noise.
+
     Attributes:
         names: of the parameters.
         pre, ft: their tensors in the two models.
         logits: S, fp32.
         base: packed base masks, or None.
         bias: the gate's bias.
-        size: the number k of positions that the mask shall have.
+        size: k.
+
+    Raises:
+        TypeError, ValueError: an argument that cannot be used.
 
     Example:
         >>> mask = GraftMask(pre, ft, RECIPES["panigrahi"], size=10_000)
@@ -44,6 +54,9 @@ class GraftMask:
     def __init__(
         self, pre: Mapping[str, Tensor], ft: Mapping[str, Tensor], recipe: Recipe, size: int, seed: int = 0
     ):
+        check.expect(isinstance(recipe, Recipe), "recipe", "a Recipe", type(recipe).__name__, TypeError)
+        missing = [name for name in pre if name not in ft]
+        check.expect(not missing, "ft", "a tensor for each of pre's names", f"none of {missing[:1]}")
         self.names = list(pre)
         self.pre = [pre[name] for name in self.names]
         self.ft = [ft[name] for name in self.names]
@@ -78,7 +91,7 @@ class GraftMask:
 
     def step_(
         self, which: Sequence[int], grads: Sequence[Tensor], out: Sequence[Tensor], lr: float, l1: float
-    ):
+    ) -> None:
         """Take a gradient step on the logits of some parameters, and write their next θ."""
         take = lambda tensors: [tensors[i] for i in which]  # noqa: E731
         base = None if self.base is None else take(self.base)
@@ -99,6 +112,10 @@ class GraftMask:
             flipped = logits > self.bias
             masks.append(pack_mask(flipped if base is None else flipped ^ unpack_mask(base, logits.shape)))
         return masks
+
+    def __repr__(self) -> str:
+        total = sum(logits.numel() for logits in self.logits)
+        return f"GraftMask({self.size:,} of {total:,} weights in {len(self.names)} parameters)"
 
     def _bases(self) -> Sequence[Tensor | None]:
         return self.base if self.base is not None else [None] * len(self.names)

@@ -1,13 +1,13 @@
 """Which parameters of a model can carry a graft, and where they lie."""
 
-import json
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
-from itertools import pairwise
 from pathlib import Path
 
 from torch import Tensor, nn
 
+from .. import _checks as check
+from .._io import read_json
 from ..errors import EngramError
 from ..hf.layers import MODEL_DTYPES, decoder_layers
 
@@ -58,18 +58,18 @@ def graftable_parameters(
                 f"model: expected its layers on one device, got {device} and {parameter.device}"
             )
     # By memory, not by object: one parameter may be a view of another's.
-    spans = sorted((*_span(parameter), name) for name, parameter in named.items() if parameter.numel())
-    for (_, end, first), (start, _, second) in pairwise(spans):
-        if start < end and not chosen.isdisjoint((first, second)):
-            raise EngramError(f"model: expected a weight of its own in {second!r}, got that of {first!r}")
+    spans = sorted(
+        (*check.span(parameter), name)
+        for name, parameter in named.items()
+        if parameter.numel() and not parameter.is_meta
+    )
+    reach, furthest = 0, ""
+    for start, end, name in spans:
+        if start < reach and not chosen.isdisjoint((furthest, name)):
+            raise EngramError(f"model: expected a weight of its own in {name!r}, got that of {furthest!r}")
+        if end > reach:
+            reach, furthest = end, name
     return parameters
-
-
-def _span(tensor: Tensor) -> tuple[int, int]:
-    """Where a tensor begins and ends in memory."""
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    start = 0 if tensor.is_meta else tensor.data_ptr()
-    return start, start + (0 if tensor.is_meta else (last + 1) * tensor.element_size())
 
 
 def _patterns(argument: str, patterns: Sequence[str]) -> Sequence[str]:
@@ -83,6 +83,15 @@ def _matches(argument: str, pattern: str, named: Mapping[str, object]) -> set[st
     if not found:
         raise ValueError(f"{argument}: expected a pattern that matches a parameter, got {pattern!r}")
     return found
+
+
+def base_of(model: nn.Module, name: str | None = None) -> dict[str, str | None]:
+    """What a graft says of its base: the name, by default the configuration's, and the commit on the Hub."""
+    config = getattr(model, "config", None)
+    if name is None and (name := getattr(config, "_name_or_path", None)):
+        # Where a folder lies is nobody else's business.
+        name = Path(name).name if Path(name).is_dir() else name
+    return {"base_model": name or None, "base_revision": getattr(config, "_commit_hash", None)}
 
 
 def tensors_of(source: object, names: Sequence[str], argument: str) -> dict[str, Tensor]:
@@ -118,7 +127,7 @@ def _mapped(path: Path, names: Sequence[str], argument: str) -> dict[str, Tensor
         if path.is_file():
             shards = [path]
         elif index.is_file():
-            listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            listed = read_json(index)["weight_map"]
             shards = [path / name for name in sorted({listed[name] for name in names if name in listed})]
         else:
             shards = sorted(path.glob("*.safetensors"))

@@ -1,14 +1,17 @@
-"""Pictures: where a graft lies in its model, and what it keeps of a skill at each size."""
+"""Plots: where a graft lies in its model, and what it keeps of a skill at each size."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
+from statistics import fmean
 from typing import NamedTuple
 
 from .._plots import SERIES, figure_file
-from .graft import Density, Graft
+from .density import Grid, layer_name, percent
+from .graft import Graft
 
 LINES = (("0.45", ":"), ("0.1", "--"), ("#56B4E9", "-."))
 NOTHING = "0.88"
@@ -24,31 +27,6 @@ class Point(NamedTuple):
     sparsity: float | None
     accuracy: float
     ece: float
-
-
-class Grid(NamedTuple):
-    """Densities as a table: layers down, kinds of modules across; what a layer lacks is not in `cells`."""
-
-    layers: list[int]
-    kinds: list[str]
-    cells: dict[tuple[int, str], Density]
-
-    @classmethod
-    def of(cls, rows: Iterable[Density]) -> Grid:
-        cells = {(row.layer, row.module): row for row in rows}
-        # A dictionary keeps the model's own order of modules.
-        return cls(sorted({layer for layer, _ in cells}), list({kind: 0 for _, kind in cells}), cells)
-
-    def entries(self, layer: int) -> int:
-        return sum(cell.entries for (at, _), cell in self.cells.items() if at == layer)
-
-    def labels(self) -> list[str]:
-        """The kinds without `.weight`, where that leaves them different."""
-        return [kind.removesuffix(".weight") or kind for kind in self.kinds]
-
-
-def layer_name(layer: int) -> str:
-    return str(layer) if layer >= 0 else "none"
 
 
 def heat_map(graft: Graft, path: str | os.PathLike) -> None:
@@ -97,9 +75,9 @@ def heat_map(graft: Graft, path: str | os.PathLike) -> None:
             handles=[Patch(color=NOTHING, label="none set")],
             loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.3, handlelength=1, handleheight=1,
         )  # fmt: skip
-        figure.suptitle(
-            f"{_named(graft)}{graft.size:,} of {_total(grid):,} weights, {percent(graft.sparsity)}"
-        )
+        total = sum(cell.size for cell in grid.cells.values())
+        title = f"{graft.size:,} of {total:,} weights, {percent(graft.sparsity)}"
+        figure.suptitle(f"{Path(graft.base_model).name}: {title}" if graft.base_model else title)
 
 
 def curve(points: Sequence[Point], path: str | os.PathLike) -> None:
@@ -122,11 +100,11 @@ def curve(points: Sequence[Point], path: str | os.PathLike) -> None:
     with figure_file(path, (8.6, 4.0)) as figure:
         for axes, name in zip(figure.subplots(1, 2), ("accuracy", "ece"), strict=True):
             lines, series = _series(points, name)
-            for (label, values), (colour, dashes) in zip(lines.items(), _endless(LINES), strict=False):
-                axes.axhline(_mean(values[None]), color=colour, linestyle=dashes, linewidth=1.2, label=label)
-            for (label, values), (colour, marker) in zip(series.items(), _endless(SERIES), strict=False):
+            for (label, values), (colour, dashes) in zip(lines.items(), cycle(LINES), strict=False):
+                axes.axhline(fmean(values[None]), color=colour, linestyle=dashes, linewidth=1.2, label=label)
+            for (label, values), (colour, marker) in zip(series.items(), cycle(SERIES), strict=False):
                 at = sorted(values)
-                axes.plot(at, [_mean(values[x]) for x in at], color=colour, marker=marker, label=label)
+                axes.plot(at, [fmean(values[x]) for x in at], color=colour, marker=marker, label=label)
                 single = [(x, y) for x in at if len(values[x]) > 1 for y in values[x]]
                 if single:
                     axes.scatter(*zip(*single, strict=True), color=colour, marker=marker, s=12, alpha=0.35)
@@ -137,11 +115,6 @@ def curve(points: Sequence[Point], path: str | os.PathLike) -> None:
             axes.grid(axis="y", color="0.92")
             axes.set_axisbelow(True)
         figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=5)
-
-
-def percent(share: float) -> str:
-    """0.0001 → "0.01 %"."""
-    return f"{100 * share:.2g} %" if 100 * share < 99.5 else f"{100 * share:.0f} %"
 
 
 def _cells(axes, grid: Grid):
@@ -185,20 +158,3 @@ def _sizes(axes, sparsities: list[float]) -> None:
         axes.minorticks_off()
     else:
         axes.set_xticks([])
-
-
-def _endless(looks: Sequence[tuple[str, str]]) -> Iterator[tuple[str, str]]:
-    while True:
-        yield from looks
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
-def _named(graft: Graft) -> str:
-    return f"{Path(graft.base_model).name}: " if graft.base_model else ""
-
-
-def _total(grid: Grid) -> int:
-    return sum(cell.size for cell in grid.cells.values())

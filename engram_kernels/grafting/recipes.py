@@ -1,6 +1,10 @@
 """How a mask is learned: what the sources do, and the default."""
 
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from .. import _checks as check
 
 
 @dataclass(frozen=True)
@@ -20,58 +24,66 @@ class Recipe:
             intervals, the last time at the end; 0: never, and the result is every gate above ½.
     """
 
-    base: bool
-    inside: float
-    outside: float
-    noise: float
-    bias: float
-    lr: float
-    l1: float
-    steps: int | None
-    rounds: int
+    base: bool = False
+    inside: float = 0.0
+    outside: float = 0.0
+    noise: float = 0.0
+    bias: float = 10.0
+    lr: float = 1.0
+    l1: float = 0.0
+    steps: int | None = None
+    rounds: int = 0
 
 
 RECIPES = {
     # Not from a paper. A gate that stands 10 from its threshold has the same slope, 4.5e-5, everywhere: the
     # score s S collects −g (ft − pre), the first-order change of the loss, first at pre and then at the
     # grafted point; each round takes the best k. Gates never open half, and exactly k are open.
-    "rounds": Recipe(
-        base=False,
-        inside=0.0,
-        outside=0.0,
-        noise=0.0,
-        bias=10.0,
-        lr=1.0,
-        l1=0.0,
-        steps=None,
-        rounds=5,
-    ),
+    "rounds": Recipe(rounds=5),
     # Panigrahi et al. 2023: S from U[0, 1), bias 10 (Grafting.py); lr 1e7, 10 steps (run_graft_task.sh), each
     # on the mean gradient of up to 128 batches; γ rounded (src/graft_trainer.py). There the mask of the step
     # with the best training and validation score is kept, here the last.
-    "panigrahi": Recipe(
-        base=True,
-        inside=0.0,
-        outside=0.0,
-        noise=1.0,
-        bias=10.0,
-        lr=1e7,
-        l1=0.0,
-        steps=10,
-        rounds=0,
-    ),
+    "panigrahi": Recipe(base=True, noise=1.0, lr=1e7, steps=10),
     # He et al. 2024: S = ±5, lr 1e7, 10 steps (language/main_localize_stitch.py). There l1 is 10 without the
     # factor lr, which is 1e-6 here; the gradient is the batches' sum where ours is their mean; and the code's
     # term pushes S away from 0, where the paper and this package lessen Σ γ (localize_utils.py).
-    "localize-and-stitch": Recipe(
-        base=False,
-        inside=5.0,
-        outside=-5.0,
-        noise=0.0,
-        bias=0.0,
-        lr=1e7,
-        l1=1e-6,
-        steps=10,
-        rounds=0,
-    ),
+    "localize-and-stitch": Recipe(inside=5.0, outside=-5.0, bias=0.0, lr=1e7, l1=1e-6, steps=10),
 }
+
+
+def complete(
+    recipe: str | Recipe, given: Mapping[str, float | None], accumulate: int | None, batches: object
+) -> tuple[Recipe, int]:
+    """The recipe with every number in its place, and the batches a step.
+
+    Args:
+        recipe: a recipe, or the name of one.
+        given: what takes the place of the recipe's own steps, lr and l1, where it is not None.
+        accumulate: batches a step; None: the recipe's.
+        batches: of `localize`; only their number is asked for.
+
+    Raises:
+        ValueError, TypeError: an argument of `localize` that cannot be used.
+    """
+    if not isinstance(recipe, Recipe):
+        check.expect(recipe in RECIPES, "recipe", f"one of {', '.join(RECIPES)} or a Recipe", repr(recipe))
+        recipe = RECIPES[recipe]
+    given = {name: value for name, value in given.items() if value is not None}
+    for name, value in given.items():
+        check.number(name, value)
+    recipe = replace(recipe, **given)
+    try:
+        count = len(batches)
+    except TypeError:  # an iterator, or a loader of a stream
+        count = None
+    if accumulate is None:
+        known = recipe.rounds or count is not None
+        check.expect(known, "accumulate", "a number, as batches have no length", accumulate, TypeError)
+        accumulate = 1 if recipe.rounds else max(1, count)
+    check.integer("accumulate", accumulate, at_least=1)
+    rounds = max(1, recipe.rounds)
+    if recipe.steps is None:
+        check.expect(count is not None, "steps", "a number, as batches have no length", None, TypeError)
+        recipe = replace(recipe, steps=rounds * max(1, math.ceil(count / accumulate)))
+    check.integer("steps", recipe.steps, at_least=rounds)
+    return recipe, accumulate

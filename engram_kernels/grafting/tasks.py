@@ -1,18 +1,15 @@
-"""Tasks that a language model answers by one word after a prompt, and how well it does."""
+"""Tasks that a language model answers by one word after a prompt."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import EngramError
 from ..hf.tokens import open_ids, pad_rows
 
-BINS = 15
 # Settings of models that change the head's output: Granite's, Cohere's, Gemma's.
 AFTER_THE_HEAD = ("logits_scaling", "logit_scale", "final_logit_softcapping")
 
@@ -117,66 +114,5 @@ class PromptTask:
         """The mean cross-entropy of the labels' words among all words."""
         return nn.functional.cross_entropy(self.logits(model, batch).float(), batch["labels"])
 
-
-class Evaluation(NamedTuple):
-    """How well a classifier does: `ece` is the expected calibration error, `count` the number of rows."""
-
-    accuracy: float
-    ece: float
-    loss: float
-    count: int
-
-
-def calibration_error(probabilities: Tensor, labels: Tensor, bins: int = BINS) -> float:
-    """The expected calibration error: `Σ_b n_b / n · |accuracy_b − confidence_b|` over bins of equal width.
-
-    Args:
-        probabilities: [n, labels].
-        labels: [n].
-        bins: of the confidence, the largest probability, over (0, 1].
-
-    Source: Guo et al. 2017 (arXiv 1706.04599), eq. 3.
-    """
-    confidence, answer = probabilities.double().max(-1)
-    right = (answer == labels).double()
-    which = (confidence * bins).ceil().long().clamp(1, bins) - 1
-    gaps = torch.zeros(bins, dtype=torch.float64).index_add_(0, which.cpu(), (right - confidence).cpu())
-    return float(gaps.abs().sum() / max(1, len(labels)))
-
-
-@torch.inference_mode()
-def evaluate(
-    model: nn.Module,
-    batches: Iterable[dict],
-    logits_fn: Callable[[nn.Module, dict], Tensor] | None = None,
-    progress: Callable[[int], None] | None = None,
-) -> Evaluation:
-    """Classify labelled batches.
-
-    Args:
-        model: in the mode that it is in.
-        batches: mappings of tensors with `labels` [n].
-        logits_fn: `logits_fn(model, batch)`, [n, labels], such as `PromptTask.logits`. Default:
-            `model(**batch).logits`, of a model for sequence classification.
-        progress: called with the rows done.
-
-    Raises:
-        EngramError: no batch, or logits that are not finite.
-    """
-    device = next(model.parameters()).device
-    probabilities, labels = [], []
-    for batch in batches:
-        batch = {key: value.to(device) for key, value in batch.items()}
-        logits = logits_fn(model, batch) if logits_fn else model(**batch).logits
-        probabilities.append(logits.float().softmax(-1).cpu())
-        labels.append(batch["labels"].cpu())
-        if progress:
-            progress(sum(map(len, labels)))
-    if not labels:
-        raise EngramError("batches: expected at least one, got none")
-    everything, truth = torch.cat(probabilities), torch.cat(labels)
-    if not everything.isfinite().all():
-        raise EngramError("model: expected finite logits, got NaN or infinity")
-    accuracy = float((everything.argmax(-1) == truth).double().mean())
-    loss = float(nn.functional.nll_loss(everything.clamp_min(1e-12).log(), truth))
-    return Evaluation(accuracy, calibration_error(everything, truth), loss, len(truth))
+    def __repr__(self) -> str:
+        return f"PromptTask({self.template!r}, {self.words})"

@@ -6,7 +6,42 @@ from dataclasses import dataclass
 
 import torch
 
+from .. import _checks as check
 from ..errors import EngramError
+
+
+def check_text(name: str, value: object) -> str:
+    """A text without the space around it; `name` is the argument's.
+
+    Raises:
+        TypeError: it is not a string.
+        ValueError: it is empty.
+    """
+    check.expect(isinstance(value, str), name, "a string", type(value).__name__, TypeError)
+    check.expect(bool(value.strip()), name, "some text", repr(value))
+    return value.strip()
+
+
+def check_prompt(subject: str, prompt: str) -> tuple[str, str]:
+    """A subject without the space around it, and a prompt with one `{}` in the subject's place.
+
+    Args:
+        subject: what the prompt is about.
+        prompt: with one `{}`, or with the subject itself, once.
+
+    Raises:
+        TypeError: one of them is not a string.
+        ValueError: one of them is empty, the subject holds `{}`, or the prompt does not name it exactly once.
+    """
+    subject = check_text("subject", subject)
+    check_text("prompt", prompt)
+    check.expect("{}" not in subject, "subject", "text without {}", repr(subject))
+    if "{}" not in prompt:
+        once = prompt.count(subject) == 1
+        check.expect(once, "prompt", f"{{}} or the subject {subject!r} exactly once", repr(prompt))
+        prompt = prompt.replace(subject, "{}")
+    check.expect(prompt.count("{}") == 1, "prompt", "{} exactly once", repr(prompt))
+    return subject, prompt
 
 
 def open_ids(tokenizer, text: str) -> list[int]:

@@ -29,8 +29,8 @@ def accelerate(module_or_name: ModuleType | str) -> Acceleration:
             the packages of those names in the repositories of ROME and MEMIT.
 
     Returns:
-        A report of what was replaced, what was not and why. `.undo()` puts the very same objects back, and so
-        does the end of a `with` block.
+        A report of what was replaced, what was not and why. `.revert()` puts the very same objects back, and
+        so does the end of a `with` block.
 
     Raises:
         TypeError: `module_or_name` is neither a module nor a string.

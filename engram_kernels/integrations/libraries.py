@@ -19,7 +19,7 @@ from .moments import Factor, remembering
 from .patching import Acceleration, Replacement, is_accelerated, mark, replacing
 from .recognition import Known, known_function
 from .states import states_at
-from .values import ESSENCE, Dialect, compute_v, compute_z
+from .values import KL_PROMPT, Dialect, compute_v, compute_z
 
 _SEARCH = (
     "Adam TraceDict backward clamp_norm_factor clone config decode detach exp fact_token "
@@ -123,7 +123,8 @@ def acceleration(module_or_name: ModuleType | str) -> Acceleration:
         "easyeditor, or the package rome or memit of its repository", repr(library), EngramError,
     )  # fmt: skip
     report = Acceleration(library)
-    report.apply([each for algorithm in algorithms for each in _replacements(library, algorithm, report)])
+    # All of them are checked before the first is put in place.
+    report.replace([each for algorithm in algorithms for each in _replacements(library, algorithm, report)])
     return report
 
 
@@ -152,7 +153,7 @@ def _replacements(library: str, algorithm: Algorithm, report: Acceleration) -> I
     home = _imported(f"{package}.{algorithm.value}")
     search = _SEARCHES[algorithm.value]
     names = f"{_SEARCH} {search.names} {algorithm.names}"
-    value = known_function(main, algorithm.value, Known(names, search.parameters, (0.05,), ESSENCE))
+    value = known_function(main, algorithm.value, Known(names, search.parameters, (0.05,), KL_PROMPT))
     if is_accelerated(value):
         raise EngramError(
             f"module_or_name: expected a library as it is, got {library!r}, accelerated already"

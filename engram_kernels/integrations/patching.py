@@ -6,7 +6,8 @@ import functools
 import inspect
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from types import ModuleType
 
@@ -36,9 +37,9 @@ class Replacement:
         return f"{self.module.__name__}.{self.name}"
 
 
-@dataclass
+@dataclass(repr=False)
 class Acceleration:
-    """What was replaced in a library, what was not and why; `undo`, or the end of `with`, takes it back.
+    """What was replaced in a library, what was not and why; `revert`, or the end of `with`, takes it back.
 
     Attributes:
         library: its name.
@@ -51,22 +52,23 @@ class Acceleration:
     replaced: dict[str, str] = field(default_factory=dict)
     kept: dict[str, str] = field(default_factory=dict)
     declined: Counter[tuple[str, str]] = field(default_factory=Counter)
-    _originals: list[tuple[ModuleType, str, object]] = field(default_factory=list, repr=False)
+    _originals: ExitStack = field(default_factory=ExitStack)
+    _active: bool = False
 
-    def apply(self, replacements: Sequence[Replacement]) -> None:
+    def replace(self, replacements: Iterable[Replacement]) -> None:
         """Put the replacements in place; everything about them has been checked."""
         for each in replacements:
             if each.path in self.replaced:
                 continue  # several algorithms share it
-            self._originals.append((each.module, each.name, getattr(each.module, each.name)))
+            self._originals.callback(setattr, each.module, each.name, getattr(each.module, each.name))
             setattr(each.module, each.name, each.new)
             self.replaced[each.path] = each.purpose
+        self._active = True
 
-    def undo(self) -> None:
+    def revert(self) -> None:
         """Put back what was there before, the very same objects; a second call does nothing."""
-        while self._originals:
-            module, name, original = self._originals.pop()
-            setattr(module, name, original)
+        self._originals.close()
+        self._active = False
 
     def decline(self, name: str, reason: str) -> None:
         """Count a call that the library's own function takes, and warn of the first."""
@@ -78,10 +80,10 @@ class Acceleration:
         return self
 
     def __exit__(self, *_error: object) -> None:
-        self.undo()
+        self.revert()
 
-    def __str__(self) -> str:
-        state = "accelerated" if self._originals else "as it was"
+    def __repr__(self) -> str:
+        state = "accelerated" if self._active else "as it was"
         lines = [f"{self.library}: {state}"]
         for title, entries in (("replaced", self.replaced), ("not replaced", self.kept)):
             lines += [f"{title}:", *(f"  {name}: {text}" for name, text in entries.items())]

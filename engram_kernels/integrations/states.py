@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..hf.hooks import Stop, run_until
+from ..hf.hooks import Stop, capture, run_until
 from ..hf.tokens import pad_rows
 from .patching import Declined
 
@@ -54,8 +54,12 @@ def states_at(
         raise Declined(str(error)) from error
     seen: dict[str, Tensor] = {}
 
-    def see(_module, arguments, keywords, output):
+    def enters(_module, arguments, keywords):
         seen["in"] = arguments[0] if arguments else keywords.get("hidden_states")
+        if track == "in":
+            raise Stop
+
+    def leaves(_module, _arguments, output):
         seen["out"] = output[0] if isinstance(output, tuple) else output
         raise Stop
 
@@ -63,8 +67,7 @@ def states_at(
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     found: dict[str, list[Tensor]] = {kind: [] for kind in wanted}
     device = next(model.parameters()).device
-    hook = module.register_forward_hook(see, with_kwargs=True)
-    try:
+    with capture(before={module: enters}, after={module: leaves}):
         for start in range(0, len(order), ROWS):
             batch = order[start : start + ROWS]
             tokens, mask = pad_rows([ids[i] for i in batch], device)
@@ -74,9 +77,7 @@ def states_at(
                 if states is None or states.shape[:2] != tokens.shape:
                     raise Declined(f"{name} has no states [texts, tokens, width]")
                 found[kind] += [states[row, idxs[i]].mean(0) for row, i in enumerate(batch)]
-    finally:
-        hook.remove()
     # Back into the order of the texts.
-    places = torch.tensor(order).argsort().tolist()
-    stacked = [torch.stack([found[kind][place] for place in places]) for kind in wanted]
+    places = torch.tensor(order, device=device).argsort()
+    stacked = [torch.stack(found[kind])[places] for kind in wanted]
     return stacked[0] if len(stacked) == 1 else (stacked[0], stacked[1])

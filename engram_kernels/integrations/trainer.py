@@ -17,9 +17,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from .. import _checks as check
 from ..errors import EngramError
 from ..grafting import Graft, graftable_parameters, localize
-from ..grafting.files import CONFIG, WEIGHTS
-from ..grafting.localize import checked_plan, public_name
-from ..grafting.parameters import tensors_of
+from ..grafting.files import holds_a_graft
+from ..grafting.parameters import base_of, tensors_of
+from ..grafting.recipes import complete
 from ..hf.eval_mode import evaluating
 from ..hf.swapped_weights import standing
 from ..ops import graft_top_k
@@ -83,8 +83,7 @@ class GraftCallback(TrainerCallback):
         check.number("sparsity", sparsity, at_least=0)
         check.expect(sparsity <= 1, "sparsity", "at most 1", sparsity)
         if every is not None:
-            check.integer("every", every)
-            check.expect(every >= 1, "every", "at least 1, or None", every)
+            check.integer("every", every, at_least=1)
         named = isinstance(folder, str) and folder.strip(".") and Path(folder).name == folder
         check.expect(named, "folder", "a name without folders", repr(folder))
         reserved = folder.startswith(PREFIX_CHECKPOINT_DIR)
@@ -99,7 +98,7 @@ class GraftCallback(TrainerCallback):
             once = every is not None and isinstance(batches, Iterator)
             check.expect(not once, "batches", "some that can be gone through again", "an iterator", TypeError)
             given = {name: options.get(name) for name in ("steps", "lr", "l1")}
-            checked_plan(options.get("recipe", "rounds"), given, options.get("accumulate"), batches)
+            complete(options.get("recipe", "rounds"), given, options.get("accumulate"), batches)
         self.base = base
         self.sparsity = sparsity
         self.batches = batches
@@ -187,7 +186,7 @@ class GraftCallback(TrainerCallback):
         if not state.is_world_process_zero:
             return
         self.graft = self._find(model)
-        self.graft.metrics = {"global_step": state.global_step}
+        self.graft.metrics["global_step"] = state.global_step
         # Whole under another name first: at every moment there is an old graft, a new one, or none.
         fresh = folder.with_name(f".{folder.name}-new")
         for each in (folder, fresh):
@@ -216,13 +215,11 @@ class GraftCallback(TrainerCallback):
         names = list(graftable_parameters(model, **self._choice))
         pre, ft = ({name: weights[name] for name in names} for weights in (before, after))
         masks = graft_top_k(list(pre.values()), list(ft.values()), self._size(pre))
-        settings = getattr(model, "config", None)
         return Graft.from_masks(
             pre,
             ft,
             dict(zip(names, masks, strict=True)),
-            base_model=self.base_model or public_name(getattr(settings, "_name_or_path", None)),
-            base_revision=getattr(settings, "_commit_hash", None),
+            **base_of(model, self.base_model),
             recipe={"name": "largest", "sparsity": self.sparsity},
         )
 
@@ -245,7 +242,5 @@ def _same_memory(before: Tensor, weight: Tensor) -> bool:
 
 def _check_replaceable(folder: Path) -> None:
     """A folder that is not there, or holds the files of a graft and nothing else."""
-    if folder.exists() and (
-        folder.is_file() or not {path.name for path in folder.iterdir()} <= {CONFIG, WEIGHTS}
-    ):
+    if folder.exists() and not holds_a_graft(folder):
         raise EngramError(f"folder: expected a new one, or a graft to replace, got {str(folder)!r}")

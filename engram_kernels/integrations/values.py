@@ -15,17 +15,17 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
+from ..editing.batching import EncodedEdit
 from ..editing.edit import Edit
-from ..editing.layout import Texts
 from ..editing.values import ValueOptions, find_values
 from ..errors import EngramError
-from ..hf.hooks import Stop, run_until
+from ..hf.hooks import Stop, capture, run_until
 from ..hf.layers import decoder_layers
 from ..hf.projection import Projection
 from ..hf.tokens import Row
 from .patching import Declined
 
-ESSENCE = "{} is a"
+KL_PROMPT = "{} is a"
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ def _check_place(model: nn.Module, layer: int, name: str) -> None:
         raise Declined(f"{name} is not in layer {layer} of {stack}")
 
 
-def _texts(module, dialect: Dialect, model, tok, request, hparams, contexts: Sequence[str]) -> Texts:
+def _texts(module, dialect: Dialect, model, tok, request, hparams, contexts: Sequence[str]) -> EncodedEdit:
     """The library's rows: the same tokens read, the same positions, the same tokens asked for."""
     if tok.padding_side != "right":
         raise Declined(f"the tokenizer pads on the {tok.padding_side}")
@@ -197,13 +197,13 @@ def _texts(module, dialect: Dialect, model, tok, request, hparams, contexts: Seq
         if at >= first:
             raise Declined("the target's first token would be predicted left of where the value is added")
         rewriting.append(ReadRow(read[:first] + wanted, at, first, read))
-    essence, at = encode(ESSENCE, "")
+    kl_prompt, at = encode(KL_PROMPT, "")
     try:
         edit = Edit(subject, request["prompt"], target)
     except (TypeError, ValueError) as error:
         raise Declined(str(error)) from error
     # Their divergence is that of the prediction at the subject's last token; nothing right of it matters.
-    return Texts(edit, rewriting, Row(essence[: at + 1], at, at + 1))
+    return EncodedEdit(edit, rewriting, Row(kl_prompt[: at + 1], at, at + 1))
 
 
 @torch.no_grad()
@@ -219,14 +219,11 @@ def _start(model, name: str, row: Row, layer: int, hparams, check_loss: Callable
             raise Stop
 
     ids = torch.tensor([row.inputs], device=model.get_input_embeddings().weight.device)
-    hook = model.get_submodule(name).register_forward_hook(see)
-    try:
+    with capture(after={model.get_submodule(name): see}):
         if check_loss is None:
             run_until(model, input_ids=ids)
         else:
             check_loss(model, ids, layer, hparams)
-    finally:
-        hook.remove()
     if len(seen) != 1:
         raise Declined(f"{name} runs {len(seen)} times in a pass")
     return seen[0]
@@ -239,11 +236,8 @@ def _reads_the_last_layer(model: nn.Module, ids: Tensor, layer: int, hparams) ->
     if read != f"{stack}.{len(layers) - 1}":
         raise Declined(f"v_loss_layer reads {read}, not the last layer")
     seen: list[Tensor] = []
-    hook = layers[-1].register_forward_hook(lambda _module, _inputs, output: seen.append(output))
-    try:
+    with capture(after={layers[-1]: lambda _module, _inputs, output: seen.append(output)}):
         logits = model(input_ids=ids, use_cache=False).logits
-    finally:
-        hook.remove()
     try:
         norm, head = (model.get_submodule(path) for path in (hparams.ln_f_module, hparams.lm_head_module))
     except AttributeError as error:

@@ -3,10 +3,25 @@
 Das et al. 2024 (arXiv 2403.11901).
 """
 
+from .episodes import EpisodeCollator, Fact, FactEpisodes
 from .long_context import read_recursively
-from .scope import ScopeDetector, ScopedModel
+from .objective import Objective
+from .scope import ScopeDetector
+from .scoped_model import ScopedModel
+from .warm_start import warm_start
 
-__all__ = ["LarimarConfig", "LarimarModel", "ScopeDetector", "ScopedModel", "read_recursively"]
+__all__ = [
+    "EpisodeCollator",
+    "Fact",
+    "FactEpisodes",
+    "LarimarConfig",
+    "LarimarModel",
+    "Objective",
+    "ScopeDetector",
+    "ScopedModel",
+    "read_recursively",
+    "warm_start",
+]
 
 
 def __getattr__(name: str):

@@ -80,6 +80,7 @@ class Conditioning(nn.Module):
 
     def __init__(self, latent: int, first: FirstToken, embedding: int, hidden: int = 0):
         super().__init__()
+        self.latent = latent
         self.layers, self.heads, self.head_size = first.keys.shape
         width = hidden or latent
         self.hidden = nn.Linear(latent, hidden) if hidden else None

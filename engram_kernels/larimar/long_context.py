@@ -6,9 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import _checks as check
-from ..memory.episodic import ADDRESSINGS, EpisodicMemory
+from ..memory.addressing import check_addressing
+from ..memory.episodic import EpisodicMemory
+from ..memory.solution import without_autocast
 from ..ops import memory_address, memory_solve
-from .training import fixed_ridge, soft_inverse
+from .reading import fixed_ridge, soft_inverse
 
 # From the second level on every query has memories of its own, each with systems of K × K.
 _QUERIES = 32
@@ -20,7 +22,7 @@ def read_recursively(
     memory: EpisodicMemory,
     keys: Tensor | None = None,
     chunk: int | None = None,
-    addressing: str = "memory",
+    addressing: str | None = None,
 ) -> Tensor:
     """Read queries from any number of facts, with memories of at most `chunk` facts each.
 
@@ -35,7 +37,7 @@ def read_recursively(
         memory: whose M0 and λ are used; it is neither read nor written.
         keys: what the facts are written under, `[T, latent]`; None: the values themselves.
         chunk: facts a memory, at least 2; None: half the slots.
-        addressing: as for `EpisodicMemory.read`: "memory", or "prior" for values under keys of their own.
+        addressing: "key" or "content", as for `EpisodicMemory.read`; None: by key where keys are given.
 
     Returns:
         Readouts `[Q, latent]` in the queries' dtype; zeros if there are no facts.
@@ -49,6 +51,9 @@ def read_recursively(
 
     Source: Das et al. 2024 (arXiv 2403.11901), reading recursively for long contexts.
     """
+    if addressing is None:
+        addressing = "content" if keys is None else "key"
+    check_addressing(addressing)
     keys = values if keys is None else keys
     latent = memory.latent
     for name, rows in (("values", values), ("queries", queries), ("keys", keys)):
@@ -56,9 +61,6 @@ def read_recursively(
         expected = (len(values) if name == "keys" else len(rows), latent)
         check.shape(name, rows, expected, "[rows, latent]")
         check.finite(name, rows)
-    check.expect(
-        addressing in ADDRESSINGS, "addressing", f"one of {', '.join(ADDRESSINGS)}", repr(addressing)
-    )
     chunk = max(2, memory.slots // 2) if chunk is None else chunk
     check.integer("chunk", chunk)
     check.expect(chunk >= 2, "chunk", "at least 2", chunk)
@@ -90,8 +92,8 @@ def _read_chunks(
 def _read(pairs: Tensor, queries: Tensor, memory: EpisodicMemory, addressing: str) -> Tensor:
     """What memories of pairs of value and key `[…, N, 2C]` have for queries `[…, Q, C]`: `[…, Q, 2C]`."""
     latent = memory.latent
-    with memory._plain():
+    with without_autocast(memory.gram):
         weights = memory_address(pairs[..., latent:], memory.m0_pinv)
         matrix = memory_solve(weights.mT @ weights, weights.mT @ pairs, ridge=fixed_ridge(memory))
-        inverse = memory.m0_pinv if addressing == "prior" else soft_inverse(matrix[..., latent:])
+        inverse = memory.m0_pinv if addressing == "key" else soft_inverse(matrix[..., latent:])
         return (queries @ inverse) @ matrix

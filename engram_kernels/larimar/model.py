@@ -2,98 +2,34 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .._checks import expect, floating, integer, number
-from .._io import new_file
+from .. import _checks as check
 from ..errors import EngramError
-from ..hf.cache import cache_inputs, empty_cache, generation_cache, output_cache
-from ..hf.forward import takes
+from ..hf.cache import generation_cache, output_cache
+from ..hf.hub import HubFolder
 from ..hf.loading import load_model, writable_directory
 from ..hf.modeling import (
-    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     Cache,
     GenerationMixin,
     ModelOutput,
-    PreTrainedConfig,
     PreTrainedModel,
 )
 from ..memory.encoder import load_encoder
-from ..memory.episodic import ADDRESSINGS, EpisodicMemory
+from ..memory.episodic import EpisodicMemory
+from . import files
 from .conditioning import Conditioning, first_token
-from .training import Objective, cross_entropy, labelled, read_episode, weight_divergence
-
-WEIGHTS, MEMORY = "model.safetensors", "memory"
-
-
-class LarimarConfig(PreTrainedConfig):
-    """How a `LarimarModel` is put together.
-
-    Args:
-        encoder: the encoder's configuration, as a dictionary.
-        decoder: the decoder's.
-        encoder_name: `"minilm"`, a Hub name or a folder, where the encoder comes from one.
-        decoder_name: `"smollm2"`, a Hub name or a folder, where the decoder comes from one.
-        slots: K, of the memory.
-        ridge: λ, of the memory.
-        seed: of the memory's M0.
-        addressing: `"prior"`: a fact is written at its key's address and read at the query's, `w = z M0⁺`;
-            `"memory"`: read by the memory's own projection, `w = z M⁺`, as in the paper.
-        hidden: size of the conditioning's hidden layer; 0: one linear map, as in the paper.
-        train_encoder: whether the encoder is trained, and stored, too.
-        train_decoder: likewise. A frozen decoder answers as before where there is no readout.
-    """
-
-    model_type = "larimar"
-    keys_to_ignore_at_inference: ClassVar = ["parts", "readout", "cache"]
-
-    def __init__(
-        self,
-        encoder: dict | None = None,
-        decoder: dict | None = None,
-        encoder_name: str | None = None,
-        decoder_name: str | None = None,
-        slots: int = 512,
-        ridge: float = 1e-2,
-        seed: int = 0,
-        addressing: str = "prior",
-        hidden: int = 1024,
-        train_encoder: bool = False,
-        train_decoder: bool = False,
-        **kwargs,
-    ):
-        known = addressing in ADDRESSINGS
-        expect(known, "addressing", "'prior' or 'memory'", repr(addressing))
-        integer("hidden", hidden)
-        expect(hidden >= 0, "hidden", "a size, or 0 for none", hidden)
-        number("ridge", ridge, at_least=0)
-        self.encoder = encoder
-        self.decoder = decoder
-        self.encoder_name = encoder_name
-        self.decoder_name = decoder_name
-        self.slots = slots
-        self.ridge = ridge
-        self.seed = seed
-        self.addressing = addressing
-        self.hidden = hidden
-        self.train_encoder = train_encoder
-        self.train_decoder = train_decoder
-        super().__init__(**kwargs)
-
-    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
-        """The decoder's configuration, which generation asks for layers and vocabulary."""
-        return self if self.decoder is None else _configuration(self.decoder)
+from .config import LarimarConfig, configuration_of
+from .decoding import check_readout, decode
+from .objective import Objective, cross_entropy, labelled, weight_divergence
+from .reading import read_episode
 
 
 @dataclass
@@ -120,7 +56,7 @@ class LarimarOutput(ModelOutput):
     attentions: tuple[Tensor, ...] | None = None
 
 
-class LarimarModel(PreTrainedModel, GenerationMixin):
+class LarimarModel(HubFolder, PreTrainedModel, GenerationMixin):
     """An encoder of sentences, an episodic memory of their latents, and a decoder that sees what is read.
 
     The readout `[latent]` of a prompt becomes one pseudo-token, a key and a value in every layer, which is
@@ -156,9 +92,9 @@ class LarimarModel(PreTrainedModel, GenerationMixin):
         self, config: LarimarConfig, encoder: nn.Module | None = None, decoder: nn.Module | None = None
     ):
         super().__init__(config)
-        self.encoder = AutoModel.from_config(_configuration(config.encoder)) if encoder is None else encoder
+        self.encoder = AutoModel.from_config(configuration_of(config.encoder)) if encoder is None else encoder
         if decoder is None:
-            decoder = AutoModelForCausalLM.from_config(_configuration(config.decoder))
+            decoder = AutoModelForCausalLM.from_config(configuration_of(config.decoder))
         self.decoder = decoder
         latent, embeddings = self.encoder.config.hidden_size, decoder.get_input_embeddings().weight
         memory = EpisodicMemory(config.slots, latent, ridge=config.ridge, seed=config.seed)
@@ -304,18 +240,15 @@ class LarimarModel(PreTrainedModel, GenerationMixin):
         parts: dict[str, Tensor] = {}
         values = None
         if facts is not None:
-            expect(readout is None, "readout", "none beside facts", "both")
-            expect(query is not None, "query", "what the facts are asked", "none")
+            check.expect(readout is None, "readout", "none beside facts", "both")
+            check.expect(query is not None, "query", "what the facts are asked", "none")
             values = self.encode(facts, facts_mask)
-            written = values if keys is None else self.encode(keys, keys_mask)
-            present = (
-                values.any(-1) if facts_mask is None else facts_mask.reshape(*values.shape[:2], -1).any(-1)
-            )
+            mask = values if facts_mask is None else facts_mask.reshape(*values.shape[:2], -1)
             readout, weights = read_episode(
                 values,
-                written,
+                values if keys is None else self.encode(keys, keys_mask),
                 self.encode(query, query_mask),
-                present,
+                mask.any(-1),
                 self.memory,
                 self.config.addressing,
                 self.objective.noise if self.training else 0.0,
@@ -345,59 +278,8 @@ class LarimarModel(PreTrainedModel, GenerationMixin):
             outputs.get("attentions"),
         )
 
-    def _decode(
-        self,
-        readout: Tensor | None,
-        cache: Cache | None,
-        use_cache: bool | None,
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        logits_to_keep: int,
-        **kwargs,
-    ) -> ModelOutput:
-        if logits_to_keep and takes(self.decoder, "logits_to_keep"):
-            kwargs["logits_to_keep"] = logits_to_keep
-        present = None if readout is None else readout.any(-1)
-        if present is None or not present.any():
-            return self.decoder(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                **cache_inputs(self.decoder, cache, use_cache),
-                **kwargs,
-            )
-        self._check_readout(readout, input_ids)
-        condition = self.conditioning(readout)
-        embeddings = self.get_input_embeddings()(input_ids)
-        cache = empty_cache(self.decoder.config) if cache is None else cache
-        if cache.get_seq_length() == 0:
-            for layer, (key, value) in enumerate(zip(condition.keys, condition.values, strict=True)):
-                cache.update(key.to(embeddings.dtype), value.to(embeddings.dtype), layer)
-        batch, length = input_ids.shape
-        if attention_mask is None:
-            attention_mask = torch.ones(
-                batch, cache.get_seq_length() - 1 + length, dtype=torch.long, device=input_ids.device
-            )
-        first = present.to(attention_mask.dtype)[:, None]
-        if takes(self.decoder, "position_ids"):
-            # Padding has no position; a row without a readout has none for the pseudo-token either.
-            positions = attention_mask.cumsum(-1)[:, -length:] - 1
-            kwargs["position_ids"] = positions.clamp_min(0) + first
-        return self.decoder(
-            inputs_embeds=embeddings + (condition.offset * first[..., None]).to(embeddings.dtype),
-            attention_mask=torch.cat([first, attention_mask], -1),
-            **cache_inputs(self.decoder, cache, use_cache),
-            **kwargs,
-        )
-
-    def _check_readout(self, readout: Tensor, input_ids: Tensor) -> None:
-        floating("readout", readout)
-        expected = [len(input_ids), self.memory.latent]
-        expect(
-            list(readout.shape) == expected,
-            "readout",
-            f"shape {expected} ([batch, latent])",
-            list(readout.shape),
-        )
+    def _decode(self, readout: Tensor | None, cache: Cache | None, use_cache: bool | None, **run):
+        return decode(self.decoder, self.conditioning, readout, cache, use_cache, **run)
 
     def prepare_inputs_for_generation(
         self,
@@ -435,8 +317,8 @@ class LarimarModel(PreTrainedModel, GenerationMixin):
         if readout is None or not readout.any():
             return self.decoder.generate(inputs, **kwargs)
         tokens = kwargs.get("input_ids") if inputs is None else inputs
-        expect(tokens is not None, "inputs", "token ids", "none", TypeError)
-        self._check_readout(readout, tokens)
+        check.expect(tokens is not None, "inputs", "token ids", "none", TypeError)
+        check_readout(readout, len(tokens), self.memory.latent)
         return super().generate(inputs, readout=readout, **kwargs)
 
     def save_pretrained(
@@ -444,11 +326,20 @@ class LarimarModel(PreTrainedModel, GenerationMixin):
         save_directory: str | os.PathLike,
         state_dict: dict | None = None,
         is_main_process: bool = True,
+        *,
+        config: None = None,
+        model_card_kwargs: None = None,
     ) -> None:
         """Write `config.json`, `model.safetensors` and, where facts are written, the folder `memory`.
 
         Stored are the conditioning and each base that has no name or is trained; the others are loaded by
-        their names again. Of several processes only the main one writes.
+        their names again. Of several processes only the main one writes. A model that is there is replaced.
+
+        Args:
+            save_directory: a folder, which is made if need be.
+            state_dict: weights to write in place of the model's own.
+            is_main_process: whether to write.
+            config, model_card_kwargs: None; `push_to_hub` passes them.
 
         Raises:
             EngramError: the folder cannot be made or written, or its `memory` may not be replaced: see
@@ -457,71 +348,62 @@ class LarimarModel(PreTrainedModel, GenerationMixin):
         if not is_main_process:
             return
         folder = writable_directory(save_directory, "save_directory")
+        memory = folder / files.MEMORY
         # First, as it may be refused; an empty one is written only where it has to replace another.
-        if len(self.memory) or (folder / MEMORY).exists():
-            self.memory.save_pretrained(folder / MEMORY, replace=True)
+        if len(self.memory) or memory.exists():
+            self.memory.save_pretrained(memory, replace=True)
+        self.config.architectures = [type(self).__name__]
         state = self.state_dict() if state_dict is None else state_dict
-        stored = {name: tensor for name, tensor in state.items() if self._is_stored(name)}
-        with new_file(folder / WEIGHTS) as path:
-            save_file(_untied(stored), path, metadata={"format": "pt"})
-            # safetensors makes files that only their owner may read.
-            path.chmod(0o644)
-        with new_file(folder / "config.json") as path:
-            self.config.architectures = [type(self).__name__]
-            path.write_text(self.config.to_json_string(use_diff=False))
+        files.write(folder, self.config.to_json_string(use_diff=False), self._stored(state))
+
+    def adopt(self, folder: Path) -> None:
+        """Take what a folder holds for this model's own, where another has put it there."""
+        if (folder / files.MEMORY).is_dir():
+            self.memory.adopt(folder / files.MEMORY)
 
     @classmethod
-    def from_pretrained(
-        cls,
-        directory: str | os.PathLike,
-        encoder: nn.Module | None = None,
-        decoder: nn.Module | None = None,
+    def _read_folder(
+        cls, folder: Path, encoder: nn.Module | None = None, decoder: nn.Module | None = None
     ) -> LarimarModel:
-        """Read a model from a folder that `save_pretrained` wrote, in evaluation mode.
-
-        Args:
-            directory: the folder.
-            encoder: a base that is loaded already, in place of the one named in the configuration.
-            decoder: likewise.
-
-        Raises:
-            EngramError: no such folder, incomplete or damaged files, or a base that cannot be had.
-        """
-        folder = Path(directory)
-        try:
-            settings = json.loads((folder / "config.json").read_text())
-            state = load_file(folder / WEIGHTS)
-        except (OSError, ValueError, SafetensorError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise EngramError(
-                f"directory: expected a model that save_pretrained wrote, got {str(directory)!r} ({reason})"
-            ) from error
-        kind = settings.get("model_type") if isinstance(settings, dict) else None
-        if kind != LarimarConfig.model_type:
-            raise EngramError(
-                f"directory: expected a model of type 'larimar', got {kind!r} in {str(directory)!r}"
-            )
-        config = LarimarConfig(**{name: value for name, value in settings.items() if name != "model_type"})
+        settings, state = files.read(folder, LarimarConfig.model_type)
+        config = LarimarConfig(**settings)
         encoder = config.encoder_name if encoder is None else encoder
         decoder = config.decoder_name if decoder is None else decoder
         model = cls(config, *_bases(encoder, decoder))
-        own = model.state_dict()
-        expected = _untied({name: tensor for name, tensor in own.items() if model._is_stored(name)})
-        wrong = sorted(expected.keys() ^ state.keys())
-        wrong += [name for name in state if name not in wrong and state[name].shape != own[name].shape]
-        if wrong:
-            raise EngramError(
-                f"directory: expected the weights of its configuration, got {len(wrong)} that are missing, "
-                f"foreign or of another shape in {str(directory)!r}, such as {wrong[0]!r}"
-            )
+        files.check_weights(folder, state, model._stored(model.state_dict()))
         model.load_state_dict(state, strict=False)
-        if (folder / MEMORY).is_dir():
-            memory = EpisodicMemory.from_pretrained(folder / MEMORY)
-            got, wanted = memory.extra_repr(), model.memory.extra_repr()
+        if (folder / files.MEMORY).is_dir():
+            memory = EpisodicMemory.from_pretrained(folder / files.MEMORY)
+            got, wanted = memory.settings, model.memory.settings
             if got != wanted:
                 raise EngramError(f"directory: expected a memory of {wanted}, got one of {got}")
             model.memory = memory.to(model.memory.gram.device)
         return model.eval()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_directory: str | os.PathLike,
+        *,
+        encoder: nn.Module | None = None,
+        decoder: nn.Module | None = None,
+        **options,
+    ) -> LarimarModel:
+        """Read a model that `save_pretrained` wrote, in evaluation mode.
+
+        Args:
+            name_or_directory: a folder, or the name of a repository on the Hub.
+            encoder: a base that is loaded already, in place of the one named in the configuration.
+            decoder: likewise.
+            **options: `revision` and `token`, of the Hub.
+
+        Raises:
+            EngramError: no such folder, incomplete or damaged files, or a base that cannot be had.
+        """
+        return super().from_pretrained(name_or_directory, encoder=encoder, decoder=decoder, **options)
+
+    def _stored(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: tensor for name, tensor in state.items() if self._is_stored(name)}
 
     def _is_stored(self, name: str) -> bool:
         part = name.split(".")[0]
@@ -529,6 +411,10 @@ class LarimarModel(PreTrainedModel, GenerationMixin):
             named = getattr(self.config, f"{part}_name") is not None
             return not named or getattr(self.config, f"train_{part}")
         return part == "conditioning"
+
+    def __repr__(self) -> str:
+        parts = (f"{name}={type(getattr(self, name)).__name__}" for name in ("encoder", "decoder"))
+        return f"{type(self).__name__}({', '.join(parts)},\n  memory={self.memory!r})"
 
 
 def _bases(
@@ -538,20 +424,3 @@ def _bases(
     encoder = load_encoder(encoder).model if isinstance(encoder, str) else encoder
     decoder = load_model(decoder)[0] if isinstance(decoder, str) else decoder
     return encoder, decoder
-
-
-def _configuration(settings: dict | None) -> PreTrainedConfig:
-    expect(isinstance(settings, dict), "config", "configurations of encoder and decoder", settings, TypeError)
-    return AutoConfig.for_model(**settings)
-
-
-def _untied(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors by name, each memory once."""
-    seen: set[tuple] = set()
-    kept = {}
-    for name, tensor in state.items():
-        place = (tensor.data_ptr(), tensor.shape, tensor.stride())
-        if place not in seen:
-            seen.add(place)
-            kept[name] = tensor.contiguous()
-    return kept

@@ -1,4 +1,4 @@
-"""The fixed matrix that says where a memory keeps what."""
+"""Where a memory keeps what: the two ways to address it, and the fixed matrix M₀."""
 
 from __future__ import annotations
 
@@ -6,6 +6,14 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
+
+# "key": w = z M₀⁺, as for writing; "content": w = z M⁺, a projection onto what the memory holds.
+ADDRESSINGS = ("key", "content")
+
+
+def check_addressing(addressing: str) -> None:
+    """Check that a word is one of the ways to address a memory."""
+    check.expect(addressing in ADDRESSINGS, "addressing", "'key' or 'content'", repr(addressing))
 
 
 def addressing_matrix(m0: str | Tensor, slots: int, latent: int, seed: int) -> tuple[Tensor, Tensor]:

@@ -54,6 +54,9 @@ class SentenceEncoder(nn.Module):
         self.max_length = max_length or _longest(model, tokenizer)
         self.name = name
 
+    def __repr__(self) -> str:
+        return f"SentenceEncoder({type(self.model).__name__}, name={self.name!r}, latent={self.latent})"
+
     @property
     def latent(self) -> int:
         """The size C of a latent."""

@@ -2,61 +2,44 @@
 
 from __future__ import annotations
 
-import os
-import warnings
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import _checks as check
 from ..errors import EngramError
-from ..ops import (
-    memory_accumulate_,
-    memory_address,
-    memory_forget_,
-    memory_read,
-)
-from . import files, solution
-from .addressing import addressing_matrix
-from .ledger import Entry, Id, Ledger, checked_texts, entries_of
-from .ridge import choose_ridge
+from ..ops import memory_address, memory_read
+from . import solution
+from .addressing import check_addressing
+from .folder import MemoryFolder
+from .forgetting import check_unnamed, settle
+from .ledger import Entry, Id, checked_texts, entries_of
+from .ridge import LOO, RIDGE
 from .rows import Rows, rows_of
-
-STATE_DTYPES = (torch.float64, torch.float32)
-ADDRESSINGS = ("memory", "prior")
-LOO = "loo"
-RIDGE = 1e-2
-
-# The state is summed anew from the ledger once its rows are less than this share of all that was written.
-HELD_SHARE = 0.1
-
-# An fp32 state is warned about where its condition number times the rounding of fp32 passes the root of that
-# rounding: half of the digits of M are lost then.
-FP32_CONDITION = torch.finfo(torch.float32).eps ** -0.5
+from .state import MemoryState
 
 
-class EpisodicMemory(nn.Module):
+class EpisodicMemory(MemoryState, MemoryFolder):
     """Memories of K slots that hold latents of size C, by least squares.
 
-        w = z M₀⁺                              addressing by a fixed M₀
+        w = z M₀⁺                              the address of z, by a fixed M₀
         A = Σ αᵢ wᵢᵀ wᵢ,  B = Σ αᵢ wᵢᵀ zᵢ       α = +1 writes, −1 forgets
         M = (A + λI)⁻¹ B                       the memory
-        ẑ = (z M⁺) M                           read by content, or (z M₀⁺) M by the prior's addresses
+        ẑ = (z M₀⁺) M  or  (z M⁺) M            read by key, or by content
 
-    The state is A without the ridge, and B: sums, so that the order of writes does not matter, memories can
-    be merged, λ can be chosen later, and taking a row's term out again is forgetting it. It is kept in
-    `state_dtype` even where a surrounding model is converted to half precision. `M` and `M⁺` are computed
-    when they are first asked for after a change, and kept.
+    The state is A without the ridge, and B. Both are sums, so the order of writes does not matter, memories
+    can be merged, λ can be chosen later, and a row is forgotten by taking its term out again. The state stays
+    in `state_dtype` when a surrounding model is converted to half precision. `M` and `M⁺` are computed when
+    they are first asked for after a change, and kept.
 
-    Whose rows are meant, wherever rows are given: a matrix [N, C] belongs to the memory of the number
-    `memory`, which may be left out where there is only one; with `cu_seqlens` [batch + 1] its rows
-    `cu_seqlens[i] : cu_seqlens[i + 1]` belong to memory i; a tensor [batch, N, C] has a block for each.
+    Which memory rows belong to, wherever rows are given: a matrix [N, C] goes to the memory of the number
+    `memory`, which may be left out where there is only one. With `cu_seqlens` [batch + 1] its rows
+    `cu_seqlens[i] : cu_seqlens[i + 1]` go to memory i. A tensor [batch, N, C] has a block for each.
 
     Rows written with ids are kept in the `ledger`, as they were given, so that they can be forgotten exactly.
-    Rows without ids are not kept. The ledger is saved by `save_pretrained`; `state_dict` has the state alone,
-    and loading one empties the ledger.
+    Rows without ids are not kept. `save_pretrained` saves the ledger; `state_dict` has the state alone, and
+    loading one empties the ledger.
 
     Args:
         slots: K.
@@ -68,12 +51,13 @@ class EpisodicMemory(nn.Module):
             [K, C] of full rank.
         seed: of a random M₀.
         state_dtype: fp64, or fp32 for half the memory and fewer digits: see `condition`.
-        encoder: what the latents come from, for the files.
+        encoder: the name of what makes the latents, which is saved with them.
 
     Attributes:
         gram: A [batch, K, K], without the ridge.
         cross: B [batch, K, C].
         count: rows in each memory, [batch].
+        keyed: how many of them have a key of their own, one that is not their value, [batch].
         energy: Σ ‖w‖² and Σ ‖z‖² over all rows ever written, [batch, 2]: the scale of what rounding leaves.
         ridges: λ of each memory, [batch].
         m0, m0_pinv: M₀ [K, C] and its pseudo-inverse [C, K].
@@ -104,78 +88,22 @@ class EpisodicMemory(nn.Module):
         state_dtype: torch.dtype = torch.float64,
         encoder: str | None = None,
     ):
-        super().__init__()
-        for name, value in (("slots", slots), ("latent", latent), ("batch", batch)):
-            check.integer(name, value)
-            check.expect(value >= 1, name, "at least 1", value)
-        check.integer("seed", seed)
-        check.expect(state_dtype in STATE_DTYPES, "state_dtype", "float64 or float32", state_dtype, TypeError)
+        super().__init__(slots, latent, batch, ridge, m0, seed, state_dtype)
         named = encoder is None or isinstance(encoder, str)
         check.expect(named, "encoder", "its name, or None", type(encoder).__name__, TypeError)
-        self._ridge = _checked_ridge(ridge, state_dtype)
         self.encoder = encoder
-        self.ledger = Ledger()
-        prior, inverse = addressing_matrix(m0, slots, latent, seed)
-        state = {"dtype": state_dtype, "device": prior.device}
-        self.register_buffer("gram", torch.zeros(batch, slots, slots, **state))
-        self.register_buffer("cross", torch.zeros(batch, slots, latent, **state))
-        self.register_buffer("count", torch.zeros(batch, dtype=torch.int64, device=prior.device))
-        self.register_buffer("energy", torch.zeros(batch, 2, **state))
-        initial = RIDGE if self.ridge == LOO else self.ridge
-        self.register_buffer("ridges", torch.full((batch,), initial, **state))
-        self.register_buffer("m0", prior.to(state_dtype))
-        self.register_buffer("m0_pinv", inverse.to(state_dtype))
-        self._found: dict[str, Tensor] = {}
-        # The checksum of each folder as it was read or written: if it has another, somebody changed it.
-        self._folders: dict[Path, str] = {}
-        self._warned = False
-
-    @property
-    def ridge(self) -> float | str:
-        """λ as it was asked for, a number or "loo"; it can be changed at any time."""
-        return self._ridge
-
-    @ridge.setter
-    def ridge(self, ridge: float | str) -> None:
-        ridge = _checked_ridge(ridge, self.state_dtype)
-        named = ridge != LOO or len(self.ledger) == len(self)
-        check.expect(named, "ridge", "a number, as there are rows without ids", repr(ridge))
-        self._ridge = ridge
-        if ridge != LOO:
-            self.ridges.fill_(ridge)
-        self._found.clear()
-
-    @property
-    def slots(self) -> int:
-        """K."""
-        return self.gram.shape[-1]
-
-    @property
-    def latent(self) -> int:
-        """C."""
-        return self.cross.shape[-1]
-
-    @property
-    def batch(self) -> int:
-        """The number of memories."""
-        return self.gram.shape[0]
-
-    @property
-    def state_dtype(self) -> torch.dtype:
-        return self.gram.dtype
+        self._folders = {}
 
     @property
     def ids(self) -> list[Id]:
         """The ids in the ledger, in the order of writing."""
         return self.ledger.ids()
 
-    def __len__(self) -> int:
-        """The number of rows in all memories, with and without ids."""
-        return int(self.count.sum())
-
-    # nn.Module has no length, and some code asks it for its truth.
-    def __bool__(self) -> bool:
-        return True
+    @property
+    def settings(self) -> dict:
+        """What memories must share to be merged, by name."""
+        names = ("slots", "latent", "batch", "ridge", "state_dtype", "encoder")
+        return {name: getattr(self, name) for name in names}
 
     @torch.no_grad()
     def write(
@@ -213,7 +141,7 @@ class EpisodicMemory(nn.Module):
         names = entries = None
         if ids is not None:
             names = self.ledger.check_new(ids, len(rows.values))
-            entries = entries_of(rows, keys is None, checked_texts(texts, len(names)))
+            entries = entries_of(rows, checked_texts(texts, len(names)))
         check.expect(ids is not None or texts is None, "texts", "ids with them", "none")
         check.expect(
             ids is not None or self.ridge != LOO or not len(rows.values),
@@ -221,8 +149,8 @@ class EpisodicMemory(nn.Module):
         )  # fmt: skip
         weights = self._weights(rows.keys)
         energy = self._energy_with(rows, weights)
-        self._accumulate(rows, weights, rows.values, None)
-        self._changed(rows.sizes, energy)
+        self._accumulate(rows, weights)
+        self._changed(rows.counts, rows.keyed(self.state_dtype), energy)
         if entries is not None:
             self.ledger.add(names, entries)
 
@@ -260,17 +188,17 @@ class EpisodicMemory(nn.Module):
         if ids is not None:
             for name, argument in (("keys", keys), ("memory", memory), ("cu_seqlens", cu_seqlens)):
                 check.expect(argument is None, name, "None with ids", "one")
-            names, rows = self._kept(ids)
+            names, rows = self._named(ids)
         else:
             rows = rows_of(values, keys, self.batch, self.latent, memory, cu_seqlens)
             check.same_device("values", values, self.gram.device)
             names, unnamed = self.ledger.match(rows, self.count.tolist(), self.state_dtype)
-            self._check_unnamed(rows, unnamed)
+            check_unnamed(self, rows, unnamed)
         weights = self._weights(rows.keys)
-        self._accumulate(rows, weights, rows.values, -weights.new_ones(len(weights)))
+        self._accumulate(rows, weights, -1)
         self.ledger.remove(names)
-        self._changed([-size for size in rows.sizes], self.energy)
-        self._settle(self._energy_of(rows, weights))
+        self._changed(-rows.counts, -rows.keyed(self.state_dtype), self.energy)
+        settle(self, self._energy_of(rows, weights))
 
     @torch.no_grad()
     def overwrite(self, ids: Sequence[Id], values: Tensor, texts: Sequence[str | None] | None = None) -> None:
@@ -293,16 +221,17 @@ class EpisodicMemory(nn.Module):
         check.finite("values", values)
         said = checked_texts(texts, len(names))
         order = sorted(range(len(names)), key=lambda i: old[i].memory)
-        rows = self._rows_of_entries([old[i] for i in order])
-        fresh = values[order].to(self.state_dtype)
+        rows = self._rows_of(old[i] for i in order)
+        fresh = Rows(rows.keys, values[order].to(self.state_dtype), rows.sizes, rows.shape)
         weights = self._weights(rows.keys)
-        energy = self._energy_with(Rows(rows.keys, fresh, rows.sizes, rows.shape), weights)
+        energy = self._energy_with(fresh, weights)
         # The same addresses: A stays as it is, to the bit, and B changes by the difference.
         with self._plain():
-            pairs = zip(rows.split(weights), rows.split(fresh - rows.values), strict=True)
+            pairs = zip(rows.split(weights), rows.split(fresh.values - rows.values), strict=True)
             for (memories, address), (_, change) in pairs:
                 self.cross[memories] += address.mT @ change
-        self._changed([0] * self.batch, energy)
+        keyed = fresh.keyed(self.state_dtype) - rows.keyed(self.state_dtype)
+        self._changed(torch.zeros_like(self.count), keyed, energy)
         self.ledger.add(
             names,
             [
@@ -310,13 +239,13 @@ class EpisodicMemory(nn.Module):
                 for entry, value, text in zip(old, values, said, strict=True)
             ],
         )
-        self._settle(self._energy_of(rows, weights))
+        settle(self, self._energy_of(rows, weights))
 
     def read(
         self,
         queries: Tensor,
         *,
-        addressing: str = "memory",
+        addressing: str | None = None,
         noise: float = 0.0,
         generator: torch.Generator | None = None,
         memory: int | None = None,
@@ -324,14 +253,14 @@ class EpisodicMemory(nn.Module):
     ) -> Tensor:
         """Return what the memory has at the addresses of queries, `ẑ = w M`.
 
-        "memory" addresses by content, `w = z M⁺`: the query is projected onto what the memory holds, which
-        completes or cleans a value (Larimar's reading). "prior" addresses by `w = z M₀⁺`, as writing does:
-        the query is a key, and the answer is what was written under keys like it. It is the one to use where
-        values have keys of their own. Differentiable in the queries.
+        By "key", `w = z M₀⁺`: the query is addressed as it would be for writing, and the answer is what was
+        written under keys like it. By "content", `w = z M⁺`: the query is projected onto what the memory
+        holds, which completes or cleans a value (Larimar's reading). Differentiable in the queries.
 
         Args:
-            queries: [N, C] or [batch, N, C], any floating dtype.
-            addressing: "memory" or "prior".
+            queries: z, [N, C] or [batch, N, C], any floating dtype.
+            addressing: "key" or "content". None: by key in each memory that has a row with a key of its own,
+                by content in the others.
             noise: the standard deviation of noise on w, for generation.
             generator: of the noise.
             memory, cu_seqlens: as for `write`.
@@ -342,17 +271,17 @@ class EpisodicMemory(nn.Module):
         Raises:
             ValueError, TypeError: wrong shape, dtype, device or addressing, or queries that are not finite.
             EngramError: a ridge that is lost in the rounding of the state.
+
+        Example:
+            >>> memory.write(facts, keys=questions)
+            >>> memory.read(questions)  # near to the facts
         """
-        known = addressing in ADDRESSINGS
-        check.expect(known, "addressing", f"one of {', '.join(ADDRESSINGS)}", repr(addressing))
+        if addressing is not None:
+            check_addressing(addressing)
         check.number("noise", noise, at_least=0)
         rows = rows_of(queries, None, self.batch, self.latent, memory, cu_seqlens, "queries")
         check.same_device("queries", queries, self.gram.device)
-        matrix = self.matrix()
-        if addressing == "memory":
-            inverse = self.inverse()
-        else:
-            inverse = self.m0_pinv.expand(self.batch, -1, -1)
+        matrix, inverse = self.matrix(), self._inverse_for(addressing)
         readouts = []
         for memories, block in rows.split(rows.values):
             if noise:
@@ -365,30 +294,6 @@ class EpisodicMemory(nn.Module):
                 readout = memory_read(block, inverse[memories], matrix[memories])
             readouts.append(readout.reshape(-1, self.latent))
         return torch.cat(readouts).reshape(queries.shape)
-
-    def matrix(self) -> Tensor:
-        """M = (A + λI)⁻¹ B of each memory, [batch, K, C] in `state_dtype`; kept until the next change.
-
-        Raises:
-            EngramError: a ridge that is lost in the rounding of the state.
-        """
-        return self._once("matrix", self._solved)
-
-    def inverse(self) -> Tensor:
-        """M⁺ of each memory, [batch, C, K] in `state_dtype`; kept until the next change.
-
-        Singular values of M that rounding alone may have made are cut off: see `solution.cut_inverse`.
-
-        Raises:
-            EngramError: as for `matrix`.
-        """
-        return self._once("inverse", lambda: solution.cut_inverse(self.matrix(), self.energy, self.ridges))
-
-    def precision(self) -> Tensor:
-        """A + λI of each memory, [batch, K, K]: the inverse covariance of the rows' estimates."""
-        self._refresh_ridges()
-        identity = torch.eye(self.slots, dtype=self.state_dtype, device=self.gram.device)
-        return self.gram + self.ridges[:, None, None] * identity
 
     @torch.no_grad()
     def leverage(
@@ -448,276 +353,40 @@ class EpisodicMemory(nn.Module):
         check.expect(
             isinstance(other, EpisodicMemory), "other", "an EpisodicMemory", type(other).__name__, TypeError
         )
-        for name in ("slots", "latent", "batch", "ridge", "state_dtype", "encoder"):
-            mine, theirs = getattr(self, name), getattr(other, name)
-            check.expect(mine == theirs, "other", f"a memory of {name} {mine!r}", repr(theirs))
+        theirs = other.settings
+        for name, mine in self.settings.items():
+            check.expect(mine == theirs[name], "other", f"a memory of {name} {mine!r}", repr(theirs[name]))
         near = 64 * torch.finfo(self.state_dtype).eps * float(self.m0.abs().max())
         same = torch.allclose(self.m0, other.m0.to(self.m0.device), rtol=0, atol=near)
         check.expect(same, "other", "a memory of the same m0", "another")
         shared = [name for name in other.ids if name in self.ledger]
         if shared:
             raise EngramError(f"other: expected a memory of other ids, got one that has {shared[0]!r} too")
-        energy = self.energy + other.energy.to(self.energy.device)
+        device = self.gram.device
+        energy = self.energy + other.energy.to(device)
         check.finite("other", energy)
-        self.gram += other.gram.to(self.gram.device)
-        self.cross += other.cross.to(self.cross.device)
-        self._changed(other.count.tolist(), energy)
+        self.gram += other.gram.to(device)
+        self.cross += other.cross.to(device)
+        self._changed(other.count.to(device), other.keyed.to(device), energy)
         self.ledger.add(other.ids, [entry for _, entry in other.ledger.items()])
         return self
 
-    def reset(self) -> None:
-        """Forget everything."""
-        for buffer in (self.gram, self.cross, self.count, self.energy):
-            buffer.zero_()
-        self.ledger.clear()
-        self._found.clear()
-        self._warned = False
-
-    def save_pretrained(self, directory: str | os.PathLike, replace: bool = False) -> None:
-        """Write the memory with its ledger into a folder, whole or not at all.
-
-        Args:
-            directory: a new or empty folder.
-            replace: it may also be one that holds a memory, which is replaced.
-
-        Raises:
-            EngramError: the directory exists and holds something else, or cannot be written; or it was
-                changed by another since this memory read or wrote it.
-        """
-        files.save(self, directory, replace)
-
-    @classmethod
-    def from_pretrained(cls, directory: str | os.PathLike) -> EpisodicMemory:
-        """Read what `save_pretrained` wrote, to the bit.
-
-        Raises:
-            EngramError: the folder holds no memory, or a file of it is damaged.
-        """
-        return files.load(directory)
-
     def extra_repr(self) -> str:
-        return (
-            f"slots={self.slots}, latent={self.latent}, batch={self.batch}, ridge={self.ridge}, "
-            f"state_dtype={self.state_dtype}"
-        )
+        sizes = f"slots={self.slots}, latent={self.latent}, batch={self.batch}, ridge={self.ridge}"
+        return f"{sizes}, state_dtype={self.state_dtype}, rows={self.count.tolist()}"
 
-    def _apply(self, fn: Callable, recurse: bool = True) -> EpisodicMemory:
-        """Follow to other devices, but stay in `state_dtype` when a surrounding model is converted."""
-        kept = dict(self._buffers)
-        super()._apply(fn, recurse)
-        for name, buffer in kept.items():
-            moved = self._buffers[name]
-            if moved.dtype != buffer.dtype:
-                self._buffers[name] = buffer.to(moved.device)
-        self._found.clear()
-        return self
+    def _inverse_for(self, addressing: str | None) -> Tensor:
+        """What addresses queries of each memory, M₀⁺ or M⁺: [batch, C, K]."""
+        by_key = self.keyed > 0
+        if addressing is not None:
+            by_key = torch.full_like(by_key, addressing == "key")
+        if by_key.all():
+            return self.m0_pinv.expand(self.batch, -1, -1)
+        if not by_key.any():
+            return self.inverse()
+        return torch.where(by_key[:, None, None], self.m0_pinv, self.inverse())
 
-    def _load_from_state_dict(
-        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-    ) -> None:
-        """The whole state or nothing of it: the ledger belongs to the one that is there."""
-        missing, wrong = [], []
-        for name, buffer in self._buffers.items():
-            loaded = state_dict.get(prefix + name)
-            if loaded is None:
-                missing.append(prefix + name)
-            elif loaded.shape != buffer.shape:
-                wrong.append(f"{prefix}{name}: expected {list(buffer.shape)}, got {list(loaded.shape)}")
-        if not missing and not wrong and self.ridge != LOO:
-            ridges = state_dict[prefix + "ridges"].to(self.ridges)
-            if not torch.equal(ridges, self.ridges):
-                wrong.append(f"{prefix}ridges: expected {self.ridge}, got {ridges.tolist()}")
-        if missing or wrong:
-            missing_keys += missing
-            error_msgs += wrong
-            return
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-        self.ledger.clear()
-        self._found.clear()
-
-    def _weights(self, keys: Tensor) -> Tensor:
-        """w of rows, [T, K], in `state_dtype` whatever the latents': the same for the same latent, always."""
-        return memory_address(keys, self.m0_pinv)
-
-    def _accumulate(self, rows: Rows, weights: Tensor, values: Tensor, alpha: Tensor | None) -> None:
-        groups = list(rows.groups())
-        if len(groups) == 1:
-            memories, shape = groups[0]
-            memory_accumulate_(
-                self.gram[memories],
-                self.cross[memories],
-                weights.reshape(*shape, self.slots),
-                values.reshape(*shape, self.latent),
-                None if alpha is None else alpha.reshape(shape),
-            )
-        else:
-            memory_accumulate_(self.gram, self.cross, weights, values, alpha, cu_seqlens=rows.cu_seqlens)
-
-    def _check_unnamed(self, rows: Rows, unnamed: Sequence[bool]) -> None:
-        """Check by their leverage that the rows without ids can have held these; the ledger's stay sound.
-
-        Raises:
-            EngramError: they cannot, or they would be the last ones and something would be left.
-        """
-        self._refresh_ridges()
-        groups = self.ledger.by_memory(self.batch)
-        for number, kept in enumerate(groups):
-            mine = [i for i, owner in enumerate(rows.owners) if owner == number and unnamed[i]]
-            if not mine:
-                continue
-            named = self._rows_of_entries(kept)
-            weights, gone = self._weights(named.keys), self._weights(rows.keys[mine])
-            with self._plain():
-                gram = self.gram[number] - weights.mT @ weights
-                cross = self.cross[number] - weights.mT @ named.values
-            memory_forget_(gram, cross, gone, rows.values[mine], ridge=float(self.ridges[number]))
-            if int(self.count[number]) - len(kept) == len(mine):
-                rounding = 8 * self.slots * torch.finfo(self.state_dtype).eps * self.energy[number]
-                limits = rounding[0], (rounding[0] * rounding[1]).sqrt()
-                if gram.norm() > limits[0] or cross.norm() > limits[1]:
-                    raise EngramError(
-                        f"values: expected the last {len(mine)} rows that were written without ids, got "
-                        "others, which would leave something behind; reset() forgets everything"
-                    )
-
-    def _settle(self, gone: Tensor) -> None:
-        """Sum a memory anew from its ledger where most of what was ever written is gone.
-
-        What was taken out has left its rounding: ε of the largest that was ever there.
-
-        Args:
-            gone: the energy of the rows that were taken out just now, [batch, 2].
-        """
-        held = self.gram.diagonal(dim1=-2, dim2=-1).sum(-1)
-        stale = (held < HELD_SHARE * self.energy[:, 0]) | (gone > (1 - HELD_SHARE) * self.energy).any(-1)
-        numbers = (stale & (self.count > 0)).nonzero().flatten().tolist()
-        groups = self.ledger.by_memory(self.batch) if numbers else []
-        for number in numbers:
-            entries = groups[number]
-            if len(entries) == int(self.count[number]):
-                rows = self._rows_of_entries(entries)
-                weights = self._weights(rows.keys)
-                energy = self._energy_of(rows, weights)[number]
-                # Apart from the state, which must stay whole if there is no memory for this.
-                gram, cross = (torch.zeros_like(buffer[number]) for buffer in (self.gram, self.cross))
-                memory_accumulate_(gram, cross, weights, rows.values)
-                for buffer, new in ((self.gram, gram), (self.cross, cross), (self.energy, energy)):
-                    buffer[number] = new
-            else:
-                self._warn_of_rounding(number)
-
-    def _warn_of_rounding(self, number: int) -> None:
-        eps = torch.finfo(self.state_dtype).eps
-        lost = eps * float(self.energy[number, 0] / self.ridges[number])
-        if lost > eps**0.5 and not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"memory {number}: what was forgotten has left rounding of about {lost:.1e} of what is still "
-                "there; rows that are written with ids can be summed anew",
-                stacklevel=5,
-            )
-
-    def _changed(self, added: Sequence[int], energy: Tensor) -> None:
-        """Count what came and went; a memory that holds nothing any more is zero."""
-        self.count += torch.tensor(added, device=self.count.device)
-        self.energy.copy_(energy)
-        if min(added) < 0:
-            empty = (self.count == 0)[:, None, None]
-            for buffer in (self.gram, self.cross):
-                buffer.masked_fill_(empty, 0)
-            self.energy.masked_fill_(empty[:, 0], 0)
-        self._found.clear()
-
-    def _energy_of(self, rows: Rows, weights: Tensor) -> Tensor:
-        """Σ ‖w‖² and Σ ‖z‖² of rows, for each memory, [batch, 2]."""
-        squares = torch.stack(
-            [weights.square().sum(-1), rows.values.to(self.state_dtype).square().sum(-1)], dim=-1
-        )
-        owners = torch.tensor(rows.owners, dtype=torch.int64, device=squares.device)
-        return torch.zeros_like(self.energy).index_add(0, owners, squares)
-
-    def _energy_with(self, rows: Rows, weights: Tensor) -> Tensor:
-        """`energy` with these rows, or an error: every entry of A and B is smaller, so it must be finite."""
-        energy = self.energy + self._energy_of(rows, weights)
-        if not check.is_finite(energy):
-            dtype = str(self.state_dtype).removeprefix("torch.")
-            raise ValueError(
-                f"values: expected rows whose squares fit {dtype}, got a largest entry of "
-                f"{float(torch.maximum(rows.values.abs().max(), rows.keys.abs().max())):.2g}"
-            )
-        return energy
-
-    def _kept(self, ids: Sequence[Id]) -> tuple[list[Id], Rows]:
+    def _named(self, ids: Sequence[Id]) -> tuple[list[Id], Rows]:
         """Ids and their rows, memory after memory."""
         found = sorted(self.ledger.find(ids).items(), key=lambda item: item[1].memory)
-        return [name for name, _ in found], self._rows_of_entries([entry for _, entry in found])
-
-    def _rows_of_entries(self, entries: Sequence[Entry]) -> Rows:
-        """Rows of entries that are ordered by memory, in `state_dtype`."""
-        to = {"dtype": self.state_dtype, "device": self.gram.device}
-        none = self.cross.new_zeros(0, self.latent)
-        keys, values = (
-            torch.stack([getattr(entry, name).to(**to) for entry in entries]) if entries else none
-            for name in ("key", "value")
-        )
-        sizes = [0] * self.batch
-        for entry in entries:
-            sizes[entry.memory] += 1
-        return Rows(keys, values, sizes, (len(entries),))
-
-    def _plain(self) -> torch.autocast:
-        """Products in the state's own dtype, inside the caller's autocast too."""
-        return torch.autocast(self.gram.device.type, enabled=False)
-
-    def _once(self, name: str, compute: Callable[[], Tensor]) -> Tensor:
-        if name not in self._found:
-            # Kept for later, when the caller may want gradients through a reading.
-            with torch.inference_mode(False), torch.no_grad(), self._plain():
-                self._found[name] = compute()
-        return self._found[name]
-
-    def _solved(self) -> Tensor:
-        matrix = solution.solve(self.precision(), self.cross, self.ridges)
-        if self.state_dtype == torch.float32 and not self._warned:
-            condition = self.condition()
-            if condition > FP32_CONDITION:
-                self._warned = True
-                warnings.warn(
-                    f"state_dtype: a condition number of {condition:.1e} costs an fp32 state more than half "
-                    f"of its digits (bound {FP32_CONDITION:.1e}); use float64, or a larger ridge",
-                    stacklevel=4,
-                )
-        return matrix
-
-    def _refresh_ridges(self) -> None:
-        """Under "loo", choose λ anew for each memory whose rows are kept, once after a change."""
-        if self.ridge != LOO or "ridges" in self._found:
-            return
-        for number, entries in enumerate(self.ledger.by_memory(self.batch)):
-            rows = self._rows_of_entries(entries)
-            weights = self._weights(rows.keys)
-            chosen = choose_ridge(self.gram[number], self.cross[number], weights, rows.values)
-            if chosen is not None:
-                self.ridges[number] = chosen
-            elif len(entries) == int(self.count[number]):
-                self.ridges[number] = RIDGE  # As in a new memory: there is nothing left to choose it by.
-        self._found["ridges"] = self.ridges
-
-
-def _checked_ridge(ridge: float | str, dtype: torch.dtype) -> float | str:
-    if ridge == LOO:
-        return LOO
-    expected = "a number above 0, or 'loo'"
-    is_number = isinstance(ridge, (int, float)) and not isinstance(ridge, bool)
-    check.expect(is_number, "ridge", expected, repr(ridge), TypeError)
-    if not 0 < ridge < float("inf"):
-        raise ValueError(
-            f"ridge: expected {expected}, got {ridge} (without a ridge, a memory of fewer rows than slots "
-            "has no solution, and its pseudo-inverse does not forget)"
-        )
-    shown = float(torch.tensor(float(ridge), dtype=torch.float64, device="cpu").to(dtype))
-    fits = 0 < shown < float("inf")
-    check.expect(fits, "ridge", f"a number that fits {str(dtype).removeprefix('torch.')}", ridge)
-    return float(ridge)
+        return [name for name, _ in found], self._rows_of(entry for _, entry in found)

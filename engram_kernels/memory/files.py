@@ -2,123 +2,103 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import _checks as check
-from .._hashing import digest
-from .._io import new_directory, new_file
+from .._hashing import digest, tensor_checksum
+from .._io import read_json, save_tensors, write_json
 from ..errors import EngramError
-from .ledger import Entry, Ledger
-
-if TYPE_CHECKING:
-    from .episodic import EpisodicMemory
+from .ledger import Entry, Id, Ledger
 
 FORMAT = 1
 KIND = "engram_kernels.memory.EpisodicMemory"
 CONFIG = "config.json"
-SETTINGS = ("slots", "latent", "batch", "ridge", "encoder")
-DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in check.WEIGHT_DTYPES}
 LATENTS = ("key", "value")
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in check.WEIGHT_DTYPES}
 # What reading a file that is no memory, or no longer one, can raise.
 _DAMAGE = (OSError, LookupError, StopIteration, TypeError, AttributeError, ValueError)
 
 
-def save(memory: EpisodicMemory, directory: str | os.PathLike, replace: bool) -> None:
-    """Write a memory; a folder that holds one already gets its new files first, and then their names.
+class SavedMemory(NamedTuple):
+    """What a folder holds.
+
+    Attributes:
+        settings: arguments of `EpisodicMemory`.
+        state: its buffers by name.
+        entries: its ledger's rows by id.
+    """
+
+    settings: dict
+    state: dict[str, Tensor]
+    entries: dict[Id, Entry]
+
+
+def write(directory: Path, settings: dict, state: dict[str, Tensor], ledger: Ledger) -> None:
+    """Write a memory into an empty folder, or in place of the one that the folder holds.
+
+    The configuration is exchanged last: until then the old one finds its old file untouched.
 
     Raises:
-        EngramError: the directory exists and holds something else, was changed by another since this memory
-            read or wrote it, or cannot be written.
+        OSError: a file cannot be written.
     """
-    from safetensors.torch import save as serialise
-
-    listed, rows = _ledger_parts(memory.ledger)
-    state = {name: buffer.cpu().contiguous() for name, buffer in memory.named_buffers()}
-    content = serialise(state | rows)
-    checksum = hashlib.sha256(content).hexdigest()
-    # Named by its content: until the configuration is replaced, the old one finds the old file untouched.
+    listed, latents = _split(ledger)
+    tensors = state | latents
+    checksum = _checksum(tensors)
     weights = f"memory-{checksum[:16]}.safetensors"
     config = {
         "format": FORMAT,
         "kind": KIND,
-        **{name: getattr(memory, name) for name in SETTINGS},
-        "state_dtype": _name(memory.state_dtype),
+        **settings,
+        "state_dtype": _name(settings["state_dtype"]),
         "weights": weights,
         "sha256": checksum,
         "ledger": listed,
     }
-    config["checksum"] = digest(config)
-    text = json.dumps(config, indent=1, ensure_ascii=False) + "\n"
-    directory, seen = Path(directory), memory._folders
-    old = _config(directory) if replace and (directory / CONFIG).is_file() else None
-    if old is None:
-        with new_directory(directory) as folder:
-            (folder / weights).write_bytes(content)
-            (folder / CONFIG).write_text(text, encoding="utf-8")
-        seen[directory.resolve()] = config["checksum"]
-        return
-    if seen.get(directory.resolve(), old["checksum"]) != old["checksum"]:
-        raise EngramError(
-            f"directory: expected what this memory read or wrote there, got {str(directory)!r}, which "
-            "another changed since; load it again and repeat the change, or save elsewhere"
-        )
-    try:
-        with new_file(directory / weights) as temporary:
-            temporary.write_bytes(content)
-        with new_file(directory / CONFIG) as temporary:
-            temporary.write_text(text, encoding="utf-8")
-        seen[directory.resolve()] = config["checksum"]
-        if old["weights"] != weights:
-            (directory / old["weights"]).unlink(missing_ok=True)
-    except OSError as error:
-        reason = error.strerror or error
-        raise EngramError(
-            f"directory: expected one that can be written, got {str(directory)!r} ({reason})"
-        ) from error
+    old = read_config(directory)["weights"] if (directory / CONFIG).is_file() else weights
+    save_tensors(directory / weights, tensors)
+    write_json(directory / CONFIG, config | {"checksum": digest(config)})
+    if old != weights:
+        (directory / old).unlink(missing_ok=True)
 
 
-def load(directory: str | os.PathLike) -> EpisodicMemory:
-    """Read what `save` wrote.
+def read(directory: Path) -> SavedMemory:
+    """Read what `write` wrote.
 
     Raises:
         EngramError: the folder holds no memory, or a file of it is damaged.
     """
     from safetensors import SafetensorError
-    from safetensors.torch import load as deserialise
+    from safetensors.torch import load
 
-    from .episodic import EpisodicMemory
-
-    directory = Path(directory)
-    config = _config(directory)
+    config = read_config(directory)
+    damaged = f"{config['weights']} is incomplete or was changed"
     try:
-        content = (directory / config["weights"]).read_bytes()
-        if hashlib.sha256(content).hexdigest() != config["sha256"]:
-            raise ValueError(f"{config['weights']} is incomplete or was changed")
-        tensors = deserialise(content)
-        settings = {name: config[name] for name in SETTINGS}
-        memory = EpisodicMemory(**settings, m0="identity", state_dtype=DTYPES[config["state_dtype"]])
-        for name, buffer in memory.named_buffers():
-            if tensors[name].shape != buffer.shape or tensors[name].dtype != buffer.dtype:
-                raise ValueError(f"{name} has another shape or type than its configuration says")
-            buffer.copy_(tensors[name])
-        memory.ledger = _ledger(config["ledger"], tensors, memory)
-        memory._folders[directory.resolve()] = config["checksum"]
-        return memory
-    except (*_DAMAGE, SafetensorError) as error:
-        raise _foreign(directory, error) from error
+        tensors = load((directory / config["weights"]).read_bytes())
+        if _checksum(tensors) != config["sha256"]:
+            raise ValueError(damaged)
+        names = ("slots", "latent", "batch", "ridge", "encoder")
+        settings = {name: config[name] for name in names}
+        settings["state_dtype"] = _DTYPES[config["state_dtype"]]
+        return SavedMemory(settings, tensors, _joined(config["ledger"], tensors))
+    except SafetensorError as error:
+        raise refused(directory, ValueError(damaged)) from error
+    except _DAMAGE as error:
+        raise refused(directory, error) from error
 
 
-def _config(directory: Path) -> dict:
+def read_config(directory: Path) -> dict:
+    """Read a memory's configuration.
+
+    Raises:
+        EngramError: the folder holds no memory, or its configuration was changed.
+    """
     try:
-        config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+        config = read_json(directory / CONFIG)
         if config["kind"] != KIND:
             raise ValueError(f"its kind is {config['kind']!r}")
         if config["format"] != FORMAT:
@@ -131,15 +111,16 @@ def _config(directory: Path) -> dict:
             raise ValueError(f"its tensors are in {config['weights']!r}")
         return config
     except _DAMAGE as error:
-        raise _foreign(directory, error) from error
+        raise refused(directory, error) from error
 
 
-def _foreign(directory: Path, error: Exception) -> EngramError:
+def refused(directory: Path, error: Exception) -> EngramError:
+    """The error for a folder that holds no memory."""
     reason = f"no {error}" if isinstance(error, KeyError) else getattr(error, "strerror", None) or error
     return EngramError(f"directory: expected a saved memory, got {str(directory)!r} ({reason})")
 
 
-def _ledger_parts(ledger: Ledger) -> tuple[list[dict], dict[str, Tensor]]:
+def _split(ledger: Ledger) -> tuple[list[dict], dict[str, Tensor]]:
     """What JSON holds of each entry; and the latents, a matrix for each dtype, in the entries' order."""
     listed: list[dict] = []
     rows: dict[str, list[Tensor]] = {}
@@ -155,21 +136,22 @@ def _ledger_parts(ledger: Ledger) -> tuple[list[dict], dict[str, Tensor]]:
     return listed, {name: torch.stack(latents) for name, latents in rows.items()}
 
 
-def _ledger(listed: list[dict], tensors: dict[str, Tensor], memory: EpisodicMemory) -> Ledger:
+def _joined(listed: list[dict], tensors: dict[str, Tensor]) -> dict[Id, Entry]:
+    """The entries that `_split` took apart, each with storage of its own."""
     waiting = {name: iter(rows) for name, rows in tensors.items()}
-    device, entries, unnamed = memory.gram.device, {}, memory.count.tolist()
+    entries: dict[Id, Entry] = {}
     for line in listed:
-        parts = {
-            part: next(waiting[f"{part}s.{line[part]}"]).clone().to(device) if line[part] else None
-            for part in LATENTS
-        }
-        if parts["key"] is None:
-            parts["key"] = parts["value"]
-        entries[line["id"]] = Entry(line["memory"], **parts, text=line["text"])
-        unnamed[line["memory"]] -= 1
-    if len(entries) != len(listed) or min(unnamed) < 0:
+        key, value = (
+            next(waiting[f"{part}s.{line[part]}"]).clone() if line[part] else None for part in LATENTS
+        )
+        entries[line["id"]] = Entry(line["memory"], value if key is None else key, value, line["text"])
+    if len(entries) != len(listed):
         raise ValueError("its ledger has other rows than its state")
-    return Ledger(entries)
+    return entries
+
+
+def _checksum(tensors: dict[str, Tensor]) -> str:
+    return digest({name: tensor_checksum(tensors[name]) for name in sorted(tensors)})
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -40,6 +40,9 @@ class Ledger:
 
     def __init__(self, entries: Mapping[Id, Entry] | None = None):
         self._entries: dict[Id, Entry] = dict(entries or {})
+
+    def __repr__(self) -> str:
+        return f"Ledger({len(self)} rows)"
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -156,13 +159,28 @@ def checked_texts(texts: Sequence[str | None] | None, rows: int) -> list[str | N
     return texts
 
 
-def entries_of(rows: Rows, own_keys: bool, texts: list[str | None]) -> list[Entry]:
-    """Copies of single rows: a view would keep all that was written with it, after it is forgotten too."""
+def entries_of(rows: Rows, texts: list[str | None]) -> list[Entry]:
+    """Copy single rows: a view would keep all that was written with it, after it is forgotten too."""
     entries = []
     for owner, key, value, text in zip(rows.owners, rows.keys, rows.values, texts, strict=True):
         kept = value.clone()
-        entries.append(Entry(owner, kept if own_keys else key.clone(), kept, text))
+        entries.append(Entry(owner, kept if rows.keys is rows.values else key.clone(), kept, text))
     return entries
+
+
+def rows_of_entries(entries: Iterable[Entry], cross: Tensor) -> Rows:
+    """Rows of entries that are ordered by memory, in the dtype and on the device of B [batch, K, C]."""
+    entries = list(entries)
+    keys, values = (
+        torch.stack([getattr(entry, name).to(cross) for entry in entries])
+        if entries
+        else cross.new_zeros(0, cross.shape[-1])
+        for name in ("key", "value")
+    )
+    sizes = [0] * len(cross)
+    for entry in entries:
+        sizes[entry.memory] += 1
+    return Rows(keys, values, sizes, (len(entries),))
 
 
 def _distinct(ids: Sequence[Id]) -> list[Id]:

@@ -1,9 +1,14 @@
-"""The ridge by leave-one-out, in closed form."""
+"""The ridge: what is allowed, and its choice by leave-one-out in closed form."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from .. import _checks as check
+
+RIDGE = 1e-2
+LOO = "loo"
 
 # Ridges tried: four a decade, from far under the largest eigenvalue of the Gram matrix to above it.
 DECADES = (-8, 1)
@@ -72,3 +77,26 @@ def choose_ridge(gram: Tensor, cross: Tensor, weights: Tensor, values: Tensor) -
     errors = leave_one_out(gram, cross, weights, values, ridges)
     good = (errors <= (1 + TIE) * errors.min()).nonzero().flatten()
     return float(ridges[int(good[-1])])
+
+
+def checked_ridge(ridge: float | str, dtype: torch.dtype) -> float | str:
+    """λ as a float, or "loo".
+
+    Raises:
+        TypeError: something else.
+        ValueError: a number that is not above 0 and finite, or that `dtype` does not hold.
+    """
+    if ridge == LOO:
+        return LOO
+    expected = "a number above 0, or 'loo'"
+    is_number = isinstance(ridge, (int, float)) and not isinstance(ridge, bool)
+    check.expect(is_number, "ridge", expected, repr(ridge), TypeError)
+    if not 0 < ridge < float("inf"):
+        raise ValueError(
+            f"ridge: expected {expected}, got {ridge} (without a ridge, a memory of fewer rows than slots "
+            "has no solution, and its pseudo-inverse does not forget)"
+        )
+    shown = float(torch.tensor(float(ridge), dtype=torch.float64, device="cpu").to(dtype))
+    fits = 0 < shown < float("inf")
+    check.expect(fits, "ridge", f"a number that fits {str(dtype).removeprefix('torch.')}", ridge)
+    return float(ridge)

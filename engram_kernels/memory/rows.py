@@ -34,9 +34,26 @@ class Rows:
         return [number for number, size in enumerate(self.sizes) for _ in range(size)]
 
     @property
+    def counts(self) -> Tensor:
+        """The number of rows of each memory, [batch]."""
+        return torch.tensor(self.sizes, device=self.values.device)
+
+    @property
     def cu_seqlens(self) -> Tensor:
         """Where each memory's rows begin and end, [batch + 1]."""
         return torch.tensor([0, *self.sizes], device=self.values.device).cumsum(0)
+
+    def summed(self, rows: Tensor) -> Tensor:
+        """Sum what belongs to these rows, [T, …], for each memory: [batch, …]."""
+        owners = torch.tensor(self.owners, dtype=torch.int64, device=rows.device)
+        return rows.new_zeros(len(self.sizes), *rows.shape[1:]).index_add(0, owners, rows)
+
+    def keyed(self, dtype: torch.dtype) -> Tensor:
+        """How many rows of each memory have a key that is not their value in `dtype`, [batch]."""
+        if self.keys is self.values:
+            return torch.zeros_like(self.counts)
+        own = (self.keys.to(dtype) != self.values.to(dtype)).any(-1)
+        return self.summed(own.long())
 
     def groups(self) -> Iterator[tuple[slice, tuple[int, ...]]]:
         """Memories that can be worked on at once, and the leading shape of their rows, in the rows' order.

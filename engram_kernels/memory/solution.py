@@ -12,6 +12,11 @@ from ..ops import memory_solve, pseudo_inverse
 _POWER_STEPS = 8
 
 
+def without_autocast(tensor: Tensor) -> torch.autocast:
+    """Compute in the tensor's own dtype, inside the caller's autocast too."""
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
 def solve(precision: Tensor, right: Tensor, ridges: Tensor) -> Tensor:
     """Return (A + λI)⁻¹ R for each memory.
 

@@ -1,50 +1,34 @@
-"""The public functions, one file a family.
+"""The public functions: of each family in one file the schema, the check, the fake kernel, the gradient.
 
-They bring their arguments to canonical rank and type, and call the operators.
+A family's `__all__` is what it gives to the package.
 """
 
-from .graft import (
-    _foreach_graft_blend_,
-    graft_blend,
-    graft_blend_packed,
-    graft_mask_step_,
-    graft_top_k,
-    pack_mask,
-    sparse_apply_,
-    top_k_mask,
-    unpack_mask,
+from . import (
+    graft,
+    graft_masks,
+    graft_sparse,
+    low_rank,
+    memory,
+    memory_inverse,
+    memory_streaming,
+    second_moment,
 )
-from .low_rank import apply_low_rank_, low_rank_factors, low_rank_update
-from .memory import (
-    memory_accumulate_,
-    memory_address,
-    memory_forget_,
-    memory_read,
-    memory_solve,
-    memory_stream,
-    pseudo_inverse,
-)
-from .second_moment import second_moment_
+from .graft import *  # noqa: F403
+from .graft_masks import *  # noqa: F403
+from .graft_sparse import *  # noqa: F403
+from .low_rank import *  # noqa: F403
+from .memory import *  # noqa: F403
+from .memory_inverse import *  # noqa: F403
+from .memory_streaming import *  # noqa: F403
+from .second_moment import *  # noqa: F403
 
 __all__ = [
-    "_foreach_graft_blend_",
-    "apply_low_rank_",
-    "graft_blend",
-    "graft_blend_packed",
-    "graft_mask_step_",
-    "graft_top_k",
-    "low_rank_factors",
-    "low_rank_update",
-    "memory_accumulate_",
-    "memory_address",
-    "memory_forget_",
-    "memory_read",
-    "memory_solve",
-    "memory_stream",
-    "pack_mask",
-    "pseudo_inverse",
-    "second_moment_",
-    "sparse_apply_",
-    "top_k_mask",
-    "unpack_mask",
+    *graft.__all__,
+    *graft_masks.__all__,
+    *graft_sparse.__all__,
+    *low_rank.__all__,
+    *memory.__all__,
+    *memory_streaming.__all__,
+    *memory_inverse.__all__,
+    *second_moment.__all__,
 ]

@@ -1,15 +1,101 @@
-"""Grafting: the masked blend of two models, packed masks, top-k masks, sparse writes."""
+"""Grafting: the masked blend of two models, of one tensor and of all, and the step of its masks."""
 
-import math
 from collections.abc import Sequence
-from itertools import chain
 
 import torch
 from torch import Tensor
 
 from .. import _checks as check
-from .. import autograd
-from .._ops import compute_dtype, ops
+from .._linalg import compute_dtype
+from .define import backward, define
+from .lists import (
+    Written,
+    as_lists,
+    as_masks,
+    check_apart,
+    check_count,
+    check_flat,
+    check_like,
+    check_packed,
+    flatten,
+)
+
+__all__ = ["_foreach_graft_blend_", "graft_blend", "graft_mask_step_"]
+
+
+def _check_pair(pre: Tensor, ft: Tensor, base: Tensor | None) -> None:
+    check.floating("pre", pre)
+    check.floating("ft", ft)
+    check_like("ft", ft, pre, pre.dtype)
+    if base is not None:
+        check_packed("base", base, pre.numel(), pre.device)
+
+
+# -- graft_blend, graft_logits_gradient ----------------------------------------------------------------------
+
+
+def _check_blend(pre: Tensor, ft: Tensor, logits: Tensor, base: Tensor | None, bias: float) -> None:
+    _check_pair(pre, ft, base)
+    check.floating("logits", logits)
+    check_like("logits", logits, pre, logits.dtype)
+    check.number("bias", bias)
+
+
+def _canonical_blend(pre: Tensor, ft: Tensor, logits: Tensor, base: Tensor | None, bias: float) -> None:
+    check_flat(pre=pre, ft=ft, logits=logits, base=base)
+    check.floating("logits", logits, (compute_dtype(pre),))
+
+
+def _check_gradient(gradient: Tensor, pre: Tensor, *rest) -> None:
+    _check_blend(pre, *rest)
+    check_like("gradient", gradient, pre, pre.dtype)
+
+
+def _canonical_gradient(gradient: Tensor, pre: Tensor, *rest) -> None:
+    _canonical_blend(pre, *rest)
+    check_flat(gradient=gradient)
+
+
+_graft_blend = define(
+    "graft_blend(Tensor pre, Tensor ft, Tensor logits, Tensor? base, float bias) -> Tensor",
+    _check_blend,
+    _canonical_blend,
+    fake=lambda pre, ft, logits, base, bias: torch.empty_like(pre),
+)
+
+_graft_logits_gradient = define(
+    "graft_logits_gradient(Tensor gradient, Tensor pre, Tensor ft, Tensor logits, Tensor? base, float bias)"
+    " -> Tensor",
+    _check_gradient,
+    _canonical_gradient,
+    fake=lambda gradient, pre, ft, logits, base, bias: torch.empty_like(logits),
+)
+
+
+class GraftBlend(torch.autograd.Function):
+    """θ = pre + γ (ft − pre) [N], γ = σ(s (S − bias)).
+
+    dS = s g (ft − pre) γ (1 − γ), dft = g γ, dpre = g (1 − γ).
+    """
+
+    @staticmethod
+    def forward(ctx, pre: Tensor, ft: Tensor, logits: Tensor, base: Tensor | None, bias: float) -> Tensor:
+        ctx.save_for_backward(pre, ft, logits, base)
+        ctx.bias = bias
+        return _graft_blend(pre, ft, logits, base, bias)
+
+    @backward
+    def backward(ctx, gradient: Tensor):
+        pre, ft, logits, base = ctx.saved_tensors
+        gradient = gradient.contiguous()
+        d_pre = d_ft = d_logits = None
+        if ctx.needs_input_grad[0]:
+            d_pre = _graft_blend(gradient, torch.zeros_like(gradient), logits, base, ctx.bias)
+        if ctx.needs_input_grad[1]:
+            d_ft = _graft_blend(torch.zeros_like(gradient), gradient, logits, base, ctx.bias)
+        if ctx.needs_input_grad[2]:
+            d_logits = _graft_logits_gradient(gradient, pre, ft, logits, base, ctx.bias)
+        return d_pre, d_ft, d_logits, None, None
 
 
 def graft_blend(
@@ -44,156 +130,49 @@ def graft_blend(
 
     Source: Panigrahi et al. 2023 (arXiv 2302.06600), section 2.
     """
-    for name, tensor in (("pre", pre), ("ft", ft), ("logits", logits)):
-        check.floating(name, tensor)
-    _same_shape("ft", ft, pre)
-    _same_shape("logits", logits, pre)
-    _check_packed("base", base)
+    _check_blend(pre, ft, logits, base, bias)
+    flat = [x.reshape(-1).contiguous() for x in (pre, ft, logits.to(compute_dtype(pre)))]
+    return GraftBlend.apply(*flat, base, float(bias)).view(pre.shape)
+
+
+# -- _foreach_graft_blend_ -----------------------------------------------------------------------------------
+
+
+def _check_lists(out, pre, ft, logits, base, bias) -> None:
+    """Check the lists of a blend; `out` may be empty."""
+    for name, tensors in (("pre", pre), ("ft", ft), ("base", base)):
+        if tensors or name != "base":
+            check_count(name, tensors, logits)
+    for i, weight in enumerate(pre):
+        _check_pair(weight, ft[i], base[i] if base else None)
+        check_like("logits", logits[i], weight, compute_dtype(weight))
+        if out:
+            check_like("out", out[i], weight, weight.dtype)
+        check.same_device("pre", weight, pre[0].device)
     check.number("bias", bias)
-    x = logits.to(compute_dtype(pre))
-    blended = autograd.GraftBlend.apply(
-        pre.reshape(-1).contiguous(),
-        ft.reshape(-1).contiguous(),
-        x.reshape(-1).contiguous(),
-        base,
-        float(bias),
-    )
-    return blended.view(pre.shape)
 
 
-def pack_mask(mask: Tensor) -> Tensor:
-    """Pack a bool mask into bits: entry i, in row-major order, is bit i % 8 of byte i // 8.
-
-    Args:
-        mask: [...], bool.
-
-    Returns:
-        uint8 [⌈numel / 8⌉], the least significant bit first; bits beyond the last entry are 0.
-
-    Raises:
-        TypeError: not a bool tensor.
-
-    Example:
-        >>> ek.pack_mask(torch.tensor([True, False, True]))
-        tensor([5], dtype=torch.uint8)
-    """
-    check.expect(isinstance(mask, Tensor), "mask", "a bool tensor", type(mask).__name__, TypeError)
-    return ops.pack_mask(mask.reshape(-1).contiguous())
+def _check_foreach(out, pre, ft, logits, base, bias) -> None:
+    check_count("logits", logits, out)
+    _check_lists(out, pre, ft, logits, base, bias)
 
 
-def unpack_mask(packed: Tensor, shape: Sequence[int]) -> Tensor:
-    """Unpack the bits of `pack_mask`.
-
-    Args:
-        packed: uint8 [⌈numel / 8⌉].
-        shape: the mask's shape.
-
-    Returns:
-        bool, of that shape.
-
-    Raises:
-        ValueError: packed has another size than the shape asks for.
-        TypeError: packed is not uint8.
-
-    Example:
-        >>> ek.unpack_mask(torch.tensor([5], dtype=torch.uint8), (3,))
-        tensor([ True, False,  True])
-    """
-    check.expect(isinstance(packed, Tensor), "packed", "a uint8 tensor", type(packed).__name__, TypeError)
-    sizes = isinstance(shape, Sequence) and all(isinstance(x, (int, torch.SymInt)) for x in shape)
-    check.expect(sizes, "shape", "a sequence of integers", shape, TypeError)
-    check.expect(all(size >= 0 for size in shape), "shape", "sizes of at least 0", list(shape))
-    return ops.unpack_mask(packed, math.prod(shape)).view(tuple(shape))
+def _canonical_foreach(out, pre, ft, logits, base, bias) -> None:
+    check_flat(out=out, pre=pre, ft=ft, logits=logits, base=base)
 
 
-def graft_blend_packed(pre: Tensor, ft: Tensor, mask: Tensor) -> Tensor:
-    """Take the fine-tuned weight where the mask's bit is 1 and the pre-trained one elsewhere, bit for bit.
-
-    Differentiable in pre and ft.
-
-    Args:
-        pre: [...], fp32, bf16, fp16 or fp64. Strided tensors are copied.
-        ft: [...], of pre's shape and dtype.
-        mask: packed bit mask of `pack_mask`, uint8 [⌈numel / 8⌉].
-
-    Returns:
-        A new contiguous tensor of pre's shape and dtype.
-
-    Raises:
-        ValueError: wrong shape or device.
-        TypeError: wrong dtype.
-
-    Example:
-        >>> theta = ek.graft_blend_packed(pre, ft, ek.pack_mask(mask))
-
-    Source: Panigrahi et al. 2023 (arXiv 2302.06600), eq. 1.
-    """
-    for name, tensor in (("pre", pre), ("ft", ft)):
-        check.floating(name, tensor)
-    _same_shape("ft", ft, pre)
-    check.expect(isinstance(mask, Tensor), "mask", "a uint8 tensor", type(mask).__name__, TypeError)
-    blended = autograd.GraftBlendPacked.apply(pre.reshape(-1).contiguous(), ft.reshape(-1).contiguous(), mask)
-    return blended.view(pre.shape)
+def _foreach_values(out, pre, ft, logits, base, bias) -> None:
+    check_apart("out", out, pre, ft, logits, base)
 
 
-def graft_top_k(pre: Sequence[Tensor], ft: Sequence[Tensor], k: int) -> list[Tensor]:
-    """Return the masks of the k largest `|ft − pre|` over all tensors together.
-
-    Exactly k bits are set. Of equal differences the first count: in the order of the list, then row-major.
-    Differences are taken in fp32 (fp64 for fp64 weights), never rounded to the weights' type. A radix select
-    by histograms: no tensor of differences is made.
-
-    Args:
-        pre: tensors of any shapes, all on one device; fp32, bf16 and fp16 may be mixed, fp64 not with others.
-        ft: tensors of the same shapes and dtypes.
-        k: the number of entries, 0 to the number of all.
-
-    Returns:
-        A packed mask of `pack_mask` for each tensor.
-
-    Raises:
-        ValueError: wrong shape, device or k, or a difference that is NaN or infinite.
-        TypeError: wrong dtype.
-
-    Example:
-        >>> masks = ek.graft_top_k(pre, ft, round(1e-4 * sum(p.numel() for p in pre)))
-
-    Source: the base mask of Panigrahi et al. 2023 (arXiv 2302.06600), section 2.
-    """
-    pre, ft = _list("pre", pre), _list("ft", ft)
-    _same_shapes("ft", ft, pre)
-    check.integer("k", k)
-    if not pre:
-        check.expect(k == 0, "k", "0, the number of entries", k)
-        return []
-    return ops.top_k_mask([_flat(x) for x in pre], [_flat(x) for x in ft], k)[0]
-
-
-def top_k_mask(scores: Sequence[Tensor], k: int) -> list[Tensor]:
-    """Return the masks of the k largest scores over all tensors together, signs counted.
-
-    As `graft_top_k`, for scores of your own.
-
-    Args:
-        scores: tensors of any shapes, all on one device; fp64 not mixed with other types.
-        k: the number of entries, 0 to the number of all.
-
-    Returns:
-        A packed mask of `pack_mask` for each tensor.
-
-    Raises:
-        ValueError: wrong device or k, or a score that is NaN or infinite.
-        TypeError: wrong dtype.
-
-    Example:
-        >>> masks = ek.top_k_mask([weight.grad.square() for weight in weights], k=1000)
-    """
-    scores = _list("scores", scores)
-    check.integer("k", k)
-    if not scores:
-        check.expect(k == 0, "k", "0, the number of entries", k)
-        return []
-    return ops.top_k_mask([_flat(x) for x in scores], [], k)[0]
+_foreach_blend_ = define(
+    "_foreach_graft_blend_(Tensor(a!)[] out, Tensor[] pre, Tensor[] ft, Tensor[] logits, Tensor[] base,"
+    " float bias) -> ()",
+    _check_foreach,
+    _canonical_foreach,
+    fake=lambda out, pre, ft, logits, base, bias: None,
+    values=_foreach_values,
+)
 
 
 def _foreach_graft_blend_(
@@ -228,22 +207,47 @@ def _foreach_graft_blend_(
 
     Source: Panigrahi et al. 2023 (arXiv 2302.06600), section 2.
     """
-    out, pre, ft, logits = _list("out", out), _list("pre", pre), _list("ft", ft), _list("logits", logits)
-    for name, tensors in (("pre", pre), ("ft", ft), ("logits", logits)):
-        _same_shapes(name, tensors, out)
-    masks = _masks(base, len(out))
-    check.number("bias", bias)
+    out, pre, ft, logits = as_lists(out=out, pre=pre, ft=ft, logits=logits)
+    masks = as_masks(base, len(out))
+    _check_foreach(out, pre, ft, logits, masks, bias)
     if out:
-        with _Written("out", out, pre, ft, logits, masks) as targets:
-            ops._foreach_graft_blend_(
-                targets,
-                [_flat(x) for x in pre],
-                [_flat(x) for x in ft],
-                [_flat(x) for x in logits],
-                masks,
-                float(bias),
-            )
+        with Written("out", out, pre, ft, logits, masks) as targets:
+            read = ([flatten(x) for x in tensors] for tensors in (pre, ft, logits))
+            _foreach_blend_(targets, *read, masks, float(bias))
     return out
+
+
+# -- graft_mask_step_ ----------------------------------------------------------------------------------------
+
+
+def _check_step(logits, grads, pre, ft, base, bias, lr, l1, out) -> None:
+    check_count("grads", grads, logits)
+    if out:
+        check_count("out", out, logits)
+    _check_lists(out, pre, ft, logits, base, bias)
+    for gradient, weight in zip(grads, pre, strict=True):
+        check_like("grads", gradient, weight, weight.dtype)
+    check.number("lr", lr)
+    check.number("l1", l1)
+
+
+def _canonical_step(logits, grads, pre, ft, base, bias, lr, l1, out) -> None:
+    check_flat(logits=logits, grads=grads, pre=pre, ft=ft, base=base, out=out)
+
+
+def _step_values(logits, grads, pre, ft, base, bias, lr, l1, out) -> None:
+    check_apart("logits", logits, grads, pre, ft, base)
+    check_apart("out", out, pre, ft, logits, base, grads)
+
+
+_mask_step_ = define(
+    "graft_mask_step_(Tensor(a!)[] logits, Tensor[] grads, Tensor[] pre, Tensor[] ft, Tensor[] base,"
+    " float bias, float lr, float l1, Tensor(b!)[] out) -> ()",
+    _check_step,
+    _canonical_step,
+    fake=lambda logits, grads, pre, ft, base, bias, lr, l1, out: None,
+    values=_step_values,
+)
 
 
 def graft_mask_step_(
@@ -286,142 +290,16 @@ def graft_mask_step_(
 
     Source: Panigrahi et al. 2023 (arXiv 2302.06600), section 2; with l1, He et al. 2024 (arXiv 2408.13656).
     """
-    logits, grads, pre, ft = (
-        _list("logits", logits),
-        _list("grads", grads),
-        _list("pre", pre),
-        _list("ft", ft),
-    )
-    out = [] if out is None else _list("out", out)
-    for name, tensors in (("grads", grads), ("pre", pre), ("ft", ft), ("out", out)):
-        if name != "out" or out:
-            _same_shapes(name, tensors, logits)
-    masks = _masks(base, len(logits))
-    for name, value in (("bias", bias), ("lr", lr), ("l1", l1)):
-        check.number(name, value)
+    out = [] if out is None else out
+    logits, grads, pre, ft, out = as_lists(logits=logits, grads=grads, pre=pre, ft=ft, out=out)
+    masks = as_masks(base, len(logits))
+    _check_step(logits, grads, pre, ft, masks, bias, lr, l1, out)
     if logits:
-        read = grads, pre, ft, masks
+        others = grads, pre, ft, masks
         with (
-            _Written("logits", logits, out, *read) as targets,
-            _Written("out", out, logits, *read) as blended,
+            Written("logits", logits, out, *others) as targets,
+            Written("out", out, logits, *others) as blended,
         ):
-            ops.graft_mask_step_(
-                targets,
-                [_flat(x) for x in grads],
-                [_flat(x) for x in pre],
-                [_flat(x) for x in ft],
-                masks,
-                float(bias),
-                float(lr),
-                float(l1),
-                blended,
-            )
+            read = ([flatten(x) for x in tensors] for tensors in (grads, pre, ft))
+            _mask_step_(targets, *read, masks, float(bias), float(lr), float(l1), blended)
     return logits
-
-
-def sparse_apply_(
-    weights: Sequence[Tensor], indices: Sequence[Tensor], values: Sequence[Tensor]
-) -> list[Tensor]:
-    """Write values into positions of many tensors in one launch, and return what they overwrote.
-
-    `values[i]` go to the row-major positions `indices[i]` of `weights[i]`, bit for bit. The result is the
-    undo: `sparse_apply_(weights, indices, sparse_apply_(weights, indices, values))` changes nothing.
-
-    Args:
-        weights: tensors of any shapes and floating types, all on one device, changed in place.
-        indices: [n] each, int32 or int64; in any order, fastest in ascending order.
-        values: [n] each, of the weight's dtype.
-
-    Returns:
-        The overwritten values, [n] each.
-
-    Raises:
-        ValueError: an index out of range or given twice, wrong shape, device or number of tensors, memory
-            that is written twice, or written and read; nothing is changed.
-        TypeError: wrong dtype.
-
-    Example:
-        >>> before = ek.sparse_apply_(weights, graft.indices, graft.values)
-        >>> ek.sparse_apply_(weights, graft.indices, before)
-    """
-    weights, indices, values = (
-        _list("weights", weights),
-        _list("indices", indices),
-        _list("values", values),
-    )
-    for name, tensors in (("indices", indices), ("values", values)):
-        check.expect(len(tensors) == len(weights), name, f"{len(weights)} tensors, as weights", len(tensors))
-    if not weights:
-        return []
-    indices = [_flat(index) for index in indices]
-    if len({index.dtype for index in indices}) > 1:
-        indices = [index.long() if index.dtype == torch.int32 else index for index in indices]
-    values = [_flat(x) for x in values]
-    overwritten = [torch.empty_like(x) for x in values]
-    with _Written("weights", weights, indices, values) as targets:
-        ops.sparse_apply_(targets, indices, values, overwritten)
-    return overwritten
-
-
-class _Written:
-    """Flat tensors to write to: views of contiguous memory; copies of other, put back at the end."""
-
-    def __init__(self, name: str, tensors: list[Tensor], *others: list[Tensor]):
-        self.name, self.others = name, others
-        self.tensors = [tensor.detach() for tensor in tensors]
-
-    def __enter__(self) -> list[Tensor]:
-        strided = [i for i, tensor in enumerate(self.tensors) if not tensor.is_contiguous()]
-        if strided:
-            # The operator sees a copy, and cannot see what else lies where that goes back to.
-            spans = [check.span(tensor) for tensor in chain(self.tensors, *self.others)]
-            for i in strided:
-                check.no_overlap(self.name, self.tensors[i])
-                begin, end = spans[i]
-                shared = any(first < end and begin < last for first, last in spans[:i] + spans[i + 1 :])
-                check.expect(not shared, self.name, "memory of its own for a strided tensor", "shared memory")
-        self.flat = [tensor.reshape(-1) for tensor in self.tensors]
-        return self.flat
-
-    def __exit__(self, error, *details) -> None:
-        if error is None:
-            for tensor, flat in zip(self.tensors, self.flat, strict=True):
-                if not tensor.is_contiguous():
-                    tensor.copy_(flat.view(tensor.shape))
-
-
-def _flat(tensor: Tensor) -> Tensor:
-    if tensor.dim() == 1 and tensor.is_contiguous() and not tensor.requires_grad:
-        return tensor
-    return tensor.detach().reshape(-1).contiguous()
-
-
-def _list(name: str, tensors: object) -> list[Tensor]:
-    known = isinstance(tensors, Sequence) and not isinstance(tensors, Tensor)
-    check.expect(known, name, "a list of tensors", type(tensors).__name__, TypeError)
-    for tensor in tensors:
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-    return list(tensors)
-
-
-def _same_shape(name: str, tensor: Tensor, like: Tensor) -> None:
-    if tensor.shape != like.shape:
-        check.shape(name, tensor, like.shape, "as the other tensors")
-
-
-def _same_shapes(name: str, tensors: list[Tensor], like: list[Tensor]) -> None:
-    check.expect(len(tensors) == len(like), name, f"{len(like)} tensors", len(tensors))
-    for tensor, other in zip(tensors, like, strict=True):
-        _same_shape(name, tensor, other)
-
-
-def _check_packed(name: str, mask: Tensor | None) -> None:
-    known = mask is None or isinstance(mask, Tensor)
-    check.expect(known, name, "a packed mask", type(mask).__name__, TypeError)
-
-
-def _masks(base: Sequence[Tensor] | None, count: int) -> list[Tensor]:
-    masks = [] if base is None else _list("base", base)
-    check.expect(base is None or len(masks) == count, "base", f"{count} packed masks", len(masks))
-    return masks

@@ -1,23 +1,31 @@
-"""The associative write."""
+"""The associative write: its factors, and the low-rank update."""
 
 import torch
 from torch import Tensor
 
 from .. import _checks as check
-from .. import autograd
-from .._ops import compute_dtype, ops
+from .._linalg import compute_dtype
 from ..covariance import Covariance
+from .define import backward, define
+from .low_rank_solve import ResidualGram, ResidualRidge, SmallSolve, check_pairs, check_weight, names_of
+
+__all__ = ["apply_low_rank_", "low_rank_factors", "low_rank_update"]
 
 MODES = ("joint", "sequential", "independent")
+
+# Columns of an inverse that are widened to fp64 at a time.
+_PANEL = 1024
 
 
 def low_rank_factors(
     weight: Tensor,
     keys: Tensor,
     values: Tensor,
-    covariance: Covariance | Tensor,
+    covariance: Covariance | None = None,
     mode: str = "joint",
     ridge: float = 0.0,
+    *,
+    inverse_covariance: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the factors of the associative write that makes a weight answer keys with values.
 
@@ -30,24 +38,31 @@ def low_rank_factors(
     - "independent": each row's own rank-one write into the weight as it is, `S = diag(1/G_jj)`: for one key a
       matrix, batched over matrices (ROME).
 
+    The factors of the joint mode are `Eᵀ S` and `P` while keys are few. With a ridge they are `Eᵀ` and `S P`
+    from n = in/2 on: in fp32 the others would cancel too much. From n = in on the latter comes as
+    `S P = K (λC + KᵀK)⁻¹`, from a Cholesky factorisation of in × in instead of n × n.
+
     Differentiable in weight, keys and values.
 
     Args:
         weight: W, [out, in] or [B, out, in], fp32, bf16, fp16 or fp64.
-        keys: K, [n, in] or [B, n, in], a key a row.
-        values: V, [n, out] or [B, n, out], the output wanted for each key.
-        covariance: C as a `Covariance`, or its inverse as a tensor [in, in] or [B, in, in].
+        keys: K, [n, in] or [B, n, in], a key a row, any of these types.
+        values: V, [n, out] or [B, n, out], the output wanted for each key, any of these types.
+        covariance: C. Or else:
         mode: "joint", "sequential" or "independent".
         ridge: λ of the joint mode, absolute; 0 for the others.
+        inverse_covariance: C⁻¹, or what stands in its place, such as a projection: [in, in] or [B, in, in],
+            symmetric and positive semidefinite, best in fp64.
 
     Returns:
         left [out, n] and right [n, in] (with B in front where the weight has it), so that the edited weight
         is `weight + left @ right`. fp64 for an fp64 weight, else fp32; the n × n algebra is fp64 always.
 
     Raises:
-        ValueError: wrong shape, device, mode or ridge; a key or value that is NaN or infinite; a zero key.
-        TypeError: wrong dtype.
-        EngramError: dependent keys without a ridge, or a covariance that is not positive definite.
+        ValueError: wrong shape, device, mode or ridge; a key or value that is NaN or infinite; a zero key;
+            neither covariance nor inverse_covariance, or both.
+        TypeError: wrong dtype; a covariance that is a bare tensor.
+        EngramError: dependent keys without a ridge, or an inverse_covariance that is not positive definite.
 
     Example:
         >>> left, right = ek.low_rank_factors(weight, keys, values, covariance)
@@ -56,47 +71,181 @@ def low_rank_factors(
     Source: Meng et al. 2022 (arXiv 2202.05262), eq. 2; Meng et al. 2023 (arXiv 2210.07229), eq. 14; Gupta et
         al. 2024 (arXiv 2403.14236), EMMET.
     """
-    batched = _check_write(weight, keys, values, covariance, mode, ridge)
-    if not batched:
+    inverse = _inverse_of(covariance, inverse_covariance)
+    _check_write(weight, keys, values, inverse, mode, ridge)
+    left, right = _factors(weight, keys, values, inverse, mode, ridge, direct=ridge > 0)
+    return (left, right) if weight.dim() == 3 else (left[0], right[0])
+
+
+def _inverse_of(covariance: Covariance | None, inverse_covariance: Tensor | None) -> Tensor:
+    given = f"{'neither' if covariance is None else 'both'}"
+    one = (covariance is None) != (inverse_covariance is None)
+    check.expect(one, "covariance", "either it or inverse_covariance", given)
+    if covariance is None:
+        return inverse_covariance
+    expected = "a Covariance (a bare tensor C⁻¹ is given as inverse_covariance)"
+    known = isinstance(covariance, Covariance)
+    check.expect(known, "covariance", expected, type(covariance).__name__, TypeError)
+    return covariance.inverse()
+
+
+def _check_write(
+    weight: Tensor, keys: Tensor, values: Tensor, inverse: Tensor, mode: str, ridge: float
+) -> None:
+    check_pairs(weight, keys, values)
+    check.expect(mode in MODES, "mode", f"one of {', '.join(MODES)}", repr(mode))
+    check.number("ridge", ridge, at_least=0)
+    check.expect(mode == "joint" or ridge == 0, "ridge", f"0 in mode {mode!r}", ridge)
+    name = "inverse_covariance"
+    check.floating(name, inverse)
+    batched = weight.dim() == 3
+    known = inverse.dim() == 2 or (batched and inverse.dim() == 3)
+    expected = f"shape [in, in]{' or [B, in, in]' if batched else ', as weight has no batch'}"
+    check.expect(known, name, expected, list(inverse.shape))
+    leading = weight.shape[: inverse.dim() - 2]
+    meaning = names_of(inverse, "in, in")
+    check.shape(name, inverse, (*leading, weight.shape[-1], weight.shape[-1]), meaning)
+    check.same_device(name, inverse, weight.device)
+
+
+def _factors(
+    weight: Tensor, keys: Tensor, values: Tensor, inverse: Tensor, mode: str, ridge: float, direct: bool
+) -> tuple[Tensor, Tensor]:
+    """The factors [B, out, n] and [B, n, in] in the type that the weight is computed in.
+
+    `direct`: of many keys in the joint mode they may be Eᵀ and S P, which are the more exact ones.
+    """
+    if weight.dim() == 2:
         weight, keys, values = weight.unsqueeze(0), keys.unsqueeze(0), values.unsqueeze(0)
     dtype = compute_dtype(weight)
     keys, values = keys.to(dtype), values.to(dtype)
+    count, width = keys.shape[-2:]
     with torch.autocast(weight.device.type, enabled=False):
-        preconditioned = _precondition(keys, covariance)
-        residual, gram = autograd.ResidualGram.apply(weight, keys, values, preconditioned)
+        if mode == "joint" and ridge > 0 and count >= width > 0:
+            whole = inverse if inverse.dim() == 3 else inverse.unsqueeze(0)
+            residual, right = ResidualRidge.apply(weight, keys, values, whole, float(ridge))
+            return residual.mT, right.to(dtype)
+        preconditioned = _precondition(keys, inverse)
+        residual, gram = ResidualGram.apply(weight, keys, values, preconditioned)
         energy = gram.diagonal(dim1=-2, dim2=-1)
         if mode == "joint":
             identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
             system = (gram + gram.mT) / 2 + ridge * identity
-            coefficients = autograd.SmallSolve.apply(system, residual, "cholesky")
-            right = preconditioned
-        elif mode == "sequential":
-            system = gram / energy.unsqueeze(-2)
-            coefficients = autograd.SmallSolve.apply(system, residual, "unit_lower")
-            right = preconditioned / energy.unsqueeze(-1)
-        else:
-            coefficients = residual
-            right = preconditioned / energy.unsqueeze(-1)
-        left, right = coefficients.mT, right.to(dtype)
-    return (left, right) if batched else (left[0], right[0])
+            if direct and 2 * count >= width:
+                return residual.mT, SmallSolve.apply(system, preconditioned, "cholesky").to(dtype)
+            return SmallSolve.apply(system, residual, "cholesky").mT, preconditioned.to(dtype)
+        right = preconditioned / energy.unsqueeze(-1)
+        if mode == "sequential":
+            residual = SmallSolve.apply(gram / energy.unsqueeze(-2), residual, "unit_lower")
+        return residual.mT, right.to(dtype)
+
+
+def _precondition(keys: Tensor, inverse: Tensor) -> Tensor:
+    """Return `P = K C⁻¹` in fp64, [B, n, in]."""
+    keys = keys.double()
+    if inverse.dtype == torch.float64:
+        return keys @ inverse
+    # Products of an fp32 inverse cancel: in fp64 they keep the digits that it has, without a copy of in × in.
+    return torch.cat([keys @ panel.double() for panel in inverse.split(_PANEL, dim=-1)], dim=-1)
+
+
+# -- apply_low_rank_, low_rank_update ------------------------------------------------------------------------
+
+
+def _check_factors(weight: Tensor, left: Tensor, right: Tensor, alpha: float) -> None:
+    check_weight(weight)
+    *batch, rows, columns = weight.shape
+    for name, factor, meaning in (("left", left, "out, n"), ("right", right, "n, in")):
+        check.floating(name, factor)
+        check.dimensions(name, factor, names_of(weight, meaning))
+        rank = left.shape[-1]
+        expected = (rows, rank) if name == "left" else (rank, columns)
+        check.shape(name, factor, (*batch, *expected), names_of(weight, meaning))
+        check.same_device(name, factor, weight.device)
+    _check_alpha(alpha, compute_dtype(weight))
+
+
+def _check_alpha(alpha: float, dtype: torch.dtype) -> None:
+    check.number("alpha", alpha)
+    largest = torch.finfo(dtype).max
+    check.expect(-largest <= alpha <= largest, "alpha", f"at most {largest:.1e} in size", alpha)
+
+
+def _check_apply(weight: Tensor, left: Tensor, right: Tensor, alpha: float) -> None:
+    _check_factors(weight, left, right, alpha)
+    check.no_overlap("weight", weight)
+
+
+def _canonical_factors(weight: Tensor, left: Tensor, right: Tensor, alpha: float) -> None:
+    check.dimensions("weight", weight, "[B, out, in]")
+    check.floating("left", left, (compute_dtype(weight),))
+    check.floating("right", right, (compute_dtype(weight),))
+
+
+def _update_values(weight: Tensor, left: Tensor, right: Tensor, alpha: float) -> None:
+    check.finite("left", left)
+    check.finite("right", right)
+
+
+def _apply_values(weight: Tensor, left: Tensor, right: Tensor, alpha: float) -> None:
+    check.own_memory("left", left, weight)
+    check.own_memory("right", right, weight)
+    _update_values(weight, left, right, alpha)
+
+
+_apply_low_rank_ = define(
+    "apply_low_rank_(Tensor(a!) weight, Tensor left, Tensor right, float alpha) -> ()",
+    _check_apply,
+    _canonical_factors,
+    fake=lambda weight, left, right, alpha: None,
+    values=_apply_values,
+)
+
+_low_rank_update = define(
+    "low_rank_update(Tensor weight, Tensor left, Tensor right, float alpha) -> Tensor",
+    _check_factors,
+    _canonical_factors,
+    values=_update_values,
+    fake=lambda weight, left, right, alpha: torch.empty_like(weight, memory_format=torch.contiguous_format),
+)
+
+
+class LowRankUpdate(torch.autograd.Function):
+    """W + α L R [B, out, in]; dW = g, dL = α g Rᵀ, dR = α Lᵀ g."""
+
+    @staticmethod
+    def forward(ctx, weight: Tensor, left: Tensor, right: Tensor, alpha: float) -> Tensor:
+        ctx.save_for_backward(left, right)
+        ctx.alpha = alpha
+        return _low_rank_update(weight, left, right, alpha)
+
+    @backward
+    def backward(ctx, gradient: Tensor):
+        left, right = ctx.saved_tensors
+        wide = gradient.to(left.dtype)
+        d_left = ctx.alpha * (wide @ right.mT) if ctx.needs_input_grad[1] else None
+        d_right = ctx.alpha * (left.mT @ wide) if ctx.needs_input_grad[2] else None
+        return gradient if ctx.needs_input_grad[0] else None, d_left, d_right, None
 
 
 def low_rank_update(
     weight: Tensor,
     keys: Tensor,
     values: Tensor,
-    covariance: Covariance | Tensor,
+    covariance: Covariance | None = None,
     mode: str = "joint",
     ridge: float = 0.0,
-    scale: float = 1.0,
+    alpha: float = 1.0,
+    *,
+    inverse_covariance: Tensor | None = None,
 ) -> Tensor:
-    """Return the weight with keys and values written into it: `W + η · left @ right` of `low_rank_factors`.
+    """Return the weight with keys and values written into it: `W + α · ΔW`, ΔW of `low_rank_factors`.
 
     Differentiable in weight, keys and values.
 
     Args:
-        weight, keys, values, covariance, mode, ridge: as for `low_rank_factors`.
-        scale: η, the strength of the write. 1 is exact; 0 leaves the weight; −1 after a write takes it back,
+        weight, keys, values, covariance, mode, ridge, inverse_covariance: as for `low_rank_factors`.
+        alpha: α, the strength of the write. 1 is exact; 0 leaves the weight; −1 after a write takes it back,
             up to rounding.
 
     Returns:
@@ -112,19 +261,16 @@ def low_rank_update(
 
     Source: Meng et al. 2022 (arXiv 2202.05262), eq. 2.
     """
-    check.floating("weight", weight)
-    _check_scale(scale, compute_dtype(weight))
-    left, right = low_rank_factors(weight, keys, values, covariance, mode, ridge)
-    if weight.dim() == 3:
-        return autograd.LowRankUpdate.apply(weight, left, right, float(scale))
-    updated = autograd.LowRankUpdate.apply(
-        weight.unsqueeze(0), left.unsqueeze(0), right.unsqueeze(0), float(scale)
-    )
-    return updated.squeeze(0)
+    inverse = _inverse_of(covariance, inverse_covariance)
+    _check_write(weight, keys, values, inverse, mode, ridge)
+    _check_alpha(alpha, compute_dtype(weight))
+    left, right = _factors(weight, keys, values, inverse, mode, ridge, direct=True)
+    matrix = weight if weight.dim() == 3 else weight.unsqueeze(0)
+    return LowRankUpdate.apply(matrix, left, right, float(alpha)).view(weight.shape)
 
 
-def apply_low_rank_(weight: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor:
-    """Add a low-rank update to a weight in place: `W += scale · left @ right`.
+def apply_low_rank_(weight: Tensor, left: Tensor, right: Tensor, alpha: float = 1.0) -> Tensor:
+    """Add a low-rank update to a weight in place: `W += α · left @ right`.
 
     Products are accumulated in fp32 (fp64 for an fp64 weight) and rounded once into the weight's type; the
     product `left @ right` never lies in memory. Not recorded by autograd, like an optimiser's step: for
@@ -134,90 +280,26 @@ def apply_low_rank_(weight: Tensor, left: Tensor, right: Tensor, scale: float = 
         weight: W, [out, in] or [B, out, in], fp32, bf16, fp16 or fp64; may be strided, such as `weight.T`.
         left: [out, n] or [B, out, n], any floating type.
         right: [n, in] or [B, n, in], any floating type.
-        scale: the factor of the product.
+        alpha: α, the factor of the product.
 
     Returns:
         The weight.
 
     Raises:
-        ValueError: wrong shape, device or scale, a factor that is NaN or infinite, a weight whose elements
+        ValueError: wrong shape, device or alpha, a factor that is NaN or infinite, a weight whose elements
             overlap, or a factor that is a view of the weight; the weight is unchanged.
         TypeError: wrong dtype.
 
     Example:
         >>> ek.apply_low_rank_(layer.weight, left, right)
     """
-    check.floating("weight", weight)
-    check.floating("left", left)
-    check.floating("right", right)
-    check.expect(weight.dim() in (2, 3), "weight", "shape [out, in] or [B, out, in]", list(weight.shape))
-    for name, factor in (("left", left), ("right", right)):
-        check.expect(
-            factor.dim() == weight.dim(), name, f"{weight.dim()} dimensions, as weight", factor.dim()
-        )
+    _check_apply(weight, left, right, alpha)
     dtype = compute_dtype(weight)
-    _check_scale(scale, dtype)
     matrix, left, right = weight.detach(), left.detach().to(dtype), right.detach().to(dtype)
     if weight.dim() == 2:
         matrix, left, right = matrix.unsqueeze(0), left.unsqueeze(0), right.unsqueeze(0)
     if matrix.stride(-1) != 1 and matrix.stride(-2) == 1:
         # A transposed view (GPT-2's Conv1D) has contiguous columns the other way round: Wᵀ += Rᵀ Lᵀ.
         matrix, left, right = matrix.mT, right.mT, left.mT
-    ops.apply_low_rank_(matrix, left, right, float(scale))
+    _apply_low_rank_(matrix, left, right, float(alpha))
     return weight
-
-
-def _check_scale(scale: float, dtype: torch.dtype) -> None:
-    check.number("scale", scale)
-    largest = torch.finfo(dtype).max
-    check.expect(-largest <= scale <= largest, "scale", f"at most {largest:.1e} in size", scale)
-
-
-def _check_write(weight, keys, values, covariance, mode: str, ridge: float) -> bool:
-    """Check the arguments of a write; return whether they are batched over matrices."""
-    for name, tensor in (("weight", weight), ("keys", keys), ("values", values)):
-        check.floating(name, tensor)
-    check.expect(mode in MODES, "mode", f"one of {', '.join(MODES)}", repr(mode))
-    check.number("ridge", ridge, at_least=0)
-    check.expect(mode == "joint" or ridge == 0, "ridge", f"0 in mode {mode!r}", ridge)
-    check.expect(weight.dim() in (2, 3), "weight", "shape [out, in] or [B, out, in]", list(weight.shape))
-    batched = weight.dim() == 3
-    leading, (rows, columns) = weight.shape[:-2], weight.shape[-2:]
-    prefix = "B, " if batched else ""
-    check.expect(keys.dim() == weight.dim(), "keys", f"shape [{prefix}n, in], as weight", list(keys.shape))
-    check.shape("keys", keys, (*leading, keys.shape[-2], columns), f"[{prefix}n, in]")
-    check.shape("values", values, (*leading, keys.shape[-2], rows), f"[{prefix}n, out]")
-    check.same_device("keys", keys, weight.device)
-    check.same_device("values", values, weight.device)
-    matrix = covariance.inverse() if isinstance(covariance, Covariance) else covariance
-    check.expect(
-        isinstance(matrix, Tensor),
-        "covariance",
-        "a Covariance or an inverse",
-        type(covariance).__name__,
-        TypeError,
-    )
-    check.floating("covariance", matrix)
-    check.expect(matrix.dim() in (2, 3), "covariance", "shape [in, in] or [B, in, in]", list(matrix.shape))
-    own = matrix.dim() == 3
-    check.expect(
-        batched or not own, "covariance", "shape [in, in], as weight has no batch", list(matrix.shape)
-    )
-    meaning = "[B, in, in]" if own else "[in, in]"
-    check.shape("covariance", matrix, (*(leading if own else ()), columns, columns), meaning)
-    check.same_device("covariance", matrix, weight.device)
-    return batched
-
-
-# Columns of an inverse that are widened to fp64 at a time.
-_PANEL = 1024
-
-
-def _precondition(keys: Tensor, covariance: Covariance | Tensor) -> Tensor:
-    """Return `P = K C⁻¹` in fp64, [B, n, in]."""
-    inverse = covariance.inverse() if isinstance(covariance, Covariance) else covariance
-    keys = keys.double()
-    if inverse.dtype == torch.float64:
-        return keys @ inverse
-    # Products of an fp32 inverse cancel: in fp64 they keep the digits that it has, without a copy of in × in.
-    return torch.cat([keys @ panel.double() for panel in inverse.split(_PANEL, dim=-1)], dim=-1)

@@ -1,4 +1,4 @@
-"""Episodic memory."""
+"""Episodic memory: address, write, solve, forget, read."""
 
 import math
 
@@ -6,79 +6,28 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
-from .. import autograd
-from .._ops import compute_dtype, ops
-from .._ops.memory import check_boundaries, check_rows, check_state
+from ..errors import EngramError
+from .define import backward, define
+from .memory_state import (
+    check_boundaries,
+    check_boundary_values,
+    check_rows,
+    check_state,
+    flat,
+    flat_view,
+    singular,
+)
 
-METHODS = ("cholesky", "ben-israel")
-
-
-def pseudo_inverse(
-    a: Tensor, ridge: float | None = None, method: str = "cholesky", steps: int = 15
-) -> Tensor:
-    """Return the pseudo-inverse of a matrix, or of each of a batch.
-
-    - "cholesky": `A⁺ = (AᵀA + λI)⁻¹Aᵀ`, and for a wide matrix `Aᵀ(AAᵀ + λI)⁻¹`, in fp64 whatever the matrix's
-      type: singular values σ are inverted as `σ/(σ² + λ)`, so those under √λ are cut off softly.
-    - "ben-israel": `X₀ = 5·10⁻⁴ Aᵀ`, then `steps` times `X ← 2X − XAX`, in fp32 (fp64 for an fp64 matrix), as
-      Larimar has it. It diverges where a singular value exceeds 63, and has not converged for those under
-      about 0.5 after 15 steps; neither is noticed. For comparison with Larimar only.
-
-    Differentiable; λ counts as a constant.
-
-    Args:
-        a: A, [..., m, n], fp32, bf16, fp16 or fp64.
-        ridge: λ, absolute, of the method "cholesky". None: relative to the trace of AᵀA,
-            `max(16 ε²/min(m, n), 2 min(m, n) 2⁻⁵²)` of it, ε the spacing of A's type at 1: the projection
-            `A A⁺` keeps at most about a hundredth of directions that only rounding made.
-        method: "cholesky" or "ben-israel".
-        steps: of the method "ben-israel".
-
-    Returns:
-        A⁺, [..., n, m], in A's type.
-
-    Raises:
-        ValueError: wrong shape, ridge, method or steps; a matrix that is not finite, or whose squares
-            overflow ("cholesky").
-        TypeError: wrong dtype.
-        EngramError: a matrix that has not full rank, with too small a ridge ("cholesky").
-
-    Example:
-        >>> m0_pinv = ek.pseudo_inverse(m0)
-
-    Source: Pham et al. 2022 (Generative Pseudo-inverse Memory); Ben-Israel and Cohen 1966; Das et al. 2024
-        (arXiv 2403.11901), section 3.
-    """
-    check.floating("a", a)
-    check.expect(a.dim() >= 2, "a", "shape [..., m, n]", list(a.shape))
-    check.expect(method in METHODS, "method", f"one of {', '.join(METHODS)}", repr(method))
-    check.integer("steps", steps)
-    check.expect(steps >= 0, "steps", "at least 0", steps)
-    if ridge is not None:
-        check.number("ridge", ridge, at_least=0)
-    if method == "ben-israel":
-        check.expect(ridge is None, "ridge", "None with method 'ben-israel'", ridge)
-        return _ben_israel(a, steps)
-    rows, columns = a.shape[-2:]
-    smaller = max(1, min(rows, columns))
-    # A matrix of rounding errors has singular values up to about 0.4 ε ‖A‖ / √smaller: √λ is ten times that.
-    # The other term is what the Cholesky factorisation of a singular Gram matrix needs.
-    relative = max(16 * torch.finfo(a.dtype).eps ** 2 / smaller, 2 * smaller * torch.finfo(torch.float64).eps)
-    ridge = None if ridge is None else float(ridge)
-    tall = _flat((a if rows >= columns else a.mT).double())
-    with torch.autocast(a.device.type, enabled=False):
-        inverse = autograd.PseudoInverse.apply(tall, ridge, relative)
-    inverse = inverse if rows >= columns else inverse.mT
-    return inverse.reshape(*a.shape[:-2], columns, rows).to(a.dtype)
+__all__ = ["memory_accumulate_", "memory_address", "memory_forget_", "memory_read", "memory_solve"]
 
 
-def _ben_israel(a: Tensor, steps: int) -> Tensor:
-    with torch.autocast(a.device.type, enabled=False):
-        wide = a.to(compute_dtype(a))
-        inverse = 5e-4 * wide.mT
-        for _ in range(steps):
-            inverse = 2 * inverse - inverse @ wide @ inverse
-    return inverse.to(a.dtype)
+def _check_ragged(A: Tensor, cu_seqlens: Tensor | None) -> None:
+    if cu_seqlens is not None:
+        check.expect(A.dim() == 3, "A", "shape [batch, K, K] with cu_seqlens", list(A.shape))
+        check_boundaries(A.shape[0], cu_seqlens, A.device)
+
+
+# -- memory_address, memory_read: products, which are the library's ------------------------------------------
 
 
 def memory_address(z: Tensor, m0_pinv: Tensor) -> Tensor:
@@ -112,6 +61,111 @@ def memory_address(z: Tensor, m0_pinv: Tensor) -> Tensor:
     check.same_device("m0_pinv", m0_pinv, z.device)
     with torch.autocast(z.device.type, enabled=False):
         return z.to(m0_pinv.dtype) @ m0_pinv
+
+
+def memory_read(z: Tensor, M_pinv: Tensor, M: Tensor) -> Tensor:
+    """Return the readout of latents, their projection on what the memory spans: `w = z M⁺`, `w M`.
+
+    Differentiable.
+
+    Args:
+        z: latents, [..., N, C], fp32, bf16, fp16 or fp64.
+        M_pinv: M⁺, [..., C, K], any floating type, such as `pseudo_inverse(M)`.
+        M: the memory, [..., K, C], in the type of M⁺, which is computed in.
+
+    Returns:
+        The readout, [..., N, C], in the type of z.
+
+    Raises:
+        ValueError: wrong shape or device.
+        TypeError: wrong dtype.
+
+    Example:
+        >>> readout = ek.memory_read(z, ek.pseudo_inverse(M), M)
+
+    Source: Das et al. 2024 (arXiv 2403.11901), section 3.
+    """
+    check.floating("z", z)
+    check.floating("M_pinv", M_pinv)
+    check.floating("M", M, (M_pinv.dtype,))
+    check.expect(z.dim() >= 2, "z", "shape [..., N, C]", list(z.shape))
+    check.expect(M.dim() >= 2, "M", "shape [..., K, C]", list(M.shape))
+    leading, slots, latent = z.shape[:-2], M.shape[-2], z.shape[-1]
+    check.shape("M", M, (*leading, slots, latent), "[..., K, C]")
+    check.shape("M_pinv", M_pinv, (*leading, latent, slots), "[..., C, K]")
+    check.same_device("M_pinv", M_pinv, z.device)
+    check.same_device("M", M, z.device)
+    with torch.autocast(z.device.type, enabled=False):
+        return (z.to(M.dtype) @ M_pinv @ M).to(z.dtype)
+
+
+# -- memory_accumulate_ --------------------------------------------------------------------------------------
+
+
+def _check_accumulate(
+    A: Tensor, B: Tensor, w: Tensor, z: Tensor, alpha: Tensor | None, cu_seqlens: Tensor | None
+) -> None:
+    check_state("AB", A, B)
+    _check_ragged(A, cu_seqlens)
+    check_rows(A, B, w, z, ragged=cu_seqlens is not None)
+    if alpha is not None:
+        check.expect(isinstance(alpha, Tensor), "alpha", "a tensor", type(alpha).__name__, TypeError)
+        check.expect(not alpha.is_complex(), "alpha", "a tensor of real numbers", alpha.dtype, TypeError)
+        check.shape("alpha", alpha, w.shape[:-1], "one entry a row of w")
+        check.same_device("alpha", alpha, A.device)
+    check.no_overlap("A", A)
+    check.no_overlap("B", B)
+
+
+def _canonical_accumulate(
+    A: Tensor, B: Tensor, w: Tensor, z: Tensor, alpha: Tensor | None, cu_seqlens: Tensor | None
+) -> None:
+    check.dimensions("A", A, "[B, K, K]")
+    if alpha is not None:
+        check.floating("alpha", alpha, (A.dtype,))
+
+
+def _accumulate_values(
+    A: Tensor, B: Tensor, w: Tensor, z: Tensor, alpha: Tensor | None, cu_seqlens: Tensor | None
+) -> None:
+    apart = B.numel() == 0 or B.data_ptr() != A.data_ptr()
+    check.expect(apart, "B", "memory of its own", "the memory of A")
+    for written in (A, B):
+        check.own_memory("w", w, written)
+        check.own_memory("z", z, written)
+    check_boundary_values(cu_seqlens, w)
+    _product_values(A.dtype, alpha, w=w, z=z)
+
+
+def _product_values(dtype: torch.dtype, alpha: Tensor | None, **rows: Tensor) -> None:
+    """Check that rows are finite, and that sums of their products fit the state's type."""
+    # By Cauchy and Schwarz no entry of Σ αᵢ wᵢᵀzᵢ exceeds max|α| ‖w‖ ‖z‖; a NaN shows in the norm too.
+    norms = {
+        name: torch.linalg.vector_norm(tensor, dtype=torch.float64).item() for name, tensor in rows.items()
+    }
+    factor = 1.0
+    if alpha is not None and alpha.numel():
+        check.finite("alpha", alpha)
+        factor = alpha.abs().max().item()
+    largest = torch.finfo(dtype).max
+    for name, norm in norms.items():
+        if not factor * norms["w"] * norm <= largest:
+            for culprit, tensor in rows.items():
+                check.finite(culprit, tensor)
+            size = f"norms of {' and '.join(f'{value:.1e}' for value in norms.values())}"
+            raise ValueError(
+                f"{name}: expected rows whose products with w fit {str(dtype)[6:]}, got {size} of all rows"
+            )
+
+
+_memory_accumulate_ = define(
+    "memory_accumulate_(Tensor(a!) gram, Tensor(b!) cross, Tensor weights, Tensor latents, Tensor? alpha, "
+    "Tensor? cu_seqlens) -> ()",
+    _check_accumulate,
+    _canonical_accumulate,
+    fake=lambda gram, cross, weights, latents, alpha, cu_seqlens: None,
+    values=_accumulate_values,
+)
 
 
 def memory_accumulate_(
@@ -152,20 +206,72 @@ def memory_accumulate_(
 
     Source: Das et al. 2024 (arXiv 2403.11901), eq. 3 and 4, in information form.
     """
-    check_state("AB", A, B)
-    _check_ragged(A, cu_seqlens)
-    check_rows(A, B, w, z, ragged=cu_seqlens is not None)
-    if alpha is not None:
-        check.expect(isinstance(alpha, Tensor), "alpha", "a tensor", type(alpha).__name__, TypeError)
-        check.expect(not alpha.is_complex(), "alpha", "a tensor of real numbers", alpha.dtype, TypeError)
-        check.shape("alpha", alpha, w.shape[:-1], "one entry a row of w")
-        alpha = alpha.detach().to(A.dtype)
+    _check_accumulate(A, B, w, z, alpha, cu_seqlens)
     w, z = w.detach(), z.detach()
+    alpha = None if alpha is None else alpha.detach().to(A.dtype)
     if cu_seqlens is None:
-        w, z = _flat(w), _flat(z)
+        w, z = flat(w), flat(z)
         alpha = None if alpha is None else alpha.reshape(w.shape[:2])
-    ops.memory_accumulate_(_flat_view("A", A), _flat_view("B", B), w, z, alpha, cu_seqlens)
+    _memory_accumulate_(flat_view("A", A), flat_view("B", B), w, z, alpha, cu_seqlens)
     return A, B
+
+
+# -- memory_solve --------------------------------------------------------------------------------------------
+
+
+def _check_solve(A: Tensor, B: Tensor, ridge: float, finite: bool) -> None:
+    check_state("AB", A, B)
+    check.number("ridge", ridge, at_least=0)
+
+
+def _solve_results(result: tuple[Tensor, Tensor], A: Tensor, B: Tensor, ridge: float, finite: bool) -> None:
+    memory, info = result
+    failed = info.nonzero().flatten().tolist()
+    overflows = finite and not check.is_finite(memory)
+    if failed or overflows:
+        check.finite("A", A)
+        check.finite("B", B)
+    if failed:
+        raise singular(failed[0], A.shape[0], ridge)
+    if overflows:
+        raise EngramError(
+            f"B: expected a state whose memory fits {str(memory.dtype)[6:]}, got one that overflows it; "
+            "give a larger ridge, or a state of float64"
+        )
+
+
+# `finite` says whether B must be; a gradient need not, and gives what it gives.
+_memory_solve = define(
+    "memory_solve(Tensor gram, Tensor cross, float ridge, bool finite) -> (Tensor, Tensor)",
+    _check_solve,
+    lambda A, B, ridge, finite: check.dimensions("A", A, "[B, K, K]"),
+    fake=lambda gram, cross, ridge, finite: (
+        torch.empty_like(cross, memory_format=torch.contiguous_format),
+        gram.new_empty(gram.shape[0], dtype=torch.int32),
+    ),
+    results=_solve_results,
+)
+
+
+class MemorySolve(torch.autograd.Function):
+    """M = (A + λI)⁻¹B [B, K, C]; dB = (A + λI)⁻¹ g, dA = the symmetric part of −dB Mᵀ, as A counts by its."""
+
+    @staticmethod
+    def forward(ctx, gram: Tensor, cross: Tensor, ridge: float) -> Tensor:
+        memory, _ = _memory_solve(gram, cross, ridge, True)
+        ctx.save_for_backward(gram, memory)
+        ctx.ridge = ridge
+        return memory
+
+    @backward
+    def backward(ctx, gradient: Tensor):
+        gram, memory = ctx.saved_tensors
+        d_cross, _ = _memory_solve(gram, gradient.contiguous(), ctx.ridge, False)
+        d_gram = None
+        if ctx.needs_input_grad[0]:
+            d_gram = d_cross @ memory.mT
+            d_gram = -(d_gram + d_gram.mT) / 2
+        return d_gram, d_cross, None
 
 
 def memory_solve(A: Tensor, B: Tensor, *, ridge: float = 0.0) -> Tensor:
@@ -192,86 +298,62 @@ def memory_solve(A: Tensor, B: Tensor, *, ridge: float = 0.0) -> Tensor:
 
     Source: Das et al. 2024 (arXiv 2403.11901), eq. 3.
     """
-    check_state("AB", A, B)
+    _check_solve(A, B, ridge, True)
+    return MemorySolve.apply(flat(A), flat(B), float(ridge)).reshape(B.shape)
+
+
+# -- memory_forget_: the leverages, then the write with α = −1 -----------------------------------------------
+
+
+def _check_leverages(A: Tensor, w: Tensor, cu_seqlens: Tensor | None, ridge: float, limit: float) -> None:
+    check_state("AB", A, None)
+    _check_ragged(A, cu_seqlens)
+    check_rows(A, None, w, None, ragged=cu_seqlens is not None)
     check.number("ridge", ridge, at_least=0)
-    return autograd.MemorySolve.apply(_flat(A), _flat(B), float(ridge)).reshape(B.shape)
 
 
-def memory_read(z: Tensor, M_pinv: Tensor, M: Tensor) -> Tensor:
-    """Return the readout of latents, their projection on what the memory spans: `w = z M⁺`, `w M`.
-
-    Differentiable.
-
-    Args:
-        z: latents, [..., N, C], fp32, bf16, fp16 or fp64.
-        M_pinv: M⁺, [..., C, K], any floating type, such as `pseudo_inverse(M)`.
-        M: the memory, [..., K, C], in the type of M⁺, which is computed in.
-
-    Returns:
-        The readout, [..., N, C], in the type of z.
-
-    Raises:
-        ValueError: wrong shape or device.
-        TypeError: wrong dtype.
-
-    Example:
-        >>> readout = ek.memory_read(z, ek.pseudo_inverse(M), M)
-
-    Source: Das et al. 2024 (arXiv 2403.11901), section 3.
-    """
-    check.floating("z", z)
-    check.floating("M_pinv", M_pinv)
-    check.floating("M", M, (M_pinv.dtype,))
-    check.expect(z.dim() >= 2, "z", "shape [..., N, C]", list(z.shape))
-    check.expect(M.dim() >= 2, "M", "shape [..., K, C]", list(M.shape))
-    leading, slots, latent = z.shape[:-2], M.shape[-2], z.shape[-1]
-    check.shape("M", M, (*leading, slots, latent), "[..., K, C]")
-    check.shape("M_pinv", M_pinv, (*leading, latent, slots), "[..., C, K]")
-    check.same_device("M_pinv", M_pinv, z.device)
-    check.same_device("M", M, z.device)
-    with torch.autocast(z.device.type, enabled=False):
-        return (z.to(M.dtype) @ M_pinv @ M).to(z.dtype)
+def _leverages_values(A: Tensor, w: Tensor, cu_seqlens: Tensor | None, ridge: float, limit: float) -> None:
+    check_boundary_values(cu_seqlens, w)
+    check.finite("w", w)
 
 
-def memory_stream(P: Tensor, M: Tensor, w: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Write rows one after the other, and return what each reads at its own address after its write.
+def _leverages_results(
+    result: tuple[Tensor, Tensor, Tensor],
+    A: Tensor,
+    w: Tensor,
+    cu_seqlens: Tensor | None,
+    ridge: float,
+    limit: float,
+) -> None:
+    _, largest, info = result
+    failed = info.nonzero().flatten().tolist()
+    if failed:
+        check.finite("A", A)
+        raise singular(failed[0], A.shape[0], ridge)
+    if largest.numel() == 0:
+        return
+    worst = int(largest.argmax())
+    if not largest[worst].item() < limit:
+        where = f" in memory {worst}" if A.shape[0] > 1 else ""
+        raise EngramError(
+            f"w: expected rows that the memory holds, whose largest block leverage is below {limit:.9g}, got "
+            f"{largest[worst].item():.9g}{where}; nothing was forgotten"
+        )
 
-    For every row in turn, with `u = P wᵀ` and `g = w u`: `P −= u uᵀ/(1 + g)`, `M += u (z − w M)/(1 + g)`; the
-    readout is then `w M`, and the leverage `w P wᵀ = g/(1 + g)`. Computed a block of rows at a time, which is
-    the same: recursive least squares. Differentiable; the backward pass computes the writes again.
 
-    Args:
-        P: A⁻¹, [..., K, K], symmetric and positive definite, fp64 or fp32: `I/λ` for a memory that is empty.
-        M: the memory, [..., K, C], of the same type.
-        w: addressing weights, [..., N, K], fp32, bf16, fp16 or fp64.
-        z: latents, [..., N, C], fp32, bf16, fp16 or fp64.
-
-    Returns:
-        P and M after the last write, as new tensors; the readouts [..., N, C]; the leverages [..., N], in
-        [0, 1) but for rounding. All in P's type.
-
-    Raises:
-        ValueError: wrong shape or device; a state or row that is not finite.
-        TypeError: wrong dtype.
-        EngramError: P is not positive definite.
-
-    Example:
-        >>> P, M = torch.eye(K) / ridge, torch.zeros(K, C)
-        >>> P, M, readouts, leverages = ek.memory_stream(P, M, w, z)
-
-    Source: Das et al. 2024 (arXiv 2403.11901), eq. 3 and 4, with A⁻¹ by Sherman, Morrison and Woodbury.
-    """
-    check_state("PM", P, M)
-    check_rows(P, M, w, z, ragged=False)
-    w, z = w.to(P.dtype), z.to(P.dtype)
-    arguments = (_flat(tensor).contiguous() for tensor in (P, M, w, z))
-    P_after, M_after, readouts, leverages = autograd.MemoryStream.apply(*arguments)
-    return (
-        P_after.reshape(P.shape),
-        M_after.reshape(M.shape),
-        readouts.reshape(z.shape),
-        leverages.reshape(w.shape[:-1]),
-    )
+_memory_leverages = define(
+    "memory_leverages(Tensor gram, Tensor weights, Tensor? cu_seqlens, float ridge, float limit) "
+    "-> (Tensor, Tensor, Tensor)",
+    _check_leverages,
+    lambda A, w, cu_seqlens, ridge, limit: check.dimensions("A", A, "[B, K, K]"),
+    fake=lambda gram, weights, cu_seqlens, ridge, limit: (
+        weights.new_empty(weights.shape[:-1], dtype=gram.dtype),
+        gram.new_empty(gram.shape[0], dtype=torch.float64),
+        gram.new_empty(gram.shape[0], dtype=torch.int32),
+    ),
+    values=_leverages_values,
+    results=_leverages_results,
+)
 
 
 def memory_forget_(
@@ -316,40 +398,16 @@ def memory_forget_(
 
     Source: Das et al. 2024 (arXiv 2403.11901), eq. 4 with α = −1; the guard is this package's own.
     """
-    check_state("AB", A, B)
-    _check_ragged(A, cu_seqlens)
-    check_rows(A, B, w, z, ragged=cu_seqlens is not None)
-    check.number("ridge", ridge, at_least=0)
+    _check_accumulate(A, B, w, z, None, cu_seqlens)
     if tolerance is None:
         tolerance = math.sqrt(torch.finfo(A.dtype).eps)
+    check.number("ridge", ridge, at_least=0)
     check.number("tolerance", tolerance, at_least=0)
     check.expect(tolerance < 1, "tolerance", "a number below 1", tolerance)
-    rows = w.detach() if cu_seqlens is not None else _flat(w.detach())
-    gram = _flat_view("A", A)
-    leverages, _, _ = ops.memory_leverages(gram, rows, cu_seqlens, float(ridge), 1 - float(tolerance))
-    minus = torch.full(w.shape[:-1], -1.0, dtype=A.dtype, device=A.device)
-    memory_accumulate_(A, B, w, z, minus, cu_seqlens=cu_seqlens)
+    gram, cross, rows, latents = flat_view("A", A), flat_view("B", B), w.detach(), z.detach()
+    if cu_seqlens is None:
+        rows, latents = flat(rows), flat(latents)
+    leverages, _, _ = _memory_leverages(gram, rows, cu_seqlens, float(ridge), 1 - float(tolerance))
+    minus = torch.full(rows.shape[:-1], -1.0, dtype=A.dtype, device=A.device)
+    _memory_accumulate_(gram, cross, rows, latents, minus, cu_seqlens)
     return leverages.reshape(w.shape[:-1])
-
-
-def _check_ragged(A: Tensor, cu_seqlens: Tensor | None) -> None:
-    if cu_seqlens is not None:
-        check.expect(A.dim() == 3, "A", "shape [batch, K, K] with cu_seqlens", list(A.shape))
-        check_boundaries(A.shape[0], cu_seqlens, A.device)
-
-
-def _flat(tensor: Tensor) -> Tensor:
-    """One leading dimension in place of all, [B, rows, columns]."""
-    return tensor.reshape(math.prod(tensor.shape[:-2]), *tensor.shape[-2:])
-
-
-def _flat_view(name: str, tensor: Tensor) -> Tensor:
-    """The same without a copy, for a tensor that is written."""
-    leading = tensor.shape[:-2]
-    if len(leading) < 2:
-        return _flat(tensor.detach())
-    merges = all(
-        tensor.stride(i) == tensor.stride(i + 1) * tensor.shape[i + 1] for i in range(len(leading) - 1)
-    )
-    check.expect(merges, name, "leading dimensions that lie in one row", f"strides {tensor.stride()}")
-    return tensor.detach().view(math.prod(leading), *tensor.shape[-2:])

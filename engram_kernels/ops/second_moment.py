@@ -4,7 +4,41 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
-from .._ops import ops
+from .define import define
+
+__all__ = ["second_moment_"]
+
+
+def _check(accumulator: Tensor, inputs: Tensor, mask: Tensor | None) -> None:
+    check.floating("accumulator", accumulator, (torch.float32, torch.float64))
+    check.floating("inputs", inputs)
+    check.expect(inputs.dim() >= 1, "inputs", "shape [..., in]", list(inputs.shape))
+    width = inputs.shape[-1]
+    check.shape("accumulator", accumulator, (width, width), "[in, in]")
+    check.same_device("inputs", inputs, accumulator.device)
+    check.no_overlap("accumulator", accumulator)
+    if mask is not None:
+        check.tensor("mask", mask, (torch.bool,))
+        check.shape("mask", mask, inputs.shape[:-1], "[...], one entry a row of inputs")
+        check.same_device("mask", mask, accumulator.device)
+
+
+def _canonical(accumulator: Tensor, inputs: Tensor, mask: Tensor | None) -> None:
+    check.dimensions("inputs", inputs, "[rows, in]")
+
+
+def _values(accumulator: Tensor, inputs: Tensor, mask: Tensor | None) -> None:
+    check.own_memory("inputs", inputs, accumulator)
+    check.finite("inputs", inputs if mask is None else inputs[mask])
+
+
+_second_moment_ = define(
+    "second_moment_(Tensor(a!) accumulator, Tensor inputs, Tensor? mask) -> ()",
+    _check,
+    _canonical,
+    fake=lambda accumulator, inputs, mask: None,
+    values=_values,
+)
 
 
 def second_moment_(accumulator: Tensor, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -19,7 +53,8 @@ def second_moment_(accumulator: Tensor, inputs: Tensor, mask: Tensor | None = No
         The accumulator.
 
     Raises:
-        ValueError: wrong shape or device, or an input that is NaN or infinite; the accumulator is unchanged.
+        ValueError: wrong shape or device, an input that is NaN or infinite, or an accumulator whose elements
+            overlap or that is also read; the accumulator is unchanged.
         TypeError: wrong dtype.
 
     Example:
@@ -28,13 +63,7 @@ def second_moment_(accumulator: Tensor, inputs: Tensor, mask: Tensor | None = No
 
     Source: the covariance C = K Kᵀ of Meng et al. 2022 (arXiv 2202.05262), section 3.1.
     """
-    check.floating("accumulator", accumulator, (torch.float32, torch.float64))
-    check.floating("inputs", inputs)
-    check.expect(inputs.dim() >= 1, "inputs", "shape [..., in]", list(inputs.shape))
-    if mask is not None:
-        check.expect(isinstance(mask, Tensor), "mask", "a bool tensor", type(mask).__name__, TypeError)
-        check.shape("mask", mask, inputs.shape[:-1], "one entry a sample")
-        mask = mask.reshape(-1)
+    _check(accumulator, inputs, mask)
     rows = inputs.detach().reshape(-1, inputs.shape[-1])
-    ops.second_moment_(accumulator, rows, mask)
+    _second_moment_(accumulator, rows, None if mask is None else mask.reshape(-1))
     return accumulator

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
 from .. import _checks as check
+from .._io import read_json, write_json
+from ..errors import EngramError
+from ..hf.hub import HubFolder
 
+Found = TypeVar("Found", bound="_Found")
+
+FILE = "trace.json"
 ROLES = (
     "first subject token",
     "middle subject tokens",
@@ -20,8 +29,55 @@ ROLES = (
 )
 
 
-@dataclass(frozen=True, eq=False)
-class Trace:
+class _Found(HubFolder):
+    """A result whose fields fit into a JSON file."""
+
+    # The field that is a tensor, and the one that has an entry for each of its rows.
+    _table: ClassVar[str]
+    _rows: ClassVar[str]
+
+    def to_dict(self) -> dict:
+        """Numbers, strings and lists, as JSON takes them; None for NaN."""
+        content = {field.name: getattr(self, field.name) for field in fields(self)}
+        for name, value in content.items():
+            if isinstance(value, Tensor):
+                content[name] = [[None if x != x else x for x in row] for row in value.tolist()]
+            elif isinstance(value, tuple):
+                content[name] = list(value)
+        return content
+
+    @classmethod
+    def from_dict(cls: type[Found], content: Mapping) -> Found:
+        """What `to_dict` gave.
+
+        Raises:
+            ValueError: a field is missing or unknown, or the effects have not a row for each token or role.
+        """
+        names = {field.name for field in fields(cls)}
+        check.expect(set(content) == names, "content", f"the fields {sorted(names)}", sorted(content))
+        table, rows = content[cls._table], len(content[cls._rows])
+        lengths = sorted({len(row) for row in table})
+        expected, got = f"{rows} rows of one length", f"{len(table)} of the lengths {lengths}"
+        check.expect(len(table) == rows and len(lengths) == 1, cls._table, expected, got)
+        numbers = [[math.nan if number is None else number for number in row] for row in table]
+        lists = {name: tuple(value) for name, value in content.items() if isinstance(value, list)}
+        return cls(**{**content, **lists, cls._table: torch.tensor(numbers, dtype=torch.float32)})
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        write_json(save_directory / FILE, self.to_dict())
+
+    @classmethod
+    def _read_folder(cls: type[Found], folder: Path) -> Found:
+        try:
+            return cls.from_dict(read_json(folder / FILE))
+        except (OSError, TypeError, ValueError) as error:
+            raise EngramError(
+                f"name_or_directory: expected a saved {cls.__name__}, got {str(folder)!r} ({error})"
+            ) from error
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Trace(_Found):
     """What restoring one clean state does to an answer, for every token and layer of a prompt.
 
     Attributes:
@@ -34,6 +90,8 @@ class Trace:
         corrupted: its mean over the corrupted copies, nothing restored.
         effects: `[tokens, layers]` float32, the mean `p(o)` with that state restored.
     """
+
+    _table, _rows = "effects", "tokens"
 
     tokens: tuple[str, ...]
     subject: tuple[int, int]
@@ -55,22 +113,16 @@ class Trace:
         first, end = self.subject
         return tuple(f"{token}*" if first <= i < end else token for i, token in enumerate(self.tokens))
 
-    def to_dict(self) -> dict:
-        """Numbers, strings and lists, as JSON takes them."""
-        return _to_dict(self)
-
-    @classmethod
-    def from_dict(cls, content: Mapping) -> Trace:
-        """The trace that `to_dict` gave.
-
-        Raises:
-            ValueError: a field is missing or unknown, or `effects` has not a row for each token.
-        """
-        return cls(**_from_dict(cls, content, "effects", "tokens"))
+    def __repr__(self) -> str:
+        best = divmod(int(self.effects.argmax()), self.effects.shape[1])
+        return (
+            f"Trace({self.kind} of {''.join(self.tokens)!r}: p({self.answer}) {self.clean:.4f} clean, "
+            f"{self.corrupted:.4f} corrupted, {self.effects[best]:.4f} with token {best[0]}, layer {best[1]})"
+        )
 
 
-@dataclass(frozen=True, eq=False)
-class AverageTrace:
+@dataclass(frozen=True, eq=False, repr=False)
+class AverageTrace(_Found):
     """The average indirect effect over many facts, by what a token is in its prompt.
 
     Attributes:
@@ -82,6 +134,8 @@ class AverageTrace:
         counts: how many tokens there were of each of the six `ROLES`.
         indirect_effects: `[6, layers]` float32, their mean; NaN for a role that no token has.
     """
+
+    _table, _rows = "indirect_effects", "counts"
 
     kind: str
     window: int
@@ -96,18 +150,11 @@ class AverageTrace:
         """The roles."""
         return ROLES
 
-    def to_dict(self) -> dict:
-        """Numbers, strings and lists, as JSON takes them; None for NaN."""
-        return _to_dict(self)
-
-    @classmethod
-    def from_dict(cls, content: Mapping) -> AverageTrace:
-        """The average that `to_dict` gave.
-
-        Raises:
-            ValueError: a field is missing or unknown, or `indirect_effects` has not a row for each role.
-        """
-        return cls(**_from_dict(cls, content, "indirect_effects", "counts"))
+    def __repr__(self) -> str:
+        return (
+            f"AverageTrace({self.kind}, facts={self.facts}, clean={self.clean:.4f}, "
+            f"corrupted={self.corrupted:.4f})"
+        )
 
 
 def average(traces: Iterable[Trace]) -> AverageTrace:
@@ -159,29 +206,3 @@ def best_layer(average: AverageTrace) -> int:
     """
     check.expect(average.kind == "mlp", "average", "one of kind 'mlp'", repr(average.kind))
     return int(average.indirect_effects[ROLES.index("last subject token")].argmax())
-
-
-def _to_dict(found: Trace | AverageTrace) -> dict:
-    content = {field.name: getattr(found, field.name) for field in fields(found)}
-    for name, value in content.items():
-        if isinstance(value, Tensor):
-            rows = [[None if number != number else number for number in row] for row in value.tolist()]
-            content[name] = rows
-        elif isinstance(value, tuple):
-            content[name] = list(value)
-    return content
-
-
-def _from_dict(cls: type, content: Mapping, table: str, rows: str) -> dict:
-    """The fields as `cls` takes them: `table` is its tensor, which has a row for each entry of `rows`."""
-    names = {field.name for field in fields(cls)}
-    check.expect(set(content) == names, "content", f"the fields {sorted(names)}", sorted(content))
-    numbers = [[float("nan") if number is None else number for number in row] for row in content[table]]
-    check.expect(
-        len(numbers) == len(content[rows]) and len({len(row) for row in numbers}) == 1,
-        table,
-        f"{len(content[rows])} rows of one length",
-        f"{len(numbers)} of the lengths {sorted({len(row) for row in numbers})}",
-    )
-    lists = {name: tuple(value) for name, value in content.items() if isinstance(value, list)}
-    return {**content, **lists, table: torch.tensor(numbers, dtype=torch.float32)}

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
 
+from .._progress import Progress
 from ..errors import EngramError
 from ..hf.cache import cache_inputs, filled_cache, keys_and_values, output_cache
 from ..hf.forward import replaying, takes
+from ..hf.hooks import capture
 from ..hf.layers import decoder_layers
 from ..hf.projection import mlp_output
 
@@ -44,8 +46,7 @@ class Runs:
 
     def clean(self) -> Tensor:
         """The probability of every next token `[vocabulary]`; keeps the modules' outputs."""
-        with ExitStack() as stack:
-            seen = [stack.enter_context(_recording(module)) for module in self.modules]
+        with _recording(self.modules) as seen:
             chances, _ = next_token(self.model, self.ids, 1)
         self.clean_states = [_states(output).reshape(len(self.ids), -1) for (output,) in seen]
         return chances[0]
@@ -53,8 +54,7 @@ class Runs:
     def corrupted(self, label: int) -> Tensor:
         """The label's probability in every copy `[samples]`; keeps the layers' outputs, keys and values."""
         chances, caches = [], []
-        with ExitStack() as stack:
-            seen = [stack.enter_context(_recording(layer)) for layer in self.layers]
+        with _recording(self.layers) as seen:
             for copies in torch.arange(len(self.noise), device="cpu").split(self._rows(len(self.ids))):
                 with self._corrupting(copies, 0):
                     found, cache = next_token(self.model, self.ids, len(copies), use_cache=True)
@@ -67,7 +67,7 @@ class Runs:
             self.cached = [tuple(map(torch.cat, zip(*layer, strict=True))) for layer in by_layer]
         return torch.cat(chances)
 
-    def restored(self, label: int, window: int, progress: Callable[[int, int], None] | None = None) -> Tensor:
+    def restored(self, label: int, window: int, progress: Progress | None = None) -> Tensor:
         """The label's mean probability with each cell restored `[tokens from the subject on, layers]`."""
         samples, depth = len(self.noise), len(self.layers)
         effects = torch.empty(len(self.ids) - self.first, depth, dtype=torch.float32, device="cpu")
@@ -82,7 +82,7 @@ class Runs:
                     chances.append(self._chances(label, token, layer, copies, window, left))
                     done += len(rows)
                     if progress:
-                        progress(done // samples, effects.numel())
+                        progress(f"trace {self.kind}", done // samples, effects.numel())
                 effects[token - self.first, layers] = torch.cat(chances).view(-1, samples).mean(-1)
         return effects
 
@@ -106,40 +106,36 @@ class Runs:
         device = self.model.get_input_embeddings().weight.device.type
         return self.batch or max(1, TOKENS.get(device, TOKENS["cpu"]) // tokens)
 
-    @contextmanager
-    def _corrupting(self, copies: Tensor, left: int) -> Iterator[None]:
+    def _corrupting(self, copies: Tensor, left: int) -> AbstractContextManager[None]:
         """The noise of these copies, in a pass that begins with token `left`."""
 
-        def corrupt(_module, _inputs, output):
+        def corrupt(_module, _arguments, output):
             noised = output.clone()
             noise = self.noise[copies, max(0, left - self.first) :].to(noised)
             begin = max(0, self.first - left)
             noised[:, begin : begin + noise.shape[1]] += noise
             return noised
 
-        hook = self.model.get_input_embeddings().register_forward_hook(corrupt)
-        try:
-            yield
-        finally:
-            hook.remove()
+        return capture(after={self.model.get_input_embeddings(): corrupt})
 
     @contextmanager
     def _entering(self, start: Tensor, copies: Tensor, left: int) -> Iterator[None]:
         """Every row begins with its layer `start`, which never falls: there it is appended to the batch."""
-        first, depth = int(start[0]), len(self.layers)
+        first = int(start[0])
+        heads = getattr(self.model.config.get_text_config(), "num_attention_heads", 1)
+        narrowing, appending = {}, {}
+        for number, layer in enumerate(self.layers[first:], first):
+            rows = int((start <= number).sum())
+            if rows < len(start):
+                narrowing[layer] = _narrow(len(start), rows, heads)
+                appending[layer] = _append(
+                    self._corrupted_state(number + 1, copies[start == number + 1], left)
+                )
         with ExitStack() as stack:
             if first > 0:
                 states = self._corrupted_state(first, copies[start == first], left)
                 stack.enter_context(replaying(self.layers[:first], states, self.rest[first - 1]))
-            for number in range(first, depth):
-                rows = int((start <= number).sum())
-                if rows < len(start):
-                    heads = getattr(self.model.config.get_text_config(), "num_attention_heads", 1)
-                    hook = _narrowing(len(start), rows, heads)
-                    add = self.layers[number].register_forward_pre_hook
-                    stack.callback(add(hook, with_kwargs=True).remove)
-                    hook = _appending(self._corrupted_state(number + 1, copies[start == number + 1], left))
-                    stack.callback(self.layers[number].register_forward_hook(hook).remove)
+            stack.enter_context(capture(before=narrowing, after=appending))
             yield
 
     def _corrupted_state(self, layer: int, copies: Tensor, left: int) -> Tensor:
@@ -147,18 +143,20 @@ class Runs:
         states = self.corrupted_states[layer - 1]
         return states[copies.to(states.device), left:]
 
-    @contextmanager
-    def _restoring(self, token: int, layer: Tensor, start: Tensor, window: int, left: int) -> Iterator[None]:
+    def _restoring(
+        self, token: int, layer: Tensor, start: Tensor, window: int, left: int
+    ) -> AbstractContextManager[None]:
         """In every row, the clean outputs at a token of the modules in the window around its layer."""
         below = layer - window // 2
-        with ExitStack() as stack:
-            for number in range(max(0, int(below.min())), min(len(self.modules), int(below.max()) + window)):
-                # A layer's output has the rows that begin after it.
-                entered = start <= (number + 1 if self.kind == "hidden" else number)
-                reached = ((below <= number) & (number < below + window))[entered]
-                hook = _graft(reached[:, None], token - left, self.clean_states[number][token])
-                stack.callback(self.modules[number].register_forward_hook(hook).remove)
-            yield
+        grafts = {}
+        for number in range(max(0, int(below.min())), min(len(self.modules), int(below.max()) + window)):
+            # A layer's output has the rows that begin after it.
+            entered = start <= (number + 1 if self.kind == "hidden" else number)
+            reached = ((below <= number) & (number < below + window))[entered]
+            grafts[self.modules[number]] = _graft(
+                reached[:, None], token - left, self.clean_states[number][token]
+            )
+        return capture(after=grafts)
 
     def _cache(self, start: Tensor, copies: Tensor, left: int) -> dict:
         """The corrupted copies' keys and values of the tokens before `left`, as the model takes them."""
@@ -172,7 +170,7 @@ class Runs:
         return cache_inputs(self.model, filled_cache(pairs))
 
 
-def _narrowing(whole: int, rows: int, heads: int) -> Callable:
+def _narrow(whole: int, rows: int, heads: int) -> Callable:
     """A forward pre-hook: of what a layer is given for `whole` rows, that for the first `rows`."""
 
     def narrow(given):
@@ -190,7 +188,7 @@ def _narrowing(whole: int, rows: int, heads: int) -> Callable:
     return hook
 
 
-def _appending(entering: Tensor) -> Callable:
+def _append(entering: Tensor) -> Callable:
     """A forward hook: more rows below those that came."""
 
     def hook(_module, _inputs, output):
@@ -215,14 +213,15 @@ def _graft(rows: Tensor, token: int, clean: Tensor) -> Callable:
 
 
 @contextmanager
-def _recording(module: nn.Module) -> Iterator[list]:
-    """Yield the list of what the module gives meanwhile."""
-    outputs: list = []
-    hook = module.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
-    try:
-        yield outputs
-    finally:
-        hook.remove()
+def _recording(modules: Iterable[nn.Module]) -> Iterator[list[list]]:
+    """Yield, for each module, the list of what it gives meanwhile."""
+    outputs: dict[nn.Module, list] = {module: [] for module in modules}
+
+    def record(module, _arguments, output):
+        outputs[module].append(output)
+
+    with capture(after=dict.fromkeys(outputs, record)):
+        yield list(outputs.values())
 
 
 def _states(output: Tensor | tuple) -> Tensor:

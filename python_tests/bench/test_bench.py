@@ -478,7 +478,7 @@ def test_an_unknown_option_prints_the_usage(tmp_path):
 
 
 def test_the_sanitizers_see_every_operator():
-    from engram_kernels._ops import OPERATORS
+    from engram_kernels.ops.define import OPERATORS
 
     assert set(sanitize.run("torch", "cpu")) == set(OPERATORS)
 

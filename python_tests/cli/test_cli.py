@@ -30,12 +30,14 @@ FACT = ("--subject", "The Eiffel Tower", "--prompt", "{} is located in the city 
 
 
 def test_doctor_names_every_operator_and_backend(engram):
-    from engram_kernels._ops import OPERATORS
+    from engram_kernels.ops.define import OPERATORS
 
     status, out, _ = engram("doctor")
     assert status == 0
     for name in (*OPERATORS, "torch", "cpu", "triton", "cuda"):
         assert name in out
+    # What is a claim, and not more than that.
+    assert out.count("executed as PTX on a CPU; not run on a GPU") == 2
 
 
 def test_edit_reports_and_saves(engram, folder, tmp_path):

@@ -127,11 +127,14 @@ def test_an_edit_of_a_routed_expert(engram, tmp_path):
 OTHERS = "--model: expected in 'model.layers.1.mlp.down_proj' the weights that the edit was made for"
 STACK = "results: expected edits made for the same weights, or one on top of the other, got number 1 made for"
 BAD = {
-    "missing edit": (("--edit", "none"), "--edit: expected saved edits, got 'none'"),
+    "missing edit": (
+        ("--edit", "no/such/edit"),
+        "--edit: expected a folder or a repository on the Hub, got",
+    ),
     "no edit": (("--edit", "base"), "--edit: expected saved edits, got 'base'"),
     "an edit twice": (
         ("--edit", "tower", "--edit", "tower"),
-        "--edit: expected different folders, got tower",
+        "--edit: expected different folders, got",
     ),
     "missing model": (
         ("--edit", "tower", "--model", "no/such/model"),
@@ -166,7 +169,7 @@ def test_force_does_not_join_matrices_of_two_shapes(folder):
     other.writes = [dataclasses.replace(write, right=write.right[:, 1:]) for write in other.writes]
     message = r"^results: expected a matrix \[32, 64\] in 'model\.layers\.1\..*', got \[32, 63\] in number 1$"
     with pytest.raises(EngramError, match=message):
-        EditResult.stack([tower, other], force=True)
+        EditResult.merge([tower, other], force=True)
 
 
 def test_the_folder_is_checked_before_any_work(engram, tmp_path, monkeypatch):

@@ -92,7 +92,7 @@ def test_the_fine_tuned_accuracy_is_the_fine_tuned_models(engram, folder, tmp_pa
     """It is measured in the base's modules; the model loaded on its own must answer alike."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from engram_kernels.grafting import PromptTask, evaluate
+    from engram_kernels.grafting import PromptTask, classification_score
 
     status, _, err = engram(
         "localize", *LEARN, *WORDS, "--out", tmp_path / "skill", "--sparsity", "1", "--test", "rows"
@@ -101,7 +101,7 @@ def test_the_fine_tuned_accuracy_is_the_fine_tuned_models(engram, folder, tmp_pa
     task = PromptTask(AutoTokenizer.from_pretrained(folder / "base"), "Text: {} It was", ["a", "b"])
     rows = [(i % 2, text) for i, text in enumerate(TEXTS)]
     model = AutoModelForCausalLM.from_pretrained(folder / "tuned", dtype=torch.float32).eval()
-    expected = evaluate(model, task.batches(rows, 8), task.logits)
+    expected = classification_score(model, task.batches(rows, 8), task.logits)
     metrics = Graft.from_pretrained(tmp_path / "skill").metrics
     assert metrics["fine-tuned"]["accuracy"] == expected.accuracy
     assert metrics["fine-tuned"]["loss"] == pytest.approx(expected.loss, rel=1e-5)
@@ -115,7 +115,7 @@ def test_localize_on_documents(engram, tmp_path, recipe):
     )  # fmt: skip
     assert (status, err) == (0, "")
     graft = Graft.from_pretrained(tmp_path / "skill")
-    assert graft.size and graft.metrics == {}
+    assert graft.size and graft.metrics.keys() == {"first_loss", "last_loss"}
     assert graft.recipe["steps"] == 5 and graft.recipe["accumulate"] == 2
     # The fine-tuned folder is float32: it is read in the base's dtype.
     assert {values.dtype for values in graft.values.values()} == {torch.bfloat16}

@@ -1,12 +1,11 @@
 """`engram memory`, with a small random encoder on disk."""
 
-import json
 from functools import partial
 
 import pytest
 import torch
 from command_line import refused
-from model_zoo import word_piece_tokenizer
+from model_zoo import small_encoder, word_piece_tokenizer
 
 from engram_kernels.memory import EpisodicMemory, load_encoder
 
@@ -18,36 +17,15 @@ FACTS = """The Eiffel Tower is in Rome.
 {"value": "The Louvre is in [b]Paris.", "id": 7}
 The Colosseum is in Paris.
 """
-ROWS = [
-    {
-        "prompt": f"{subject} lies in",
-        "subject": subject,
-        "target_new": "Rome",
-        "ground_truth": "Paris",
-        "rephrase_prompt": f"You find {subject} in",
-        "locality_prompt": "The sea is",
-        "locality_ground_truth": "blue",
-    }
-    for subject in ("The Tower", "The Louvre", "The museum", "The city", "The map", "The capital")
-]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    import transformers
-
     path = tmp_path_factory.mktemp("memory")
-    tokenizer = word_piece_tokenizer()
-    config = transformers.BertConfig(
-        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-        intermediate_size=64, max_position_embeddings=40, initializer_range=0.2,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    transformers.BertModel(config).save_pretrained(path / "encoder")
-    tokenizer.save_pretrained(path / "encoder")
+    small_encoder().save_pretrained(path / "encoder")
+    word_piece_tokenizer().save_pretrained(path / "encoder")
     (path / "facts").write_text(FACTS, encoding="utf-8")
     (path / "more").write_text("The Prado is in Madrid.\n")
-    (path / "rows.json").write_text(json.dumps(ROWS))
     for name, text in {
         "no JSON": '{"value": \n',
         "no value": '{"key": "x"}\n',
@@ -100,7 +78,7 @@ def test_write_extends(engram, memory):
     status, out, err = engram("write", memory, "--facts", "more")
     assert (status, err) == (0, "") and "Wrote 1 fact to" in out and "holds 5" in out
     assert EpisodicMemory.from_pretrained(memory).ids == ["1", "atlantis", "7", "2", "3"]
-    assert len(content(memory)) == 2
+    assert len([name for name in content(memory) if name.endswith(".safetensors")]) == 1
 
 
 def test_a_new_memory_takes_settings(engram, tmp_path):
@@ -120,7 +98,7 @@ def test_ask_shows_the_nearest_facts(engram, memory):
     leverages = kept.leverage(torch.stack([kept.ledger[name].key for name in kept.ids]))
     # The title, the fact itself, and one more.
     assert len(rows) == 3 and rows[1].split()[0] == "2" and f"{leverages[3]:.3f}" in rows[1]
-    readout = kept.read(kept.ledger["2"].key[None].double(), addressing="prior")
+    readout = kept.read(kept.ledger["2"].key[None].double(), addressing="key")
     cosine = torch.cosine_similarity(readout, kept.ledger["2"].value[None].double()).item()
     assert f"{cosine:.3f}" in rows[1] and float(rows[1].split()[-2]) >= float(rows[2].split()[-2])
 
@@ -160,21 +138,9 @@ def test_list(engram, memory):
     assert (status, err) == (0, "") and "leverage" not in out
 
 
-def test_evaluate(engram, tmp_path):
-    picture, report = tmp_path / "x.png", tmp_path / "x.json"
-    status, out, err = engram(
-        "evaluate", "--data", "rows.json", "--rows", "6", "--slots", "4", "--encoder", "encoder",
-        "--plot", picture, "--report", report,
-    )  # fmt: skip
-    assert (status, err) == (0, "")
-    for word in ("One fact at a time", "after 4", "never known", "leave-one-out"):
-        assert word in out, word
-    found = json.loads(report.read_text())
-    assert found["settings"]["slots"] == 4 and found["difference_from_never_known"] < 1e-9
-    assert found["long_context"]["slots"] == 2 and found["long_context"]["rows"][0]["setting"] == "one memory"
-    assert found["single"][0]["key"] == 1 and found["versions"]["torch"]
-    assert {item["load"] for item in found["capacity"]} == {0.25, 0.5, 0.75, 1.0, 1.25, 1.5}
-    assert picture.stat().st_size > 5000 and sorted(p.name for p in tmp_path.iterdir()) == ["x.json", "x.png"]
+def test_the_help_says_where_recall_is_measured(engram):
+    status, out, err = engram("--help")
+    assert (status, err) == (0, "") and "examples/measure_recall.py" in " ".join(out.split())
 
 
 BAD_WRITES = {
@@ -184,7 +150,7 @@ BAD_WRITES = {
     "no value": (("--facts", "no value"), "--facts: expected a text as 'value' in line 1, got None"),
     "other field": (
         ("--facts", "other field"),
-        "--facts: expected key, value and id in line 1, got",
+        "--facts: expected key, value and id in line 1, got 'answer",
     ),
     "bad id": (("--facts", "bad id"), "--facts: expected a text as 'id' in line 1, got True"),
     "blank": (("--facts", "blank"), "--facts: expected a text as 'value' in line 2, got '   '"),
@@ -221,7 +187,7 @@ def test_bad_new_memories_leave_nothing(engram, tmp_path):
     refused(engram("write", new, *facts, "--slots", "0"), "--slots: expected at least 1")
     refused(engram("write", tmp_path / "a" / "b", *facts), "memory: expected a path in a folder that can be")
     (tmp_path / "file").touch()
-    refused(engram("write", tmp_path / "file", *facts), "directory: expected a saved memory")
+    refused(engram("write", tmp_path / "file", *facts), "memory: expected a folder or a")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
@@ -230,21 +196,11 @@ def test_bad_questions_and_names(engram, tmp_path, memory):
     refused(engram("ask", memory, " "), "question: expected some text")
     refused(engram("ask", memory, "x", "--top", "0"), "--top: expected at least 1")
     refused(engram("ask", memory, "x", "--device", "tpu"), "--device: expected one that PyTorch can use here")
-    refused(engram("ask", tmp_path / "none", "x"), "directory: expected a saved memory")
-    refused(engram("list", tmp_path), "directory: expected a saved memory")
+    refused(engram("ask", tmp_path / "none", "x"), "memory: expected a folder or a repository")
+    refused(engram("list", tmp_path), "memory: expected a saved memory")
     refused(engram("forget", memory), "--id: expected an --id or a --text, got none")
     refused(
         engram("forget", memory, "--id", "1", "--id", "x"), "ids: expected ones that were written, got 'x'"
     )
     refused(engram("forget", memory, "--text", "x"), "--text: expected a fact of the memory")
     assert content(memory) == before
-
-
-def test_bad_evaluations(engram, tmp_path):
-    run = ("evaluate", "--data", "rows.json", "--encoder", "encoder")
-    refused(engram(*run, "--rows", "0"), "--rows: expected at least 1")
-    refused(engram(*run, "--slots", "0"), "--slots: expected at least 1")
-    refused(engram(*run, "--share", "1"), "--share: expected between 0 and 1")
-    refused(engram(*run, "--plot", "x.svg"), "--plot: expected a name that ends in .png")
-    refused(engram(*run, "--report", tmp_path), "--report: expected the name of a file")
-    refused(engram("evaluate", "--data", "none.json"), "--data: expected a file of rows")

@@ -10,7 +10,7 @@ pytest.importorskip("transformers")
 import torch
 from editing_helpers import changed, small_editor, weights
 
-from engram_kernels.editing import Edit, EditResult
+from engram_kernels.editing import Edit, EditResult, records
 from engram_kernels.editing.values import ValueOptions
 from engram_kernels.errors import EngramError
 from engram_kernels.hf.projection import output_projection
@@ -74,7 +74,7 @@ def test_modules_of_different_ranks(make, tmp_path):
     base = copy.deepcopy(editor.model)
     first = editor.edit(EDITS[:2], layers=1)
     second = editor.edit(EDITS[2:5], layers=[1, 2], method="memit", ridge=0.1)
-    edited, both = logits(editor.model), EditResult.stack([first, second])
+    edited, both = logits(editor.model), EditResult.merge([first, second])
     both.save_pretrained(tmp_path / "both")
     assert [both.factors(module)[1].shape[0] for module in both.modules] == [5, 3]
     adapted = peft.PeftModel.from_pretrained(base, tmp_path / "both")
@@ -86,7 +86,7 @@ def test_stack_does_the_writes_one_after_the_other(make, tmp_path):
     base = weights(editor.model)
     results = [editor.edit(EDITS[0]), editor.edit(EDITS[1], layers=2), editor.edit(EDITS[2])]
     edited = weights(editor.model)
-    both = EditResult.stack(results)
+    both = EditResult.merge(results)
     assert [r.edit for r in both.records] == EDITS[:3] and not both.applied
     assert [write.edits for write in both.writes] == [(0,), (1,), (2,)]
     for result in reversed(results):
@@ -97,7 +97,7 @@ def test_stack_does_the_writes_one_after_the_other(make, tmp_path):
     assert not changed(base, editor.model)
     for bad, error in ((5, TypeError), ([], ValueError), ([results[0], "edit"], TypeError)):
         with pytest.raises(error):
-            EditResult.stack(bad)
+            EditResult.merge(bad)
 
 
 def test_removing_one_of_ten_joint_edits_is_never_having_made_it(make, tmp_path):
@@ -154,7 +154,7 @@ def test_removing_the_only_edit_of_a_matrix(make, tmp_path):
     first, second = editor.edit(EDITS[0], layers=1), editor.edit(EDITS[1], layers=2)
     second.revert()
     first.revert()
-    both = EditResult.stack([first, second]).apply(editor.model)
+    both = EditResult.merge([first, second]).apply(editor.model)
     both.remove(0)
     assert both.modules == second.modules
     assert torch.equal(output_projection(editor.model, 1).matrix, base[f"{first.modules[0]}.weight"])
@@ -181,19 +181,17 @@ def test_bad_removals_change_nothing(make):
 
 
 def test_failure_while_applying_changes_nothing(make, monkeypatch):
-    from engram_kernels.editing import result as result_module
-
     editor = make()
     result = editor.edit(EDITS[:3], layers=[0, 1], method="memit", ridge=0.1)
     result.revert()
-    before, whole = weights(editor.model), result_module.write_
+    before, whole = weights(editor.model), records.Write.apply_
 
-    def failing(projection, write):
+    def failing(write, projection):
         if projection.layer == 1:
             raise RuntimeError("no memory")
-        whole(projection, write)
+        whole(write, projection)
 
-    monkeypatch.setattr(result_module, "write_", failing)
+    monkeypatch.setattr(records.Write, "apply_", failing)
     with pytest.raises(RuntimeError):
         result.apply(editor.model)
     assert not changed(before, editor.model) and not result.applied

@@ -45,7 +45,7 @@ def test_edit_changes_one_matrix_and_reverts_bit_for_bit(make, family, dtype):
     (record,) = result.records
     assert record.probability_after > record.probability_before
     assert record.losses[-1] < record.losses[0]
-    assert [site.layer for site in result.sites] == [1]
+    assert [edited.layer for edited in result.edited_modules] == [1]
     result.revert()
     assert changed(before, editor.model) == []
     result.revert()
@@ -85,6 +85,25 @@ def test_original_rome_writes_the_bare_key(make, monkeypatch):
         )
 
 
+def test_repr_is_a_few_lines(make):
+    editor = make()
+    result = editor.edit([*EDITS, Edit("Rome", "{} is in", "Japan"), Edit("Paris", "{} is in", "Japan")])
+    lines = repr(result).split("\n")
+    assert lines[0] == (
+        "EditResult(edits=5, skipped=0, applied=True, modules=['model.layers.1.mlp.down_proj'])"
+    )
+    record = result.records[0]
+    assert lines[1] == (
+        "  The Eiffel Tower is located in the city of → Rome: "
+        f"p {record.probability_before:.4f} → {record.probability_after:.4f}"
+    )
+    assert lines[4:] == ["  and 2 more"]
+    result.revert()
+    assert "applied=False" in repr(result)
+    for one in (editor, record, result.writes[0], result.edited_modules[0]):
+        assert len(repr(one)) < 500
+
+
 def test_factors_are_the_change(make):
     editor = make()
     projection = output_projection(editor.model, 1)
@@ -109,7 +128,9 @@ def test_list_of_edits(make, method):
     assert changed(before, editor.model) == []
 
 
-@pytest.mark.parametrize("arguments", [{"contexts": ()}, {"bare_share": None}, {"bare_share": 1.0}])
+@pytest.mark.parametrize(
+    "arguments", [{"contexts": ()}, {"bare_prompt_weight": None}, {"bare_prompt_weight": 1.0}]
+)
 def test_key_of_other_contexts(make, arguments):
     (record,) = make(**arguments).edit(TOWER).records
     assert record.probability_after > record.probability_before
@@ -247,7 +268,7 @@ def test_saved_edit_is_repeated_bit_for_bit(make, tmp_path, dtype, method):
     assert changed(before, editor.model) == []
     result.apply(editor.model)
     assert changed(edited, editor.model) == []
-    names = ["adapter_config.json", "adapter_model.safetensors", "edit.json", "edit.safetensors"]
+    names = ["README.md", "adapter_config.json", "adapter_model.safetensors", "edit.json", "edit.safetensors"]
     assert sorted(path.name for path in (tmp_path / "edit").iterdir()) == names
     assert [path.name for path in tmp_path.iterdir()] == ["edit"]
     assert len({path.stat().st_mode for path in (tmp_path / "edit").iterdir()}) == 1
@@ -283,10 +304,10 @@ def test_bad_directories(make, tmp_path):
     report = json.loads((tmp_path / "edit" / "edit.json").read_text())
     (tmp_path / "edit" / "edit.json").write_text(json.dumps({**report, "format": 99}))
     for place in (tmp_path / "absent", tmp_path / "edit"):
-        with pytest.raises(EngramError, match=r"^directory: expected (saved edits|an edit)"):
+        with pytest.raises(EngramError, match=r"^name_or_directory: expected (a folder|saved edits)"):
             EditResult.from_pretrained(place)
     (tmp_path / "edit" / "edit.json").write_text("{}")
-    with pytest.raises(EngramError, match=r"^directory: expected saved edits"):
+    with pytest.raises(EngramError, match=r"^name_or_directory: expected saved edits"):
         EditResult.from_pretrained(tmp_path / "edit")
 
 
@@ -296,7 +317,7 @@ def test_saved_edit_is_validated(make, tmp_path):
     with make().edit(EDITS) as result:
         result.save_pretrained(tmp_path / "edit")
     report = json.loads((tmp_path / "edit" / "edit.json").read_text(encoding="utf-8"))
-    (site,) = report["sites"]
+    (edited,) = report["edited_modules"]
     adapter = load_file(tmp_path / "edit" / "adapter_model.safetensors")
     tensors = load_file(tmp_path / "edit" / "edit.safetensors")
     lora = next(iter(adapter)).rsplit(".lora_", 1)[0]
@@ -307,12 +328,12 @@ def test_saved_edit_is_validated(make, tmp_path):
         ({}, {**adapter, f"{lora}.lora_A.weight": cut[f"{lora}.lora_A.weight"]}, tensors),
         ({}, {**adapter, f"{lora}.lora_B.weight": cut[f"{lora}.lora_B.weight"]}, tensors),
         ({}, {name: tensor.double() for name, tensor in adapter.items()}, tensors),
-        ({}, adapter, {**tensors, "1.changes": tensors["1.changes"][:, :-1].contiguous()}),
-        ({"sites": [{**site, "layer": "1"}]}, adapter, tensors),
-        ({"sites": [{**site, "module": 3}]}, adapter, tensors),
-        ({"sites": [{**site, "base_checksum": None}]}, adapter, tensors),
-        ({"sites": [{**site, "dtype": 32}]}, adapter, tensors),
-        ({"sites": []}, adapter, tensors),
+        ({}, adapter, {**tensors, "1.residuals": tensors["1.residuals"][:, :-1].contiguous()}),
+        ({"edited_modules": [{**edited, "layer": "1"}]}, adapter, tensors),
+        ({"edited_modules": [{**edited, "module": 3}]}, adapter, tensors),
+        ({"edited_modules": [{**edited, "base_checksum": None}]}, adapter, tensors),
+        ({"edited_modules": [{**edited, "dtype": 32}]}, adapter, tensors),
+        ({"edited_modules": []}, adapter, tensors),
         ({"writes": []}, adapter, tensors),
         ({"writes": report["writes"][:2]}, adapter, tensors),
         ({"records": report["records"][:1]}, adapter, tensors),
@@ -321,9 +342,35 @@ def test_saved_edit_is_validated(make, tmp_path):
         (tmp_path / "edit" / "edit.json").write_text(json.dumps({**report, **changes}), encoding="utf-8")
         save_file(factors, tmp_path / "edit" / "adapter_model.safetensors")
         save_file(others, tmp_path / "edit" / "edit.safetensors")
-        with pytest.raises(EngramError, match=r"^directory: expected saved edits, got ") as caught:
+        with pytest.raises(EngramError, match=r"^name_or_directory: expected saved edits, got ") as caught:
             EditResult.from_pretrained(tmp_path / "edit")
         assert "\n" not in str(caught.value)
+
+
+def test_a_second_edit_makes_no_second_pass_over_the_corpus(make, tmp_path):
+    """The same edit twice: the second one reads fewer tokens, by all those of the corpus."""
+
+    def tokens_read(editor):
+        seen = []
+        embedding = editor.model.get_input_embeddings()
+        hook = embedding.register_forward_pre_hook(lambda _module, ids: seen.append(ids[0].numel()))
+        with editor.edit(TOWER, layers=2):
+            pass
+        hook.remove()
+        return sum(seen)
+
+    editor = make(cache_dir=tmp_path, tokens=500)
+    editor.prefixes()
+    first, second, third = (tokens_read(editor) for _ in range(3))
+    assert first - second == 500 and second == third
+    # Nor does another editor of the same model and corpus: the sums are on disk.
+    other = make(cache_dir=tmp_path, tokens=500)
+    other.prefixes()
+    assert tokens_read(other) == second
+    # A change below the layer is another matter.
+    with torch.no_grad():
+        output_projection(editor.model, 0).matrix.mul_(1.5)
+    assert tokens_read(editor) == first
 
 
 def test_progress_reaches_the_end(make, tmp_path):
@@ -383,7 +430,7 @@ BAD_SETTINGS = {
     "tokens": (dict(tokens=0), "tokens"),
     "ridge": (dict(ridge=-1.0), "ridge"),
     "NaN ridge": (dict(ridge=float("nan")), "ridge"),
-    "bare_share": (dict(bare_share=1.5), "bare_share"),
+    "bare_prompt_weight": (dict(bare_prompt_weight=1.5), "bare_prompt_weight"),
     "contexts": (dict(contexts=((0, 3),)), "contexts"),
 }
 
@@ -404,7 +451,7 @@ BAD_TYPES = [
     ("tokens", 1.5),
     ("tokens", True),
     ("ridge", "x"),
-    ("bare_share", "x"),
+    ("bare_prompt_weight", "x"),
     ("consistent_key", "x"),
     ("seed", "x"),
     ("progress", 3),
@@ -531,7 +578,7 @@ def fits(editor, edit):
 
 @pytest.mark.parametrize("consistent_key", [True, False])
 def test_joint_edits_of_one_key(make, consistent_key, monkeypatch):
-    editor = make(consistent_key=consistent_key, bare_share=1.0, contexts=())
+    editor = make(consistent_key=consistent_key, bare_prompt_weight=1.0, contexts=())
     before = weights(editor.model)
     edits = [Edit("Rome", "{} is in", "Paris"), TOWER, Edit("Rome", "{} lies in", "Brazil")]
     with pytest.raises(EngramError, match=r"^edits: expected .*'Rome is in' and 'Rome lies in' .*'Rome'"):

@@ -2,17 +2,14 @@
 
 import os
 import signal
-import subprocess
-import sys
-import textwrap
 import time
 from functools import partial
-from pathlib import Path
 
 import pytest
 
 pytest.importorskip("transformers")
 
+import child
 import model_zoo
 import torch
 from editing_helpers import changed, small_editor, weights
@@ -137,43 +134,38 @@ def test_spoilt_files_are_made_again(make, tmp_path):
 
 
 SCRIPT = """
-import os, sys
-sys.path.insert(0, {tests!r})
+import sys
 import torch
 import model_zoo
-from engram_kernels.editing import Edit, Editor
-from engram_kernels.editing.values import ValueOptions
+from engram_kernels.editing import Edit, Editor, ValueOptions
 
+cache, run, out = sys.argv[1:]
 torch.set_num_threads(1)
-edits = [Edit(f"Tower {{a}}{{b}}", "{{}} is in", "Japan") for a in "ABCDEFGHIJ" for b in "abcdefghij"]
+edits = [Edit(f"Tower {a}{b}", "{} is in", "Japan") for a in "ABCDEFGHIJ" for b in "abcdefghij"]
 model = model_zoo.small_model()
 editor = Editor(
-    model, model_zoo.byte_level_tokenizer(), corpus=model_zoo.TEXTS, cache_dir={cache!r}, contexts=((4, 1),),
+    model, model_zoo.byte_level_tokenizer(), corpus=model_zoo.TEXTS, cache_dir=cache, contexts=((4, 1),),
     ridge=0.01, value=ValueOptions(steps=3, learning_rate=0.02),
 )
-editor.edit(edits, preserve=True, directory={run!r})
-torch.save(model.state_dict(), {out!r})
+editor.edit(edits, preserve=True, directory=run)
+torch.save(model.state_dict(), out)
 """
 
 
 @pytest.mark.slow
 def test_killed_in_the_middle_of_a_hundred_edits(tmp_path):
     """kill -9 of the process, in the middle; the same command then ends as if nothing had happened."""
-
-    def command(run, out):
-        script = SCRIPT.format(
-            tests=str(Path(__file__).parent), cache=str(tmp_path / "cache"), run=str(run), out=str(out)
-        )
-        return [sys.executable, "-c", textwrap.dedent(script)]
-
-    subprocess.run(command(tmp_path / "whole", tmp_path / "whole.pt"), check=True)
-    process = subprocess.Popen(command(tmp_path / "cut", tmp_path / "cut.pt"))
+    cache = tmp_path / "cache"
+    assert child.run(SCRIPT, cache, tmp_path / "whole", tmp_path / "whole.pt")[0] == 0
+    cut = cache, tmp_path / "cut", tmp_path / "cut.pt"
+    process = child.start(SCRIPT, *cut)
     values = tmp_path / "cut" / "values"
     while process.poll() is None and len(list(values.glob("*.safetensors"))) < 30:
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
     assert not (tmp_path / "cut.pt").exists() and 30 <= len(list(values.glob("*.safetensors"))) < 100
-    subprocess.run(command(tmp_path / "cut", tmp_path / "cut.pt"), check=True)
+    assert child.run(SCRIPT, *cut)[0] == 0
     whole, cut = torch.load(tmp_path / "whole.pt"), torch.load(tmp_path / "cut.pt")
     assert all(torch.equal(whole[name], cut[name]) for name in whole)

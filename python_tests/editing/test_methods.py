@@ -13,11 +13,12 @@ from editing_helpers import changed, small_editor, spy_on_values, weights
 from engram_kernels.covariance import Covariance
 from engram_kernels.editing import Edit
 from engram_kernels.editing import run as run_module
-from engram_kernels.editing.layout import encode_texts
-from engram_kernels.editing.operators import null_space, preserving
+from engram_kernels.editing.batching import encode_edit
+from engram_kernels.editing.preconditioner import null_space, preserving
 from engram_kernels.editing.values import ValueOptions
 from engram_kernels.editing.writing import check_additive, subject_states
 from engram_kernels.errors import EngramError
+from engram_kernels.hf.layers import decoder_layers
 from engram_kernels.hf.projection import output_projection
 
 EDITS = [
@@ -41,7 +42,7 @@ def test_memit_writes_its_layers_and_reverts_bit_for_bit(make, family, dtype):
     before = weights(editor.model)
     result = editor.edit(EDITS, layers=[0, 1, 2], method="memit", ridge=0.1)
     assert sorted(changed(before, editor.model)) == sorted(f"{module}.weight" for module in result.modules)
-    assert [site.layer for site in result.sites] == [0, 1, 2]
+    assert [edited.layer for edited in result.edited_modules] == [0, 1, 2]
     assert [write.edits for write in result.writes] == [(0, 1, 2)] * 3
     assert sum(r.probability_after > r.probability_before for r in result.records) >= 2
     result.revert()
@@ -61,7 +62,7 @@ def test_memit_is_the_papers_algorithm(make, family, monkeypatch):
 
     values = {tuple(value.losses): value for value in found}
     changes = torch.stack([values[tuple(r.losses)].change for r in result.records]).double()
-    texts = [encode_texts(editor.model, editor.tokenizer, edit, editor.prefixes()) for edit in EDITS]
+    texts = [encode_edit(editor.model, editor.tokenizer, edit, editor.prefixes()) for edit in EDITS]
     last, share = output_projection(editor.model, layers[-1]), torch.tensor([0.5] + [0.125] * 4).double()
     start = None
     for number, layer in enumerate(layers):
@@ -82,7 +83,7 @@ def test_memit_is_the_papers_algorithm(make, family, monkeypatch):
 
 def test_subject_states_are_what_the_model_has_there(make):
     editor = make("opt")
-    texts = [encode_texts(editor.model, editor.tokenizer, edit, editor.prefixes()) for edit in EDITS]
+    texts = [encode_edit(editor.model, editor.tokenizer, edit, editor.prefixes()) for edit in EDITS]
     inner, last = output_projection(editor.model, 1), output_projection(editor.model, 2)
     keys, hidden = subject_states(editor.model, inner, last, texts)
     assert keys.shape == (3, 5, 64) and hidden.shape == (3, 5, 32)
@@ -107,7 +108,7 @@ def test_one_layer_with_a_ridge_gives_up_a_little(make, monkeypatch):
     before, inverse = projection.matrix.double().clone(), editor.covariance(1).inverse()
     result = editor.edit(EDITS, layers=1, method="memit", ridge=2.0)
     (write,) = result.writes
-    keys, wanted = write.keys.double(), write.changes.double()
+    keys, wanted = write.keys.double(), write.residuals.double()
     gram = keys @ inverse @ keys.T
     expected = gram @ torch.linalg.solve(gram + 2.0 * torch.eye(3).double(), wanted)
     torch.testing.assert_close(keys @ (projection.matrix.double() - before).T, expected, rtol=1e-4, atol=1e-5)
@@ -160,7 +161,7 @@ def test_preserve_holds_the_answers_to_earlier_keys(make):
         final = projection.matrix.double().clone()
         result.revert()
         # What the first two writes made of the first key, and what the third left of it.
-        key, wanted = result.writes[0].keys[0].double(), result.writes[0].changes[0].double()
+        key, wanted = result.writes[0].keys[0].double(), result.writes[0].residuals[0].double()
         answer = key @ (final - projection.matrix.double()).T
         drift[preserve] = float((answer - wanted).norm() / wanted.norm())
     assert drift[1000.0] < 0.02 < drift[False]
@@ -173,7 +174,7 @@ def test_preserve_is_memits_objective(make):
     covariance = torch.linalg.inv(editor.covariance(1).inverse())
     old, new = first.keys.double(), second.keys.double()
     system = ridge * covariance + old.T @ old + new.T @ new
-    expected = torch.linalg.solve(system, new.T @ second.changes.double()).T
+    expected = torch.linalg.solve(system, new.T @ second.residuals.double()).T
     torch.testing.assert_close(second.left.double() @ second.right.double(), expected, rtol=1e-3, atol=1e-6)
 
 
@@ -188,7 +189,7 @@ def test_alphaedit_holds_earlier_batches_by_itself(make):
     projection = null_space(covariance, threshold)
     old, new = first.keys.double(), second.keys.double()
     system = projection @ (old.T @ old + new.T @ new) + ridge * torch.eye(64).double()
-    expected = torch.linalg.solve(system, projection @ new.T @ second.changes.double()).T
+    expected = torch.linalg.solve(system, projection @ new.T @ second.residuals.double()).T
     torch.testing.assert_close(second.left.double() @ second.right.double(), expected, rtol=1e-3, atol=1e-6)
 
 
@@ -235,8 +236,17 @@ def test_layers_that_do_not_add_up_are_refused(make, family):
 @pytest.mark.parametrize("family", model_zoo.FAMILIES)
 def test_layers_that_add_up_are_taken(make, family, dtype):
     editor = make(family, dtype)
-    text = encode_texts(editor.model, editor.tokenizer, EDITS[0], [])
-    check_additive(editor.model, output_projection(editor.model, 2), text)
+    before, projection = weights(editor.model), output_projection(editor.model, 2)
+    encoded = encode_edit(editor.model, editor.tokenizer, EDITS[0], [])
+    check_additive(editor.model, projection, encoded)
+    assert changed(before, editor.model) == []
+
+    def double(_module, _inputs, output):
+        return (2 * output[0], *output[1:]) if isinstance(output, tuple) else 2 * output
+
+    decoder_layers(editor.model)[1][2].register_forward_hook(double)
+    with pytest.raises(EngramError, match=r"^layers: expected one layer for this model"):
+        check_additive(editor.model, projection, encoded)
 
 
 CONFLICTING = [EDITS[0], EDITS[2], Edit("The Eiffel Tower", "{} is located in the city of", "Paris")]
@@ -263,7 +273,7 @@ def test_in_sequence_the_last_of_two_conflicting_edits_holds(make):
         with editor.edit([CONFLICTING[0], CONFLICTING[2]], preserve=preserve) as result:
             _, second = result.writes
             update = second.left @ second.right
-            torch.testing.assert_close(second.keys @ update.T, second.changes, rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(second.keys @ update.T, second.residuals, rtol=1e-3, atol=1e-4)
             assert result.records[1].probability_after > result.records[1].probability_before
 
 

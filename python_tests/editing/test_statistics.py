@@ -7,15 +7,14 @@ import os
 import re
 import signal
 import stat
-import subprocess
 import sys
 import warnings
-from pathlib import Path
 
 import pytest
 
 pytest.importorskip("transformers")
 
+import child
 import model_zoo
 import numpy
 import torch
@@ -52,7 +51,7 @@ def test_moment_is_the_sum_over_all_tokens(family, count):
     ids = torch.randint(400, (count,), generator=torch.Generator().manual_seed(0))
     seen = []
     (moment,) = statistics.second_moments(
-        model, [projection], ids, lambda done, total: seen.append((done, total))
+        model, [projection], ids, lambda _stage, done, total: seen.append((done, total))
     ).values()
     inputs = []
     hook = projection.module.register_forward_pre_hook(lambda _module, arguments: inputs.append(arguments[0]))
@@ -144,13 +143,13 @@ def test_cache_serves_the_second_editor(tokenizer, tmp_path, monkeypatch):
 
 
 def test_cache_outlives_an_edit_of_its_layer_and_above(tokenizer, tmp_path, monkeypatch):
-    editor_of(tokenizer, tmp_path).covariance(1)
+    first = editor_of(tokenizer, tmp_path).covariance(1)
     monkeypatch.setattr(statistics, "second_moments", lambda *_: pytest.fail("the cache was not used"))
     editor = editor_of(tokenizer, tmp_path)
     with torch.no_grad():
         editor.model.model.layers[1].mlp.down_proj.weight.mul_(2)
         editor.model.model.layers[3].mlp.down_proj.weight.mul_(2)
-    editor.covariance(1)
+    assert torch.equal(editor.covariance(1).inverse(), first.inverse())
 
 
 @pytest.mark.parametrize("change", ["weights below", "corpus", "tokens", "layer"])
@@ -357,7 +356,7 @@ from engram_kernels.editing.moments import Moments
 
 cache = Path(sys.argv[1])
 
-def stop(done, total):
+def stop(stage, done, total):
     if list(cache.glob("moments/*.partial.safetensors")):
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -384,7 +383,7 @@ def stopped(tokenizer, cache, layers=(1, 3), after=1, **arguments):
     """Break a pass off after some batches, and return the partial file."""
     seen = []
 
-    def stop(done, _total):
+    def stop(_stage, done, _total):
         seen.append(done)
         if len(seen) == after:
             raise KeyboardInterrupt
@@ -399,20 +398,14 @@ def stopped(tokenizer, cache, layers=(1, 3), after=1, **arguments):
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system has no SIGKILL")
 def test_killed_pass_goes_on_to_the_same_bits(tokenizer, tmp_path):
     moments_of(tokenizer, tmp_path / "whole").covariances([1, 3])
-    done = subprocess.run(
-        [sys.executable, "-c", PASS, str(tmp_path / "cut")],
-        cwd=Path(model_zoo.__file__).parent,
-        env={**os.environ, "PYTHONPATH": str(Path(model_zoo.__file__).parent)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    status, errors = child.run(PASS, tmp_path / "cut")
+    assert status == -signal.SIGKILL, errors
     (partial,) = contents(tmp_path / "cut")
     assert partial.endswith(".partial.safetensors")
     seen = []
-    again = moments_of(tokenizer, tmp_path / "cut", progress=lambda done, total: seen.append((done, total)))
+    again = moments_of(tokenizer, tmp_path / "cut", progress=lambda *what: seen.append(what))
     again.covariances([3, 1])
-    assert seen == [(1024, 2600), (1536, 2600), (2048, 2600), (2560, 2600), (2600, 2600)]
+    assert seen == [("statistics", done, 2600) for done in (1024, 1536, 2048, 2560, 2600)]
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
     assert len(contents(tmp_path / "whole")) == 2
 
@@ -437,7 +430,7 @@ def test_damaged_checkpoint_is_ignored(tokenizer, tmp_path, damage):
             del tensors["1"]
         save_file(tensors, path)
     seen = []
-    again = moments_of(tokenizer, tmp_path / "cut", progress=lambda done, _: seen.append(done))
+    again = moments_of(tokenizer, tmp_path / "cut", progress=lambda _stage, done, _total: seen.append(done))
     again.covariances([1, 3])
     assert seen[0] == 512
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
@@ -461,7 +454,7 @@ def test_finished_layers_are_written_before_the_checkpoint_goes(tokenizer, tmp_p
     assert len(contents(tmp_path / "cut")) == 2
     monkeypatch.setattr(statistics, "save_moment", whole)
     seen = []
-    again = moments_of(tokenizer, tmp_path / "cut", progress=lambda done, _: seen.append(done))
+    again = moments_of(tokenizer, tmp_path / "cut", progress=lambda _stage, done, _total: seen.append(done))
     again.covariances([1, 3])
     assert seen[0] > 512
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
@@ -495,14 +488,14 @@ def test_short_pass_writes_no_checkpoint(tokenizer, tmp_path):
 
 def test_full_disk_costs_the_checkpoint_only(tokenizer, tmp_path, monkeypatch):
     moments_of(tokenizer, tmp_path / "whole").covariances([1])
-    whole = statistics.new_file
+    whole = statistics.save_tensors
 
-    def full(path):
+    def full(path, tensors):
         if ".partial." in path.name:
             raise OSError(28, "No space left on device")
-        return whole(path)
+        whole(path, tensors)
 
-    monkeypatch.setattr(statistics, "new_file", full)
+    monkeypatch.setattr(statistics, "save_tensors", full)
     with pytest.warns(UserWarning, match=r"^cache_dir: expected room for a checkpoint, got none .*No space"):
         moments_of(tokenizer, tmp_path / "full").covariances([1])
     assert contents(tmp_path / "full") == contents(tmp_path / "whole")

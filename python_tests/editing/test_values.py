@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 import os
 
 import pytest
@@ -11,11 +12,13 @@ pytest.importorskip("transformers")
 import model_zoo
 import torch
 
-from engram_kernels.editing import Edit, forward, values
-from engram_kernels.editing.layout import Layout, encode_texts
+from engram_kernels.editing import Edit
+from engram_kernels.editing import losses as losses_module
+from engram_kernels.editing.batching import EditBatch, encode_edit
 from engram_kernels.editing.values import ValueOptions, find_values, target_log_probabilities, value_groups
 from engram_kernels.errors import EngramError
 from engram_kernels.hf.forward import grouped_queries
+from engram_kernels.hf.layers import decoder_layers
 from engram_kernels.hf.projection import output_projection
 
 EDITS = [
@@ -34,7 +37,7 @@ def tokenizer():
 
 
 def texts_of(model, tokenizer, edits=EDITS):
-    return [encode_texts(model, tokenizer, edit, PREFIXES) for edit in edits]
+    return [encode_edit(model, tokenizer, edit, PREFIXES) for edit in edits]
 
 
 def plain_loop(model, projection, text, options):
@@ -60,10 +63,10 @@ def plain_loop(model, projection, text, options):
             predictions = model(torch.tensor([row.ids])).logits[0].log_softmax(-1)
             chosen = [predictions[i - 1, row.ids[i]] for i in range(row.target, len(row.ids))]
             nll = nll - torch.stack(chosen).mean() / len(text.rewriting)
-        subject[0] = text.essence.subject
-        essence = model(torch.tensor([text.essence.ids])).logits[0, -1].log_softmax(-1)
-        unedited = essence.detach() if unedited is None else unedited
-        kl = (essence.exp() * (essence - unedited)).sum()
+        subject[0] = text.kl_prompt.subject
+        answer = model(torch.tensor([text.kl_prompt.ids])).logits[0, -1].log_softmax(-1)
+        unedited = answer.detach() if unedited is None else unedited
+        kl = (answer.exp() * (answer - unedited)).sum()
         loss = nll + options.kl_weight * kl + options.weight_decay * delta.norm() / start.norm() ** 2
         losses.append(loss.item())
         if loss < options.stop_loss or step == options.steps - 1:
@@ -92,31 +95,46 @@ def test_incremental_values_are_the_plain_loops(family, layer, tokenizer):
         assert max(losses) - min(losses) > 1e-4 and delta.norm() > 0.01
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gpt_neox"])
-def test_no_whole_pass_after_the_first(family, tokenizer, monkeypatch):
-    """The figures above would also hold if recorded states were never used."""
+def tokens_through_layers(model, incremental, layer, texts):
+    """`[steps][layers]`: how many tokens went through each decoder layer's MLP up to the end of each step."""
+    layers = decoder_layers(model)[1]
+    seen, steps = [0] * len(layers), []
 
-    def refuse(*_):
-        raise AssertionError("a whole pass")
+    def count(number):
+        def hook(_module, arguments):
+            seen[number] += arguments[0].shape[:-1].numel()
 
-    monkeypatch.setattr(forward, "full_logits", refuse)
+        return hook
+
+    # Whatever stands in for a layer, its MLP is asked only where the layer truly runs.
+    hooks = [one.mlp.register_forward_pre_hook(count(number)) for number, one in enumerate(layers)]
+    options = dataclasses.replace(OPTIONS, incremental=incremental)
+    projection = output_projection(model, layer)
+    find_values(model, projection, texts, WEIGHTS, options, lambda *_: steps.append(list(seen)))
+    for hook in hooks:
+        hook.remove()
+    return steps
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "bloom"])
+def test_a_step_runs_no_layer_below_the_edited_one(family, tokenizer):
+    """Nor a token before the subject's last one, and no whole text; the whole loop does all of it."""
     model = model_zoo.small_model(family)
-    seen = []
-    below = forward.decoder_layers(model)[1][0].register_forward_hook(
-        lambda *arguments: seen.append(arguments[2])
-    )
-    find_values(model, output_projection(model, 2), texts_of(model, tokenizer), WEIGHTS, OPTIONS)
-    below.remove()
-    states = [output[0] if isinstance(output, tuple) else output for output in seen]
-    # The prefixes, the rest of what stands left of the subjects, and the tokens from there on are read once.
-    prefixes, rest, recorded = states[:3]
-    assert len(prefixes) == len(WEIGHTS) + 1
-    assert len(rest) == len(recorded) == len(EDITS) * len(prefixes)
-    # The stub's hook still fires, with the recorded states; two texts are held against whole passes.
-    replayed = [state for state in states if state is states[3]]
-    others = [state for state in states[3:] if state is not states[3]]
-    assert len(replayed) == OPTIONS.steps
-    assert [len(state) for state in others] == [1, 1]
+    texts = texts_of(model, tokenizer)
+    rows = [row for text in texts for row in (*text.rewriting, text.kl_prompt)]
+    steps = tokens_through_layers(model, True, 2, texts)
+    assert len(steps) == OPTIONS.steps
+    from_subjects = len(rows) * max(len(row.inputs) - row.subject for row in rows)
+    for before, after in itertools.pairwise(steps):
+        assert [b - a for a, b in zip(before, after, strict=True)] == [0, 0, from_subjects, from_subjects]
+    # Once before the steps: the prefixes, what else stands before the subjects, the tokens from there on, and
+    # two texts against which the recorded states are held.
+    whole = len(rows) * max(len(row.inputs) for row in rows)
+    assert steps[0][0] < 2 * whole and steps[0][2] < 2 * whole + from_subjects
+
+    steps = tokens_through_layers(model, False, 2, texts)
+    for before, after in itertools.pairwise(steps):
+        assert [b - a for a, b in zip(before, after, strict=True)] == [whole] * 4
 
 
 @pytest.mark.parametrize("incremental", [True, False])
@@ -260,14 +278,14 @@ def test_one_edit_without_a_finite_loss_does_not_touch_the_others(tokenizer, mon
     projection = output_projection(model, 1)
     texts = texts_of(model, tokenizer)
     expected = find_values(model, projection, texts, WEIGHTS, OPTIONS)
-    losses = values._Predictions.losses
+    losses = losses_module.Losses.of
 
     def spoilt(self, delta):
         nll, kl = losses(self, delta)
-        at = [i for i, text in enumerate(self.layout.texts) if text.edit is EDITS[1]]
+        at = [i for i, text in enumerate(self.batch.edits) if text.edit is EDITS[1]]
         return nll.index_fill(0, torch.tensor(at, dtype=torch.long), float("nan")), kl
 
-    monkeypatch.setattr(values._Predictions, "losses", spoilt)
+    monkeypatch.setattr(losses_module.Losses, "of", spoilt)
     found = find_values(model, projection, texts, WEIGHTS, OPTIONS)
     assert isinstance(found[1], EngramError) and "the Colosseum is located" in str(found[1])
     for i in (0, 2):
@@ -285,18 +303,18 @@ def test_groups_hold_texts_of_like_length(tokenizer):
     assert spans == sorted(spans)
 
 
-def test_layout_reads_every_target_token_once(tokenizer):
+def test_batch_reads_every_target_token_once(tokenizer):
     model = model_zoo.small_model()
     texts = texts_of(model, tokenizer)
-    layout = Layout(texts, torch.device("cpu"))
-    for place, label in enumerate(layout.labels.tolist()):
-        row = layout.rows[layout.place_rows[place]]
-        assert row.ids[layout.place_positions[place] + 1] == label
+    batch = EditBatch(texts, torch.device("cpu"))
+    for place, label in enumerate(batch.labels.tolist()):
+        row = batch.rows[batch.place_rows[place]]
+        assert row.ids[batch.place_positions[place] + 1] == label
     for number, text in enumerate(texts):
-        mine = layout.place_owner == number
-        assert layout.shares[mine].sum().item() == pytest.approx(1.0)
+        mine = batch.place_owner == number
+        assert batch.shares[mine].sum().item() == pytest.approx(1.0)
         assert int(mine.sum()) == sum(len(row.ids) - row.target for row in text.rewriting)
-        assert layout.rows[layout.bare[number]].ids == text.rewriting[0].ids
+        assert batch.rows[batch.bare[number]].ids == text.rewriting[0].ids
 
 
 def test_target_log_probabilities(tokenizer):
@@ -319,7 +337,7 @@ def test_gradients_flags_and_hooks_are_as_before(tokenizer):
     before = [parameter.requires_grad for parameter in model.parameters()]
     forwards = [module.__dict__.get("forward") for module in model.modules()]
 
-    def stop(_steps):
+    def stop(*_progress):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

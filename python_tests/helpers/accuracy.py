@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from engram_kernels._ops import compute_dtype
+from engram_kernels._linalg import compute_dtype
 
 
 def wide(tensor) -> np.ndarray:

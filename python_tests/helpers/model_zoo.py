@@ -208,6 +208,24 @@ def small_model(
     return model.to(dtype).eval()
 
 
+def small_encoder(hidden: int = 32, seed: int = 0):
+    """A random encoder of two layers for the word pieces of `word_piece_tokenizer`."""
+    import transformers
+
+    config = transformers.BertConfig(
+        vocab_size=300,
+        hidden_size=hidden,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=40,
+        initializer_range=0.2,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return transformers.BertModel(config).eval()
+
+
 def _fast(tokenizer, **special):
     from transformers import PreTrainedTokenizerFast
 

@@ -16,6 +16,7 @@ def _low_rank() -> dict[str, tuple]:
     system = torch.eye(3, dtype=torch.float64).repeat(2, 1, 1)
     return {
         "residual_gram": (weight, keys, values, preconditioned),
+        "residual_ridge": (weight, torch.randn(2, 9, 7), torch.randn(2, 9, 5), torch.eye(7)[None], 0.5),
         "small_solve": (system, values, "cholesky"),
         "apply_low_rank_": (weight.clone(), left, right, 0.5),
         "low_rank_update": (weight, left, right, 0.5),
@@ -52,5 +53,5 @@ def _memory() -> dict[str, tuple]:
         "memory_leverages": (A, w, None, 0.1, 0.99),
         "memory_stream": (P, M, w, z),
         "memory_stream_gradient": (P, M, w, z, P, M, z, w[..., 0].contiguous()),
-        "pseudo_inverse": (torch.randn(2, 5, 3, dtype=torch.float64), None, 1e-12),
+        "pseudo_inverse": (torch.randn(2, 5, 3, dtype=torch.float64), None, 1e-12, 1e300),
     }

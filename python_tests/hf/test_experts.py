@@ -124,7 +124,7 @@ def test_peft_serves_two_experts_of_one_layer_beside_a_shared_one(make, tmp_path
         with open_expert(model, 1, expert):
             results.append(editor.edit(edits[:count], layers=1, method="emmet"))
     results.append(editor.edit(EDIT, layers=1))
-    both, edited = EditResult.stack(results), logits(model)
+    both, edited = EditResult.merge(results), logits(model)
     both.save_pretrained(tmp_path / "both")
     adapted = peft.PeftModel.from_pretrained(base, tmp_path / "both")
     torch.testing.assert_close(logits(adapted), edited, rtol=1e-4, atol=1e-4)

@@ -11,7 +11,7 @@ from engram_kernels.editing import Edit
 from engram_kernels.editing.prefixes import sample_prefixes
 from engram_kernels.grafting import PromptTask
 from engram_kernels.hf.tokens import encode_row, open_ids, pad_rows
-from engram_kernels.larimar.scope import ScopedModel
+from engram_kernels.larimar import ScopedModel
 
 CASES = [
     ("Eiffel Tower", "The {} is located in the city of", "Rome", ""),

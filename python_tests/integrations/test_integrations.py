@@ -328,9 +328,9 @@ def test_afterwards_the_attributes_are_the_very_same_objects(checkout):
 
     report = ek.integrations.accelerate(importlib.import_module(checkout))
     assert changed() == set(report.replaced) and report.replaced
-    report.undo()
+    report.revert()
     assert same_objects(attributes(), before)
-    report.undo()
+    report.revert()
     with pytest.raises(KeyError), ek.integrations.accelerate(checkout):
         raise KeyError
     assert same_objects(attributes(), before)
@@ -370,8 +370,8 @@ def test_one_repository_may_have_both():
         first, second = (ek.integrations.accelerate(library) for library in ("rome", "memit"))
         assert "rome.repr_tools.get_reprs_at_idxs" in first.replaced
         assert "rome.repr_tools.get_reprs_at_idxs" in second.kept
-        first.undo()
-        second.undo()
+        first.revert()
+        second.revert()
         assert same_objects(attributes(), before)
 
 
@@ -444,7 +444,8 @@ def test_a_target_whose_text_is_cut_otherwise_in_the_prompt(setup):
     assert joined[1 - len(tokens) :] != tokens[:-1]
     truth, theirs = setup.run_in_float64(), setup.run()
     ours = setup.accelerated()
-    assert all(error < (1e-3 if setup.case.is_rome else 1e-5) for error in errors(ours, truth).values())
+    own = errors(theirs, truth)
+    assert all(error <= 2 * own[name] for name, error in errors(ours, truth).items())
     assert kinds(ours) == kinds(theirs)
 
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import model_zoo
 import torch
-from test_larimar import FACTS, encode, small_larimar
+from larimar_helpers import FACTS, encode, small_larimar
 from transformers import Trainer, TrainingArguments
 
 from engram_kernels.integrations.trainer import GraftCallback
-from engram_kernels.larimar.training import EpisodeCollator, FactEpisodes, Objective
+from engram_kernels.larimar import EpisodeCollator, FactEpisodes, Objective
 
 
 def main(out: Path) -> None:

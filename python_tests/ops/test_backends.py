@@ -1,8 +1,10 @@
 """The choice of a backend."""
 
+import importlib
 import os
 import subprocess
 import sys
+from types import ModuleType
 
 import pytest
 import torch
@@ -86,3 +88,9 @@ def test_an_environment_variable_that_names_no_backend():
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert done.returncode == 1, done.stderr
     assert "ENGRAM_BACKEND: expected one of torch, cpu, triton, cuda, got 'gpu'" in done.stderr
+
+
+def test_backends_is_a_module_that_answers_when_it_is_called():
+    assert ek.backends is importlib.import_module("engram_kernels.backends")
+    assert isinstance(ek.backends, ModuleType) and ek.backends.explain is explain
+    assert ek.backends()["torch"] is None

@@ -14,7 +14,7 @@ def write():
         "weight": torch.randn(5, 7),
         "keys": torch.randn(3, 7),
         "values": torch.randn(3, 5),
-        "covariance": torch.eye(7),
+        "inverse_covariance": torch.eye(7),
     }
 
 
@@ -38,16 +38,44 @@ BAD_WRITES = {
     "values of another width": ({"values": torch.ones(3, 4)}, ValueError, r"values: expected shape \[3, 5\]"),
     "values of another count": ({"values": torch.ones(2, 5)}, ValueError, r"values: expected shape \[3, 5\]"),
     "covariance of another width": (
-        {"covariance": torch.eye(6)},
+        {"inverse_covariance": torch.eye(6)},
         ValueError,
-        r"covariance: expected shape \[7, 7\]",
+        r"inverse_covariance: expected shape \[7, 7\]",
     ),
-    "covariance with a batch": ({"covariance": torch.ones(2, 7, 7)}, ValueError, "covariance: "),
-    "covariance a string": ({"covariance": "wikipedia"}, TypeError, "covariance: .*str"),
+    "covariance with a batch": (
+        {"inverse_covariance": torch.ones(2, 7, 7)},
+        ValueError,
+        r"inverse_covariance: expected shape \[in, in\], as weight has no batch, got \[2, 7, 7\]",
+    ),
+    "covariance a string": (
+        {"covariance": "wikipedia", "inverse_covariance": None},
+        TypeError,
+        "covariance: expected a Covariance.*got str",
+    ),
+    "covariance a tensor": (
+        {"covariance": torch.eye(7), "inverse_covariance": None},
+        TypeError,
+        "covariance: expected a Covariance .*inverse_covariance.*got Tensor",
+    ),
+    "inverse covariance a Covariance": (
+        {"inverse_covariance": ek.Covariance.from_second_moment(torch.eye(7), 1)},
+        TypeError,
+        "inverse_covariance: expected a tensor, got Covariance",
+    ),
+    "no covariance": (
+        {"inverse_covariance": None},
+        ValueError,
+        "covariance: expected either it or inverse_covariance, got neither",
+    ),
+    "two covariances": (
+        {"covariance": ek.Covariance.from_second_moment(torch.eye(7), 1)},
+        ValueError,
+        "covariance: expected either it or inverse_covariance, got both",
+    ),
     "NaN key": ({"keys": poison}, ValueError, "keys: expected finite values, got 1 NaN"),
     "infinite value": ({"values": lambda v: v / 0}, ValueError, "values: expected finite"),
     "NaN weight": ({"weight": poison}, ValueError, "weight: expected finite"),
-    "NaN covariance": ({"covariance": poison}, ValueError, "covariance: expected finite"),
+    "NaN covariance": ({"inverse_covariance": poison}, ValueError, "inverse_covariance: expected finite"),
     "zero key": (
         {"keys": lambda k: k * torch.tensor([[1.0], [0], [1]])},
         ValueError,
@@ -55,17 +83,17 @@ BAD_WRITES = {
     ),
     "repeated key": ({"keys": dependent}, ek.EngramError, "keys: .*key 2 dependent.*ridge"),
     "indefinite covariance": (
-        {"covariance": -torch.eye(7)},
+        {"inverse_covariance": -torch.eye(7)},
         ek.EngramError,
-        "covariance: .*positive definite",
+        "inverse_covariance: .*positive definite",
     ),
     "asymmetric covariance": (
-        {"covariance": torch.eye(7) + torch.ones(7, 7).triu(1)},
+        {"inverse_covariance": torch.eye(7) + torch.ones(7, 7).triu(1)},
         ValueError,
-        "covariance: expected a symmetric inverse",
+        "inverse_covariance: expected a symmetric matrix",
     ),
     "keys too small": ({"keys": lambda k: k * 1e-25}, ek.EngramError, "keys: .*overflow"),
-    "scale beyond the type": ({"scale": 1e300}, ValueError, "scale: expected at most 3.4e"),
+    "alpha beyond the type": ({"alpha": 1e300}, ValueError, "alpha: expected at most 3.4e"),
     "unknown mode": (
         {"mode": "rome"},
         ValueError,
@@ -74,8 +102,8 @@ BAD_WRITES = {
     "negative ridge": ({"ridge": -1.0}, ValueError, "ridge: "),
     "NaN ridge": ({"ridge": NAN}, ValueError, "ridge: "),
     "ridge of another mode": ({"mode": "sequential", "ridge": 1.0}, ValueError, "ridge: expected 0"),
-    "NaN scale": ({"scale": NAN}, ValueError, "scale: "),
-    "scale a tensor": ({"scale": torch.ones(1)}, TypeError, "scale: "),
+    "NaN alpha": ({"alpha": NAN}, ValueError, "alpha: "),
+    "alpha a tensor": ({"alpha": torch.ones(1)}, TypeError, "alpha: "),
 }
 
 
@@ -99,7 +127,7 @@ BAD_UPDATES = {
     "right with a batch": ({"right": torch.ones(1, 2, 7)}, ValueError, "right: "),
     "NaN left": ({"left": torch.full((5, 2), NAN)}, ValueError, "left: expected finite"),
     "infinite right": ({"right": torch.full((2, 7), float("inf"))}, ValueError, "right: expected finite"),
-    "infinite scale": ({"scale": float("inf")}, ValueError, "scale: "),
+    "infinite alpha": ({"alpha": float("inf")}, ValueError, "alpha: "),
 }
 
 

@@ -79,32 +79,40 @@ def test_bad_keys():
         given.solve(torch.ones(2, 3, dtype=torch.int32))
 
 
-def test_file_round_trip(tmp_path):
+def test_what_is_kept_comes_back(tmp_path):
     given = ek.Covariance.from_second_moment(covariance_of(8, 10.0), 7, ridge=0.25)
-    path = tmp_path / "covariance.safetensors"
-    given.save(path)
-    loaded = ek.Covariance.load(path)
+    given.save_pretrained(tmp_path / "covariance")
+    loaded = ek.Covariance.from_pretrained(tmp_path / "covariance")
     assert torch.equal(loaded.inverse(), given.inverse())
     assert loaded.condition == pytest.approx(given.condition)
     assert (loaded.count, loaded.ridge) == (7, 0.25)
-    assert os.listdir(tmp_path) == [path.name]
+    assert os.listdir(tmp_path) == ["covariance"]
+    assert (tmp_path / "covariance" / "covariance.safetensors").stat().st_mode & 0o777 == 0o644
 
 
-def test_bad_files(tmp_path):
-    with pytest.raises(FileNotFoundError, match="path: "):
-        ek.Covariance.load(tmp_path / "none")
-    (tmp_path / "broken").write_bytes(b"not safetensors")
-    with pytest.raises(ek.EngramError, match="path: "):
-        ek.Covariance.load(tmp_path / "broken")
+def test_folders_without_a_covariance(tmp_path):
+    with pytest.raises(ek.EngramError, match=r"directory: expected a covariance, got .*none"):
+        ek.Covariance.from_pretrained(tmp_path / "none")
+    file = tmp_path / "covariance.safetensors"
+    file.write_bytes(b"not safetensors")
+    with pytest.raises(ek.EngramError, match="directory: expected a covariance"):
+        ek.Covariance.from_pretrained(tmp_path)
     tensors = {"inverse": torch.eye(3), "largest": torch.ones(1)}
-    for number, count in enumerate(({}, {"count": "many"})):
-        path = tmp_path / f"incomplete {number}"
-        save_file(tensors, path, {"format": "engram_kernels.covariance", "ridge": "0.0", **count})
-        with pytest.raises(ek.EngramError, match=r"path: expected a covariance file, got .*incomplete"):
-            ek.Covariance.load(path)
+    sound = {"format": "engram_kernels.covariance", "ridge": "0.0", "count": "1"}
+    for change in ({"format": "another"}, {"count": "many"}, {"ridge": ""}):
+        save_file(tensors, file, {**sound, **change})
+        with pytest.raises(ek.EngramError, match="directory: expected a covariance") as caught:
+            ek.Covariance.from_pretrained(tmp_path)
+        assert "\n" not in str(caught.value)
+    save_file({"inverse": torch.eye(3)}, file, sound)
+    with pytest.raises(ek.EngramError, match="directory: expected a covariance"):
+        ek.Covariance.from_pretrained(tmp_path)
+
+
+def test_folders_that_cannot_be_used(tmp_path):
     given = ek.Covariance.from_second_moment(torch.eye(3), 1)
-    given.save(tmp_path / "sound")
+    given.save_pretrained(tmp_path / "sound")
     with pytest.raises(ValueError, match="device: expected one that torch knows, got 'abacus'"):
-        ek.Covariance.load(tmp_path / "sound", device="abacus")
-    with pytest.raises(OSError):
-        given.save(tmp_path / "no such folder" / "file")
+        ek.Covariance.from_pretrained(tmp_path / "sound", device="abacus")
+    with pytest.raises(ek.EngramError, match="directory: expected a new or empty one"):
+        given.save_pretrained(tmp_path / "sound")

@@ -5,8 +5,8 @@ import torch
 from operator_calls import operator_calls
 
 import engram_kernels as ek
-from engram_kernels._ops import OPERATORS, ops
 from engram_kernels.backends import explain, unavailable
+from engram_kernels.ops.define import OPERATORS, ops
 
 # None where torch sees no GPU: then nothing here is run.
 CASES = [

@@ -10,7 +10,7 @@ import torch
 from accuracy import error, wide, within
 
 import engram_kernels as ek
-from engram_kernels._ops import compute_dtype
+from engram_kernels._linalg import compute_dtype
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 # Around a vector, a byte of bits, a chunk of the C++ kernels, and of several.
@@ -258,6 +258,15 @@ def test_top_k_takes_the_first_of_equals(device, k):
     got = ek.top_k_mask([score.to(device) for score in scores], k)
     for mask, truth in zip(got, by_sorting(scores, k), strict=True):
         assert torch.equal(ek.unpack_mask(mask, truth.shape).cpu(), truth)
+
+
+def test_top_k_of_many_small_tensors(device):
+    """More tensors than there are blocks, each with keys that are equal to its neighbours'."""
+    scores = [torch.full((1 + i % 9,), float(i // 1000)) for i in range(2300)]
+    for k in (1, 1503, 4000):
+        got = ek.top_k_mask([score.to(device) for score in scores], k)
+        for mask, truth in zip(got, by_sorting(scores, k), strict=True):
+            assert torch.equal(ek.unpack_mask(mask, truth.shape).cpu(), truth)
 
 
 def test_top_k_without_differences(device):
@@ -525,3 +534,74 @@ def test_empty_lists():
     assert ek.graft_top_k([], [], 0) == [] and ek.sparse_apply_([], [], []) == []
     with pytest.raises(ValueError, match="k: expected 0"):
         ek.graft_top_k([], [], 1)
+
+
+# -- strided weights -----------------------------------------------------------------------------------------
+
+# What a reshape to one dimension takes without a copy, and what it does not: all are written through.
+STRIDED = {
+    "every second": lambda: (storage := torch.zeros(12), storage[::2]),
+    "every second column": lambda: (storage := torch.zeros(3, 4), storage[:, ::2]),
+    "some rows": lambda: (storage := torch.zeros(5, 2), storage[1:4]),
+    "some columns": lambda: (storage := torch.zeros(3, 5), storage[:, 1:3]),
+    "transposed": lambda: (storage := torch.zeros(3, 2), storage.T),
+    "a column": lambda: (storage := torch.zeros(6, 3), storage[:, 1]),
+}
+
+
+def strided(layout, fill):
+    """A storage, and six entries of it with the given values, in the view's own order."""
+    storage, view = STRIDED[layout]()
+    view.copy_(fill.view(view.shape))
+    return storage, view
+
+
+def untouched(storage, view):
+    """Whether everything of a storage but the view is zero, as it was."""
+    kept = view.clone()
+    view.zero_()
+    clean = not storage.any()
+    view.copy_(kept)
+    return clean
+
+
+@pytest.mark.parametrize("layout", STRIDED)
+def test_strided_weights_are_written_through(device, layout):
+    pre, ft, logits, gradient = torch.randn(4, 6)
+    storage, weight = strided(layout, torch.arange(6.0))
+    at, value = torch.tensor([4, 1]), torch.tensor([10.0, 20.0])
+    (old,) = ek.sparse_apply_([weight], [at], [value])
+    assert old.tolist() == [4, 1]
+    assert weight.reshape(-1).tolist() == [0, 20, 2, 3, 10, 5] and untouched(storage, weight)
+
+    ek._foreach_graft_blend_([weight], *([x.view(weight.shape)] for x in (pre, ft, logits)))
+    blended = ek.graft_blend(pre, ft, logits)
+    assert torch.equal(weight.reshape(-1), blended) and untouched(storage, weight)
+
+    own, scores = strided(layout, logits)
+    given = [[x.view(weight.shape)] for x in (gradient, pre, ft)]
+    ek.graft_mask_step_([scores], *given, lr=0.5, out=[weight])
+    expected, out = logits.clone(), torch.zeros(6)
+    ek.graft_mask_step_([expected], [gradient], [pre], [ft], lr=0.5, out=[out])
+    assert torch.equal(scores.reshape(-1), expected) and untouched(own, scores)
+    assert torch.equal(weight.reshape(-1), out) and untouched(storage, weight)
+
+
+@pytest.mark.parametrize("layout", STRIDED)
+def test_strided_tensors_are_read(device, layout):
+    """Every argument that is read, in every layout."""
+    dense = torch.randn(4, 6)
+    pre, ft, logits, gradient = (strided(layout, x)[1] for x in dense)
+    base = torch.rand(6) < 0.5
+    packed = torch.stack([ek.pack_mask(base)] * 2, 1)[:, 0]  # a strided mask too
+    assert torch.equal(ek.pack_mask(strided(layout, base.float())[1] > 0), ek.pack_mask(base))
+    got = ek.graft_blend(pre, ft, logits, packed, 0.5)
+    assert torch.equal(got.view(-1), ek.graft_blend(*dense[:3], ek.pack_mask(base), 0.5))
+    got = ek.graft_blend_packed(pre, ft, packed)
+    assert torch.equal(got.view(-1), torch.where(base, dense[1], dense[0]))
+    assert torch.equal(ek.graft_top_k([pre], [ft], 3)[0], ek.graft_top_k([dense[0]], [dense[1]], 3)[0])
+    assert torch.equal(ek.top_k_mask([gradient], 2)[0], ek.top_k_mask([dense[3]], 2)[0])
+    assert torch.equal(ek.unpack_mask(packed, (6,)), base)
+    targets = torch.zeros(6)
+    ek._foreach_graft_blend_([targets.view(pre.shape)], [pre], [ft], [logits], [packed], 0.5)
+    assert torch.equal(targets, ek.graft_blend(*dense[:3], ek.pack_mask(base), 0.5))

@@ -14,7 +14,8 @@ from accuracy import check_rounded_once, error, rounding, wide
 from matrices import LAYOUTS, covariance_of
 
 import engram_kernels as ek
-from engram_kernels._ops import compute_dtype, ops
+from engram_kernels._linalg import compute_dtype
+from engram_kernels.ops.define import ops
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 MODES = ["joint", "sequential", "independent"]
@@ -80,14 +81,15 @@ def test_write_against_dense_fp64(device, mode, shape, condition):
         weight, keys, values, covariance = problem(*shape, condition)
         truth, eager = expected(mode, shape, condition, dtype)
         whole = ek.Covariance.from_second_moment(covariance.to(device) * 10, 10)
-        for given in (whole, torch.linalg.inv(covariance).to(device)):
+        inverse = torch.linalg.inv(covariance).to(device)
+        for given in ({"covariance": whole}, {"inverse_covariance": inverse}):
             got = ek.low_rank_update(
                 weight.to(device, dtype),
                 keys.float().to(device),
                 values.to(device),
-                given,
-                mode,
-                ridge_of(mode, shape),
+                mode=mode,
+                ridge=ridge_of(mode, shape),
+                **given,
             )
             assert got.dtype == dtype
             # The oracle is fp64 itself: its dense solves lose what the condition number says.
@@ -108,7 +110,7 @@ def test_batch_equals_one_by_one(device, mode):
             single = ek.low_rank_update(weight[b], keys[b], values[b], own, mode)
             torch.testing.assert_close(got[b], single, rtol=1e-5, atol=1e-5)
     inverses = torch.linalg.inv(each)
-    got = ek.low_rank_update(weight, keys, values, inverses, mode)
+    got = ek.low_rank_update(weight, keys, values, inverse_covariance=inverses, mode=mode)
     truth = ek.low_rank_update(weight, keys, values, ek.Covariance.from_second_moment(each, 1), mode)
     torch.testing.assert_close(got, truth, rtol=1e-5, atol=1e-5)
 
@@ -128,12 +130,12 @@ def test_joint_without_ridge_meets_every_constraint():
     assert error(keys @ edited.T, values) < torch.finfo(torch.float64).eps * 1e6
 
 
-def test_scale_is_the_strength_of_the_write():
+def test_alpha_is_the_strength_of_the_write():
     weight, keys, values, covariance = problem(5, 9, 3)
     given = ek.Covariance.from_second_moment(covariance, 1)
-    half = ek.low_rank_update(weight, keys, values, given, scale=0.5)
+    half = ek.low_rank_update(weight, keys, values, given, alpha=0.5)
     full = ek.low_rank_update(weight, keys, values, given)
-    assert torch.equal(ek.low_rank_update(weight, keys, values, given, scale=0.0), weight)
+    assert torch.equal(ek.low_rank_update(weight, keys, values, given, alpha=0.0), weight)
     torch.testing.assert_close(half, (weight + full) / 2)
 
 
@@ -145,10 +147,11 @@ def test_gradients(mode):
     values = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
     covariance = covariance_of(6, 10.0)
     ridge = 0.3 if mode == "joint" else 0.0
-    for given in (ek.Covariance.from_second_moment(covariance, 1), torch.linalg.inv(covariance)):
+    whole, inverse = ek.Covariance.from_second_moment(covariance, 1), torch.linalg.inv(covariance)
+    for given in ({"covariance": whole}, {"inverse_covariance": inverse}):
 
         def function(w, k, v, given=given):
-            return ek.low_rank_update(w, k, v, given, mode, ridge, scale=0.7)
+            return ek.low_rank_update(w, k, v, mode=mode, ridge=ridge, alpha=0.7, **given)
 
         assert torch.autograd.gradcheck(function, (weight, keys, values))
 
@@ -180,7 +183,7 @@ def test_gradients_of_low_precision_weights(device, dtype):
     leaves = [
         x.detach().to(device, t).requires_grad_() for x, t in zip((weight, keys, values), types, strict=True)
     ]
-    ek.low_rank_update(*leaves, inverse.to(device)).backward(direction.to(device, dtype))
+    ek.low_rank_update(*leaves, inverse_covariance=inverse.to(device)).backward(direction.to(device, dtype))
     for leaf, reference, exact in zip(leaves, same_type, truth, strict=True):
         own = rounding(leaf.dtype, weight.shape[1])
         assert error(leaf.grad, exact) <= max(2 * error(reference, exact), own)
@@ -210,9 +213,10 @@ def test_compiles_whole_with_dynamic_count(device, mode):
 def test_autocast_changes_nothing():
     weight, keys, values, covariance = (x.float() for x in problem(33, 65, 7))
     inverse = torch.linalg.inv(covariance)
-    plain = ek.low_rank_update(weight, keys, values, inverse)
+    plain = ek.low_rank_update(weight, keys, values, inverse_covariance=inverse)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(ek.low_rank_update(weight, keys, values, inverse), plain)
+        again = ek.low_rank_update(weight, keys, values, inverse_covariance=inverse)
+        assert torch.equal(again, plain)
 
 
 # -- the operators -------------------------------------------------------------------------------------------
@@ -280,6 +284,9 @@ def test_addresses_beyond_32_bits(device):
     start = torch.randn(4, columns, device=device).bfloat16()
     weight.copy_(start)
     left, right = torch.randn(4, 2, device=device), torch.randn(2, columns, device=device)
+    keys, values = torch.randn(1, 2, columns, device=device), torch.randn(1, 2, 4, device=device)
+    far, near = (ops.residual_gram(w[None], keys, values, keys.double()) for w in (weight, start))
+    assert torch.equal(far[0], near[0])
     ek.apply_low_rank_(weight, left, right)
     assert torch.equal(weight, ek.apply_low_rank_(start.clone(), left, right))
 
@@ -299,14 +306,24 @@ def test_empty(device, shape):
     if cols:
         identity = torch.eye(cols, device=device)
         for mode in MODES:
-            assert (
-                ek.low_rank_update(weight[:, :, :], keys[:, :1], values[:, :1], identity, mode).shape
-                == weight.shape
+            got = ek.low_rank_update(
+                weight, keys[:, :1], values[:, :1], mode=mode, inverse_covariance=identity
             )
+            assert got.shape == weight.shape
 
 
 @pytest.mark.parametrize(
-    "shape", [(1, 1, 1, 1), (1, 33, 71, 5), (3, 64, 256, 16), (1, 65, 2049, 33), (1, 5, 9, 100)], ids=str
+    "shape",
+    [
+        (1, 1, 1, 1),
+        (1, 33, 71, 5),
+        (3, 64, 256, 16),
+        (1, 65, 2049, 33),
+        (1, 5, 9, 100),
+        (1, 6, 2064, 9),  # several vectors of every lane, and some left over
+        (300, 1, 24, 2),  # so many matrices that no two warps share a row
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -398,3 +415,154 @@ def test_second_moment_of_many_rows_and_of_none(device):
     ek.second_moment_(moment, inputs[:0])
     ek.second_moment_(moment, inputs, torch.zeros(20000, dtype=torch.bool, device=device))
     assert torch.equal(moment, before)
+
+
+# -- more keys than inputs -----------------------------------------------------------------------------------
+
+
+def many_keys(count: int, condition: float, width: int = 129, rows: int = 40, drawn: bool = True):
+    """fp64 (weight, keys, values, covariance) of values that fp32 holds; keys of the covariance, or any."""
+    covariance = covariance_of(width, condition)
+    keys = torch.randn(count, width, dtype=torch.float64)
+    if drawn:
+        keys = keys @ torch.linalg.cholesky(covariance).T
+    weight, values = torch.randn(rows, width), torch.randn(count, rows)
+    return weight.double(), keys.float().double(), values.double(), covariance
+
+
+def ridge_write(weight, keys, values, covariance, ridge):
+    """W + Eᵀ K (λC + KᵀK)⁻¹ in fp64, through C: by another route than the package's."""
+    system = ridge * covariance + keys.T @ keys
+    return weight + torch.linalg.solve(system, keys.T @ (values - keys @ weight.T)).T
+
+
+@pytest.mark.parametrize("drawn", [True, False], ids=["keys of the covariance", "any keys"])
+@pytest.mark.parametrize("count", [100, 129, 200, 400])
+@pytest.mark.parametrize(("condition", "ridge"), [(1e3, 0.3), (1e3, 1e-3), (1e6, 0.3)])
+def test_joint_writes_of_many_keys(device, count, condition, ridge, drawn):
+    """What is left and right of ΔW alone would be off by up to 1 where n nears in."""
+    *given, covariance = many_keys(count, condition, drawn=drawn)
+    weight = given[0]
+    change = ridge_write(*given, covariance, ridge) - weight
+    whole = ek.Covariance.from_second_moment(covariance.to(device), 1)
+    single = [x.float().to(device) for x in given]
+    left, right = ek.low_rank_factors(*single, whole, ridge=ridge)
+    assert left.dtype == right.dtype == torch.float32
+    assert left.shape == (40, count) and right.shape == (count, 129)
+    assert error(left.cpu().double() @ right.cpu().double(), change) <= 1e-5
+    inverse = torch.linalg.inv(covariance).to(device)
+    got = ek.low_rank_update(*single, ridge=ridge, inverse_covariance=inverse)
+    assert error(got.cpu().double() - weight, change) <= 1e-5
+    double = ek.low_rank_update(*(x.to(device) for x in given), whole, ridge=ridge)
+    # In fp64 the oracle's own system says how many digits it has.
+    system = ridge * covariance + given[1].T @ given[1]
+    own = torch.finfo(torch.float64).eps * float(torch.linalg.cond(system))
+    assert error(double.cpu() - weight, change) <= max(own, 1e-13 * condition)
+
+
+def test_joint_writes_of_many_keys_are_batched():
+    problems = [many_keys(30, 100.0, width=21, rows=5) for _ in range(3)]
+    given = [torch.stack(parts).float() for parts in zip(*problems, strict=True)]
+    each = ek.Covariance.from_second_moment(given.pop().double(), 1)
+    got = ek.low_rank_update(*given, each, ridge=0.3)
+    shared = ek.low_rank_update(*given, ridge=0.3, inverse_covariance=each.inverse()[0])
+    for b, problem in enumerate(problems):
+        assert error(got[b], ridge_write(*problem, 0.3)) <= 1e-5
+        assert error(shared[b], ridge_write(*problem[:3], problems[0][3], 0.3)) <= 1e-5
+
+
+def test_joint_writes_of_many_keys_through_a_projection():
+    """What stands in the place of C⁻¹ may be singular: AlphaEdit's projection onto a null space."""
+    weight, keys, values, _ = many_keys(30, 10.0, width=21, rows=5)
+    basis = torch.linalg.qr(torch.randn(21, 8, dtype=torch.float64)).Q
+    projection = basis @ basis.T
+    change = torch.linalg.solve(keys @ projection @ keys.T + 0.5 * torch.eye(30), keys @ projection).T @ (
+        values - keys @ weight.T
+    )
+    got = ek.low_rank_update(weight, keys, values, ridge=0.5, inverse_covariance=projection)
+    assert error(got - weight, change.T) <= 1e-11
+
+
+@pytest.mark.parametrize("count", [4, 6, 9])
+def test_gradients_of_joint_writes_of_many_keys(count):
+    covariance = covariance_of(6, 10.0)
+    shapes = (4, 6), (count, 6), (count, 4)
+    given = [torch.randn(2, *shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    inverse = torch.linalg.inv(covariance)
+    for function in (ek.low_rank_update, ek.low_rank_factors):
+        assert torch.autograd.gradcheck(
+            lambda *x, function=function: function(*x, ridge=0.3, inverse_covariance=inverse), given
+        )
+
+
+MANY = {
+    "zero key": (
+        {"keys": lambda k: k * (torch.arange(30) != 4)[:, None]},
+        ValueError,
+        "keys: expected no zero",
+    ),
+    "NaN key": ({"keys": lambda k: k / 0}, ValueError, "keys: expected finite"),
+    "NaN value": ({"values": lambda v: v / 0}, ValueError, "values: expected finite"),
+    "NaN weight": ({"weight": lambda w: w * float("nan")}, ValueError, "weight: expected finite"),
+    "NaN inverse": (
+        {"inverse_covariance": lambda c: c * float("nan")},
+        ValueError,
+        "inverse_covariance: expected finite",
+    ),
+    "indefinite inverse": (
+        {"inverse_covariance": lambda c: -c},
+        ek.EngramError,
+        "inverse_covariance: expected a positive definite matrix",
+    ),
+    "a factor given as an inverse": (
+        {"inverse_covariance": lambda c: torch.linalg.cholesky(covariance_of(21, 10.0))},
+        ValueError,
+        "inverse_covariance: expected a symmetric matrix",
+    ),
+    "a ridge lost to rounding": (
+        {"keys": lambda k: k[:1].expand(30, 21), "ridge": 1e-30},
+        ek.EngramError,
+        "ridge: expected one that rounding leaves",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MANY)
+def test_bad_joint_writes_of_many_keys(case):
+    change, kind, message = MANY[case]
+    weight, keys, values, covariance = many_keys(30, 10.0, width=21, rows=5)
+    inverse = torch.linalg.inv(covariance)
+    given = {"weight": weight, "keys": keys, "values": values, "inverse_covariance": inverse, "ridge": 0.3}
+    for name, value in change.items():
+        given[name] = value(given[name]) if callable(value) else value
+    with pytest.raises(kind, match=message) as caught:
+        ek.low_rank_update(**given)
+    assert "\n" not in str(caught.value)
+
+
+# -- errors speak the caller's shapes ------------------------------------------------------------------------
+
+
+def test_an_error_names_the_shapes_that_were_given():
+    weight, left, right = torch.zeros(576, 1536), torch.zeros(8, 1536), torch.zeros(8, 1536)
+    with pytest.raises(
+        ValueError, match=r"^left: expected shape \[576, 1536\] \(\[out, n\]\), got \[8, 1536\]$"
+    ):
+        ek.apply_low_rank_(weight, left, right)
+    with pytest.raises(ValueError, match=r"^left: expected shape \[B, out, n\], got \[576, 8\]$"):
+        ek.apply_low_rank_(weight[None], torch.zeros(576, 8), right[None])
+    with pytest.raises(ValueError, match=r"^right: expected shape \[8, 1536\] \(\[n, in\]\), got \[8, 5\]$"):
+        ek.apply_low_rank_(weight, torch.zeros(576, 8), torch.zeros(8, 5))
+
+
+def test_an_operator_that_is_called_directly_checks_too():
+    weight, left, right = torch.zeros(1, 3, 4), torch.zeros(1, 3, 2), torch.zeros(1, 2, 4)
+    with pytest.raises(ValueError, match=r"weight: expected shape \[B, out, in\], got \[3, 4\]"):
+        ops.apply_low_rank_(weight[0], left[0], right[0], 1.0)
+    with pytest.raises(ValueError, match=r"right: expected shape \[1, 2, 4\]"):
+        ops.apply_low_rank_(weight, left, right[..., :3], 1.0)
+    with pytest.raises(TypeError, match="left: expected a tensor of float32, got float64"):
+        ops.apply_low_rank_(weight, left.double(), right, 1.0)
+    ek.apply_low_rank_(weight, left, right)
+    with pytest.raises(ValueError, match="right: expected shape"):  # a checked call leaves no mark
+        ops.apply_low_rank_(weight, left, right[..., :3], 1.0)

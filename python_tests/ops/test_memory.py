@@ -11,8 +11,8 @@ from accuracy import error, rounding, wide
 from matrices import LAYOUTS
 
 import engram_kernels as ek
-from engram_kernels._ops import ops
 from engram_kernels.backends import explain
+from engram_kernels.ops.define import ops
 
 ROWS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 STATES = [torch.float64, torch.float32]
@@ -96,6 +96,28 @@ def test_pseudo_inverse_of_rank_deficient_matrices_without_a_ridge():
     a[1, :, 3] = a[1, :, 0]
     with pytest.raises(ek.EngramError, match="a: expected a matrix of full rank, got matrix 1 without it"):
         ek.pseudo_inverse(a, ridge=0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_a_pseudo_inverse_that_its_type_cannot_hold_is_refused(device, dtype):
+    small = torch.finfo(dtype).tiny / 32  # 1 / small is beyond the largest number
+    a = (torch.eye(3, dtype=torch.float64) * small).to(dtype).to(device)
+    for ridge in (None, 0.0):
+        with pytest.raises(ek.EngramError, match="a: expected a matrix whose pseudo-inverse fits its type"):
+            ek.pseudo_inverse(a, ridge)
+    with pytest.raises(ek.EngramError, match=r"a: expected .* fits its type, up to 6\.55e\+04, got .*e\+05"):
+        ek.pseudo_inverse((torch.eye(3) * 1e-6).half())
+    truth = torch.eye(3, dtype=torch.float64) / a[0, 0].item()
+    assert error(ek.pseudo_inverse(a.double(), 0.0), truth) < 1e-12
+
+
+def test_a_memory_that_its_type_cannot_hold_is_refused(device):
+    A, B = 1e-20 * torch.eye(3, device=device), torch.full((3, 2), 1e20, device=device)
+    with pytest.raises(ek.EngramError, match="B: expected a state whose memory fits float32"):
+        ek.memory_solve(A, B)
+    assert (
+        error(ek.memory_solve(A.double(), B.double()), torch.full((3, 2), 1e40, dtype=torch.float64)) < 1e-6
+    )
 
 
 def test_ben_israel_is_larimar_s_iteration():
@@ -359,7 +381,7 @@ def one_by_one(P, M, w, z):
         M = M + torch.einsum("bi,bc->bic", u, error) / (1 + g)[:, None, None]
         readouts.append(torch.einsum("bk,bkc->bc", row, M))
         leverages.append(torch.einsum("bi,bij,bj->b", row, P, row))
-    empty = [z[:, :0], z[:, :0, 0]]
+    empty = [z[:, :0], z.new_empty(len(z), 0)]
     stacked = [torch.stack(x, 1) if x else e for x, e in zip((readouts, leverages), empty, strict=True)]
     return P, M, *stacked
 
@@ -394,6 +416,10 @@ STREAMS = [
     (1, 16, 16, 16),
     (5, 70, 7, 9),
     (1, 130, 33, 41),
+    (1, 17, 3, 90),
+    (1, 17, 300, 4),
+    (1, 35, 530, 9),  # more slots than a block of threads takes at once
+    (7, 50, 20, 30),
 ]
 
 
@@ -555,8 +581,42 @@ def test_the_native_kernel_leaves_what_gemms_do_better():
         return reason
 
     assert answer(1000, 64) is None and answer(1, 2000) is None
-    assert "no rows" in answer(0, 64)
+    assert "without elements" in answer(0, 64)
     assert "1000 > 4 rows" in answer(1000, 2000)
+
+
+@pytest.mark.parametrize("dtype", STATES)
+@pytest.mark.parametrize(
+    "shape", [(2, 3, 0, 4), (2, 3, 4, 0), (2, 0, 3, 4), (0, 3, 2, 4), (1, 2, 0, 0), (0, 0, 0, 0)], ids=str
+)
+def test_stream_of_degenerate_sizes(device, poisoned, shape, dtype):
+    """Without slots a readout is 0, without rows the state stays; no memory is returned as it was found."""
+    batch, count, slots, latent = shape
+    P = torch.eye(slots, dtype=dtype, device=device).repeat(batch, 1, 1)
+    M = torch.randn(batch, slots, latent, dtype=dtype, device=device)
+    w = torch.randn(batch, count, slots, dtype=dtype, device=device)
+    z = torch.randn(batch, count, latent, dtype=dtype, device=device)
+    got = ek.memory_stream(P, M, w, z)
+    for mine, truth in zip(got, one_by_one(*(x.cpu() for x in (P, M, w, z))), strict=True):
+        assert mine.shape == truth.shape and error(mine, truth) <= 10 * torch.finfo(dtype).eps
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("operator", "given"),
+    [
+        (
+            "memory_stream",
+            (torch.zeros(1, 0, 0), torch.zeros(1, 0, 3), torch.zeros(1, 2, 0), torch.ones(1, 2, 3)),
+        ),
+        ("apply_low_rank_", (torch.zeros(1, 4, 0), torch.zeros(1, 4, 2), torch.zeros(1, 2, 0), 1.0)),
+        ("graft_blend", (*torch.zeros(3, 0), None, 0.0)),
+        ("sparse_apply_", ([torch.zeros(0)], [torch.zeros(0).long()], [torch.zeros(0)], [torch.zeros(0)])),
+    ],
+)
+def test_no_native_kernel_sees_work_without_elements(operator, given):
+    (name, reason), (last, none) = explain(operator, "cpu", given)
+    assert (name, last, none) == ("cpu", "torch", None) and "without elements" in reason
 
 
 # -- memory_forget_ ------------------------------------------------------------------------------------------

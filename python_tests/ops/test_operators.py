@@ -4,7 +4,7 @@ import pytest
 import torch
 from operator_calls import operator_calls
 
-from engram_kernels._ops import OPERATORS, ops
+from engram_kernels.ops.define import OPERATORS, ops
 
 
 @pytest.mark.parametrize("name", OPERATORS)

@@ -18,11 +18,19 @@ from engram_kernels.editing import Editor
 from engram_kernels.hf.layers import decoder_layers
 from engram_kernels.hf.projection import output_projection
 from engram_kernels.hf.tokens import encode_row
-from engram_kernels.tracing import Trace, average
-from engram_kernels.tracing import plots as trace_plots
+from engram_kernels.tracing import (
+    KINDS,
+    AverageTrace,
+    Trace,
+    average,
+    best_layer,
+    draw,
+    embedding_std,
+    known,
+    trace,
+)
 from engram_kernels.tracing import runs as trace_runs
-from engram_kernels.tracing.result import ROLES, AverageTrace, best_layer
-from engram_kernels.tracing.trace import KINDS, embedding_std, known, trace
+from engram_kernels.tracing.result import ROLES
 
 PROMPT, SUBJECT = "In {} stands the Louvre in", "the Eiffel Tower"
 # BLOOM gives its layers one bias a row and head; Gemma 2 scales embeddings and has windows.
@@ -309,7 +317,7 @@ def test_progress_counts_cells(tokenizer):
     seen = []
     found = trace(small(), tokenizer, PROMPT, SUBJECT, progress=lambda *x: seen.append(x), batch=4, **SHORT)
     cells = (len(found.tokens) - found.subject[0]) * 4
-    assert seen[-1] == (cells, cells) and seen == sorted(seen)
+    assert seen[-1] == ("trace hidden", cells, cells) and seen == sorted(seen)
 
 
 def test_the_editor_traces_the_model_as_it_is_now(tokenizer, tmp_path):
@@ -322,7 +330,7 @@ def test_the_editor_traces_the_model_as_it_is_now(tokenizer, tmp_path):
     assert torch.equal(
         found.effects, trace(model, tokenizer, PROMPT, SUBJECT, "mlp", seed=3, **SHORT).effects
     )
-    assert set(stages) == {"trace"}
+    assert set(stages) == {"trace mlp"}
     with torch.no_grad():
         output_projection(model, 1).matrix.mul_(2)
     assert not torch.equal(editor.trace(PROMPT, SUBJECT, "mlp", **SHORT).effects, found.effects)
@@ -480,15 +488,36 @@ def test_json_round_trip(tokenizer):
         AverageTrace.from_dict(content)
 
 
-@pytest.mark.parametrize("suffix", [".png", ".svg", ".pdf", ".html", ".PNG"])
+def test_a_saved_trace_is_read_back(tmp_path):
+    for i, one in enumerate((made(9, (1, 5)), average([made(4, (0, 1))]))):
+        one.save_pretrained(tmp_path / f"{i}")
+        assert sorted(path.name for path in (tmp_path / f"{i}").iterdir()) == ["README.md", "trace.json"]
+        back = type(one).from_pretrained(tmp_path / f"{i}")
+        assert back.to_dict() == one.to_dict()
+    with pytest.raises(EngramError, match=r"^name_or_directory: expected a saved Trace, got .*content: "):
+        Trace.from_pretrained(tmp_path / "1")
+    (tmp_path / "0" / "trace.json").unlink()
+    with pytest.raises(EngramError, match=r"^name_or_directory: expected a saved Trace, got "):
+        Trace.from_pretrained(tmp_path / "0")
+
+
+def test_repr_is_a_line():
+    found = dataclasses.replace(made(3, (0, 1)), effects=torch.tensor([[0.1, 0.2], [0.1, 0.4], [0.1, 0.1]]))
+    assert repr(found) == (
+        "Trace(mlp of ' w0 w1 w2': p(Paris) 0.5000 clean, 0.1000 corrupted, 0.4000 with token 1, layer 1)"
+    )
+    assert repr(average([found])) == "AverageTrace(mlp, facts=1, clean=0.5000, corrupted=0.1000)"
+
+
+@pytest.mark.parametrize("suffix", [".png", ".svg", ".pdf", ".PNG"])
 def test_pictures(tmp_path, suffix):
     pytest.importorskip("matplotlib")
-    starts = {".png": b"\x89PNG", ".svg": b"<?xml", ".pdf": b"%PDF", ".html": b"<!DOCTYPE html>"}
+    starts = {".png": b"\x89PNG", ".svg": b"<?xml", ".pdf": b"%PDF"}
     one, other = made(5, (1, 3)), average([made(4, (0, 1), seed=3), made(9, (1, 5))])
     contents = []
     for i, traces in enumerate((one, [one], other, [one, made(5, (1, 3), kind="hidden"), other])):
         path = tmp_path / f"{i}{suffix}"
-        trace_plots.draw(traces, path)
+        draw(traces, path)
         contents.append(path.read_bytes())
         assert contents[-1].startswith(starts[suffix.lower()])
     assert contents[0] == contents[1] and len(set(contents)) == 3
@@ -496,49 +525,38 @@ def test_pictures(tmp_path, suffix):
 
 
 def test_pictures_refuse(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match=r"path: expected a name that ends in \.png, \.svg, \.pdf or \.html"):
-        trace_plots.draw(made(4, (0, 1)), tmp_path / "x.jpg")
+    with pytest.raises(ValueError, match=r"path: expected a name that ends in \.png, \.svg or \.pdf, got"):
+        draw(made(4, (0, 1)), tmp_path / "x.html")
     with pytest.raises(ValueError, match="traces: expected at least one, got none"):
-        trace_plots.draw([], tmp_path / "x.html")
+        draw([], tmp_path / "x.svg")
     for name in ("matplotlib", "matplotlib.figure"):
         monkeypatch.setitem(__import__("sys").modules, name, None)
     with pytest.raises(EngramError, match="pictures need matplotlib"):
-        trace_plots.draw(made(4, (0, 1)), tmp_path / "x.svg")
+        draw(made(4, (0, 1)), tmp_path / "x.svg")
     assert not any(tmp_path.iterdir())
-    trace_plots.draw(made(4, (0, 1)), tmp_path / "x.html")
 
 
-def test_a_page_escapes_what_it_is_told_and_shows_every_value(tmp_path):
+def test_a_picture_says_what_it_is_told_and_shows_every_value(tmp_path, monkeypatch):
+    """Tokens are text and nothing else: no markup, no formula, no line break."""
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
     evil = ('<script>alert("1")</script>', "$x_1$ &amp;", '" onmouseover="', "line\nbreak")
     found = dataclasses.replace(
         made(4, (1, 2)), tokens=evil, answer="</svg><script>", effects=torch.arange(16.0).view(4, 4) / 16
     )
-    for suffix in (".html", ".svg"):
-        trace_plots.draw(found, tmp_path / f"x{suffix}")
-    page = (tmp_path / "x.html").read_text()
-    assert page.count("<script>") == 1 == page.count("</script>") and "http" not in page.replace(
-        "http-equiv", ""
-    )
-    from html.parser import HTMLParser
-
-    class Reader(HTMLParser):
-        values, texts = [], []
-
-        def handle_starttag(self, tag, attributes):
-            assert not any(name.startswith("on") for name, _ in attributes)
-            self.values += [value for name, value in attributes if name == "data-value"]
-
-        def handle_data(self, data):
-            self.texts.append(data)
-
-    Reader().feed(page)
-    assert Reader.values == [
-        f"{label}, layer {layer}: p(</svg><script>) = {found.effects[i, layer]:.4f}"
-        for i, label in enumerate((evil[0], evil[1] + "*", evil[2], "line\\nbreak"))
-        for layer in range(4)
-    ]
-    assert {evil[0], evil[1] + "*", evil[2], "line\\nbreak"} <= set(Reader.texts)
-    colours = re.findall(r'fill="(#\w{6})"', page)
+    drawn, savefig = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (drawn.append(self), savefig(self, *a, **k)))
+    draw(found, tmp_path / "x.svg")
+    assert "<script>" not in (tmp_path / "x.svg").read_text()
+    axes, bar = drawn[0].axes
+    labels = [label.get_text() for label in axes.get_yticklabels()]
+    assert labels == [evil[0], evil[1] + "*", evil[2], "line\\nbreak"]
+    assert bar.get_ylabel() == "p(</svg><script>)"
+    (image,) = axes.images
+    assert torch.equal(torch.tensor(image.get_array().data), found.effects)
     # All that is at or below the corrupted probability is the lightest, the largest effect the darkest.
-    assert colours[:2] == ["#f7fcf5"] * 2 and colours[2] != "#f7fcf5" and colours[15] == "#00441b"
-    assert found.labels == (evil[0], evil[1] + "*", evil[2], evil[3])
+    colours = image.to_rgba(image.get_array())
+    lightest, darkest = image.cmap(0.0), image.cmap(1.0)
+    assert [tuple(colour) == lightest for colour in colours.reshape(-1, 4)] == [True] * 2 + [False] * 14
+    assert tuple(colours[3, 3]) == darkest

@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 
 from ... import _cpu
-from ..._ops.graft import packed_size
 from .. import implements
 from ..native import graft_rows, sparse_rows
+from ..torch.graft import packed_size
 
 
 def _empty_like(tensor: Tensor) -> Tensor:

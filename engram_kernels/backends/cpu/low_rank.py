@@ -16,7 +16,7 @@ def largest_rank(dtype: torch.dtype) -> int:
     return 128 if dtype in _HALF else 8
 
 
-def _declines_update(weight: Tensor, left: Tensor, right: Tensor, scale: float) -> str | None:
+def _declines_update(weight: Tensor, left: Tensor, right: Tensor, alpha: float) -> str | None:
     rank, limit = left.shape[-1], largest_rank(weight.dtype)
     if rank > limit:
         return f"leaves rank {rank} > {limit} to the library's GEMM"
@@ -32,14 +32,14 @@ def _declines_residual(weight: Tensor, keys: Tensor, *args) -> str | None:
 
 
 @implements("apply_low_rank_", "cpu", _declines_update)
-def apply_low_rank_(weight: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
+def apply_low_rank_(weight: Tensor, left: Tensor, right: Tensor, alpha: float) -> None:
     left, right = left.contiguous(), right.contiguous()
     _cpu.apply_low_rank(
         *weight_arguments(weight),
         left.data_ptr(),
         right.data_ptr(),
         left.shape[-1],
-        scale,
+        alpha,
         torch.get_num_threads(),
     )
 

@@ -17,8 +17,6 @@ def _declines_stream(
     precision_inverse: Tensor, memory: Tensor, weights: Tensor, latents: Tensor
 ) -> str | None:
     count, state = weights.shape[1], precision_inverse[:1].nbytes + memory[:1].nbytes
-    if count == 0:
-        return "leaves no rows to the reference"
     if state > _CACHED_STATE and count > _FEW_ROWS:
         return f"leaves {count} > {_FEW_ROWS} rows for a state beyond {_CACHED_STATE >> 10} KiB to GEMMs"
     return None

@@ -14,7 +14,7 @@ _KINDS = {"cholesky": 0, "unit_lower": 1, "unit_upper": 2}
 GEMM_RANK = 32
 
 
-def _declines_update(weight: Tensor, left: Tensor, right: Tensor, scale: float) -> str | None:
+def _declines_update(weight: Tensor, left: Tensor, right: Tensor, alpha: float) -> str | None:
     if left.shape[-1] > GEMM_RANK:
         return f"leaves rank {left.shape[-1]} > {GEMM_RANK} to the library's GEMM"
     return decline_strided_columns(weight)
@@ -36,7 +36,7 @@ def _declines_solve(system: Tensor, right_hand_side: Tensor, kind: str) -> str |
 
 
 @implements("apply_low_rank_", "cuda", _declines_update)
-def apply_low_rank_(weight: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
+def apply_low_rank_(weight: Tensor, left: Tensor, right: Tensor, alpha: float) -> None:
     left, right = left.contiguous(), right.contiguous()
     with torch.cuda.device(weight.device):
         _cuda.apply_low_rank(
@@ -44,7 +44,7 @@ def apply_low_rank_(weight: Tensor, left: Tensor, right: Tensor, scale: float) -
             left.data_ptr(),
             right.data_ptr(),
             left.shape[-1],
-            scale,
+            alpha,
             stream(weight),
         )
 

@@ -26,8 +26,6 @@ def _workspace(precision_inverse: Tensor, latents: Tensor) -> int:
 def _declines_stream(
     precision_inverse: Tensor, memory: Tensor, weights: Tensor, latents: Tensor
 ) -> str | None:
-    if memory.numel() == 0:
-        return "leaves memories without slots or entries to the reference"
     if _workspace(precision_inverse, latents) < 0:
         return (
             "needs cooperative launches, and more shared memory than the device has for latents of "

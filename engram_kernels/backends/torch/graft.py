@@ -3,10 +3,15 @@
 import torch
 from torch import Tensor
 
-from ..._ops.define import compute_dtype, ops
+from ..._linalg import compute_dtype
 from .. import implements
 
 _BITS = torch.arange(8, dtype=torch.uint8)
+
+
+def packed_size(count: int) -> int:
+    """Return the bytes of a packed mask of so many entries."""
+    return (count + 7) // 8
 
 
 def argument(logits: Tensor, base: Tensor | None, bias: float) -> Tensor:
@@ -107,7 +112,7 @@ def top_k_mask(scores: list[Tensor], reference: list[Tensor], k: int) -> tuple[l
         invalid += (~key.isfinite()).sum()
         candidates.append(key.topk(min(k, tensor.numel())).values)
     if k == 0:
-        return [ops.pack_mask(torch.zeros_like(tensor, dtype=torch.bool)) for tensor in scores], invalid
+        return [pack_mask(torch.zeros_like(tensor, dtype=torch.bool)) for tensor in scores], invalid
     chosen = torch.cat(candidates).topk(k).values
     threshold = chosen[-1]
     ties = int((chosen == threshold).sum())
@@ -116,7 +121,7 @@ def top_k_mask(scores: list[Tensor], reference: list[Tensor], k: int) -> tuple[l
         key = keys(i)
         equal = key == threshold
         rank = equal.cumsum(0)
-        masks.append(ops.pack_mask((key > threshold) | (equal & (rank <= ties))))
+        masks.append(pack_mask((key > threshold) | (equal & (rank <= ties))))
         ties -= min(ties, int(rank[-1]) if rank.numel() else 0)
     return masks, invalid
 

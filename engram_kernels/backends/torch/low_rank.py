@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..._ops.define import ops
-from .. import implements
+from ..._linalg import cholesky, square_root
+from .. import implements, select
 
 # Elements of a half-precision weight converted at a time: a panel stays near the cache, the weight is never
 # held in fp32 as a whole.
@@ -25,14 +25,37 @@ def residual_gram(
     weight: Tensor, keys: Tensor, values: Tensor, preconditioned: Tensor
 ) -> tuple[Tensor, Tensor]:
     """E = V − K Wᵀ and G = K Pᵀ."""
+    return _residual(weight, keys, values), keys.double() @ preconditioned.mT
+
+
+def _residual(weight: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     if weight.dtype == keys.dtype:
-        residual = torch.baddbmm(values, keys, weight.mT, alpha=-1)
-    else:
-        residual = torch.empty_like(values, memory_format=torch.contiguous_format)
-        for rows in _panels(weight):
-            panel = weight[:, rows].to(keys.dtype)
-            residual[:, :, rows] = torch.baddbmm(values[:, :, rows], keys, panel.mT, alpha=-1)
-    return residual, keys.double() @ preconditioned.mT
+        return torch.baddbmm(values, keys, weight.mT, alpha=-1)
+    residual = torch.empty_like(values, memory_format=torch.contiguous_format)
+    for rows in _panels(weight):
+        panel = weight[:, rows].to(keys.dtype)
+        residual[:, :, rows] = torch.baddbmm(values[:, :, rows], keys, panel.mT, alpha=-1)
+    return residual
+
+
+@implements("residual_ridge", "torch")
+def residual_ridge(
+    weight: Tensor, keys: Tensor, values: Tensor, inverse: Tensor, ridge: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """E, R = K (λC + KᵀK)⁻¹ and H with HᵀH = (λC + KᵀK)⁻¹, by C⁻¹ = L Lᵀ: H = F⁻¹Lᵀ, F Fᵀ = λI + (KL)ᵀKL.
+
+    This form does without C, lets C⁻¹ be singular, and factors a matrix of the condition of λI + G. `info` is
+    −1 where C⁻¹ is not positive semidefinite, else the order of F's first pivot lost to rounding, or 0.
+    """
+    root, sound = square_root(inverse.double(), torch.finfo(inverse.dtype).eps)
+    wide = keys.double()
+    whitened = wide @ root
+    system = whitened.mT @ whitened
+    system.diagonal(dim1=-2, dim2=-1).add_(ridge)
+    factor, lost = cholesky(system)
+    half = torch.linalg.solve_triangular(factor, root.mT, upper=False).contiguous()
+    info = torch.where(sound, lost, -1).to(torch.int32)
+    return _residual(weight, keys, values), wide @ half.mT @ half, half, info
 
 
 @implements("small_solve", "torch")
@@ -48,41 +71,22 @@ def small_solve(system: Tensor, right_hand_side: Tensor, kind: str) -> tuple[Ten
     return solution.to(right_hand_side.dtype).contiguous(), info
 
 
-def cholesky(matrix: Tensor, eps: float = torch.finfo(torch.float64).eps) -> tuple[Tensor, Tensor]:
-    """Return the factor [B, n, n], and the order of the first pivot that is not above rounding, or 0, [B].
-
-    A factorisation of a singular matrix need not fail: rounding can leave a tiny positive pivot, and a
-    solution of noise. A pivot under `n · eps` of the entry it came from carries no digit of the matrix, whose
-    own entries are known to `eps`.
-    """
-    factor, failed = torch.linalg.cholesky_ex(matrix)
-    pivots = factor.diagonal(dim1=-2, dim2=-1).square()
-    entries = matrix.diagonal(dim1=-2, dim2=-1)
-    count = matrix.shape[-1]
-    lost = ~(pivots > count * eps * entries)  # NaN counts as lost
-    order = torch.arange(1, count + 1, device=matrix.device)
-    first = torch.where(lost, order, count + 1)
-    if count == 0:
-        return factor, failed
-    first = first.amin(-1)
-    return factor, torch.where(failed > 0, failed, torch.where(first > count, 0, first)).to(torch.int32)
-
-
 @implements("apply_low_rank_", "torch")
-def apply_low_rank_(weight: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
-    """W += scale · L R, accumulated in the factors' type and rounded once."""
+def apply_low_rank_(weight: Tensor, left: Tensor, right: Tensor, alpha: float) -> None:
+    """W += alpha · L R, accumulated in the factors' type and rounded once."""
     with torch.no_grad():
         if weight.dtype == left.dtype:
-            weight.baddbmm_(left, right, alpha=scale)
+            weight.baddbmm_(left, right, alpha=alpha)
             return
         for rows in _panels(weight):
             panel = weight[:, rows].to(left.dtype)
-            weight[:, rows] = panel.baddbmm_(left[:, rows], right, alpha=scale).to(weight.dtype)
+            weight[:, rows] = panel.baddbmm_(left[:, rows], right, alpha=alpha).to(weight.dtype)
 
 
 @implements("low_rank_update", "torch")
-def low_rank_update(weight: Tensor, left: Tensor, right: Tensor, scale: float) -> Tensor:
+def low_rank_update(weight: Tensor, left: Tensor, right: Tensor, alpha: float) -> Tensor:
     """The same out of place: a copy, and the fastest in-place kernel there is for it."""
     updated = weight.detach().clone(memory_format=torch.contiguous_format)
-    ops.apply_low_rank_(updated, left.detach(), right.detach(), scale)
+    arguments = updated, left.detach(), right.detach(), alpha
+    select("apply_low_rank_", weight.device, arguments)(*arguments)
     return updated

@@ -5,8 +5,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from ..._linalg import cholesky
 from .. import implements
-from .low_rank import cholesky
 
 # Rows of a chunk of the streaming write: its products are GEMMs, its n × n algebra is small beside them.
 _CHUNK = 64
@@ -173,7 +173,9 @@ def _cholesky_gradient(factor: Tensor, d_factor: Tensor) -> Tensor:
 
 
 @implements("pseudo_inverse", "torch")
-def pseudo_inverse(a: Tensor, ridge: float | None, relative: float) -> tuple[Tensor, Tensor, Tensor]:
+def pseudo_inverse(
+    a: Tensor, ridge: float | None, relative: float, largest: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """X = (AᵀA + λI)⁻¹Aᵀ, λ the ridge or `relative` of the trace; with it the Cholesky factor and `info`."""
     gram = a.mT @ a
     diagonal = gram.diagonal(dim1=-2, dim2=-1)

@@ -136,7 +136,7 @@ def _declines(weight: Tensor, *args) -> str | None:
 
 
 @implements("apply_low_rank_", "triton", _declines)
-def apply_low_rank_(weight: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
+def apply_low_rank_(weight: Tensor, left: Tensor, right: Tensor, alpha: float) -> None:
     batch, rows, cols = weight.shape
     tiles = (
         batch
@@ -155,7 +155,7 @@ def apply_low_rank_(weight: Tensor, left: Tensor, right: Tensor, scale: float) -
             left.shape[-1],
             weight.stride(0),
             weight.stride(1),
-            scale,
+            alpha,
             PRECISION=PRECISION,
             **UPDATE_LAUNCH,
         )

@@ -54,11 +54,10 @@ void ptx_define_all();
 
 // -- Modules and launches -----------------------------------------------------------------------------------
 
-// Parses the PTX of a module; null if a line of it is not known. `may_fuse`: its assembler may make one
-// instruction of a product and a sum that have no rounding modifier (ptxas without --fmad=false).
+// Parses the PTX of a module, which stays to the end; null if a line of it is not known. `may_fuse`: its
+// assembler may make one instruction of a product and a sum that have no rounding modifier (ptxas without
+// --fmad=false).
 void* ptx_load(const char* text, int may_fuse);
-// Ends a module: its kernels are launched no more. It stays in the listings below.
-void ptx_unload(void* module);
 // Writes offset and size of each parameter of a kernel, then -1; at most `capacity` numbers. Returns the
 // number of parameters, or -1.
 int ptx_parameters(void* module, const char* kernel, int* out, int capacity);

@@ -1,0 +1,142 @@
+"""What is known of edits that were made: the facts, the low-rank writes, the matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from ..hf.projection import Projection
+from .edit import Edit
+from .weights import add_, matrix_checksum
+
+
+@dataclass(frozen=True)
+class EditRecord:
+    """What one edit did.
+
+    Attributes:
+        edit: the fact.
+        probability_before: `p(target | prompt)` of the whole target before any write.
+        probability_after: the same after all writes of the call that made the edit.
+        losses: of every step of the value's optimisation.
+        key_norm: norm of the averaged key.
+        value_norm: norm of the value that the projection answered before.
+        change_norm: norm of the change of the value.
+    """
+
+    edit: Edit
+    probability_before: float
+    probability_after: float
+    losses: list[float] = field(repr=False)
+    key_norm: float
+    value_norm: float
+    change_norm: float
+
+
+@dataclass(frozen=True)
+class SkippedEdit:
+    """An edit that was not made.
+
+    Attributes:
+        number: its place in what was asked for.
+        edit: the fact.
+        reason: one sentence.
+    """
+
+    number: int
+    edit: Edit
+    reason: str
+
+
+@dataclass(frozen=True)
+class Write:
+    """One rank-n write as it was done: `weight += left @ right`.
+
+    Attributes:
+        module: name of the projection.
+        left, right: float32, `[out, n]` and `[n, in]`; `leftᵀ = (λI + K rightᵀ)⁻¹ E`.
+        keys, residuals: `K [n, in]` and `E [n, out]`, float32: what was to be written.
+        ridge: `λ`.
+        edits: `n` numbers: to which record each row belongs.
+    """
+
+    module: str
+    left: Tensor = field(repr=False)
+    right: Tensor = field(repr=False)
+    keys: Tensor = field(repr=False)
+    residuals: Tensor = field(repr=False)
+    ridge: float
+    edits: tuple[int, ...]
+
+    def apply_(self, projection: Projection) -> None:
+        """Do it once more."""
+        add_(projection, self.left, self.right)
+
+    def without(self, number: int) -> Write | None:
+        """The write without one edit, the later ones renumbered; None where nothing is left of it."""
+        kept = [place for place, edit in enumerate(self.edits) if edit != number]
+        edits = tuple(self.edits[place] - (self.edits[place] > number) for place in kept)
+        if not kept:
+            return None
+        if len(kept) == len(self.edits):
+            return replace(self, edits=edits)
+        right, keys, residuals = self.right[kept], self.keys[kept], self.residuals[kept]
+        left = left_factor(keys, right, residuals, self.ridge)
+        return Write(self.module, left, right, keys, residuals, self.ridge, edits)
+
+
+@dataclass
+class EditedModule:
+    """One matrix that was written.
+
+    Attributes:
+        module: name of the projection.
+        layer: index of the decoder layer.
+        transposed: whether the model keeps the matrix as `[in, out]`.
+        base_checksum: of the weight before the first write.
+        edited_checksum: of the weight after the last; None where the writes were never done in this order.
+        experts: how many experts share the tensor that it is a part of, the name's last number being its own;
+            None where it is a weight by itself.
+        dtype: of the weight, such as "bfloat16".
+    """
+
+    module: str
+    layer: int
+    transposed: bool
+    base_checksum: str
+    edited_checksum: str | None
+    experts: int | None
+    dtype: str
+
+    @classmethod
+    def of(cls, projection: Projection) -> EditedModule:
+        """The matrix as it is now."""
+        return cls(
+            module=projection.name,
+            layer=projection.layer,
+            transposed=projection.transposed,
+            base_checksum=matrix_checksum(projection),
+            edited_checksum=None,
+            experts=getattr(projection.module, "count", None),
+            dtype=str(projection.module.weight.dtype).removeprefix("torch."),
+        )
+
+
+def left_factor(keys: Tensor, right: Tensor, residuals: Tensor, ridge: float) -> Tensor:
+    """`((λI + K rightᵀ)⁻¹ E)ᵀ [out, n]`, solved in float64 and rounded to float32.
+
+    Raises:
+        LinAlgError: the system is singular.
+    """
+    system = keys.double() @ right.double().T
+    system.diagonal().add_(ridge)
+    return torch.linalg.solve(system, residuals.double()).T.float()
+
+
+def joined_factors(writes: Iterable[Write]) -> tuple[Tensor, Tensor]:
+    """`left [out, n]` and `right [n, in]` of all writes of one matrix, beside each other."""
+    left, right = zip(*((write.left, write.right) for write in writes), strict=True)
+    return torch.cat(left, dim=1), torch.cat(right, dim=0)

@@ -1,0 +1,37 @@
+"""The matrix of a projection: written, checked, copied, put back."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .._hashing import tensor_checksum
+from ..hf.projection import Projection
+from ..ops import apply_low_rank_
+
+
+class Snapshot:
+    """A projection and its weight as it lies in memory now, to be put back."""
+
+    def __init__(self, projection: Projection):
+        self.projection = projection
+        self._weight = projection.module.weight.detach().clone()
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put the weight back, bit for bit."""
+        self.projection.module.weight.copy_(self._weight)
+        torch.clear_autocast_cache()
+
+
+def add_(projection: Projection, left: Tensor, right: Tensor) -> None:
+    """`weight += left @ right`, in place."""
+    matrix = projection.matrix
+    apply_low_rank_(matrix, left.to(matrix.device), right.to(matrix.device))
+    # A caller's autocast keeps copies of the weights in its own dtype, and does not see this write.
+    torch.clear_autocast_cache()
+
+
+def matrix_checksum(projection: Projection) -> str:
+    """A digest of the weight's dtype, shape and bits."""
+    return tensor_checksum(projection.module.weight)

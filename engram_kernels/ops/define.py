@@ -1,0 +1,122 @@
+"""How an operator is defined.
+
+An operator's run is: check its arguments, check their values, choose a backend, call it, check its results.
+The value checks read the tensors, so they wait for the device; they are left out while a CUDA graph is
+captured.
+"""
+
+import functools
+import threading
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .._namespace import NAMESPACE
+from ..backends import select
+
+_library = torch.library.Library(NAMESPACE, "DEF")
+_calling = threading.local()
+
+# The operators by name, for `engram doctor` and for tests.
+OPERATORS: list[str] = []
+
+ops = getattr(torch.ops, NAMESPACE)
+
+
+def _first(argument: Tensor | list[Tensor]) -> Tensor:
+    return argument[0] if isinstance(argument, list) else argument
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def define(
+    schema: str,
+    check: Callable[..., None],
+    canonical: Callable[..., None],
+    fake: Callable,
+    values: Callable[..., None] | None = None,
+    results: Callable[..., None] | None = None,
+) -> Callable:
+    """Define an operator, and return the call of it for arguments that have passed `check`.
+
+    A public function runs `check` on what its caller gave, so that errors speak of the caller's shapes. Then
+    it brings the arguments to canonical rank, layout and type, and makes the call that is returned here. An
+    operator that is called otherwise, through `torch.ops` or by compiled code, runs both checks itself.
+
+    Args:
+        schema: its torch schema. The first argument, a tensor or a list that is not empty, says the device.
+        check: raises on wrong shapes, types and devices, in any rank that the public function takes; sees no
+            data.
+        canonical: raises on tensors that are not as a backend takes them: rank, layout, type.
+        fake: returns empty tensors of the right shapes, for tracing.
+        values: raises on arguments whose data cannot be used.
+        results: raises on results that show that the request had no sound answer.
+    """
+    name = schema[: schema.index("(")]
+    written = [
+        i
+        for i, argument in enumerate(torch._C.parse_schema(schema).arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    ]
+    OPERATORS.append(name)
+    _library.define(schema)
+
+    def check_once(*args):
+        if getattr(_calling, "checked", False):
+            _calling.checked = False
+        else:
+            canonical(*args)
+            check(*args)
+
+    def run(*args):
+        check_once(*args)
+        device = _first(args[0]).device
+        capturing = _capturing(device)
+        if values is not None and not capturing:
+            values(*args)
+        function = select(name, device, args)
+        if torch.is_autocast_enabled(device.type):
+            with torch.autocast(device.type, enabled=False):
+                result = function(*args)
+        else:
+            result = function(*args)
+        if results is not None and not capturing:
+            results(result, *args)
+        for i in written:
+            tensors = args[i] if isinstance(args[i], list) else [args[i]]
+            torch.autograd.graph.increment_version([x for x in tensors if not x.is_inference()])
+        return result
+
+    def trace(*args):
+        check_once(*args)
+        return fake(*args)
+
+    _library.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", trace, lib=_library)
+    operator = getattr(ops, name)
+
+    def call(*args):
+        if torch.compiler.is_compiling():
+            return operator(*args)
+        _calling.checked = True
+        try:
+            return operator(*args)
+        finally:
+            _calling.checked = False
+
+    return call
+
+
+def backward(body: Callable) -> staticmethod:
+    """A backward in its tensors' own types, also where autocast is on; differentiable once."""
+
+    @functools.wraps(body)
+    def run(ctx, *gradients: Tensor):
+        with torch.autocast(gradients[0].device.type, enabled=False):
+            return body(ctx, *gradients)
+
+    return staticmethod(once_differentiable(run))

@@ -1,0 +1,189 @@
+"""Causal tracing: which states carry a fact (ROME, Meng et al. 2022, 2202.05262, section 2, appendix B)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from .. import _checks as check
+from .._progress import Progress
+from ..errors import EngramError
+from ..hf.eval_mode import evaluating
+from ..hf.tokens import check_length, check_prompt, check_text, encode_row, open_ids
+from .result import Trace
+from .runs import Runs, next_token
+
+KINDS = ("hidden", "mlp", "attention")
+# Rows of the embedding matrix that are read at a time.
+EMBEDDINGS = 4096
+
+
+def trace(
+    model: nn.Module,
+    tokenizer,
+    prompt: str,
+    subject: str,
+    kind: str = "hidden",
+    *,
+    window: int = 10,
+    noise: float = 3.0,
+    samples: int = 10,
+    target: str | None = None,
+    sigma: float | None = None,
+    seed: int = 0,
+    batch: int | None = None,
+    progress: Progress | None = None,
+) -> Trace:
+    """Find which states of a model, restored one at a time, bring a corrupted fact back.
+
+    With the embeddings `e` of the subject's tokens and a clean state `h` of token `i` at layer `l`,
+
+        e* = e + noise · σ · ε,  ε ~ N(0, 1);    IE(i, l) = mean_ε p(o | e*, h restored) − mean_ε p(o | e*)
+
+    The corrupted copies are the same for every cell. What a cell does not change is computed once: the layers
+    below the lowest restored one replay the corrupted run, and so do the tokens left of the restored one, by
+    attention's keys and values, where the model caches these. A token left of the subject has no effect, as
+    corruption does not reach it. The model stays as it is.
+
+    Args:
+        model: a Hugging Face causal language model.
+        tokenizer: its tokenizer.
+        prompt: the text before the answer, with one `{}` for the subject, or the subject itself, once.
+        subject: what the fact is about.
+        kind: what is restored: `"hidden"`, a decoder layer's output; `"mlp"` or `"attention"`, the outputs of
+            these modules in the layers of a window.
+        window: how many layers it has, `window // 2` of them below its cell; it ends where the model does.
+        noise: in multiples of `sigma`.
+        samples: corrupted copies.
+        target: the first token of this text is `o`; None: the token that the model predicts.
+        sigma: standard deviation of the embeddings; None: of the whole vocabulary's. The paper takes it over
+            the tokens of many subjects: `embedding_std`.
+        seed: of the noise; the global random state is neither used nor changed.
+        batch: the most rows in one forward pass, a row being one corrupted copy with one cell restored; None:
+            by the length of the prompt and the device.
+        progress: called with "trace" and the kind, the cells done and their number.
+
+    Returns:
+        A `Trace`.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong kind or out of range.
+        EngramError: subject or target has no token, the prompt is longer than the model's context, the model
+            predicts NaN, or the modules that `kind` names are not found.
+
+    Example:
+        >>> found = trace(*load_model("smollm2"), "{} is located in the city of", "The Eiffel Tower")
+        >>> found.indirect_effects.max()
+    """
+    check.expect(kind in KINDS, "kind", "'hidden', 'mlp' or 'attention'", repr(kind))
+    for name, value in (("window", window), ("samples", samples), ("batch", 1 if batch is None else batch)):
+        check.integer(name, value)
+        check.expect(value >= 1, name, "at least 1", value)
+    check.integer("seed", seed)
+    check.number("noise", noise, at_least=0)
+    if sigma is not None:
+        check.number("sigma", sigma, at_least=0)
+    ids, span, label = _encode(model, tokenizer, prompt, subject, target)
+    with evaluating(model), torch.no_grad():
+        embedding = model.get_input_embeddings()
+        if sigma is None:
+            sigma = _std(embedding, torch.arange(embedding.weight.shape[0], device=embedding.weight.device))
+        generator = torch.Generator().manual_seed(seed)
+        shape = (samples, span[1] - span[0], embedding.weight.shape[-1])
+        drawn = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+        runs = Runs(model, kind, ids, span[0], noise * sigma * drawn, batch)
+        chances = runs.clean()
+        label = int(chances.argmax()) if label is None else label
+        corrupted = runs.corrupted(label)
+        if not (check.is_finite(chances) and check.is_finite(corrupted)):
+            raise EngramError(f"model: expected finite predictions after {tokenizer.decode(ids)!r}, got NaN")
+        restored = runs.restored(label, 1 if kind == "hidden" else window, progress)
+    effects = corrupted.mean().repeat(len(ids), len(runs.layers))
+    effects[span[0] :] = restored
+    answer = tokenizer.decode([label])
+    return Trace(
+        tokens=tuple(tokenizer.decode([token]) for token in ids),
+        subject=span,
+        kind=kind,
+        window=1 if kind == "hidden" else window,
+        answer=answer.strip() or answer,
+        clean=chances[label].item(),
+        corrupted=corrupted.mean().item(),
+        effects=effects,
+    )
+
+
+def embedding_std(model: nn.Module, tokenizer, subjects: Iterable[str]) -> float:
+    """The standard deviation of the embeddings of the subjects' tokens, the paper's `σ`.
+
+    Raises:
+        TypeError: a subject is not a string.
+        EngramError: the subjects have no token.
+    """
+    check.expect(not isinstance(subjects, str), "subjects", "a list of strings", "str", TypeError)
+    ids: list[int] = []
+    for subject in subjects:
+        check.expect(isinstance(subject, str), "subjects", "strings", type(subject).__name__, TypeError)
+        ids += tokenizer(subject, add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise EngramError("subjects: expected at least one token, got none")
+    embedding = model.get_input_embeddings()
+    return _std(embedding, torch.tensor(ids, device=embedding.weight.device))
+
+
+def known(model: nn.Module, tokenizer, row: Mapping[str, str]) -> bool:
+    """Whether the model's next token after `row["prompt"]` is the first one of `row["attribute"]`.
+
+    Args:
+        model: a causal language model.
+        tokenizer: its tokenizer.
+        row: a fact: `prompt`, `subject` and `attribute`.
+
+    Raises:
+        ValueError: one of these is missing, or the prompt does not name the subject exactly once.
+        EngramError: subject or attribute has no token, or the prompt is longer than the model's context.
+    """
+    missing = [name for name in ("prompt", "subject", "attribute") if name not in row]
+    check.expect(not missing, "row", "prompt, subject and attribute", f"none of the name {missing}")
+    ids, _, label = _encode(model, tokenizer, row["prompt"], row["subject"], row["attribute"])
+    with evaluating(model), torch.no_grad():
+        return int(next_token(model, ids, 1)[0][0].argmax()) == label
+
+
+def _encode(
+    model: nn.Module, tokenizer, prompt: str, subject: str, target: str | None
+) -> tuple[list[int], tuple[int, int], int | None]:
+    """The prompt's tokens, the first of the subject and the one after its last, and the target's first."""
+    subject, prompt = check_prompt(subject, prompt)
+    target = None if target is None else check_text("target", target)
+    row = encode_row(tokenizer, subject, prompt, target or "")
+    text = prompt.replace("{}", subject)
+    check_length(model, row, text)
+    first = _first_token(tokenizer, text, prompt.index("{}"))
+    label = None if target is None else row.ids[row.target]
+    return row.ids[: row.target], (min(first, row.subject), row.subject + 1), label
+
+
+def _first_token(tokenizer, text: str, start: int) -> int:
+    """The index of the first token of what begins at `text[start]`."""
+    if getattr(tokenizer, "is_fast", False):
+        offsets = tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
+        return next(i for i, (begin, end) in enumerate(offsets) if end > max(begin, start))
+    before = text[:start].rstrip()
+    if before:
+        return encode_row(tokenizer, before, "{}" + text[len(before) :]).subject + 1
+    # Only what the tokenizer itself puts before every text.
+    return len(open_ids(tokenizer, text)) - len(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+@torch.no_grad()
+def _std(embedding: nn.Module, ids: Tensor) -> float:
+    """The standard deviation of the entries of these tokens' embeddings, as the model scales them."""
+    total = squares = 0.0
+    for part in ids.split(EMBEDDINGS):
+        rows = embedding(part).double()
+        total, squares = total + rows.sum().item(), squares + rows.square().sum().item()
+    count = len(ids) * embedding.weight.shape[-1]
+    return max(0.0, (squares - total**2 / count) / (count - 1)) ** 0.5

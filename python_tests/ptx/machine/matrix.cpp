@@ -1,0 +1,148 @@
+// Tensor cores: fragments of matrices in the registers of a warp, as the PTX ISA lays them out. With g = lane
+// / 4 and t = lane % 4, register r of a lane holds in an 8 x 8 matrix of 16-bit elements row g, columns 2t
+// and 2t + 1.
+#include <algorithm>
+
+#include "opcode.h"
+
+namespace ptx {
+
+namespace {
+
+constexpr int kRows = 8, kRowBytes = 16;
+
+// Lanes 8x to 8x + 7 have the addresses of the rows of matrix x.
+void load_matrices(Warp& w, const Instruction& i, uint32_t) {
+  uint32_t result[4][kLanes];
+  for (int x = 0; x < i.outputs; ++x) {
+    unsigned char rows[kRows][kRowBytes];
+    for (int r = 0; r < kRows; ++r) {
+      const int l = x * kRows + r;
+      memcpy(rows[r], access(w, l, w.address(i.operand[i.outputs], l), kRowBytes, i.space, false), kRowBytes);
+    }
+    for (int l = 0; l < kLanes; ++l) {
+      const int g = l / 4, t = l % 4;
+      uint16_t pair[2];
+      for (int e = 0; e < 2; ++e)
+        memcpy(pair + e, i.trans ? &rows[2 * t + e][2 * g] : &rows[g][4 * t + 2 * e], 2);
+      result[x][l] = pair[0] | uint32_t(pair[1]) << 16;
+    }
+  }
+  for (int x = 0; x < i.outputs; ++x) keep(w, i.operand[x], result[x], ~0u);
+}
+
+void store_matrices(Warp& w, const Instruction& i, uint32_t) {
+  for (size_t x = 0; x + 1 < i.operand.size(); ++x) {
+    unsigned char rows[kRows][kRowBytes];
+    for (int l = 0; l < kLanes; ++l) {
+      const int g = l / 4, t = l % 4;
+      const uint32_t value = w.in<uint32_t>(i.operand[1 + x])[l];
+      for (int e = 0; e < 2; ++e) {
+        const uint16_t element = value >> (16 * e);
+        memcpy(i.trans ? &rows[2 * t + e][2 * g] : &rows[g][4 * t + 2 * e], &element, 2);
+      }
+    }
+    for (int r = 0; r < kRows; ++r) {
+      const int l = int(x) * kRows + r;
+      bool wins = true;
+      unsigned char* to = access(w, l, w.address(i.operand[0], l), kRowBytes, i.space, true, rows[r], &wins);
+      if (wins) memcpy(to, rows[r], kRowBytes);
+    }
+  }
+}
+
+// Element e of a register of A or B. Tensor cores ignore the last 13 bits of a tf32 operand.
+float element(Type type, uint32_t value, int e) {
+  switch (type) {
+    case Type::f16:
+      return from_f16(value >> (16 * e));
+    case Type::bf16:
+      return from_bf16(value >> (16 * e));
+    default:
+      return std::bit_cast<float>(value & ~0x1fffu);
+  }
+}
+
+// c + sum of a[k] b[k]. The ISA says of the sum that its order is not said, and that each addition has the
+// precision of fp32 at least; it does not say how one rounds.
+float dot(Machine& machine, const float* a, const float* b, int stride, int depth, float c) {
+  if (!options.sums) {
+    double sum = c;
+    for (int k = 0; k < depth; ++k) sum += double(a[k]) * b[k * stride];
+    return float(sum);
+  }
+  double terms[17];
+  for (int k = 0; k < depth; ++k) terms[k] = double(a[k]) * b[k * stride];
+  terms[depth] = c;
+  std::shuffle(terms, terms + depth + 1, machine.generator);
+  const Rounding rounding = machine.random() & 1 ? Rounding::zero : Rounding::nearest;
+  float sum = 0;
+  for (int k = 0; k <= depth; ++k) sum = to_f32(sum + terms[k], rounding);
+  return sum;
+}
+
+// mma.m16n8k{8, 16}: D[16, 8] = A[16, k] B[k, 8] + C in fp32, `per` elements of A and B a register.
+void multiply_matrices(Warp& w, const Instruction& i, uint32_t) {
+  const int per = i.source_type == Type::tf32 ? 1 : 2, depth = i.variant, a_registers = depth / (2 * per);
+  const Operand *a = &i.operand[4], *b = a + a_registers, *c = b + a_registers / 2;
+  float A[16][16], B[16][8], C[16][8];
+  for (int l = 0; l < kLanes; ++l) {
+    const int g = l / 4, t = l % 4;
+    for (int r = 0; r < a_registers; ++r)
+      for (int e = 0; e < per; ++e)
+        A[g + 8 * (r & 1)][t * per + e + 4 * per * (r >> 1)] =
+            element(i.source_type, w.in<uint32_t>(a[r])[l], e);
+    for (int r = 0; r < a_registers / 2; ++r)
+      for (int e = 0; e < per; ++e)
+        B[t * per + e + 4 * per * r][g] = element(i.source_type, w.in<uint32_t>(b[r])[l], e);
+    for (int r = 0; r < 4; ++r) C[g + 8 * (r >> 1)][2 * t + (r & 1)] = w.in<float>(c[r])[l];
+  }
+  for (int r = 0; r < 4; ++r) {
+    float result[kLanes];
+    for (int l = 0; l < kLanes; ++l) {
+      const int row = l / 4 + 8 * (r >> 1), column = 2 * (l % 4) + (r & 1);
+      result[l] = canonical(dot(*w.block->machine, A[row], &B[0][column], 8, depth, C[row][column]));
+    }
+    keep(w, i.operand[r], result, ~0u);
+  }
+}
+
+void bind_multiply(Kernel& kernel, Instruction& i, Opcode& opcode) {
+  opcode.take("row");
+  opcode.take("col");
+  const bool tf32 = i.source_type == Type::tf32,
+             half = i.source_type == Type::f16 || i.source_type == Type::bf16;
+  i.variant = opcode.take("m16n8k8") ? 8 : opcode.take("m16n8k16") ? 16 : opcode.take("m16n8k4") ? 4 : 0;
+  if (i.type != Type::f32 || opcode.type(2) != i.source_type || opcode.type(3) != Type::f32 ||
+      !(tf32 ? i.variant && i.variant <= 8 : half && i.variant >= 8))
+    throw Error("a product of matrices that is not known");
+  const int a_registers = i.variant / (tf32 ? 2 : 4);
+  shape(kernel, i, std::vector<int>(4 + a_registers + a_registers / 2 + 4, 4));
+  i.outputs = 4;
+  i.run = multiply_matrices;
+}
+
+}  // namespace
+
+bool bind_matrix(Kernel& kernel, Instruction& i, Opcode& opcode) {
+  const std::string& op = opcode.name;
+  if (op != "mma" && op != "ldmatrix" && op != "stmatrix") return false;
+  if (!opcode.take("sync") || !opcode.take("aligned")) throw Error("a form of it that is not known");
+  i.role = Role::together;
+  if (op == "mma") return bind_multiply(kernel, i, opcode), true;
+  const std::string count = opcode.take_one_of({"x1", "x2", "x4"});
+  i.trans = opcode.take("trans");
+  if (count.empty() || !opcode.take("m8n8") || !opcode.take("shared") || i.type != Type::b16)
+    throw Error("matrices that are not known");
+  i.space = Space::shared;
+  const int matrices = count[1] - '0';
+  std::vector<int> widths(matrices + 1, 4);
+  const bool loads = op == "ldmatrix";
+  widths[loads ? matrices : 0] = 0;
+  i.outputs = loads ? matrices : 0;
+  shape(kernel, i, widths);
+  i.run = loads ? load_matrices : store_matrices;
+  return true;
+}
+
+}  // namespace ptx

@@ -1,0 +1,118 @@
+// What lanes of a warp do together: shuffles, votes, reductions, barriers.
+#include "opcode.h"
+
+namespace ptx {
+
+namespace {
+
+enum Shuffle { kIndex, kUp, kDown, kButterfly };
+
+// As the PTX ISA defines shfl.sync: c holds the last lane of a segment, and above it the segments' mask.
+void shuffle(Warp& w, const Instruction& i, uint32_t lanes) {
+  const Operand* o = &i.operand[i.outputs];
+  const uint32_t *a = w.in<uint32_t>(o[0]), *b = w.in<uint32_t>(o[1]), *c = w.in<uint32_t>(o[2]);
+  uint32_t result[kLanes] = {}, valid = 0;
+  each_lane(lanes, [&](int l) {
+    const int segment = c[l] >> 8 & 31, clamp = c[l] & 31, by = b[l] & 31;
+    const int last = (l & segment) | (clamp & ~segment), first = l & segment;
+    int from = 0;
+    bool inside = false;
+    switch (i.variant) {
+      case kIndex:
+        from = first | (by & ~segment), inside = from <= last;
+        break;
+      case kUp:
+        from = l - by, inside = from >= last;
+        break;
+      case kDown:
+        from = l + by, inside = from <= last;
+        break;
+      case kButterfly:
+        from = l ^ by, inside = from <= last;
+        break;
+    }
+    if (!inside) from = l;
+    if (!(lanes >> from & 1))
+      fault(w, l, "a shuffle from lane " + std::to_string(from) + ", which takes no part");
+    result[l] = a[from];
+    valid |= uint32_t(inside) << l;
+  });
+  keep(w, i.operand[0], result, lanes);
+  if (i.outputs > 1) each_lane(lanes, [&](int l) { w.set(i.operand[1], l, valid >> l & 1); });
+}
+
+enum Vote { kAll, kAny, kUniform, kBallot };
+
+void vote(Warp& w, const Instruction& i, uint32_t lanes) {
+  const uint8_t* p = w.in<uint8_t>(i.operand[1]);
+  uint32_t ballot = 0;
+  each_lane(lanes, [&](int l) { ballot |= uint32_t(p[l] != 0) << l; });
+  const uint32_t result = i.variant == kBallot ? ballot
+                          : i.variant == kAll  ? ballot == lanes
+                          : i.variant == kAny  ? ballot != 0
+                                               : ballot == lanes || ballot == 0;
+  each_lane(lanes, [&](int l) { w.set(i.operand[0], l, result); });
+}
+
+void synchronise(Warp& w, const Instruction&, uint32_t lanes) {
+  // Lanes that are left out stay unordered with the others.
+  if (lanes == w.alive) ++w.sync;
+}
+
+void nothing(Warp&, const Instruction&, uint32_t) {}
+
+template <class Variant>
+void take_variant(Instruction& i, Opcode& opcode,
+                  std::initializer_list<std::pair<const char*, Variant>> names) {
+  for (const auto& [name, variant] : names)
+    if (opcode.take(name)) {
+      i.variant = variant;
+      return;
+    }
+  throw Error("a form of it that is not known");
+}
+
+}  // namespace
+
+bool bind_warp(Kernel& kernel, Instruction& i, Opcode& opcode) {
+  const std::string& op = opcode.name;
+  if (op == "ret" || op == "exit") {
+    i.role = Role::exit;
+    i.run = nothing;
+  } else if (op == "bar" && opcode.take("warp")) {
+    opcode.take("sync");
+    i.role = Role::together;
+    i.outputs = i.mask = 0;
+    shape(kernel, i, {4});
+    i.run = synchronise;
+  } else if (op == "bar" || op == "barrier") {
+    if (!opcode.take("sync")) throw Error("a barrier that is not known");
+    opcode.take("aligned");
+    opcode.take("cta");
+    i.role = Role::barrier;
+    i.outputs = 0;
+    shape(kernel, i, {4});
+    if (i.operand[0].kind != Operand::Kind::constant || i.operand[0].value != 0)
+      throw Error("a barrier other than 0");
+    i.run = nothing;
+  } else if (op == "shfl" && opcode.take("sync")) {
+    take_variant<Shuffle>(i, opcode, {{"idx", kIndex}, {"up", kUp}, {"down", kDown}, {"bfly", kButterfly}});
+    i.role = Role::together;
+    std::vector<int> widths = {4, 4, 4, 4, 4};
+    if (i.outputs == 2) widths.insert(widths.begin() + 1, 1);
+    i.mask = widths.size() - 1;
+    shape(kernel, i, widths);
+    i.run = shuffle;
+  } else if (op == "vote" && opcode.take("sync")) {
+    take_variant<Vote>(i, opcode, {{"all", kAll}, {"any", kAny}, {"uni", kUniform}, {"ballot", kBallot}});
+    i.role = Role::together;
+    i.mask = 2;
+    shape(kernel, i, {i.variant == kBallot ? 4 : 1, 1, 4});
+    i.run = vote;
+  } else {
+    return false;
+  }
+  return true;
+}
+
+}  // namespace ptx
