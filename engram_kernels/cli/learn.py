@@ -7,6 +7,7 @@ import typer
 from rich.table import Table
 
 from .common import (
+    DTYPES,
     Device,
     Dtype,
     Seed,
@@ -16,7 +17,6 @@ from .common import (
     check_picture,
     console,
     device_of,
-    dtype_of,
     write_json,
 )
 from .examples import Examples
@@ -75,13 +75,13 @@ def localize(
     --template "Review: {} Sentiment: It was" --word " terrible" --word " great" --test test.txt
     """
     check_folder("out", out)
-    check_picture("heat-map", heat_map)
+    check_picture("heat_map", heat_map)
     examples = Examples.read(data, test, template, word, shots, seed)
     options = {"recipe": recipe, "steps": steps, "lr": lr, "l1": l1, "accumulate": accumulate}
     choice = {"include": include, "exclude": exclude or ()}
     results = {}
     with bars() as progress:
-        trial = Trial(base, tuned, examples, dtype_of(dtype), device_of(device), batch_size, max_length, seed)
+        trial = Trial(base, tuned, examples, DTYPES[dtype], device_of(device), batch_size, max_length, seed)
         trial.check_sizes([sparsity], **choice)
         graft = trial.learned(sparsity, progress, **options, **choice)
         try:
@@ -145,7 +145,7 @@ def curve(
     sizes = sorted(set(sparsity or (1e-2, 1e-3, 1e-4, 1e-5)), reverse=True)
     results = []
     with bars() as progress:
-        trial = Trial(base, tuned, examples, dtype_of(dtype), device_of(device), batch_size, max_length, seed)
+        trial = Trial(base, tuned, examples, DTYPES[dtype], device_of(device), batch_size, max_length, seed)
         trial.check_sizes(sizes, **choice)
         for size in sizes:
             for name in ("learned", "largest changes", "random") if baselines else ("learned",):

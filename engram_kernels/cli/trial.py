@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..hf.swapped_weights import standing
-from .common import Report
+from .common import Report, reading
 from .examples import Examples, document_batches
 
 if TYPE_CHECKING:
@@ -37,11 +37,12 @@ class Trial:
     ):
         from ..hf.loading import load_model
 
-        for name, value in (("batch-size", batch_size), ("max-length", max_length)):
+        for name, value in (("batch_size", batch_size), ("max_length", max_length)):
             if value < 1:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
         self.base, self.seed = base, seed
-        self.model, tokenizer = load_model(base, dtype=dtype, device=device)
+        with reading("base"):
+            self.model, tokenizer = load_model(base, dtype=dtype, device=device)
         self.tuned = tuned_tensors(tuned, self.model, dtype)
         self.task = examples.task(tokenizer, max_length)
         if self.task:
@@ -121,7 +122,8 @@ def tuned_tensors(name: str, model: torch.nn.Module, dtype: torch.dtype) -> Mapp
     from ..hf.loading import load_model
 
     local = any(Path(name).glob("*.safetensors")) if Path(name).is_dir() else False
-    source = name if local else load_model(name, dtype=dtype)[0]
+    with reading("tuned"):
+        source = name if local else load_model(name, dtype=dtype)[0]
     found = tensors_of(source, [key for key, _ in model.named_parameters()], "tuned")
     for key, parameter in model.named_parameters():
         if found[key].shape != parameter.shape:
