@@ -57,7 +57,8 @@ class Write:
 
     Attributes:
         module: name of the projection.
-        left, right: float32, `[out, n]` and `[n, in]`; `leftᵀ = (λI + K rightᵀ)⁻¹ E`.
+        left, right: float32, `[out, n]` and `[n, in]`; `leftᵀ = (λI + K rightᵀ)⁻¹ E` with `right = P = K C⁻¹`.
+            Of many keys `left = Eᵀ` and `right = (λI + P Kᵀ)⁻¹ P` instead, as `low_rank_factors` gives them.
         keys, residuals: `K [n, in]` and `E [n, out]`, float32: what was to be written.
         ridge: `λ`.
         edits: `n` numbers: to which record each row belongs.
@@ -84,7 +85,11 @@ class Write:
         if len(kept) == len(self.edits):
             return replace(self, edits=edits)
         right, keys, residuals = self.right[kept], self.keys[kept], self.residuals[kept]
-        left = left_factor(keys, right, residuals, self.ridge)
+        if torch.equal(self.left.T, self.residuals):
+            gone = [place for place in range(len(self.edits)) if place not in kept]
+            right, left = right_factor(right, self.right[gone], self.keys[gone]), residuals.T
+        else:
+            left = left_factor(keys, right, residuals, self.ridge)
         return Write(self.module, left, right, keys, residuals, self.ridge, edits)
 
 
@@ -134,6 +139,17 @@ def left_factor(keys: Tensor, right: Tensor, residuals: Tensor, ridge: float) ->
     system = keys.double() @ right.double().T
     system.diagonal().add_(ridge)
     return torch.linalg.solve(system, residuals.double()).T.float()
+
+
+def right_factor(kept: Tensor, gone: Tensor, gone_keys: Tensor) -> Tensor:
+    """`(λI + P Kᵀ)⁻¹ P` of the keys that stay, from its rows R of all: `R + R K₋ᵀ (I − R₋ K₋ᵀ)⁻¹ R₋`.
+
+    Raises:
+        LinAlgError: the system is singular.
+    """
+    kept, gone, gone_keys = kept.double(), gone.double(), gone_keys.double()
+    system = torch.eye(len(gone)).to(gone) - gone @ gone_keys.T
+    return (kept + kept @ gone_keys.T @ torch.linalg.solve(system, gone)).float()
 
 
 def joined_factors(writes: Iterable[Write]) -> tuple[Tensor, Tensor]:

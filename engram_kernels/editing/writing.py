@@ -89,6 +89,8 @@ def _write(
             left, right = low_rank_factors(
                 matrix, keys, wanted, inverse_covariance=preconditioner, ridge=ridge
             )
+            if ridge > 0 and 2 * len(keys) >= matrix.shape[1]:
+                residuals = left.T  # Of many keys, left is Eᵀ: by that the write is known as one of them.
         else:
             right = (keys.double() @ preconditioner).float()
             left = left_factor(bare_keys, right, residuals, 0.0)
