@@ -11,7 +11,7 @@ from .. import _checks as check
 from .. import tracing
 from .._progress import Progress
 from ..covariance import Covariance
-from ..hf.eval_mode import evaluating
+from ..hf.eval_mode import eval_mode
 from ..hf.layers import decoder_layers
 from ..hf.loading import cache_directory, writable_directory
 from ..hf.projection import default_layer, output_projection
@@ -177,7 +177,7 @@ class Editor:
         edits = _edits(edits)
         for layer in plan.layers:
             output_projection(self.model, layer)
-        with evaluating(self.model):
+        with eval_mode(self.model):
             run = Run(self.model, self.tokenizer, edits, plan, self.progress)
             run.begin()
             run.encode(self.prefixes())
@@ -231,7 +231,7 @@ class Editor:
     def prefixes(self) -> list[str]:
         """The texts that are put before every prompt, sampled once."""
         if self._prefixes is None:
-            with evaluating(self.model):
+            with eval_mode(self.model):
                 self._prefixes = sample_prefixes(self.model, self.tokenizer, self.contexts, self.seed)
         return self._prefixes
 
@@ -249,7 +249,7 @@ class Editor:
         Raises:
             EngramError: the corpus is empty or too small for the dimension of the key.
         """
-        with evaluating(self.model):
+        with eval_mode(self.model):
             return self._moments.covariances(layers)
 
     def use_covariance(self, layer: int, covariance: Covariance | None) -> None:

@@ -17,7 +17,7 @@ from .._progress import Progress
 from ..errors import EngramError
 from ..hf.forward import grouped_queries, target_predictions
 from ..hf.projection import Projection, is_plain
-from ..hf.swapped_weights import standing
+from ..hf.swapped_weights import swapped_weights
 from .batching import EditBatch, EncodedEdit
 from .losses import Losses, UnfitError
 from .partial_forward import record
@@ -144,7 +144,7 @@ def find_values(
         _search, model, projection, list(encoded), weights, options, progress or (lambda *_: None)
     )
     wide = _widened(model) if options.widen else {}
-    with _only_delta_learns(model), standing(model, wide), grouped_queries(device):
+    with _only_delta_learns(model), swapped_weights(model, wide), grouped_queries(device):
         if options.incremental:
             try:
                 return search(incremental=True)

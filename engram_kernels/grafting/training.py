@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import _checks as check
 from ..errors import EngramError
-from ..hf.swapped_weights import standing
+from ..hf.swapped_weights import swapped_weights
 from .mask import GraftMask
 from .recipes import Recipe
 
@@ -43,7 +43,7 @@ class MaskTraining:
             for parameter in self.model.parameters():
                 stack.callback(_restore, parameter, parameter.requires_grad, parameter.grad)
                 _restore(parameter, False, None)
-            stack.enter_context(standing(self.model, dict(zip(self.names, self.theta, strict=True))))
+            stack.enter_context(swapped_weights(self.model, dict(zip(self.names, self.theta, strict=True))))
             for i, parameter in enumerate(self.parameters):
                 parameter.requires_grad_(True)
                 stack.callback(parameter.register_post_accumulate_grad_hook(partial(self._arrived, i)).remove)

@@ -20,8 +20,8 @@ from ..grafting import Graft, graftable_parameters, localize
 from ..grafting.files import holds_a_graft
 from ..grafting.parameters import base_of, tensors_of
 from ..grafting.recipes import complete
-from ..hf.eval_mode import evaluating
-from ..hf.swapped_weights import standing
+from ..hf.eval_mode import eval_mode
+from ..hf.swapped_weights import swapped_weights
 from ..ops import graft_top_k
 
 # What a parameter has whose rest lies with other processes (FSDP 2 and tensor parallelism, FSDP 1, ZeRO 3).
@@ -202,7 +202,7 @@ class GraftCallback(TrainerCallback):
         after = {name: named[name].detach() for name in before}
         if self.batches is not None:
             # The caller's own draws must go on as if nothing had been drawn here.
-            with torch.random.fork_rng(), evaluating(model), standing(model, before):
+            with torch.random.fork_rng(), eval_mode(model), swapped_weights(model, before):
                 return localize(
                     model,
                     after,
