@@ -65,9 +65,7 @@ class ValueOptions:
         for name in ("weight_decay", "kl_weight"):
             check.number(name, getattr(self, name), at_least=0)
         for name in ("learning_rate", "clamp"):
-            value = getattr(self, name)
-            check.number(name, value, at_least=0)
-            check.expect(value > 0, name, "a positive number", value)
+            check.number(name, getattr(self, name), above=0)
 
 
 @dataclass(frozen=True)
