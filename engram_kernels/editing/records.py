@@ -55,10 +55,12 @@ class SkippedEdit:
 class Write:
     """One rank-n write as it was done: `weight += left @ right`.
 
+    With `P = K C⁻¹` and `S = (λI + P Kᵀ)⁻¹`, `left @ right = Eᵀ S P`: as `Eᵀ S` and `P` while keys are few,
+    and as `Eᵀ` and `S P` where they are many.
+
     Attributes:
         module: name of the projection.
-        left, right: float32, `[out, n]` and `[n, in]`; `leftᵀ = (λI + K rightᵀ)⁻¹ E` with `right = P = K C⁻¹`.
-            Of many keys `left = Eᵀ` and `right = (λI + P Kᵀ)⁻¹ P` instead, as `low_rank_factors` gives them.
+        left, right: float32, `[out, n]` and `[n, in]`.
         keys, residuals: `K [n, in]` and `E [n, out]`, float32: what was to be written.
         ridge: `λ`.
         edits: `n` numbers: to which record each row belongs.
@@ -79,16 +81,21 @@ class Write:
     def without(self, number: int) -> Write | None:
         """The write without one edit, the later ones renumbered; None where nothing is left of it."""
         kept = [place for place, edit in enumerate(self.edits) if edit != number]
+        gone = [place for place, edit in enumerate(self.edits) if edit == number]
         edits = tuple(self.edits[place] - (self.edits[place] > number) for place in kept)
         if not kept:
             return None
-        if len(kept) == len(self.edits):
+        if not gone:
             return replace(self, edits=edits)
-        right, keys, residuals = self.right[kept], self.keys[kept], self.residuals[kept]
+        keys, residuals = self.keys[kept], self.residuals[kept]
         if torch.equal(self.left.T, self.residuals):
-            gone = [place for place in range(len(self.edits)) if place not in kept]
-            right, left = right_factor(right, self.right[gone], self.keys[gone]), residuals.T
+            # `K rightᵀ = I − λS`, and the inverse of a part of a matrix comes from blocks of its inverse.
+            whole = self.right.double()
+            leverage = self.keys.double() @ whole[gone].T
+            own = torch.linalg.solve(torch.eye(len(gone)).to(whole) - leverage[gone], whole[gone])
+            left, right = residuals.T, (whole[kept] + leverage[kept] @ own).float()
         else:
+            right = self.right[kept]
             left = left_factor(keys, right, residuals, self.ridge)
         return Write(self.module, left, right, keys, residuals, self.ridge, edits)
 
@@ -131,7 +138,7 @@ class EditedModule:
 
 
 def left_factor(keys: Tensor, right: Tensor, residuals: Tensor, ridge: float) -> Tensor:
-    """`((λI + K rightᵀ)⁻¹ E)ᵀ [out, n]`, solved in float64 and rounded to float32.
+    """`((λI + K Pᵀ)⁻¹ E)ᵀ [out, n]` with `P = right`, solved in float64 and rounded to float32.
 
     Raises:
         LinAlgError: the system is singular.
@@ -139,17 +146,6 @@ def left_factor(keys: Tensor, right: Tensor, residuals: Tensor, ridge: float) ->
     system = keys.double() @ right.double().T
     system.diagonal().add_(ridge)
     return torch.linalg.solve(system, residuals.double()).T.float()
-
-
-def right_factor(kept: Tensor, gone: Tensor, gone_keys: Tensor) -> Tensor:
-    """`(λI + P Kᵀ)⁻¹ P` of the keys that stay, from its rows R of all: `R + R K₋ᵀ (I − R₋ K₋ᵀ)⁻¹ R₋`.
-
-    Raises:
-        LinAlgError: the system is singular.
-    """
-    kept, gone, gone_keys = kept.double(), gone.double(), gone_keys.double()
-    system = torch.eye(len(gone)).to(gone) - gone @ gone_keys.T
-    return (kept + kept @ gone_keys.T @ torch.linalg.solve(system, gone)).float()
 
 
 def joined_factors(writes: Iterable[Write]) -> tuple[Tensor, Tensor]:
