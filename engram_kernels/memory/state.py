@@ -107,7 +107,7 @@ class MemoryState(nn.Module):
         """The number of rows in all memories, with and without ids."""
         return int(self.count.sum())
 
-    # A module is always true, also one whose length is zero.
+    # A module is true, even one of length zero.
     def __bool__(self) -> bool:
         return True
 
