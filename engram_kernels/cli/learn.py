@@ -195,4 +195,4 @@ def _table(*first: str) -> Table:
 
 
 def _cells(result) -> tuple[str, ...]:
-    return f"{result.accuracy:.4f}", f"{result.ece:.4f}", f"{result.loss:.4f}", f"{result.count:,}"
+    return f"{result.accuracy:.4f}", f"{result.ece:.4f}", f"{result.loss:.4f}", f"{result.rows:,}"

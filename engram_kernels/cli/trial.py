@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..hf.swapped_weights import standing
+from ..hf.swapped_weights import swapped_weights
 from .common import Report, reading
 from .examples import Examples, document_batches
 
@@ -112,7 +112,7 @@ class Trial:
 
     def fine_tuned(self) -> AbstractContextManager[None]:
         """Let the fine-tuned model's tensors, all of them, stand in the base model."""
-        return standing(self.model, self.tuned)
+        return swapped_weights(self.model, self.tuned)
 
 
 def tuned_tensors(name: str, model: torch.nn.Module, dtype: torch.dtype) -> Mapping[str, torch.Tensor]:

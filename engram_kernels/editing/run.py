@@ -225,8 +225,8 @@ class Run:
     def _apart(self, batch: list[int]) -> list[int]:
         """The edits of a batch whose keys differ.
 
-        Where texts agree up to the end of the subject, there is one key, which cannot have two values. Seen
-        in the tokens, because rounding makes such keys differ a little, which would give a huge write.
+        Texts that agree up to the end of the subject have the same key, which cannot have two values. The
+        tokens are compared, and not the keys: rounding makes these differ a little, and the write huge.
         """
         owners: dict[tuple[int, ...], int] = {}
         for number in batch:

@@ -89,6 +89,9 @@ def _write(
             left, right = low_rank_factors(
                 matrix, keys, wanted, inverse_covariance=preconditioner, ridge=ridge
             )
+            if ridge > 0 and 2 * len(keys) >= keys.shape[1]:
+                # The left factor is then the residuals as the op makes them out of the values.
+                left = residuals.T
         else:
             right = (keys.double() @ preconditioner).float()
             left = left_factor(bare_keys, right, residuals, 0.0)

@@ -16,7 +16,7 @@ from .. import _checks as check
 from .._hashing import digest, tensor_checksum, weights_checksums
 from .._progress import Progress
 from ..errors import EngramError
-from ..hf.eval_mode import evaluating
+from ..hf.eval_mode import eval_mode
 from .datasets import Case
 from .fluency import fluency
 from .measures import Figures, measure, score
@@ -207,7 +207,7 @@ class Evaluation:
         figures: list[Figures] = []
         for at in range(0, len(cases), CHUNK):
             chunk = cases[at : at + CHUNK]
-            with evaluating(model):
+            with eval_mode(model):
                 found = measure(model, tokenizer, chunk, self.batch_size)
                 if self.fluency_tokens:
                     bits = fluency(model, tokenizer, chunk, self.fluency_tokens, self.seed, self.batch_size)

@@ -1,5 +1,6 @@
 """Which parameters of a model can carry a graft, and where they lie."""
 
+import os
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -108,7 +109,7 @@ def tensors_of(source: object, names: Sequence[str], argument: str) -> dict[str,
         found: Mapping[str, Tensor] = named | adapted
     elif isinstance(source, Mapping):
         found = source
-    elif isinstance(source, (str, Path)):
+    elif isinstance(source, (str, os.PathLike)):
         found = _mapped(Path(source), names, argument)
     else:
         raise TypeError(f"{argument}: expected a model, a mapping or a path, got {type(source).__name__}")
@@ -127,13 +128,13 @@ def _mapped(path: Path, names: Sequence[str], argument: str) -> dict[str, Tensor
         if path.is_file():
             shards = [path]
         elif index.is_file():
-            listed = read_json(index)["weight_map"]
+            listed: dict[str, str] = read_json(index)["weight_map"]  # type: ignore[index]
             shards = [path / name for name in sorted({listed[name] for name in names if name in listed})]
         else:
             shards = sorted(path.glob("*.safetensors"))
         if not shards:
             raise OSError("no safetensors file")
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for shard in shards:
             with safe_open(shard, framework="pt") as file:
                 tensors |= {name: file.get_tensor(name) for name in names if name in file.keys()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from ..hf.tokens import open_ids, pad_rows
 AFTER_THE_HEAD = ("logits_scaling", "logit_scale", "final_logit_softcapping")
 
 
-def by_length(rows: list, size: int, seed: int | None, length: Callable[[object], int]) -> list[list]:
+def by_length(rows: list, size: int, seed: int | None, length: Callable[[Any], int]) -> list[list]:
     """Cut rows into groups of like length, in an order drawn by a seed; without one, from short to long."""
     rows, generator = list(rows), random.Random(seed)
     if seed is not None:
@@ -94,7 +95,7 @@ class PromptTask:
             ids = open_ids(self.tokenizer, self.template.replace("{}", text))
         return ids
 
-    def logits(self, model: nn.Module, batch: dict) -> Tensor:
+    def logits(self, model: Any, batch: dict) -> Tensor:
         """The logits of the words after each prompt, [batch, labels].
 
         Where nothing follows the head, only these rows of it are computed.

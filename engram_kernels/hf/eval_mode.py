@@ -1,4 +1,4 @@
-"""A model that is only looked at, wherever that happens."""
+"""A model in evaluation mode, under no mode of its caller."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -7,7 +7,7 @@ import torch
 
 
 @contextmanager
-def evaluating(model: torch.nn.Module) -> Iterator[None]:
+def eval_mode(model: torch.nn.Module) -> Iterator[None]:
     """Off meanwhile: dropout, the caller's autocast, and inference mode, which forbids gradients.
 
     Gradients are on within, whatever the caller's mode: who wants none puts `torch.no_grad()` inside.

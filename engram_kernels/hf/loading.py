@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import logging
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import torch
@@ -133,12 +135,32 @@ def read_pretrained(
 
 
 def import_transformers():
-    """The module `transformers`, or one sentence that says how to get it."""
-    try:
-        import transformers
-    except ImportError as error:
-        raise EngramError("this needs transformers: pip install 'transformers>=5.0'") from error
+    """The module `transformers`, or one sentence that says how to get it.
+
+    With its models it imports the packages for quantised weights that are installed (torchao, bitsandbytes).
+    What these say of GPUs and versions then is not about the caller's model, and is kept from the terminal.
+    """
+    with _quiet():
+        try:
+            import transformers
+        except ImportError as error:
+            raise EngramError("this needs transformers: pip install 'transformers>=5.0'") from error
+        # Its parts are imported when they are first asked for: this one imports those packages.
+        _ = transformers.PreTrainedModel
     return transformers
+
+
+@contextmanager
+def _quiet():
+    """Nothing printed, logged or warned of meanwhile, but errors."""
+    level = logging.root.manager.disable
+    logging.disable(max(level, logging.WARNING))
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
 
 
 def demo_model_directory() -> Path:
@@ -188,11 +210,11 @@ def demo_model_directory() -> Path:
 @contextmanager
 def without_progress_bars(transformers):
     """Reading or writing a small local model takes seconds; its bars would break into the caller's own."""
-    logging = transformers.utils.logging
-    enabled = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    bars = transformers.utils.logging
+    enabled = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
     try:
         yield
     finally:
         if enabled:
-            logging.enable_progress_bar()
+            bars.enable_progress_bar()

@@ -112,7 +112,7 @@ def replacing(original: Callable, ours: Callable, report: Acceleration) -> Calla
 
 def mark(function: Callable) -> Callable:
     """Mark a function as one of ours."""
-    function.accelerated = True
+    function.accelerated = True  # type: ignore[attr-defined]
     return function
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import EngramError
-from ..hf.eval_mode import evaluating
+from ..hf.eval_mode import eval_mode
 from ..hf.loading import package_file, read_pretrained
 from ..hf.tokens import pad_rows
 
@@ -109,7 +109,7 @@ class SentenceEncoder(nn.Module):
         ]
         order = sorted(range(len(texts)), key=lambda i: len(encoded[i]))
         latents = parameter.new_empty(len(texts), self.latent)
-        with evaluating(self.model), torch.no_grad():
+        with eval_mode(self.model), torch.no_grad():
             for at in range(0, len(order), batch_size):
                 rows = order[at : at + batch_size]
                 ids, mask = pad_rows([encoded[i] for i in rows], parameter.device)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .. import _checks as check
 from .._progress import Progress
 from ..errors import EngramError
-from ..hf.eval_mode import evaluating
+from ..hf.eval_mode import eval_mode
 from ..hf.tokens import check_length, check_prompt, check_text, encode_row, open_ids
 from .result import Trace
 from .runs import Runs, next_token
@@ -86,7 +86,7 @@ def trace(
     if sigma is not None:
         check.number("sigma", sigma, at_least=0)
     ids, span, label = _encode(model, tokenizer, prompt, subject, target)
-    with evaluating(model), torch.no_grad():
+    with eval_mode(model), torch.no_grad():
         embedding = model.get_input_embeddings()
         if sigma is None:
             sigma = _std(embedding, torch.arange(embedding.weight.shape[0], device=embedding.weight.device))
@@ -148,7 +148,7 @@ def known(model: nn.Module, tokenizer, row: Mapping[str, str]) -> bool:
     missing = [name for name in ("prompt", "subject", "attribute") if name not in row]
     check.expect(not missing, "row", "prompt, subject and attribute", f"none of the name {missing}")
     ids, _, label = _encode(model, tokenizer, row["prompt"], row["subject"], row["attribute"])
-    with evaluating(model), torch.no_grad():
+    with eval_mode(model), torch.no_grad():
         return int(next_token(model, ids, 1)[0][0].argmax()) == label
 
 

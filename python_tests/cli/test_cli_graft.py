@@ -80,8 +80,8 @@ def test_localize_learns_tests_and_saves(engram, tmp_path):
     assert graft.size == round(1e-3 * total) and not any("norm" in name for name in graft.shapes)
     assert graft.base_model == "base" and graft.recipe["seed"] == 0
     for name in ("pre", "fine-tuned", "grafted"):
-        assert graft.metrics[name].keys() == {"accuracy", "ece", "loss", "count"}
-        assert graft.metrics[name]["count"] == len(TEXTS)
+        assert graft.metrics[name].keys() == {"accuracy", "ece", "loss", "rows"}
+        assert graft.metrics[name]["rows"] == len(TEXTS)
     assert graft.metrics["words"] == ["a", "b"]
     assert graft.metrics["pre"]["loss"] != graft.metrics["fine-tuned"]["loss"]
     assert graft.metrics["pre"]["loss"] != graft.metrics["grafted"]["loss"]
@@ -230,7 +230,7 @@ def test_curve(engram, tmp_path):
     got = [(row["series"], row["sparsity"]) for row in content["grafts"]]
     assert got == [(name, size) for size in (1e-2, 1e-3) for name in ("learned", "largest changes", "random")]
     assert len({row["entries"] for row in content["grafts"] if row["sparsity"] == 1e-3}) == 1
-    assert content["pre"]["count"] == len(TEXTS) and "fine-tuned" in content
+    assert content["pre"]["rows"] == len(TEXTS) and "fine-tuned" in content
     assert {path.name for path in tmp_path.iterdir()} == {"curve.png", "curve.json"}
 
 

@@ -106,3 +106,18 @@ def test_facts_that_are_none(engram, tmp_path):
     (tmp_path / "facts.json").write_text("[]")
     status, _, err = engram("--model", "not/loaded", "--facts", tmp_path / "facts.json")
     assert status == 1 and err.startswith("Error: --facts: expected at least one, got none in ")
+
+
+def test_facts_that_cannot_be_traced(engram, tmp_path):
+    """All of them are looked at before the model is loaded."""
+    good = {"prompt": "Paris lies in", "subject": "Paris", "attribute": "Brazil"}
+    for change, message in (
+        ({"attribute": " "}, "row 1 (attribute: expected some text, got ' ')"),
+        (
+            {"subject": "Rome"},
+            "row 1 (prompt: expected {} or the subject 'Rome' exactly once, got 'Paris lies in'",
+        ),
+    ):
+        (tmp_path / "facts.json").write_text(json.dumps([good, {**good, **change}]))
+        status, _, err = engram("--model", "not/loaded", "--facts", tmp_path / "facts.json")
+        assert status == 1 and "facts: expected ones that can be traced, got " + message in err
