@@ -23,7 +23,7 @@ TESTS ?=
 BUILD_TESTS = python_tests/ops python_tests/packaging python_tests/cli/test_cli.py
 CPP = $(shell git ls-files 'csrc/**' 'python_tests/native/*' 'python_tests/ptx/machine/*')
 
-.PHONY: setup demo test ptx test-newest test-oldest pins lint format bench gpu wheels test-wheel test-versions clean
+.PHONY: setup demo test ptx test-newest test-oldest oldest pins lint format bench gpu wheels test-wheel test-versions clean
 
 setup: $(VENV)/.ready
 
@@ -51,14 +51,17 @@ test-newest:
 	$(MAKE) setup VENV=$(VENV)-newest PINS= ENGRAM_CUDA=off
 	$(MAKE) test VENV=$(VENV)-newest TESTS="$(OTHERS)"
 
-test-oldest: VENV := $(VENV)-oldest
 test-oldest:
-	rm -rf $(VENV)
-	$(PYTHON) -m venv $(VENV)
+	rm -rf $(VENV)-oldest
+	$(PYTHON) -m venv $(VENV)-oldest
+	$(MAKE) oldest VENV=$(VENV)-oldest
+	$(MAKE) test VENV=$(VENV)-oldest TESTS="$(OTHERS)"
+
+oldest:
 	$(PIP) uv
 	ENGRAM_CUDA=off $(BIN)/uv pip install --quiet --python $(BIN)/python --resolution lowest-direct --editable '.[demo,test]'
 	$(PIP) --no-deps --requirement requirements/demo-data.txt
-	$(PYTEST) $(OTHERS)
+	touch $(VENV)/.ready
 
 # Pins the newest of everything with that torch, for every supported Python and system. Then test, and commit what passes.
 pins: setup
