@@ -101,8 +101,8 @@ def _write(
         raise EngramError(_dependent(encoded, keys.shape[1])) from error
     constrained = keys if bare_keys is None else bare_keys
     # In main memory, wherever the weights are: thousands of edits would fill a device.
-    tensors = (tensor.cpu() for tensor in (left, right, constrained, residuals))
-    write = Write(projection.name, *tensors, ridge, tuple(edits))
+    left, right, constrained, residuals = (t.cpu() for t in (left, right, constrained, residuals))
+    write = Write(projection.name, left, right, constrained, residuals, ridge, tuple(edits))
     if not (write.left.isfinite().all() and write.right.isfinite().all()):
         raise EngramError(f"edits: expected finite factors for {projection.name!r}, got NaN or infinity")
     write.apply_(projection)

@@ -18,7 +18,7 @@ STATE_DTYPES = (torch.float64, torch.float32)
 
 def check_state(names: str, square: Tensor, wide: Tensor | None) -> None:
     """Check A [..., K, K] and B [..., K, C], or P and M: one shape of batch, one dtype, one device."""
-    first, second = names
+    first, second = tuple(names)
     check.floating(first, square, STATE_DTYPES)
     is_square = square.dim() >= 2 and square.shape[-1] == square.shape[-2]
     check.expect(is_square, first, "shape [..., K, K]", list(square.shape))
