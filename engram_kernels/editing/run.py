@@ -174,11 +174,12 @@ class Run:
             self.progress(stage, done * options.steps + steps, len(self.encoded) * options.steps)
 
         kept = [journal.load_value(number, projection.matrix.device) for number in numbers] if journal else []
-        if not kept or None in kept:
+        values: list[Value | EngramError] = [value for value in kept if value is not None]
+        if len(values) < len(numbers):
             encoded = [self.encoded[i] for i in numbers]
-            kept = find_values(self.model, projection, encoded, self._weights, options, progress)
+            values = find_values(self.model, projection, encoded, self._weights, options, progress)
         found = {}
-        for number, value in zip(numbers, kept, strict=True):
+        for number, value in zip(numbers, values, strict=True):
             if isinstance(value, EngramError):
                 self._skip(number, value)
                 continue

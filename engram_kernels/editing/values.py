@@ -100,8 +100,8 @@ def value_groups(
     size = options.batch or (64 if padded else 6)
     order = sorted(range(len(encoded)), key=lambda i: encoded[i].span)
     groups: list[list[int]] = []
-    for _, alike in itertools.groupby(order, key=lambda i: None if padded else encoded[i].span[0]):
-        alike = list(alike)
+    for _, run in itertools.groupby(order, key=lambda i: None if padded else encoded[i].span[0]):
+        alike = list(run)
         # In groups of like size: a small one for what is left over would waste the device.
         count = math.ceil(len(alike) / size)
         bounds = [math.ceil(len(alike) * number / count) for number in range(count + 1)]

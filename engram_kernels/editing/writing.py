@@ -101,7 +101,7 @@ def _write(
         raise EngramError(_dependent(encoded, keys.shape[1])) from error
     constrained = keys if bare_keys is None else bare_keys
     # In main memory, wherever the weights are: thousands of edits would fill a device.
-    left, right, constrained, residuals = (t.cpu() for t in (left, right, constrained, residuals))
+    left, right, constrained, residuals = (one.cpu() for one in (left, right, constrained, residuals))
     write = Write(projection.name, left, right, constrained, residuals, ridge, tuple(edits))
     if not (write.left.isfinite().all() and write.right.isfinite().all()):
         raise EngramError(f"edits: expected finite factors for {projection.name!r}, got NaN or infinity")
@@ -156,8 +156,8 @@ def subject_states(
                 # Some models (OPT) flatten [rows, longest, width] before their MLP.
                 states.append(seen[name].reshape(*ids.shape, -1)[places].float())
     # Back into the order of the rows.
-    places, shape = torch.tensor(order).argsort(), (len(encoded), len(encoded[0].rewriting), -1)
-    keys, hidden = (torch.cat(states)[places].view(shape) for states in found.values())
+    back, shape = torch.tensor(order).argsort(), (len(encoded), len(encoded[0].rewriting), -1)
+    keys, hidden = (torch.cat(states)[back].view(shape) for states in found.values())
     return keys, hidden
 
 

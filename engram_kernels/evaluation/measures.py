@@ -17,7 +17,7 @@ ASPECTS = ("efficacy", "paraphrase", "locality")
 
 
 class ScoredAnswer(NamedTuple):
-    """How a model takes an answer: the mean log-probability of its tokens, they, and the likeliest ones."""
+    """How likely an answer is: its tokens' mean log-probability, the tokens, and the likeliest instead."""
 
     mean: float
     tokens: list[int]

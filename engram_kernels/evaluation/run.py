@@ -118,9 +118,9 @@ class Evaluation:
 
         Args:
             cases: all cases.
-            checkpoints: numbers of edits after which, and of first edits of which, retention is measured;
-                all of them is one always.
-            directory: where the editor keeps its run, and goes on from after a cut; None: nowhere.
+            checkpoints: numbers of edits after which retention is measured, over as many of the first edits;
+                the number of all cases is always one of them.
+            directory: where the editor keeps its run, to continue it after an interruption; None: nowhere.
 
         Raises:
             EngramError: a case cannot be edited, unless the options say to skip it, or not be measured.
@@ -260,9 +260,9 @@ class Evaluation:
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """The most memory in bytes: what PyTorch held on a GPU, on a CPU what the whole process did.
+    """The most memory in bytes that PyTorch held on a GPU, or the whole process on a CPU.
 
-    None where the system does not tell, as Windows.
+    None where the system does not say, as on Windows.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)

@@ -108,7 +108,7 @@ def localize(
                 if progress:
                     progress("localize", step + 1, steps)
             training.report()
-        chosen = mask.base if plan.rounds else mask.open()
+        chosen = mask.base if plan.rounds and mask.base else mask.open()
     return Graft.from_masks(
         pre,
         ft,

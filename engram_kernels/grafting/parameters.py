@@ -89,10 +89,10 @@ def _matches(argument: str, pattern: str, named: Mapping[str, object]) -> set[st
 def base_of(model: nn.Module, name: str | None = None) -> dict[str, str | None]:
     """What a graft says of its base: the name, by default the configuration's, and the commit on the Hub."""
     config = getattr(model, "config", None)
-    if name is None and (name := getattr(config, "_name_or_path", None)):
-        # Where a folder lies is nobody else's business.
-        name = Path(name).name if Path(name).is_dir() else name
-    return {"base_model": name or None, "base_revision": getattr(config, "_commit_hash", None)}
+    known: str | None = getattr(config, "_name_or_path", None)
+    if known and Path(known).is_dir():
+        known = Path(known).name  # where a folder lies is nobody else's business
+    return {"base_model": name or known or None, "base_revision": getattr(config, "_commit_hash", None)}
 
 
 def tensors_of(source: object, names: Sequence[str], argument: str) -> dict[str, Tensor]:

@@ -3,12 +3,18 @@
 Das et al. 2024 (arXiv 2403.11901).
 """
 
+from typing import TYPE_CHECKING
+
 from .episodes import EpisodeCollator, Fact, FactEpisodes
 from .long_context import read_recursively
 from .objective import Objective
 from .scope import ScopeDetector
 from .scoped_model import ScopedModel
 from .warm_start import warm_start
+
+if TYPE_CHECKING:
+    from .config import LarimarConfig
+    from .model import LarimarModel
 
 __all__ = [
     "EpisodeCollator",

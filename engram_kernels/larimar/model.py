@@ -130,7 +130,7 @@ class LarimarModel(HubFolder, PreTrainedModel, GenerationMixin):
         return cls(config, encoder, decoder)
 
     def init_weights(self) -> None:
-        """Nothing: the bases come with their weights, and the conditioning sets its own."""
+        """Do nothing: the bases come with their weights, and the conditioning sets its own."""
 
     def get_input_embeddings(self) -> nn.Module:
         return self.decoder.get_input_embeddings()

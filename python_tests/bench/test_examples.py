@@ -41,7 +41,7 @@ def test_graft_sst2(example, tmp_path, capsys):
     assert {f"{name} 0.001 on 24 rows" for name in ("learned", "largest changes", "random", "merged")} <= set(
         results
     )
-    assert results["pre on 24 rows"]["count"] == 24
+    assert results["pre on 24 rows"]["rows"] == 24
     for picture in ("density.png", "curve.png"):
         assert (out / picture).stat().st_size > 5000
 

@@ -173,6 +173,7 @@ def test_collator(kind):
         EpisodeCollator(model_zoo.slow_tokenizer())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("train_decoder", [False, True])
 def test_trainer_lowers_the_loss(tmp_path, train_decoder):
     from transformers import Trainer, TrainingArguments

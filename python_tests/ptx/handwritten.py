@@ -80,7 +80,7 @@ class Handwritten:
         self.launch(module, *arrays, **launch)
 
     def lanes(self, instruction: str, result, *inputs: np.ndarray, **options) -> np.ndarray:
-        """Run an instruction of {d}, {a}, {b}, {c} on a lane an entry; `result` is a dtype, bool a predicate."""
+        """Run an instruction of {d}, {a}, {b}, {c}, an entry a lane; a `result` of bool is a predicate."""
         count = len(inputs[0])
         body, names = [], {}
         for number, (name, array) in enumerate(

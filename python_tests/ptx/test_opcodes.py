@@ -274,8 +274,9 @@ def test_comparisons(ptx, opcode):
 
 def test_predicates(ptx):
     p, q = np.arange(32) % 2 == 0, np.arange(32) % 3 == 0
-    for opcode, expected in (("and", p & q), ("or", p | q), ("xor", p ^ q)):
-        same(ptx.lanes(f"{opcode}.pred {{d}}, {{a}}, {{b}}", BOOL, p, q), expected)
+    for opcode in ("and", "or", "xor"):
+        same(ptx.lanes(f"{opcode}.pred {{d}}, {{a}}, {{b}}", BOOL, p, q), TWO[opcode](p, q))
+        same(ptx.lanes(f"{opcode}.pred {{d}}, {{a}}, -1", BOOL, p), TWO[opcode](p, True))
     same(ptx.lanes("not.pred {d}, {a}", BOOL, p), ~p)
     same(ptx.lanes("mov.pred {d}, -1", BOOL, p), np.ones(32, bool))
     a, b = integers(U32), integers(U32, 5)

@@ -103,6 +103,7 @@ void shape(Kernel& kernel, Instruction& i, const std::vector<int>& bytes) {
     Operand& o = i.operand[j];
     if (o.kind == Operand::Kind::constant && !o.address) {
       if (j < i.outputs) throw Error("a constant cannot be written");
+      if (i.type == Type::pred) o.value &= 1;  // -1 is true
       o.bytes = bytes[j] ? bytes[j] : 8;
       o.at = kernel.constant(o.value, o.bytes);
     } else if (o.kind == Operand::Kind::reg && bytes[j] && o.bytes != bytes[j]) {

@@ -106,15 +106,9 @@ struct Reverse {
   }
 };
 
-// True is 1 in a register, and -1 where the compiler writes it.
-template <class F>
-struct OfPredicates {
-  uint8_t operator()(uint8_t a, uint8_t b) const { return F{}(a, b) & 1; }
-};
-
 template <class F>
 void logic(Kernel& kernel, Instruction& i) {
-  if (i.type == Type::pred) return bind_map<OfPredicates<F>, uint8_t, uint8_t, uint8_t>(kernel, i);
+  if (i.type == Type::pred) return bind_map<F, uint8_t, uint8_t, uint8_t>(kernel, i);
   with_integer(i.type, [&](auto t) { bind_map<F, decltype(t), decltype(t), decltype(t)>(kernel, i); });
 }
 
