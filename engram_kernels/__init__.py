@@ -4,10 +4,10 @@ import importlib
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from . import backends, ops
-from .backends import use_backend
-from .covariance import Covariance
-from .errors import EngramError
+from . import ops
+from .backends import use_backend as use_backend
+from .covariance import Covariance as Covariance
+from .errors import EngramError as EngramError
 from .ops import *  # noqa: F403
 
 if TYPE_CHECKING:
@@ -20,20 +20,24 @@ if TYPE_CHECKING:
     from . import memory as memory
     from . import tracing as tracing
 
-__version__ = "0.1.0"
+    def backends() -> dict[str, str | None]: ...
 
-__all__ = ["Covariance", "EngramError", "backends", "use_backend"]
-__all__ += ops.__all__
+else:
+    from . import backends
 
-# Imported at first use: `ek.editing` needs no import of its own, and the operators need no transformers.
-_LAZY = ("editing", "evaluation", "grafting", "hf", "integrations", "larimar", "memory", "tracing")
+    __all__ = ["Covariance", "EngramError", "backends", "use_backend", *ops.__all__]
 
-
-def __getattr__(name: str) -> ModuleType:
-    if name in _LAZY:
-        return importlib.import_module(f".{name}", __name__)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __getattr__(name: str) -> ModuleType:
+        """Import a system at its first use: the operators need no transformers."""
+        if name in _SYSTEMS:
+            return importlib.import_module(f".{name}", __name__)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LAZY})
+    return sorted({*globals(), *_SYSTEMS})
+
+
+__version__ = "0.1.0"
+
+_SYSTEMS = ("editing", "evaluation", "grafting", "hf", "integrations", "larimar", "memory", "tracing")

@@ -169,7 +169,13 @@ def curve(
     points = lines + [(name, size, result) for name, size, _, result in results]
     plots.curve([plots.Point(name, size, r.accuracy, r.ece) for name, size, r in points], out)
     if report is not None:
-        asked = {"base": base, "tuned": tuned, "data": str(data), "test": str(test), "shots": shots}
+        asked: dict[str, object] = {
+            "base": base,
+            "tuned": tuned,
+            "data": str(data),
+            "test": str(test),
+            "shots": shots,
+        }
         asked |= {"template": template, "words": word, "seed": seed, "dtype": dtype, **options, **choice}
         found = {name: result._asdict() for name, result in ends.items()}
         found["grafts"] = [

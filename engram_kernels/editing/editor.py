@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -23,6 +24,9 @@ from .prefixes import sample_prefixes
 from .result import EditResult
 from .run import Plan, Run
 from .values import ValueOptions
+
+if TYPE_CHECKING:
+    from ..hf.tokens import Tokenizer
 
 
 class Editor:
@@ -66,7 +70,7 @@ class Editor:
     def __init__(
         self,
         model: torch.nn.Module,
-        tokenizer,
+        tokenizer: Tokenizer,
         *,
         corpus: str | os.PathLike | Iterable[str] | None = None,
         cache_dir: str | os.PathLike | None = None,
@@ -261,7 +265,7 @@ class Editor:
         """
         self._moments.use(layer, covariance)
 
-    def trace(self, prompt: str, subject: str, kind: str = "hidden", **options) -> tracing.Trace:
+    def trace(self, prompt: str, subject: str, kind: str = "hidden", **options: Any) -> tracing.Trace:
         """The causal `Trace` of a fact in the model as it is now: `engram_kernels.tracing.trace`.
 
         Its options are taken, but for `progress`; `seed` is the editor's where none is given.

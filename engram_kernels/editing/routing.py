@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import nn
 
@@ -11,8 +13,11 @@ from ..hf.hooks import Stop, capture, run_until
 from ..hf.tokens import check_length, encode_row
 from .edit import Edit
 
+if TYPE_CHECKING:
+    from ..hf.tokens import Tokenizer
 
-def routed_expert(model: nn.Module, tokenizer, edit: Edit, layer: int) -> int:
+
+def routed_expert(model: nn.Module, tokenizer: Tokenizer, edit: Edit, layer: int) -> int:
     """The expert to which the router gives the largest weight at the subject's last token in the bare prompt.
 
     Raises:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -21,6 +22,10 @@ from .datasets import Case
 from .fluency import fluency
 from .measures import Figures, measure, score
 from .outcomes import Outcome, Retained
+
+if TYPE_CHECKING:
+    from ..editing import Edit, Editor
+    from ..editing.records import EditRecord
 
 CHECKPOINTS = (10, 50, 100)
 # Cases measured between two reports of progress.
@@ -46,7 +51,7 @@ class Evaluation:
 
     def __init__(
         self,
-        editor,
+        editor: Editor,
         options: Mapping | None = None,
         *,
         fluency_tokens: int = 100,
@@ -126,7 +131,9 @@ class Evaluation:
             Outcome(case.name, _line(case), figures)
             for case, figures in zip(cases, self._figures(cases, "unedited"), strict=True)
         ]
-        results, records, skipped, seconds, replayed = [], {}, {}, 0.0, False
+        records: dict[Edit, EditRecord] = {}
+        skipped: dict[Edit, str] = {}
+        results, seconds, replayed = [], 0.0, False
         retained: list[Retained] = []
         versions = self._versions()
         try:

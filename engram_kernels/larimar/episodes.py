@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,9 @@ from torch.utils.data import Dataset
 from .. import _checks as check
 from ..errors import EngramError
 from .objective import IGNORED
+
+if TYPE_CHECKING:
+    from ..hf.tokens import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -121,7 +125,7 @@ class EpisodeCollator:
         ending: closes the target, and is learned with it, so that an answer has an end.
     """
 
-    def __init__(self, tokenizer, ending: str = "."):
+    def __init__(self, tokenizer: Tokenizer, ending: str = "."):
         if not tokenizer.is_fast:
             raise EngramError(
                 "tokenizer: expected a fast one, which says where each token stands, got a slow one"

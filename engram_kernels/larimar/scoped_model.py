@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,10 @@ from ..hf.tokens import open_ids
 from ..memory.encoder import SentenceEncoder, load_encoder
 from ..memory.ledger import Id
 from .scope import ScopeDetector, key_scores, stored_keys
+
+if TYPE_CHECKING:
+    from ..hf.tokens import Tokenizer
+    from .model import LarimarModel
 
 FILE = "scope.json"
 
@@ -39,7 +44,9 @@ class ScopedModel(HubFolder):
     Source: Das et al. 2024 (arXiv 2403.11901).
     """
 
-    def __init__(self, model, tokenizer, encoder: SentenceEncoder, detector: ScopeDetector):
+    def __init__(
+        self, model: LarimarModel, tokenizer: Tokenizer, encoder: SentenceEncoder, detector: ScopeDetector
+    ):
         self.model = model
         self.tokenizer = tokenizer
         self.encoder = encoder
@@ -78,7 +85,7 @@ class ScopedModel(HubFolder):
         return self._scope(self.encoder.encode(prompts)).tolist()
 
     @torch.no_grad()
-    def answer(self, prompts: Sequence[str], max_new_tokens: int = 12, **options) -> list[str]:
+    def answer(self, prompts: Sequence[str], max_new_tokens: int = 12, **options: Any) -> list[str]:
         """Write prompts on: those in scope from memory, the others by the bare decoder.
 
         Args:
@@ -104,7 +111,7 @@ class ScopedModel(HubFolder):
                     answers[row] = text
         return answers
 
-    def generate(self, prompts: Sequence[str], readouts: Tensor | None, **options) -> Tensor:
+    def generate(self, prompts: Sequence[str], readouts: Tensor | None, **options: Any) -> Tensor:
         """Write prompts on by given readouts, whatever their scope.
 
         Args:
@@ -123,7 +130,9 @@ class ScopedModel(HubFolder):
         options = {"do_sample": False, "pad_token_id": self._padding(), **options}
         return self.model.generate(ids, attention_mask=mask, readout=readouts, **options)[:, length:]
 
-    def save_pretrained(self, directory: str | os.PathLike, *, replace: bool = False, **hub_options) -> None:
+    def save_pretrained(
+        self, directory: str | os.PathLike, *, replace: bool = False, **hub_options: Any
+    ) -> None:
         """Write the model's folder with the threshold in it.
 
         Args:

