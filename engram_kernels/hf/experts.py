@@ -50,8 +50,8 @@ def open_expert(model: nn.Module, layer: int, expert: int) -> Iterator[Expert]:
         y = Σ_e w_e W_e h_e(x)
 
     The keys of expert `e` are `h_e(x)` for the tokens that the router sends to it, else 0: a prompt whose
-    subject goes to other experts has no part in the key, and does not see the edit. What is added to the
-    expert's output counts `w_e` times. Opening changes nothing that the model computes; an edit stays when the
+    subject goes to other experts has no part in the key, and does not see the edit. What is added to its
+    output counts `w_e` times. Opening changes nothing that the model computes; an edit stays when the
     block ends, and can be reverted at any time. Statistics are over the expert's own tokens alone: raise
     `Editor(tokens=…)` accordingly.
 
