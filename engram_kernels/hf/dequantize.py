@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import EngramError
-from .layers import MODEL_DTYPES
+from .layers import check_dtype
 from .projection import is_plain, wrapped_projection
 
 ROWS = 1024
@@ -16,7 +16,7 @@ ROWS = 1024
 
 @torch.no_grad()
 def dequantize_layer(model: nn.Module, layer: int, dtype: torch.dtype | None = None) -> nn.Linear:
-    """Put a plain linear map in the place of the quantised output projection of a layer's MLP, for good.
+    """Replace the quantised output projection of a layer's MLP by a plain one, for good.
 
     Where its library can say what the weight stands for (torchao; bitsandbytes' four bits), that is the new
     weight. Else no library is asked how it packs: a linear map is what it answers to the unit vectors,
@@ -33,7 +33,7 @@ def dequantize_layer(model: nn.Module, layer: int, dtype: torch.dtype | None = N
         dtype: of the new weight; None: that of the embeddings, in which the model computes.
 
     Returns:
-        The new module, which stands in the model.
+        The new module, which is in the model.
 
     Raises:
         TypeError, ValueError: `layer` is no index of a layer, or `dtype` is not a type of weights.
@@ -44,9 +44,7 @@ def dequantize_layer(model: nn.Module, layer: int, dtype: torch.dtype | None = N
         >>> dequantize_layer(model, 6)
         >>> Editor(model, tokenizer).edit(edit, layers=6)
     """
-    dtype = model.get_input_embeddings().weight.dtype if dtype is None else dtype
-    if dtype not in MODEL_DTYPES:
-        raise ValueError(f"dtype: expected torch.float32, torch.bfloat16 or torch.float16, got {dtype}")
+    dtype = check_dtype(model.get_input_embeddings().weight.dtype if dtype is None else dtype)
     path, module = wrapped_projection(model, layer)
     if hasattr(module, "base_layer"):
         raise EngramError(

@@ -8,9 +8,9 @@ import torch
 
 @contextmanager
 def eval_mode(model: torch.nn.Module) -> Iterator[None]:
-    """Off meanwhile: dropout, the caller's autocast, and inference mode, which forbids gradients.
+    """Switch off dropout, and the caller's autocast and inference mode, for a while.
 
-    Gradients are on within, whatever the caller's mode: who wants none puts `torch.no_grad()` inside.
+    Gradients are recorded within, whatever the caller's mode: put `torch.no_grad()` inside to do without.
     """
     training = [(module, module.training) for module in model.modules()]
     kinds = {parameter.device.type for parameter in model.parameters()}

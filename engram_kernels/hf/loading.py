@@ -18,7 +18,7 @@ import torch
 
 from .._io import let_all_read
 from ..errors import EngramError
-from .layers import MODEL_DTYPES
+from .layers import check_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -91,8 +91,7 @@ def load_model(
     Example:
         >>> model, tokenizer = load_model("smollm2", dtype=torch.bfloat16)
     """
-    if dtype not in MODEL_DTYPES:
-        raise ValueError(f"dtype: expected torch.float32, torch.bfloat16 or torch.float16, got {dtype}")
+    check_dtype(dtype)
     demo = (DEMO_MODEL, demo_model_directory)
     return read_pretrained(
         "AutoModelForCausalLM", name_or_dir, demo, "a causal language model", dtype, device

@@ -25,9 +25,10 @@ NVCC = shutil.which("nvcc") or shutil.which("nvcc", path=_TOOLKIT / "bin")
 CXX = shutil.which(os.environ.get("CXX") or "g++")
 # No -ffast-math and no contraction: a float must be what the instruction says. The other options leave values
 # as they are, and let loops over lanes become vectors.
-OPTIONS = (
-    "-O2 -ftree-vectorize -march=native -ffp-contract=off -fno-math-errno -fno-trapping-math -fPIC".split()
-)
+OPTIONS = [
+    "-O2", "-ftree-vectorize", "-march=native", "-fPIC", "-fwrapv", "-ffp-contract=off", "-fno-math-errno",
+    "-fno-trapping-math",
+]  # fmt: skip
 
 
 def missing() -> str | None:

@@ -98,12 +98,6 @@ def test_shuffles(ptx, mode, by, expected):
     np.testing.assert_array_equal(array, [expected(n) for n in range(32)])
 
 
-def test_votes(ptx):
-    body = f"{WORD} setp.lt.u32 %p1, %r0, 5; vote.sync.ballot.b32 %r3, %p1, -1; st.global.b32 [%rd20], %r3;"
-    ptx.run(body, array := zeros())
-    np.testing.assert_array_equal(array, [31] * 32)
-
-
 def test_lanes_that_a_shuffle_names(ptx):
     shuffle = "shfl.sync.bfly.b32 %r3, %r0, 1, 31, {};"
     ptx.run(shuffle.format(-1))
@@ -217,17 +211,11 @@ def test_seeds_choose_the_order_and_repeat_it(ptx):
 
 
 def test_atomics(ptx):
-    for opcode, start, result in (
-        ("add.u32", 5, 5 + 496), ("max.u32", 7, 31), ("min.u32", 7, 0), ("or.b32", 0, 31), ("and.b32", 9, 0),
-    ):  # fmt: skip
-        array = np.array([start], np.uint32)
-        ptx.run(f"red.global.{opcode} [%rd0], %r0;", array)
-        assert array[0] == result
-    array = np.zeros(1, np.uint32)
-    ptx.run("atom.global.cas.b32 %r2, [%rd0], 0, 9; atom.global.cas.b32 %r2, [%rd0], 1, 8;", array)
-    assert array[0] == 9
+    array = np.array([5], np.uint32)
+    ptx.run("red.global.add.u32 [%rd0], %r0;", array)
+    assert array[0] == 5 + 496
     sums = np.zeros(1, np.float32)
-    ptx.run("red.global.add.f32 [%rd0], 0f3F800000;", sums)
+    ptx.run("atom.global.add.f32 %r2, [%rd0], 0f3F800000;", sums)
     assert sums[0] == 32
 
 

@@ -8,7 +8,8 @@ using namespace ptx;
 namespace {
 
 std::string error_text, listing_text;
-std::vector<std::unique_ptr<Module>> modules;
+// Never destroyed: when the process ends, the memory that they give back may have gone before them.
+auto& modules = *new std::vector<std::unique_ptr<Module>>;
 std::vector<Kernel*> kernels;
 std::map<std::pair<int, int>, Instruction> originals;  // of patched instructions, by kernel and index
 
@@ -130,8 +131,9 @@ const char* ptx_listing(int kernel) {
   return guarded("", [&] {
     listing_text.clear();
     for (const Instruction& i : kernels.at(kernel)->code)
-      listing_text +=
-          std::to_string(i.line) + "\t" + std::to_string(i.runs) + "\t" + i.source + "\t" + i.text + "\n";
+      if (i.line)  // the parser's end of a kernel has none
+        listing_text +=
+            std::to_string(i.line) + "\t" + std::to_string(i.runs) + "\t" + i.source + "\t" + i.text + "\n";
     return listing_text.c_str();
   });
 }

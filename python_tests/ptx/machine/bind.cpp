@@ -119,8 +119,8 @@ void bind(Kernel& kernel, Instruction& i, const std::string& text) {
   Opcode opcode(text);
   i.type = i.source_type = opcode.type();
   if (opcode.type(1) != Type::none) i.source_type = opcode.type(1);
-  for (const auto group :
-       {bind_arithmetic, bind_bits, bind_compare, bind_convert, bind_memory, bind_warp, bind_matrix})
+  for (const auto group : {bind_arithmetic, bind_approximate, bind_bits, bind_compare, bind_convert,
+                           bind_memory, bind_warp, bind_matrix})
     if (group(kernel, i, opcode)) {
       opcode.finish();
       if (!i.run) throw Error("a type that is not known for this opcode");

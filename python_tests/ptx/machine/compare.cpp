@@ -6,61 +6,40 @@ namespace ptx {
 namespace {
 
 // `unordered`: what a comparison with NaN gives.
-template <class Order, bool unordered>
-struct Compare {
-  template <class T>
-  uint8_t operator()(T a, T b) const {
-    if constexpr (!std::is_integral_v<T>)
-      if (a != a || b != b) return unordered;
-    return Order{}(a, b);
-  }
-};
-struct Equal {
-  bool operator()(auto a, auto b) const { return a == b; }
-};
-struct NotEqual {
-  bool operator()(auto a, auto b) const { return a != b; }
-};
-struct Less {
-  bool operator()(auto a, auto b) const { return a < b; }
-};
-struct LessOrEqual {
-  bool operator()(auto a, auto b) const { return a <= b; }
-};
-struct Greater {
-  bool operator()(auto a, auto b) const { return a > b; }
-};
-struct GreaterOrEqual {
-  bool operator()(auto a, auto b) const { return a >= b; }
-};
-struct Always {
-  bool operator()(auto, auto) const { return true; }
-};
-struct Never {
-  bool operator()(auto, auto) const { return false; }
-};
-
-template <class F>
+template <auto order, bool unordered>
 void compare(Kernel& kernel, Instruction& i) {
-  with_number(i.type, [&](auto t) { bind_map<F, uint8_t, decltype(t), decltype(t)>(kernel, i); });
+  constexpr auto kCompare = [](auto a, auto b) { return a != a || b != b ? unordered : order(a, b); };
+  with_integer(i.type, [&]<class T>(T) { bind_map<order, uint8_t, T, T>(kernel, i); });
+  with_float(i.type, [&]<class T>(T) { bind_map<kCompare, uint8_t, T, T>(kernel, i); });
 }
+
+constexpr auto kEqual = [](auto a, auto b) { return a == b; };
+constexpr auto kNotEqual = [](auto a, auto b) { return a != b; };
+constexpr auto kLess = [](auto a, auto b) { return a < b; };
+constexpr auto kLessOrEqual = [](auto a, auto b) { return a <= b; };
+constexpr auto kGreater = [](auto a, auto b) { return a > b; };
+constexpr auto kGreaterOrEqual = [](auto a, auto b) { return a >= b; };
 
 using Bind = void (*)(Kernel&, Instruction&);
 const std::pair<const char*, Bind> kComparisons[] = {
-    {"eq", compare<Compare<Equal, false>>},   {"ne", compare<Compare<NotEqual, false>>},
-    {"lt", compare<Compare<Less, false>>},    {"le", compare<Compare<LessOrEqual, false>>},
-    {"gt", compare<Compare<Greater, false>>}, {"ge", compare<Compare<GreaterOrEqual, false>>},
-    {"lo", compare<Compare<Less, false>>},    {"ls", compare<Compare<LessOrEqual, false>>},
-    {"hi", compare<Compare<Greater, false>>}, {"hs", compare<Compare<GreaterOrEqual, false>>},
-    {"equ", compare<Compare<Equal, true>>},   {"neu", compare<Compare<NotEqual, true>>},
-    {"ltu", compare<Compare<Less, true>>},    {"leu", compare<Compare<LessOrEqual, true>>},
-    {"gtu", compare<Compare<Greater, true>>}, {"geu", compare<Compare<GreaterOrEqual, true>>},
-    {"num", compare<Compare<Always, false>>}, {"nan", compare<Compare<Never, true>>},
-};
-
-template <class T>
-struct Select {
-  T operator()(T a, T b, uint8_t predicate) const { return predicate ? a : b; }
+    {"eq", compare<kEqual, false>},
+    {"ne", compare<kNotEqual, false>},
+    {"lt", compare<kLess, false>},
+    {"le", compare<kLessOrEqual, false>},
+    {"gt", compare<kGreater, false>},
+    {"ge", compare<kGreaterOrEqual, false>},
+    {"lo", compare<kLess, false>},  // of unsigned integers
+    {"ls", compare<kLessOrEqual, false>},
+    {"hi", compare<kGreater, false>},
+    {"hs", compare<kGreaterOrEqual, false>},
+    {"equ", compare<kEqual, true>},
+    {"neu", compare<kNotEqual, true>},
+    {"ltu", compare<kLess, true>},
+    {"leu", compare<kLessOrEqual, true>},
+    {"gtu", compare<kGreater, true>},
+    {"geu", compare<kGreaterOrEqual, true>},
+    {"num", compare<[](auto, auto) { return true; }, false>},
+    {"nan", compare<[](auto, auto) { return false; }, true>},
 };
 
 }  // namespace
@@ -71,24 +50,12 @@ bool bind_compare(Kernel& kernel, Instruction& i, Opcode& opcode) {
       if (opcode.take(name)) return bind(kernel, i), true;
     throw Error("a comparison that is not known");
   }
-  if (opcode.name == "selp") {
-    i.selects = true;
-    switch (bytes_of(i.type)) {
-      case 2:
-        bind_map<Select<uint16_t>, uint16_t, uint16_t, uint16_t, uint8_t>(kernel, i);
-        break;
-      case 4:
-        bind_map<Select<uint32_t>, uint32_t, uint32_t, uint32_t, uint8_t>(kernel, i);
-        break;
-      case 8:
-        bind_map<Select<uint64_t>, uint64_t, uint64_t, uint64_t, uint8_t>(kernel, i);
-        break;
-      default:
-        break;
-    }
-    return true;
-  }
-  return false;
+  if (opcode.name != "selp") return false;
+  i.selects = true;
+  with_word(bytes_of(i.type), [&]<class T>(T) {
+    bind_map<[](T a, T b, uint8_t predicate) { return predicate ? a : b; }, T, T, T, uint8_t>(kernel, i);
+  });
+  return true;
 }
 
 }  // namespace ptx

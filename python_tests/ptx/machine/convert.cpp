@@ -7,19 +7,7 @@ namespace ptx {
 
 namespace {
 
-template <class T>
-struct Same {
-  T operator()(T a) const { return a; }
-};
-struct SamePredicate {
-  uint8_t operator()(uint8_t a) const { return a & 1; }  // mov.pred p, -1
-};
-struct ToShared {
-  uint64_t operator()(uint64_t a) const { return a - kSharedWindow; }
-};
-struct FromShared {
-  uint64_t operator()(uint64_t a) const { return a + kSharedWindow; }
-};
+constexpr auto kSame = [](auto a) { return a; };
 
 // Many registers into one of the sum of their widths, or the other way.
 void pack(Warp& w, const Instruction& i, uint32_t lanes) {
@@ -48,17 +36,8 @@ void move(Kernel& kernel, Instruction& i) {
     i.run = packs ? pack : unpack;
     return;
   }
-  if (i.type == Type::pred) return bind_map<SamePredicate, uint8_t, uint8_t>(kernel, i);
-  switch (bytes) {
-    case 2:
-      return bind_map<Same<uint16_t>, uint16_t, uint16_t>(kernel, i);
-    case 4:
-      return bind_map<Same<uint32_t>, uint32_t, uint32_t>(kernel, i);
-    case 8:
-      return bind_map<Same<uint64_t>, uint64_t, uint64_t>(kernel, i);
-    default:
-      return;
-  }
+  if (i.type == Type::pred) return bind_map<kSame, uint8_t, uint8_t>(kernel, i);
+  with_word(bytes, [&]<class T>(T) { bind_map<kSame, T, T>(kernel, i); });
 }
 
 // -- cvt
@@ -216,11 +195,10 @@ bool bind_convert(Kernel& kernel, Instruction& i, Opcode& opcode) {
   } else if (opcode.name == "cvta") {
     const bool to = opcode.take("to");
     if (opcode.take("global"))
-      bind_map<Same<uint64_t>, uint64_t, uint64_t>(kernel, i);
-    else if (opcode.take("shared") && to)
-      bind_map<ToShared, uint64_t, uint64_t>(kernel, i);
-    else
-      bind_map<FromShared, uint64_t, uint64_t>(kernel, i);
+      bind_map<kSame, uint64_t, uint64_t>(kernel, i);
+    else if (opcode.take("shared"))
+      to ? bind_map<[](uint64_t a) { return a - kSharedWindow; }, uint64_t, uint64_t>(kernel, i)
+         : bind_map<[](uint64_t a) { return a + kSharedWindow; }, uint64_t, uint64_t>(kernel, i);
   } else {
     return false;
   }

@@ -54,50 +54,24 @@ void store(Warp& w, const Instruction& i, uint32_t lanes) {
   });
 }
 
-enum Atomic { kAdd, kExchange, kCompareAndSwap, kMinimum, kMaximum, kAnd, kOr, kXor };
-
-template <class T>
-T combined(int operation, T old, T a, T b) {
-  switch (operation) {
-    case kAdd:
-      return canonical(T(old + a));
-    case kExchange:
-      return a;
-    case kCompareAndSwap:
-      return old == a ? b : old;
-    case kMinimum:
-      return std::min(old, a);
-    case kMaximum:
-      return std::max(old, a);
-    default:
-      break;
-  }
-  if constexpr (std::is_integral_v<T>) {
-    if (operation == kAnd) return old & a;
-    if (operation == kOr) return old | a;
-    return old ^ a;
-  }
-  return old;
-}
-
 // Lanes take turns in a random order.
 template <class T>
-void atomic(Warp& w, const Instruction& i, uint32_t lanes) {
+void atomic_add(Warp& w, const Instruction& i, uint32_t lanes) {
   int order[kLanes], count = 0;
   each_lane(lanes, [&](int l) { order[count++] = l; });
   std::shuffle(order, order + count, w.block->machine->generator);
-  const Operand *to = &i.operand[i.outputs], *with = to + 1, *second = with + (i.variant == kCompareAndSwap);
+  const Operand &to = i.operand[i.outputs], &with = i.operand[i.outputs + 1];
   for (int j = 0; j < count; ++j) {
     const int l = order[j];
-    const uint64_t address = w.address(*to, l);
+    const uint64_t address = w.address(to, l);
     access(w, l, address, sizeof(T), i.space, false);
     unsigned char* p = access(w, l, address, sizeof(T), i.space, true);
     release(w, l, address, false);
     acquire(w, l, address);
     T old;
     memcpy(&old, p, sizeof old);
-    const T now = combined(i.variant, old, w.in<T>(*with)[l], w.in<T>(*second)[l]);
-    memcpy(p, &now, sizeof now);
+    const T sum = canonical(T(old + w.in<T>(with)[l]));
+    memcpy(p, &sum, sizeof sum);
     if (i.outputs) w.out<T>(i.operand[0])[l] = old;
   }
 }
@@ -126,8 +100,7 @@ void commit(Warp& w, const Instruction&, uint32_t lanes) {
 void wait_group(Warp& w, const Instruction& i, uint32_t lanes) {
   each_lane(lanes, [&](int l) {
     auto& groups = w.copies[l];
-    const size_t keep = i.operand.empty() ? 0 : w.value(i.operand[0], l);
-    if (i.operand.empty() && !groups.empty()) groups.emplace_back();  // wait_all: the open group too
+    const size_t keep = w.value(i.operand[0], l);
     for (; groups.size() > keep + 1; groups.pop_front())
       for (const AsyncCopy& c : groups.front()) finish_copy(w, l, c);
   });
@@ -172,30 +145,21 @@ void bind_store(Kernel& kernel, Instruction& i, Opcode& opcode) {
 }
 
 void bind_atomic(Kernel& kernel, Instruction& i, Opcode& opcode) {
-  static const std::pair<const char*, Atomic> kOperations[] = {
-      {"add", kAdd},     {"exch", kExchange}, {"cas", kCompareAndSwap},
-      {"min", kMinimum}, {"max", kMaximum},   {"and", kAnd},
-      {"or", kOr},       {"xor", kXor}};
   i.atomic = true;
   opcode.take("relaxed");
   opcode.take_one_of({"gpu", "sys"});
   take_space(i, opcode);
-  bool known = false;
-  for (const auto& [name, operation] : kOperations)
-    if (opcode.take(name)) i.variant = operation, known = true;
-  if (!known) throw Error("an operation that is not known");
+  if (!opcode.take("add")) throw Error("an operation that is not known");
   const int bytes = bytes_of(i.type);
   std::vector<int> widths = {0, bytes};
   if (opcode.name == "red")
     i.outputs = 0;
   else
     widths.insert(widths.begin(), bytes);
-  if (i.variant == kCompareAndSwap) widths.push_back(bytes);
   shape(kernel, i, widths);
-  const bool bitwise = i.variant >= kAnd || i.variant == kExchange || i.variant == kCompareAndSwap;
-  if (bytes >= 4 && (i.variant == kAdd || !is_float(i.type)))
-    with_number(i.type, [&](auto t) { i.run = atomic<decltype(t)>; });
-  if (bitwise && is_float(i.type)) i.run = nullptr;
+  if (bytes >= 4)
+    with_integer(i.type, [&]<class T>(T) { i.run = atomic_add<T>; }) ||
+        with_float(i.type, [&]<class T>(T) { i.run = atomic_add<T>; });
 }
 
 void bind_copy(Kernel& kernel, Instruction& i, Opcode& opcode) {
@@ -207,12 +171,8 @@ void bind_copy(Kernel& kernel, Instruction& i, Opcode& opcode) {
   } else if (opcode.take("wait_group")) {
     shape(kernel, i, {4});
     i.run = wait_group;
-  } else if (opcode.take("wait_all")) {
-    shape(kernel, i, {});
-    i.run = wait_group;
   } else {
     opcode.take_one_of({"ca", "cg"});
-    opcode.take_one_of({"L2::128B", "L2::256B", "L2::64B"});
     if (!opcode.take("shared") || !opcode.take("global")) throw Error("between other spaces");
     i.operand.size() > 3 ? shape(kernel, i, {0, 0, 4, 4}) : shape(kernel, i, {0, 0, 4});
     i.run = copy;

@@ -63,22 +63,33 @@ float element(Type type, uint32_t value, int e) {
   }
 }
 
-// c + sum of a[k] b[k]. The ISA says of the sum that its order is not said, and that each addition has the
-// precision of fp32 at least; it does not say how one rounds.
-float dot(Machine& machine, const float* a, const float* b, int stride, int depth, float c) {
-  if (!options.sums) {
-    double sum = c;
-    for (int k = 0; k < depth; ++k) sum += double(a[k]) * b[k * stride];
-    return float(sum);
+// The sum of terms as a tensor core may make it: the ISA leaves its order open, and how it rounds, with
+// fp32's precision at least. Additions one by one, of which each rounds or cuts; or, as GPUs do, all terms
+// cut at the last place of the largest one.
+float rough_sum(Machine& machine, double* terms, int count) {
+  std::shuffle(terms, terms + count, machine.generator);
+  enum { kRound, kCut, kAlign, kWays };
+  const int way = machine.random() % kWays;
+  double sum = 0;
+  if (way == kAlign) {
+    double largest = 0;
+    for (int k = 0; k < count; ++k) largest = std::max(largest, std::abs(terms[k]));
+    if (largest > 0 && std::isfinite(largest)) {
+      const double place = std::ldexp(1.0, std::ilogb(largest) - 24);
+      for (int k = 0; k < count; ++k) sum += std::trunc(terms[k] / place) * place;
+      return to_f32(sum, Rounding::zero);
+    }
   }
-  double terms[17];
-  for (int k = 0; k < depth; ++k) terms[k] = double(a[k]) * b[k * stride];
-  terms[depth] = c;
-  std::shuffle(terms, terms + depth + 1, machine.generator);
-  const Rounding rounding = machine.random() & 1 ? Rounding::zero : Rounding::nearest;
-  float sum = 0;
-  for (int k = 0; k <= depth; ++k) sum = to_f32(sum + terms[k], rounding);
-  return sum;
+  for (int k = 0; k < count; ++k)
+    sum = to_f32(sum + terms[k], way == kRound ? Rounding::nearest : Rounding::zero);
+  return float(sum);
+}
+
+// c + sum of a[k] b[k].
+float dot(Machine& machine, const float* a, const float* b, int stride, int depth, float c) {
+  double terms[17] = {c}, sum = c;
+  for (int k = 0; k < depth; ++k) sum += terms[k + 1] = double(a[k]) * b[k * stride];
+  return options.sums ? rough_sum(machine, terms, depth + 1) : float(sum);
 }
 
 // mma.m16n8k{8, 16}: D[16, 8] = A[16, k] B[k, 8] + C in fp32, `per` elements of A and B a register.

@@ -4,7 +4,8 @@
 #include <bit>
 #include <initializer_list>
 #include <string>
-#include <type_traits>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "machine.h"
@@ -31,6 +32,7 @@ class Opcode {
 
 // Groups: each returns whether the opcode is one of its own, and then has chosen the handler, or found none.
 bool bind_arithmetic(Kernel& kernel, Instruction& i, Opcode& opcode);
+bool bind_approximate(Kernel& kernel, Instruction& i, Opcode& opcode);
 bool bind_bits(Kernel& kernel, Instruction& i, Opcode& opcode);
 bool bind_compare(Kernel& kernel, Instruction& i, Opcode& opcode);
 bool bind_convert(Kernel& kernel, Instruction& i, Opcode& opcode);
@@ -57,35 +59,20 @@ void keep(Warp& w, const Operand& o, const T* result, uint32_t lanes) {
     for (int l = 0; l < kLanes; ++l) out[l] = lanes >> l & 1 ? result[l] : out[l];
 }
 
-template <class F, class D, class A>
+template <auto function, class D, class... A>
 void map_lanes(Warp& w, const Instruction& i, uint32_t lanes) {
-  const A* a = w.in<A>(i.operand[1]);
   alignas(64) D result[kLanes];
-  for (int l = 0; l < kLanes; ++l) result[l] = canonical(D(F{}(a[l])));
+  [&]<size_t... k>(std::index_sequence<k...>) {
+    const std::tuple inputs{w.in<A>(i.operand[1 + k])...};
+    for (int l = 0; l < kLanes; ++l) result[l] = canonical(D(function(std::get<k>(inputs)[l]...)));
+  }(std::index_sequence_for<A...>());
   keep(w, i.operand[0], result, lanes);
 }
-template <class F, class D, class A, class B>
-void map_lanes(Warp& w, const Instruction& i, uint32_t lanes) {
-  const A* a = w.in<A>(i.operand[1]);
-  const B* b = w.in<B>(i.operand[2]);
-  alignas(64) D result[kLanes];
-  for (int l = 0; l < kLanes; ++l) result[l] = canonical(D(F{}(a[l], b[l])));
-  keep(w, i.operand[0], result, lanes);
-}
-template <class F, class D, class A, class B, class C>
-void map_lanes(Warp& w, const Instruction& i, uint32_t lanes) {
-  const A* a = w.in<A>(i.operand[1]);
-  const B* b = w.in<B>(i.operand[2]);
-  const C* c = w.in<C>(i.operand[3]);
-  alignas(64) D result[kLanes];
-  for (int l = 0; l < kLanes; ++l) result[l] = canonical(D(F{}(a[l], b[l], c[l])));
-  keep(w, i.operand[0], result, lanes);
-}
-// result = F(inputs...), lane by lane.
-template <class F, class D, class... A>
+// result = function(inputs...), lane by lane, with their C++ types.
+template <auto function, class D, class... A>
 void bind_map(Kernel& kernel, Instruction& i) {
   shape(kernel, i, {sizeof(D), sizeof(A)...});
-  i.run = map_lanes<F, D, A...>;
+  i.run = map_lanes<function, D, A...>;
 }
 
 // Calls f with a value of the C++ type.
@@ -116,15 +103,51 @@ bool with_integer(Type type, F f) {
       return false;
   }
 }
+// The same for bits of any type.
+template <class F>
+bool with_word(int bytes, F f) {
+  switch (bytes) {
+    case 2:
+      return f(uint16_t()), true;
+    case 4:
+      return f(uint32_t()), true;
+    case 8:
+      return f(uint64_t()), true;
+    default:
+      return false;
+  }
+}
 template <class F>
 bool with_float(Type type, F f) {
   if (type == Type::f32) return f(float()), true;
   if (type == Type::f64) return f(double()), true;
   return false;
 }
-template <class F>
-bool with_number(Type type, F f) {
-  return with_integer(type, f) || with_float(type, f);
+
+// The same for operands that all have the instruction's type.
+template <auto function>
+bool integers1(Kernel& kernel, Instruction& i) {
+  return with_integer(i.type, [&]<class T>(T) { bind_map<function, T, T>(kernel, i); });
+}
+template <auto function>
+bool integers2(Kernel& kernel, Instruction& i) {
+  return with_integer(i.type, [&]<class T>(T) { bind_map<function, T, T, T>(kernel, i); });
+}
+template <auto function>
+bool floats1(Kernel& kernel, Instruction& i) {
+  return with_float(i.type, [&]<class T>(T) { bind_map<function, T, T>(kernel, i); });
+}
+template <auto function>
+bool floats2(Kernel& kernel, Instruction& i) {
+  return with_float(i.type, [&]<class T>(T) { bind_map<function, T, T, T>(kernel, i); });
+}
+template <auto function>
+bool numbers1(Kernel& kernel, Instruction& i) {
+  return integers1<function>(kernel, i) || floats1<function>(kernel, i);
+}
+template <auto function>
+bool numbers2(Kernel& kernel, Instruction& i) {
+  return integers2<function>(kernel, i) || floats2<function>(kernel, i);
 }
 
 }  // namespace ptx

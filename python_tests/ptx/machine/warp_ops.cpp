@@ -1,11 +1,11 @@
-// What lanes of a warp do together: shuffles, votes, reductions, barriers.
+// What lanes of a warp do together: shuffles and barriers; and how they end.
 #include "opcode.h"
 
 namespace ptx {
 
 namespace {
 
-enum Shuffle { kIndex, kUp, kDown, kButterfly };
+enum Shuffle { kNoShuffle, kIndex, kUp, kDown, kButterfly };
 
 // As the PTX ISA defines shfl.sync: c holds the last lane of a segment, and above it the segments' mask.
 void shuffle(Warp& w, const Instruction& i, uint32_t lanes) {
@@ -41,36 +41,12 @@ void shuffle(Warp& w, const Instruction& i, uint32_t lanes) {
   if (i.outputs > 1) each_lane(lanes, [&](int l) { w.set(i.operand[1], l, valid >> l & 1); });
 }
 
-enum Vote { kAll, kAny, kUniform, kBallot };
-
-void vote(Warp& w, const Instruction& i, uint32_t lanes) {
-  const uint8_t* p = w.in<uint8_t>(i.operand[1]);
-  uint32_t ballot = 0;
-  each_lane(lanes, [&](int l) { ballot |= uint32_t(p[l] != 0) << l; });
-  const uint32_t result = i.variant == kBallot ? ballot
-                          : i.variant == kAll  ? ballot == lanes
-                          : i.variant == kAny  ? ballot != 0
-                                               : ballot == lanes || ballot == 0;
-  each_lane(lanes, [&](int l) { w.set(i.operand[0], l, result); });
-}
-
 void synchronise(Warp& w, const Instruction&, uint32_t lanes) {
   // Lanes that are left out stay unordered with the others.
   if (lanes == w.alive) ++w.sync;
 }
 
 void nothing(Warp&, const Instruction&, uint32_t) {}
-
-template <class Variant>
-void take_variant(Instruction& i, Opcode& opcode,
-                  std::initializer_list<std::pair<const char*, Variant>> names) {
-  for (const auto& [name, variant] : names)
-    if (opcode.take(name)) {
-      i.variant = variant;
-      return;
-    }
-  throw Error("a form of it that is not known");
-}
 
 }  // namespace
 
@@ -96,19 +72,16 @@ bool bind_warp(Kernel& kernel, Instruction& i, Opcode& opcode) {
       throw Error("a barrier other than 0");
     i.run = nothing;
   } else if (op == "shfl" && opcode.take("sync")) {
-    take_variant<Shuffle>(i, opcode, {{"idx", kIndex}, {"up", kUp}, {"down", kDown}, {"bfly", kButterfly}});
+    static const std::pair<const char*, Shuffle> kModes[] = {
+        {"idx", kIndex}, {"up", kUp}, {"down", kDown}, {"bfly", kButterfly}};
+    for (const auto& [name, mode] : kModes)
+      if (opcode.take(name)) i.variant = mode;
     i.role = Role::together;
     std::vector<int> widths = {4, 4, 4, 4, 4};
     if (i.outputs == 2) widths.insert(widths.begin() + 1, 1);
     i.mask = widths.size() - 1;
     shape(kernel, i, widths);
-    i.run = shuffle;
-  } else if (op == "vote" && opcode.take("sync")) {
-    take_variant<Vote>(i, opcode, {{"all", kAll}, {"any", kAny}, {"uni", kUniform}, {"ballot", kBallot}});
-    i.role = Role::together;
-    i.mask = 2;
-    shape(kernel, i, {i.variant == kBallot ? 4 : 1, 1, 4});
-    i.run = vote;
+    i.run = i.variant == kNoShuffle ? nullptr : shuffle;
   } else {
     return false;
   }
