@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from .episodes import EpisodeCollator, Fact, FactEpisodes
 from .long_context import read_recursively
 from .objective import Objective
-from .scope import ScopeDetector
+from .scope import ScopeDetector, key_scores, stored_keys
 from .scoped_model import ScopedModel
 from .warm_start import warm_start
 
@@ -25,7 +25,9 @@ __all__ = [
     "Objective",
     "ScopeDetector",
     "ScopedModel",
+    "key_scores",
     "read_recursively",
+    "stored_keys",
     "warm_start",
 ]
 
