@@ -149,20 +149,18 @@ int ptx_patch(int index, int instruction, const char* opcode, int64_t shift) {
     Instruction& i = kernel.code.at(instruction);
     Instruction patched = i;
     if (*opcode) {
-      // What bind() chooses, as if the line said so.
-      const Instruction plain;
-      patched.role = plain.role;
-      patched.selects = patched.uses = patched.atomic = patched.trans = patched.flush = false;
-      patched.space = plain.space;
-      patched.mask = plain.mask;
-      patched.variant = plain.variant;
-      patched.run = nullptr;
+      patched = Instruction();
       patched.text = std::string(opcode) + " in place of " + i.text;
+      patched.line = i.line;
+      patched.source = i.source;
+      patched.predicated = i.predicated;
+      patched.negated = i.negated;
+      patched.predicate = i.predicate;
       if (std::string(opcode) == "nop") {
-        patched.operand.clear();
-        patched.outputs = 0;
         patched.run = [](Warp&, const Instruction&, uint32_t) {};
       } else {
+        patched.operand = i.operand;
+        patched.outputs = i.outputs;
         bind(kernel, patched, opcode);
       }
     }

@@ -1,7 +1,5 @@
 // The part of the CUDA runtime that the package and the host code of nvcc call, on the machine. It is linked
 // into the module in place of the real one.
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <map>
 #include <string>
@@ -29,9 +27,15 @@ struct Configuration {
   void* stream;
 };
 
+// Modules are registered before main(), and before what stands outside of functions is there.
 std::map<const void*, Function>& functions() {
   static std::map<const void*, Function> all;
   return all;
+}
+// Why a module could not be loaded, which its launches say.
+std::string& load_error() {
+  static std::string text;
+  return text;
 }
 std::vector<Configuration> configurations;
 int last_error = kSuccess;
@@ -45,6 +49,7 @@ int failed(int error, const std::string& text) {
 int run(const void* host, Dim grid, Dim block, void** arguments, size_t shared, bool cooperative) {
   constexpr int kCapacity = 1024;
   const Function& f = functions().at(host);
+  if (!f.module) return failed(kLaunchFailure, load_error());
   int parameters[kCapacity];
   if (ptx_parameters(f.module, f.name.c_str(), parameters, kCapacity) < 0)
     return failed(kLaunchFailure, ptx_error());
@@ -77,10 +82,7 @@ void** __cudaRegisterFatBinary(void* wrapper) {
   const char* end = binary + 16 + size;
   const char* text = static_cast<const char*>(memmem(binary, end - binary, ".version", 8));
   void* module = text ? ptx_load(std::string(text, strnlen(text, end - text)).c_str(), 1) : nullptr;
-  if (!module) {
-    fprintf(stderr, "%s\n", text ? ptx_error() : "no uncompressed PTX in the module");
-    abort();
-  }
+  if (!module) load_error() = text ? ptx_error() : "no uncompressed PTX in the module";
   return static_cast<void**>(module);
 }
 void __cudaRegisterFatBinaryEnd(void**) {}
@@ -121,6 +123,7 @@ int cudaLaunchCooperativeKernel(const void* kernel, Dim grid, Dim block, void** 
 
 int cudaFuncSetAttribute(const void* kernel, int attribute, int value) {
   Function& f = functions().at(kernel);
+  if (!f.module) return kSuccess;  // the launch fails
   const int64_t total = int64_t(value) + ptx_static_shared(f.module, f.name.c_str());
   if (attribute != kDynamicSharedAttribute || total > ptx_device_attribute("shared_optin"))
     return failed(kInvalidValue, "invalid value");

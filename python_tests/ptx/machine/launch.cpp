@@ -5,6 +5,7 @@
 #include <numeric>
 
 #include "machine.h"
+#include "text.h"
 
 namespace ptx {
 
@@ -40,6 +41,22 @@ Machine::Machine(const Kernel& k, const Launch& l)
       blocks_total(l.grid[0] * l.grid[1] * l.grid[2]),
       generator(uint64_t(options.seed)) {}
 
+namespace {
+
+// The value of a special register in a thread.
+uint32_t special(const std::string& name, const Block& b, const Launch& l, uint32_t thread) {
+  const uint32_t x = l.block[0], y = l.block[1];
+  const uint32_t position[] = {thread % x, thread / x % y, thread / x / y};
+  const int axis = name.back() - 'x';
+  if (name == "%laneid") return thread % kLanes;
+  if (starts_with(name, "%tid.")) return position[axis];
+  if (starts_with(name, "%ntid.")) return l.block[axis];
+  if (starts_with(name, "%ctaid.")) return b.position[axis];
+  return l.grid[axis];
+}
+
+}  // namespace
+
 void Machine::start_warp(Block& block, Warp& w) {
   const uint32_t first = w.index * kLanes;
   w.block = &block;
@@ -55,16 +72,7 @@ void Machine::start_warp(Block& block, Warp& w) {
   for (const auto& [name, reg] : kernel.specials) {
     w.defined[reg] = ~0u;
     auto* lanes = reinterpret_cast<uint32_t*>(w.registers.get() + kernel.register_at[reg]);
-    const int axis = name.back() - 'x';
-    for (uint32_t l = 0; l < kLanes; ++l) {
-      const uint32_t t = first + l, x = launch.block[0], y = launch.block[1];
-      const uint32_t position[] = {t % x, t / x % y, t / x / y};
-      lanes[l] = name == "%laneid"                    ? l
-                 : name.compare(0, 5, "%tid.") == 0   ? position[axis]
-                 : name.compare(0, 6, "%ntid.") == 0  ? launch.block[axis]
-                 : name.compare(0, 7, "%ctaid.") == 0 ? block.position[axis]
-                                                      : launch.grid[axis];
-    }
+    for (int l = 0; l < kLanes; ++l) lanes[l] = special(name, block, launch, first + l);
   }
 }
 
