@@ -153,7 +153,7 @@ def import_transformers():
         try:
             import transformers
         except ImportError as error:
-            raise EngramError("this needs transformers: pip install 'transformers>=5.0'") from error
+            raise EngramError("this needs transformers: pip install 'transformers>=5.6'") from error
         # Its parts are imported when they are first asked for: this one imports those packages.
         _ = transformers.PreTrainedModel
     return transformers
