@@ -13,13 +13,6 @@ std::string bytes_at(int bytes, const std::string& where) {
   return std::to_string(bytes) + " bytes at " + where;
 }
 
-std::string described(const Warp& w, uint32_t instruction) {
-  const Instruction& i = w.kernel->code[instruction];
-  return "PTX line " + std::to_string(i.line) + (i.source.empty() ? "" : " (" + i.source + ")") + ": " +
-         i.text;
-}
-
-// "tensor + 64" for global memory.
 std::string place(uint64_t address, Space space) {
   if (space == Space::shared) return "byte " + std::to_string(address) + " of shared memory";
   const DeviceMemory::Map* map = device_memory.find(address);
@@ -38,7 +31,7 @@ void reporting_races(Warp& w, int lane, bool write, uint64_t address, Space spac
     fault(w, lane,
           std::string("race: a ") + (write ? "write" : "read") + " of " + place(address, space) +
               " in no order with a " + race.kind + " of block " + std::to_string(race.block) + ", thread " +
-              std::to_string(race.thread) + "\n  by " + described(w, race.instruction));
+              std::to_string(race.thread) + "\n  by " + described(w.kernel->code[race.instruction]));
   }
 }
 

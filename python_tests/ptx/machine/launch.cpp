@@ -26,12 +26,15 @@ std::string short_name(const std::string& kernel) {
   return name.size() > kLength ? name.substr(0, kLength) + "..." : name;
 }
 
+std::string described(const Instruction& i) {
+  return "PTX line " + std::to_string(i.line) + (i.source.empty() ? "" : " (" + i.source + ")") + ": " +
+         i.text;
+}
+
 void fault(const Warp& w, int lane, const std::string& what) {
-  const Instruction& i = *w.now;
   throw Error(what + "\n  kernel " + short_name(w.kernel->name) + ", block " +
-              std::to_string(w.block->index) + ", thread " + std::to_string(w.thread(lane)) +
-              "\n  PTX line " + std::to_string(i.line) + (i.source.empty() ? "" : " (" + i.source + ")") +
-              ": " + i.text);
+              std::to_string(w.block->index) + ", thread " + std::to_string(w.thread(lane)) + "\n  " +
+              described(*w.now));
 }
 
 Machine::Machine(const Kernel& k, const Launch& l)
@@ -135,11 +138,9 @@ std::vector<Warp*> ready_warps(Block& b) {
   std::string text = "deadlock: no thread can go on\n  kernel " + short_name(machine.kernel.name);
   for (const auto& b : machine.resident)
     for (const Warp& w : b->warps)
-      for (const Fragment& f : w.fragments) {
-        const Instruction& i = machine.kernel.code[f.at];
+      for (const Fragment& f : w.fragments)
         text += "\n  block " + std::to_string(b->index) + ", threads " + hexadecimal(f.lanes) + " of warp " +
-                std::to_string(w.index) + " at PTX line " + std::to_string(i.line) + ": " + i.text;
-      }
+                std::to_string(w.index) + " at " + described(machine.kernel.code[f.at]);
   throw Error(text);
 }
 

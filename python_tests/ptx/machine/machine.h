@@ -117,6 +117,7 @@ void launch(const Kernel& kernel, const Module& module, const Launch& launch);
 int occupancy(const Kernel& kernel, int threads, int64_t dynamic_shared);
 
 [[noreturn]] void fault(const Warp& warp, int lane, const std::string& what);
+std::string described(const Instruction& instruction);  // its line and text
 std::string hexadecimal(uint64_t value);
 std::string short_name(const std::string& kernel);
 
