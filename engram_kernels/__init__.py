@@ -33,9 +33,10 @@ else:
             return importlib.import_module(f".{name}", __name__)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_SYSTEMS})
+    def __dir__() -> list[str]:
+        """The public names: no imports of this file, and the systems before their first use."""
+        own = (name for name in globals() if name.startswith("__"))
+        return sorted({*own, *__all__, *_SYSTEMS, "ops"})
 
 
 __version__ = "0.1.0"

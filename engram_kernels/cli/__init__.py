@@ -18,6 +18,7 @@ app = App(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # a table of options cuts their names in a terminal of 80 columns
 )
 app.command()(doctor.doctor)
 app.command()(edit.edit)

@@ -18,7 +18,9 @@ def apply(
     ],
     out: Annotated[Path, typer.Option(help="New folder for the edited model and its tokenizer.")],
     model: Model = "smollm2",
-    force: Annotated[bool, typer.Option(help="Edit even if the model's weights are others.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Edit even if the model's weights are others.")
+    ] = False,
 ) -> None:
     """Write saved edits into their model, and save the model.
 

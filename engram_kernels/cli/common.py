@@ -66,9 +66,7 @@ def reading(argument: str) -> Iterator[None]:
     try:
         yield
     except (EngramError, ValueError) as error:
-        raise EngramError(
-            re.sub(r"^(name_or_dir|directory|name_or_directory):", f"{argument}:", str(error))
-        ) from None
+        raise EngramError(re.sub(r"^(name_or_directory|directory):", f"{argument}:", str(error))) from None
 
 
 class Report(Protocol):

@@ -54,10 +54,10 @@ def edit(
     save: Annotated[Path | None, typer.Option(help="Folder to save the edit to.")] = None,
     report: Annotated[Path | None, typer.Option(help="JSON file to write the answers to.")] = None,
     strict: Annotated[
-        bool, typer.Option(help="Exit with status 1 unless every answer is as wanted.")
+        bool, typer.Option("--strict", help="Exit with status 1 unless every answer is as wanted.")
     ] = False,
 ) -> None:
-    """Rewrite one fact in a model, and show the first answers before and after.
+    """Rewrite a fact in a model, and show answers before and after.
 
     Example: engram edit --subject "The Eiffel Tower" --prompt "{} is located in the city of" --target Rome
     """

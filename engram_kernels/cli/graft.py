@@ -30,7 +30,9 @@ def apply(
     base: Annotated[
         str | None, typer.Option(help="The base: a name, a folder, or smollm2; default: the graft's own.")
     ] = None,
-    force: Annotated[bool, typer.Option(help="Graft even if the base's weights are others.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Graft even if the base's weights are others.")
+    ] = False,
 ) -> None:
     """Write a graft into its base model, and save the model.
 
@@ -67,7 +69,7 @@ def inspect(
     graft: Folder,
     heat_map: Annotated[Path | None, typer.Option(help="PNG file: where the graft lies.")] = None,
 ) -> None:
-    """Say what a graft is: its base, its size, how it was found, what was measured, where it lies."""
+    """Show a graft: base, size, recipe, metrics, where it lies."""
     from ..grafting import Graft, plots
 
     check_picture("heat_map", heat_map)

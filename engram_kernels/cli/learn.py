@@ -69,7 +69,7 @@ def localize(
     device: Device = None,
     seed: Seed = 0,
 ) -> None:
-    """Find the few fine-tuned weights that carry a skill, and save them as a graft.
+    """Find the few fine-tuned weights that carry a skill.
 
     Example: engram graft localize --base smollm2 --tuned my-model --data train.txt --out my-skill
     --template "Review: {} Sentiment: It was" --word " terrible" --word " great" --test test.txt
@@ -120,7 +120,10 @@ def curve(
         list[float] | None, typer.Option(help="May be repeated; default: 1e-2, 1e-3, 1e-4, 1e-5.")
     ] = None,
     baselines: Annotated[
-        bool, typer.Option(help="Also graft the largest changes, and random weights, of the same number.")
+        bool,
+        typer.Option(
+            "--baselines", help="Also graft the largest changes, and random weights, of the same number."
+        ),
     ] = False,
     recipe: RecipeName = "rounds",
     steps: Steps = None,
@@ -136,7 +139,7 @@ def curve(
     device: Device = None,
     seed: Seed = 0,
 ) -> None:
-    """Draw accuracy and calibration error against the share of the weights that are grafted."""
+    """Draw accuracy and calibration error against a graft's size."""
     check_picture("out", out)
     check_file("report", report)
     examples = Examples.read(data, test, template, word, shots, seed)

@@ -96,7 +96,7 @@ def ask(
     top: Annotated[int, typer.Option(help="How many facts to show.")] = 5,
     device: Device = None,
 ) -> None:
-    """Read a memory at the address of a question, and show the facts nearest to what it answers.
+    """Show the facts that are nearest to what a memory answers.
 
     Example: engram memory ask capitals "Where is the Eiffel Tower?"
     """
@@ -136,7 +136,9 @@ def forget(
         list[str] | None, typer.Option(help="A fact as `list` shows it; may be repeated.")
     ] = None,
 ) -> None:
-    """Forget facts exactly, all that are named or none: the memory is as if they had never been written.
+    """Forget facts exactly, all that are named or none.
+
+    The memory is as if they had never been written.
 
     Example: engram memory forget capitals --id 3
     """

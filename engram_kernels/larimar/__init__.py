@@ -32,6 +32,10 @@ __all__ = [
 ]
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 def __getattr__(name: str):
     # The model's classes are transformers' own, which everything else here does without.
     if name in ("LarimarConfig", "LarimarModel"):

@@ -95,6 +95,9 @@ class FactEpisodes(Dataset):
     def __len__(self) -> int:
         return len(self.facts)
 
+    def __repr__(self) -> str:
+        return f"FactEpisodes({len(self):,} facts, sizes={self.sizes}, seed={self.seed})"
+
     def __getitem__(self, index: int) -> Episode:
         fact = self.facts[index]
         generator = random.Random(f"{self.seed} {index}")
@@ -132,6 +135,9 @@ class EpisodeCollator:
             )
         self.tokenizer = tokenizer
         self.ending = ending
+
+    def __repr__(self) -> str:
+        return f"EpisodeCollator({type(self.tokenizer).__name__}, ending={self.ending!r})"
 
     def __call__(self, episodes: Sequence[Episode]) -> dict[str, Tensor]:
         rows = [self._encode(episode.fact) for episode in episodes]

