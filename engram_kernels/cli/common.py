@@ -47,7 +47,7 @@ class Command(TyperCommand):
             raise typer.Exit(1) from None
 
     def in_options(self, text: str) -> str:
-        """An error of the library, which names arguments, in the words of the command line."""
+        """Replace the arguments that an error of the library names by the command's options."""
         names = {given.name: given.opts[0] for given in self.params if given.opts[0].startswith("-")}
         text = re.sub(r"^(\w+)(?=:)", lambda found: names.get(found[1], found[1]), text)
         return re.sub(r"\b(\w+)=True\b", lambda found: names.get(found[1], found[0]), text)
@@ -95,7 +95,7 @@ def bars() -> Iterator[Report]:
 
 
 def load(progress: Report, model: str, dtype: str, device: str | None):
-    """The model of that name and its tokenizer; a bar shows that it is being loaded."""
+    """Load a model and its tokenizer, and show that in a progress bar."""
     from ..hf.loading import load_model
 
     progress("model", 0, 1, escape(model))
@@ -143,12 +143,12 @@ def check_folder(name: str, path: Path) -> None:
 
 
 def data_file(data: Path) -> Path:
-    """The file itself, or that of its name in $ENGRAM_DATA."""
+    """The file, or the one of that name in the folder $ENGRAM_DATA."""
     folder = os.environ.get("ENGRAM_DATA")
     return Path(folder) / data if folder and not data.exists() else data
 
 
 def versions() -> dict[str, str]:
-    """Of what a report's figures depend on."""
+    """The versions of the packages that a report's figures depend on."""
     others = ("torch", "transformers")
     return {"engram_kernels": __version__} | {name: importlib.metadata.version(name) for name in others}

@@ -189,7 +189,7 @@ def curve(
 
 
 def _ends(trial: Trial, progress) -> dict:
-    """What the graft starts from, and what it is measured against."""
+    """Test the base and the fine-tuned model, between which a graft lies."""
     results = {"pre": trial.test("pre", progress)}
     with trial.fine_tuned():
         results["fine-tuned"] = trial.test("fine-tuned", progress)

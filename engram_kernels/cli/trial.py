@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 
 class Trial:
-    """Learns grafts in one resident base model, and tests what stands in it.
+    """Learns grafts in one base model that stays in memory, and tests it with and without them.
 
-    The fine-tuned model is only tensors; to be tested, it is lent the base's modules.
+    Of the fine-tuned model only the tensors are read; to be tested, they are put into the base's modules.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class Trial:
         )
 
     def chosen(self, sparsity: float, how: str, **choice) -> Graft:
-        """A graft of as many weights that were not learned: the "largest changes", or "random" ones."""
+        """A baseline of the same size that is not learned: the "largest changes", or "random" weights."""
         from .. import graft_top_k, top_k_mask
         from ..grafting import Graft, graftable_parameters
 
@@ -111,7 +111,7 @@ class Trial:
         return classification_score(self.model, self.tests, self.task.logits, told)
 
     def fine_tuned(self) -> AbstractContextManager[None]:
-        """Let the fine-tuned model's tensors, all of them, stand in the base model."""
+        """Run the base model with all of the fine-tuned weights, for a while."""
         return swapped_weights(self.model, self.tuned)
 
 

@@ -86,7 +86,7 @@ class ScopedModel(HubFolder):
 
     @torch.no_grad()
     def answer(self, prompts: Sequence[str], max_new_tokens: int = 12, **options: Any) -> list[str]:
-        """Write prompts on: those in scope from memory, the others by the bare decoder.
+        """Continue prompts: those in scope from memory, the others by the bare decoder.
 
         Args:
             prompts: what is asked.
@@ -112,7 +112,7 @@ class ScopedModel(HubFolder):
         return answers
 
     def generate(self, prompts: Sequence[str], readouts: Tensor | None, **options: Any) -> Tensor:
-        """Write prompts on by given readouts, whatever their scope.
+        """Continue prompts with given readouts, whatever their scope.
 
         Args:
             prompts: what is asked.
@@ -184,6 +184,6 @@ class ScopedModel(HubFolder):
         return self.tokenizer.batch_decode(written, skip_special_tokens=True)
 
     def _padding(self) -> int:
-        """What follows the end of a shorter text of a batch: a token that is left out of texts."""
+        """The token that pads shorter texts of a batch, and is left out when they are decoded."""
         given = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
         return next((token for token in given if token is not None), 0)
