@@ -61,12 +61,13 @@ class App(typer.Typer):
 
 
 @contextmanager
-def reading(argument: str) -> Iterator[None]:
+def reading(argument: str, *library: str) -> Iterator[None]:
     """Let an error about what is read name the command's argument instead of the library's."""
+    names = "|".join(library or ("name_or_directory", "directory"))
     try:
         yield
     except (EngramError, ValueError) as error:
-        raise EngramError(re.sub(r"^(name_or_directory|directory):", f"{argument}:", str(error))) from None
+        raise EngramError(re.sub(rf"^({names}):", f"{argument}:", str(error))) from None
 
 
 class Report(Protocol):
@@ -128,9 +129,9 @@ def check_picture(name: str, path: Path | None) -> None:
     """Prove, before any work, that a picture of that name can be drawn and written."""
     if path is None:
         return
-    from .. import _plots as pictures
+    from .. import _plots
 
-    pictures.check(path, name)
+    _plots.check(path, name)
     check_file(name, path)
 
 
