@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from ..hf.swapped_weights import swapped_weights
 from .common import (
     DTYPES,
     Device,
@@ -191,7 +192,7 @@ def curve(
 def _ends(trial: Trial, progress) -> dict:
     """Test the base and the fine-tuned model, between which a graft lies."""
     results = {"pre": trial.test("pre", progress)}
-    with trial.fine_tuned():
+    with swapped_weights(trial.model, trial.tuned):
         results["fine-tuned"] = trial.test("fine-tuned", progress)
     return results
 

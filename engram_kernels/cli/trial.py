@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from ..hf.swapped_weights import swapped_weights
 from .common import Report, reading
 from .examples import Examples, document_batches
 
@@ -109,10 +107,6 @@ class Trial:
 
         told = lambda _, done, rows: progress(f"test {stage}", done, rows)  # noqa: E731
         return classification_score(self.model, self.tests, self.task.logits, told)
-
-    def fine_tuned(self) -> AbstractContextManager[None]:
-        """Run the base model with all of the fine-tuned weights, for a while."""
-        return swapped_weights(self.model, self.tuned)
 
 
 def tuned_tensors(name: str, model: torch.nn.Module, dtype: torch.dtype) -> Mapping[str, torch.Tensor]:
