@@ -165,10 +165,10 @@ class ScopedModel(HubFolder):
             config = LarimarConfig(**read_json(folder / "config.json"))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise EngramError(
-                f"directory: expected what save_pretrained wrote, got {str(folder)!r} ({error})"
+                f"name_or_directory: expected what save_pretrained wrote, got {str(folder)!r} ({error})"
             ) from error
         if config.encoder_name is None or config.decoder_name is None:
-            raise EngramError(f"directory: expected bases with names, got none in {str(folder)!r}")
+            raise EngramError(f"name_or_directory: expected bases with names, got none in {str(folder)!r}")
         encoder = load_encoder(config.encoder_name)
         decoder, tokenizer = load_model(config.decoder_name)
         model = LarimarModel.from_pretrained(folder, encoder=encoder.model, decoder=decoder)
