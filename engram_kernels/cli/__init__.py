@@ -48,9 +48,9 @@ def options(
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Show this package's warnings as sentences, and those of the libraries below it not at all.
+    """Show this package's warnings as sentences, and hide those of other libraries.
 
-    What they announce is for who maintains the package: the tests show it.
+    Those are addressed to the maintainers of this package, who see them in the tests.
     """
 
     def show(message, category, filename, *_) -> None:

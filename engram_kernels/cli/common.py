@@ -47,7 +47,7 @@ class Command(TyperCommand):
             raise typer.Exit(1) from None
 
     def in_options(self, text: str) -> str:
-        """An error of the library, which names arguments, in the words of the command line."""
+        """Replace the arguments that an error of the library names by the command's options."""
         names = {given.name: given.opts[0] for given in self.params if given.opts[0].startswith("-")}
         text = re.sub(r"^(\w+)(?=:)", lambda found: names.get(found[1], found[1]), text)
         return re.sub(r"\b(\w+)=True\b", lambda found: names.get(found[1], found[0]), text)
@@ -61,12 +61,13 @@ class App(typer.Typer):
 
 
 @contextmanager
-def reading(argument: str) -> Iterator[None]:
+def reading(argument: str, *library: str) -> Iterator[None]:
     """Let an error about what is read name the command's argument instead of the library's."""
+    names = "|".join(library or ("name_or_directory", "directory"))
     try:
         yield
     except (EngramError, ValueError) as error:
-        raise EngramError(re.sub(r"^(name_or_directory|directory):", f"{argument}:", str(error))) from None
+        raise EngramError(re.sub(rf"^({names}):", f"{argument}:", str(error))) from None
 
 
 class Report(Protocol):
@@ -95,7 +96,7 @@ def bars() -> Iterator[Report]:
 
 
 def load(progress: Report, model: str, dtype: str, device: str | None):
-    """The model of that name and its tokenizer; a bar shows that it is being loaded."""
+    """Load a model and its tokenizer, and show that in a progress bar."""
     from ..hf.loading import load_model
 
     progress("model", 0, 1, escape(model))
@@ -128,9 +129,9 @@ def check_picture(name: str, path: Path | None) -> None:
     """Prove, before any work, that a picture of that name can be drawn and written."""
     if path is None:
         return
-    from .. import _plots as pictures
+    from .. import _plots
 
-    pictures.check(path, name)
+    _plots.check(path, name)
     check_file(name, path)
 
 
@@ -143,12 +144,12 @@ def check_folder(name: str, path: Path) -> None:
 
 
 def data_file(data: Path) -> Path:
-    """The file itself, or that of its name in $ENGRAM_DATA."""
+    """The file, or the one of that name in the folder $ENGRAM_DATA."""
     folder = os.environ.get("ENGRAM_DATA")
     return Path(folder) / data if folder and not data.exists() else data
 
 
 def versions() -> dict[str, str]:
-    """Of what a report's figures depend on."""
+    """The versions of the packages that a report's figures depend on."""
     others = ("torch", "transformers")
     return {"engram_kernels": __version__} | {name: importlib.metadata.version(name) for name in others}

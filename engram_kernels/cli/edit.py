@@ -22,6 +22,7 @@ from .common import (
     check_folder,
     console,
     load,
+    reading,
     write_json,
 )
 
@@ -66,7 +67,8 @@ def edit(
     fact = Edit(subject, prompt, target)
     prompts = [("edited", fact.text)]
     for text in paraphrase or [frame.format(prompt) for frame in FRAMES]:
-        prompts.append(("paraphrase", Edit(subject, text, target).text))
+        with reading("paraphrase", "prompt"):
+            prompts.append(("paraphrase", Edit(subject, text, target).text))
     defaults = [text for text in CONTROLS if fact.subject not in text]
     prompts += [("control", text) for text in control or defaults]
     check_file("report", report)

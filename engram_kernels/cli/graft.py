@@ -124,7 +124,7 @@ app.command()(learn.curve)
 
 
 def _shared(one: "Graft", two: "Graft") -> tuple["Graft", "Graft"]:
-    """What both set, with the first one's values, and of this what the second sets to another value."""
+    """The entries that both set, with the first one's values; and those that the second sets otherwise."""
     import torch
 
     from ..grafting import Graft
@@ -180,7 +180,7 @@ def _broken(label: str, width: int = 10) -> str:
 
 
 def _per_million(share: float) -> str:
-    """At most five characters, for which a narrow terminal has room."""
+    """A share as parts in a million, in at most five characters: a narrow terminal has no room for more."""
     if share == 0:
         return "·"
     count = 1e6 * share

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from ..hf.swapped_weights import swapped_weights
 from .common import (
     DTYPES,
     Device,
@@ -189,9 +190,9 @@ def curve(
 
 
 def _ends(trial: Trial, progress) -> dict:
-    """What the graft starts from, and what it is measured against."""
+    """Test the base and the fine-tuned model, between which a graft lies."""
     results = {"pre": trial.test("pre", progress)}
-    with trial.fine_tuned():
+    with swapped_weights(trial.model, trial.tuned):
         results["fine-tuned"] = trial.test("fine-tuned", progress)
     return results
 

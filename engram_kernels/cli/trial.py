@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from ..hf.swapped_weights import swapped_weights
 from .common import Report, reading
 from .examples import Examples, document_batches
 
@@ -19,9 +17,9 @@ if TYPE_CHECKING:
 
 
 class Trial:
-    """Learns grafts in one resident base model, and tests what stands in it.
+    """Learns grafts in one base model that stays in memory, and tests it with and without them.
 
-    The fine-tuned model is only tensors; to be tested, it is lent the base's modules.
+    Of the fine-tuned model only the tensors are read; to be tested, they are put into the base's modules.
     """
 
     def __init__(
@@ -88,7 +86,7 @@ class Trial:
         )
 
     def chosen(self, sparsity: float, how: str, **choice) -> Graft:
-        """A graft of as many weights that were not learned: the "largest changes", or "random" ones."""
+        """A baseline of the same size that is not learned: the "largest changes", or "random" weights."""
         from .. import graft_top_k, top_k_mask
         from ..grafting import Graft, graftable_parameters
 
@@ -109,10 +107,6 @@ class Trial:
 
         told = lambda _, done, rows: progress(f"test {stage}", done, rows)  # noqa: E731
         return classification_score(self.model, self.tests, self.task.logits, told)
-
-    def fine_tuned(self) -> AbstractContextManager[None]:
-        """Let the fine-tuned model's tensors, all of them, stand in the base model."""
-        return swapped_weights(self.model, self.tuned)
 
 
 def tuned_tensors(name: str, model: torch.nn.Module, dtype: torch.dtype) -> Mapping[str, torch.Tensor]:

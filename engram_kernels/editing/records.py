@@ -1,4 +1,4 @@
-"""What is known of edits that were made: the facts, the low-rank writes, the matrices."""
+"""The records of edits that were made: the facts, the low-rank writes, the matrices."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class Write:
     edits: tuple[int, ...]
 
     def apply_(self, projection: Projection) -> None:
-        """Do it once more."""
+        """Do the write again."""
         add_(projection, self.left, self.right)
 
     def without(self, number: int) -> Write | None:

@@ -77,7 +77,7 @@ class EditResult(HubFolder):
 
     @property
     def applied(self) -> bool:
-        """Whether the edits stand in a model that this result knows, and can be reverted."""
+        """Whether the edits are in a model now, and can be reverted by this result."""
         return bool(self._originals)
 
     def revert(self, force: bool = False) -> None:

@@ -231,7 +231,7 @@ def _mean(weights: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def _only_delta_learns(model: torch.nn.Module) -> Iterator[None]:
-    """No parameter takes part in the backward pass, which then ends at the edited layer by itself."""
+    """Freeze all parameters for a while, so that the backward pass ends at the edited layer."""
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in learning:
         parameter.requires_grad_(False)

@@ -126,7 +126,7 @@ def _dependent(encoded: Sequence[EncodedEdit], width: int) -> str:
 def subject_states(
     model: nn.Module, projection: Projection, last: Projection, encoded: Sequence[EncodedEdit]
 ) -> tuple[Tensor, Tensor]:
-    """What stands at the subjects' last tokens now.
+    """The states at the subjects' last tokens, in the model as it is now.
 
     Returns:
         The projection's inputs `[edits, contexts, in]` and the output of the last layer `[edits, contexts,

@@ -1,4 +1,4 @@
-"""What an edit did, in figures: does it hold, does it generalise, does it leave the rest alone."""
+"""Measures of an edit: does it hold, does it generalise, does it leave other facts alone."""
 
 from __future__ import annotations
 

@@ -26,10 +26,12 @@ def graftable_parameters(
         exclude: glob patterns of names to leave out of these.
 
     Raises:
+        TypeError: `model` is none.
         ValueError: a pattern matches nothing.
         EngramError: a parameter cannot be grafted soundly: quantised, on the meta device or on another one
             than the rest, made in inference mode, or sharing its memory with another one.
     """
+    check.expect(isinstance(model, nn.Module), "model", "a module", type(model).__name__, TypeError)
     named = dict(model.named_parameters())
     if include is None:
         stack, _ = decoder_layers(model)

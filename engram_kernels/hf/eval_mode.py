@@ -1,4 +1,4 @@
-"""A model in evaluation mode, under no mode of its caller."""
+"""A model in evaluation mode, whatever modes its caller is in."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager

@@ -61,7 +61,7 @@ def decoder_layer(model: nn.Module, layer: int) -> tuple[str, nn.Module]:
 
 
 def adapter_settings(model: nn.Module) -> list[tuple]:
-    """What its tensors do not tell of the adapters in a model: which are on, which merged, how strong."""
+    """The settings of a model's adapters that no tensor shows: which are on, which merged, how strong."""
     return [
         (
             name,

@@ -161,7 +161,7 @@ def import_transformers():
 
 @contextmanager
 def _quiet():
-    """Nothing printed, logged or warned of meanwhile, but errors."""
+    """Hide what is printed, logged or warned of meanwhile, except errors."""
     level = logging.root.manager.disable
     logging.disable(max(level, logging.WARNING))
     try:
@@ -218,7 +218,7 @@ def demo_model_directory() -> Path:
 
 @contextmanager
 def without_progress_bars(transformers):
-    """Reading or writing a small local model takes seconds; its bars would break into the caller's own."""
+    """Switch off transformers' progress bars for a while: they would break into the caller's own."""
     bars = transformers.utils.logging
     enabled = bars.is_progress_bar_enabled()
     bars.disable_progress_bar()

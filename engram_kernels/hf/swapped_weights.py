@@ -8,7 +8,7 @@ import torch
 
 @contextmanager
 def swapped_weights(model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """Let a model compute with other weights, given by name, for a while; its own are not copied."""
+    """Run a model with other weights, given by name, for a while; its own are not copied."""
     named = dict(model.named_parameters())
     own = {name: named[name].data for name in weights}
     try:

@@ -1,4 +1,4 @@
-"""Texts as tokens that a model goes on from, as batches, and where a subject and a target lie in them."""
+"""Texts as tokens and as batches, and where a subject and a target lie in them."""
 
 from __future__ import annotations
 

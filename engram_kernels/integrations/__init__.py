@@ -1,4 +1,4 @@
-"""Other people's libraries, made faster or fed: each is imported when it is asked for, never before."""
+"""Work with other libraries, each of which is imported only when it is asked for."""
 
 from __future__ import annotations
 

@@ -377,7 +377,7 @@ class LarimarModel(HubFolder, PreTrainedModel, GenerationMixin):
             memory = EpisodicMemory.from_pretrained(folder / files.MEMORY)
             got, wanted = memory.settings, model.memory.settings
             if got != wanted:
-                raise EngramError(f"directory: expected a memory of {wanted}, got one of {got}")
+                raise EngramError(f"name_or_directory: expected a memory of {wanted}, got one of {got}")
             model.memory = memory.to(model.memory.gram.device)
         return model.eval()
 

@@ -86,7 +86,7 @@ class ScopedModel(HubFolder):
 
     @torch.no_grad()
     def answer(self, prompts: Sequence[str], max_new_tokens: int = 12, **options: Any) -> list[str]:
-        """Write prompts on: those in scope from memory, the others by the bare decoder.
+        """Continue prompts: those in scope from memory, the others by the bare decoder.
 
         Args:
             prompts: what is asked.
@@ -112,7 +112,7 @@ class ScopedModel(HubFolder):
         return answers
 
     def generate(self, prompts: Sequence[str], readouts: Tensor | None, **options: Any) -> Tensor:
-        """Write prompts on by given readouts, whatever their scope.
+        """Continue prompts with given readouts, whatever their scope.
 
         Args:
             prompts: what is asked.
@@ -165,10 +165,10 @@ class ScopedModel(HubFolder):
             config = LarimarConfig(**read_json(folder / "config.json"))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise EngramError(
-                f"directory: expected what save_pretrained wrote, got {str(folder)!r} ({error})"
+                f"name_or_directory: expected what save_pretrained wrote, got {str(folder)!r} ({error})"
             ) from error
         if config.encoder_name is None or config.decoder_name is None:
-            raise EngramError(f"directory: expected bases with names, got none in {str(folder)!r}")
+            raise EngramError(f"name_or_directory: expected bases with names, got none in {str(folder)!r}")
         encoder = load_encoder(config.encoder_name)
         decoder, tokenizer = load_model(config.decoder_name)
         model = LarimarModel.from_pretrained(folder, encoder=encoder.model, decoder=decoder)
@@ -184,6 +184,6 @@ class ScopedModel(HubFolder):
         return self.tokenizer.batch_decode(written, skip_special_tokens=True)
 
     def _padding(self) -> int:
-        """What follows the end of a shorter text of a batch: a token that is left out of texts."""
+        """The token that pads shorter texts of a batch, and is left out when they are decoded."""
         given = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
         return next((token for token in given if token is not None), 0)

@@ -1,4 +1,4 @@
-"""The sums that a memory is made of, and what follows from them: M, its pseudo-inverse, its condition."""
+"""The sums that a memory keeps, and what is computed from them: M, its pseudo-inverse, its condition."""
 
 from __future__ import annotations
 

@@ -92,7 +92,7 @@ BAD = {
     ),
     "folder of the edit": (("--save", "no/such/folder/edit"), "--save: expected a path in a folder"),
     "device that is not there": (("--device", "foo"), "--device: "),
-    "paraphrase without subject": (("--paraphrase", "Where is it?"), "--prompt: "),
+    "paraphrase without subject": (("--paraphrase", "Where is it?"), "--paraphrase: expected {}"),
 }
 
 
