@@ -118,6 +118,18 @@ def test_undefined_registers(ptx):
         ptx.run(select.replace("eq", "ne"), zeros(), threads=1)
 
 
+def test_undefined_halves_of_registers(ptx):
+    """What is packed with something undefined is still defined when it comes out again."""
+    body = "{} mov.b64 %rd2, %rd1; mov.b64 {{%r3, %r4}}, %rd2; st.global.b32 [%rd0], {};"
+    ptx.run(body.format("mov.b64 %rd1, {%r2, %r0};", "%r4"), zeros(), threads=1)
+    ptx.run(body.format("mov.b64 %rd1, {%r0, %r2};", "%r3"), zeros(), threads=1)
+    for pack, half in (("{%r2, %r0}", "%r3"), ("{%r0, %r2}", "%r4")):
+        with pytest.raises(Fault, match="undefined value is used, operand 2"):
+            ptx.run(body.format(f"mov.b64 %rd1, {pack};", half), zeros(), threads=1)
+    with pytest.raises(Fault, match="undefined value is used, operand 2"):
+        ptx.run("mov.b64 %rd1, {%r0, %r2}; st.global.b64 [%rd0], %rd1;", zeros(), threads=1)
+
+
 def test_undefined_shared_memory(ptx):
     with pytest.raises(Fault, match="read of undefined memory: byte 4 of shared memory"):
         ptx.run("mov.u32 %r2, buffer; st.shared.b32 [%r2], 1; ld.shared.b64 %rd1, [%r2];", threads=1)

@@ -187,6 +187,7 @@ def test_sums_in_any_order_and_rounding(ptx, kind, depth):
     }[kind]
     A, B = widen(cut(A)).astype(np.float32), widen(cut(B)).astype(np.float32)
     C = generator.standard_normal((16, 8)).astype(np.float32)
+    A[8:], C[8:] = A[:8], C[:8]
     truth = A.astype(np.float64) @ B.astype(np.float64) + C
     size = np.abs(A).astype(np.float64) @ np.abs(B) + np.abs(C)
     exact = product(ptx, A, B, C, kind)
@@ -195,5 +196,6 @@ def test_sums_in_any_order_and_rounding(ptx, kind, depth):
     for seed in (1, 2):
         ptx.machine.set_options(sums=1, seed=seed)
         results.append(product(ptx, A, B, C, kind))
+        np.testing.assert_array_equal(results[-1][8:], results[-1][:8])  # of the same terms
         assert (np.abs(results[-1] - truth) <= (depth + 1) * 2.0**-23 * size).all()
     assert (results[0] != exact).any() and (results[0] != results[1]).any()

@@ -68,12 +68,12 @@ void Machine::start_warp(Block& block, Warp& w) {
   w.sync = 0;
   w.fragments = {{0, w.alive}};
   if (!w.registers) w.registers.reset(new unsigned char[kernel.register_bytes]);
-  w.defined.assign(kernel.register_at.size(), 0);
+  w.defined.assign(kernel.register_at.size(), {});
   std::fill_n(w.fenced, kLanes, 0);
   w.acquired.clear();
   for (auto& groups : w.copies) groups.clear();
   for (const auto& [name, reg] : kernel.specials) {
-    w.defined[reg] = ~0u;
+    w.defined[reg] = {~0u, ~0u};
     auto* lanes = reinterpret_cast<uint32_t*>(w.registers.get() + kernel.register_at[reg]);
     for (int l = 0; l < kLanes; ++l) lanes[l] = special(name, block, launch, first + l);
   }

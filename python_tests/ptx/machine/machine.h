@@ -33,6 +33,12 @@ struct AsyncCopy {
   const Instruction* instruction;
 };
 
+// Lanes in which the halves of a register are defined.
+struct Defined {
+  uint32_t low = 0, high = 0;
+  uint32_t both() const { return low & high; }
+};
+
 struct Warp {
   Block* block = nullptr;
   const Kernel* kernel = nullptr;
@@ -41,7 +47,7 @@ struct Warp {
   uint32_t alive = 0, sync = 0;
   std::vector<Fragment> fragments;
   std::unique_ptr<unsigned char[]> registers;
-  std::vector<uint32_t> defined;                      // of each register, the lanes
+  std::vector<Defined> defined;                       // of each register
   std::deque<std::vector<AsyncCopy>> copies[kLanes];  // groups of a lane; the last one is open
   uint32_t fenced[kLanes] = {};                       // the block's clock at a lane's last fence
   std::map<int, std::vector<uint32_t>> acquired;      // what a lane has seen of other blocks, before a fence

@@ -65,11 +65,15 @@ float element(Type type, uint32_t value, int e) {
 
 // The sum of terms as a tensor core may make it: the ISA leaves its order open, and how it rounds, with
 // fp32's precision at least. Additions one by one, of which each rounds or cuts; or, as GPUs do, all terms
-// cut at the last place of the largest one.
-float rough_sum(Machine& machine, double* terms, int count) {
-  std::shuffle(terms, terms + count, machine.generator);
+// cut at the last place of the largest one. The same terms have the same sum, in whichever warp.
+float rough_sum(double* terms, int count) {
+  uint64_t hash = uint64_t(options.seed);
+  for (int k = 0; k < count; ++k)
+    hash = (hash ^ std::bit_cast<uint64_t>(terms[k]) ^ hash >> 29) * 0x9e3779b97f4a7c15;
+  std::minstd_rand generator(hash >> 32);
+  std::shuffle(terms, terms + count, generator);
   enum { kRound, kCut, kAlign, kWays };
-  const int way = machine.random() % kWays;
+  const int way = generator() % kWays;
   double sum = 0;
   if (way == kAlign) {
     double largest = 0;
@@ -86,10 +90,10 @@ float rough_sum(Machine& machine, double* terms, int count) {
 }
 
 // c + sum of a[k] b[k].
-float dot(Machine& machine, const float* a, const float* b, int stride, int depth, float c) {
+float dot(const float* a, const float* b, int stride, int depth, float c) {
   double terms[17] = {c}, sum = c;
   for (int k = 0; k < depth; ++k) sum += terms[k + 1] = double(a[k]) * b[k * stride];
-  return options.sums ? rough_sum(machine, terms, depth + 1) : float(sum);
+  return options.sums ? rough_sum(terms, depth + 1) : float(sum);
 }
 
 // mma.m16n8k{8, 16}: D[16, 8] = A[16, k] B[k, 8] + C in fp32, `per` elements of A and B a register.
@@ -112,7 +116,7 @@ void multiply_matrices(Warp& w, const Instruction& i, uint32_t) {
     float result[kLanes];
     for (int l = 0; l < kLanes; ++l) {
       const int row = l / 4 + 8 * (r >> 1), column = 2 * (l % 4) + (r & 1);
-      result[l] = canonical(dot(*w.block->machine, A[row], &B[0][column], 8, depth, C[row][column]));
+      result[l] = canonical(dot(A[row], &B[0][column], 8, depth, C[row][column]));
     }
     keep(w, i.operand[r], result, ~0u);
   }

@@ -81,7 +81,9 @@ struct Instruction {
   Role role = Role::plain;
   bool predicated = false, negated = false;
   bool selects = false;  // selp: what is not selected may be undefined
-  bool uses = false;     // what it takes leaves the registers, and must be defined
+  // Which halves of a register are defined matters: it is made of two, divided into two, or taken by halves.
+  enum class Halves : uint8_t { none, pack, unpack, each } halves = Halves::none;
+  bool uses = false;  // what it takes leaves the registers, and must be defined
   bool atomic = false, trans = false, flush = false;
   Space space = Space::generic;
   Type type = Type::none, source_type = Type::none;

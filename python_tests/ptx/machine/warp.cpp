@@ -57,12 +57,40 @@ uint32_t lanes_where(const uint8_t* predicate) {
 }
 
 uint32_t undefined_lanes(const Warp& w, const Operand& o) {
-  return o.kind == Operand::Kind::reg ? ~w.defined[o.reg] : 0;
+  return o.kind == Operand::Kind::reg ? ~w.defined[o.reg].both() : 0;
+}
+
+void define(Warp& w, const Operand& o, uint32_t lanes, uint32_t bad_low, uint32_t bad_high) {
+  if (o.kind != Operand::Kind::reg) return;
+  Defined& d = w.defined[o.reg];
+  d.low = (d.low | lanes) & ~(lanes & bad_low);
+  d.high = (d.high | lanes) & ~(lanes & bad_high);
+}
+
+void follow_halves(Warp& w, const Instruction& i, uint32_t lanes) {
+  const auto& o = i.operand;
+  if (i.halves == Instruction::Halves::pack) {
+    define(w, o[0], lanes, undefined_lanes(w, o[1]), undefined_lanes(w, o[2]));
+    return;
+  }
+  uint32_t bad_low = 0, bad_high = 0;
+  for (size_t j = i.outputs; j < o.size(); ++j)
+    if (o[j].kind == Operand::Kind::reg) {
+      bad_low |= ~w.defined[o[j].reg].low;
+      bad_high |= ~w.defined[o[j].reg].high;
+    }
+  if (i.halves == Instruction::Halves::each) {
+    define(w, o[0], lanes, bad_low, bad_high);
+  } else {
+    define(w, o[0], lanes, bad_low, bad_low);
+    define(w, o[1], lanes, bad_high, bad_high);
+  }
 }
 
 // What is computed from an undefined register is undefined. An address, a value that is stored, a branch and
 // what other lanes see must not be.
 void follow_definedness(Warp& w, const Instruction& i, uint32_t lanes) {
+  if (i.halves != Instruction::Halves::none) return follow_halves(w, i, lanes);
   uint32_t bad = 0;
   if (options.definedness) {
     if (i.selects) {
@@ -80,11 +108,7 @@ void follow_definedness(Warp& w, const Instruction& i, uint32_t lanes) {
     }
     bad &= lanes;
   }
-  for (int j = 0; j < i.outputs; ++j)
-    if (i.operand[j].kind == Operand::Kind::reg) {
-      uint32_t& defined = w.defined[i.operand[j].reg];
-      defined = (defined | lanes) & ~bad;
-    }
+  for (int j = 0; j < i.outputs; ++j) define(w, i.operand[j], lanes, bad, bad);
 }
 
 uint32_t predicated_lanes(const Warp& w, const Instruction& i, uint32_t lanes) {
