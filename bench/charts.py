@@ -6,7 +6,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot, ticker
-from report import by_operation
+from rows import by_operation
 
 # Fixed identifiers, and below no date: the same figures give the same file.
 STYLE = {"svg.hashsalt": "engram", "svg.fonttype": "none"}

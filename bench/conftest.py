@@ -7,6 +7,7 @@ import machine
 import pytest
 import report
 import results
+import rows
 import torch
 
 ROWS: list[dict] = []
@@ -58,7 +59,7 @@ def record(benchmark, request):
     ) -> None:
         variants = {name: outcome.summary() for name, outcome in outcomes.items()}
         by_name = {str(dtype)[6:]: count for dtype, count in (work or {}).items()}
-        row = report.row(case, ours, variants, traffic, floor, by_name)
+        row = rows.row(case, ours, variants, traffic, floor, by_name)
         row["benchmark"] = request.node.nodeid
         ROWS.append(row)
         benchmark.extra_info.update(row)

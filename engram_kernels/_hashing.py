@@ -20,7 +20,7 @@ def tensor_checksum(tensor: Tensor) -> str:
 
 
 def plain_tensors(name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
-    """A tensor by its name, or those that one of a class of its own (quantised) is made of, by theirs."""
+    """The plain tensors that a tensor is made of, by name: itself, or the parts of a quantised one."""
     if not hasattr(tensor, "__tensor_flatten__"):
         return [(name, tensor)]
     parts, _ = tensor.__tensor_flatten__()
@@ -37,5 +37,5 @@ def weights_checksums(model: nn.Module) -> dict[str, str]:
 
 
 def digest(*contents: object) -> str:
-    """A digest of anything that JSON holds."""
+    """A digest of anything that can be written as JSON."""
     return hashlib.sha256(json.dumps(contents, ensure_ascii=False).encode()).hexdigest()

@@ -54,7 +54,7 @@ def new_file(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def let_all_read(folder: Path) -> None:
-    """Let others read what is in a folder, and below: safetensors writes for the owner alone."""
+    """Make a folder and all files below it readable for everyone: safetensors writes for the owner alone."""
     for path in (folder, *folder.rglob("*")):
         path.chmod(0o755 if path.is_dir() else 0o644)
 
@@ -62,7 +62,7 @@ def let_all_read(folder: Path) -> None:
 def save_tensors(
     path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write tensors to a safetensors file, whole or not at all; wherever they lie, and however."""
+    """Write tensors of any device and layout to a safetensors file, whole or not at all."""
     from safetensors.torch import save_file
 
     with new_file(path) as temporary:

@@ -1,20 +1,24 @@
 """The command line: `engram doctor`, `edit`, `apply`, `eval`, `graft`, `memory` and `trace`."""
 
+import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 
-from ..errors import EngramError
+from .. import __version__
 from . import apply, doctor, edit, evaluate, graft, memory, trace
+from .common import App, console, errors
 
-app = typer.Typer(
+app = App(
     help="Find, rewrite and transplant the engrams of language models.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # a table of options cuts their names in a terminal of 80 columns
 )
 app.command()(doctor.doctor)
 app.command()(edit.edit)
@@ -24,24 +28,45 @@ app.add_typer(graft.app, name="graft")
 app.add_typer(memory.app, name="memory")
 app.command()(trace.trace)
 
-
 PACKAGE = Path(__file__).parents[1]
+
+
+def show_version(asked: bool) -> None:
+    if asked:
+        console.print(f"engram_kernels {__version__}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=show_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Show this package's warnings as sentences, and hide those of other libraries.
+
+    Those are addressed to the maintainers of this package, who see them in the tests.
+    """
+
+    def show(message, category, filename, *_) -> None:
+        if category is UserWarning and Path(filename).is_relative_to(PACKAGE):
+            errors.print(f"[yellow]Warning:[/yellow] {message}", highlight=False, soft_wrap=True)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(logging.NOTSET)
 
 
 def main() -> None:
     """Run the command line; an expected error is one sentence and exit status 1."""
-    default = warnings.formatwarning
-
-    def sentence(message, category, filename, *place) -> str:
-        """A warning of this package, without the line of code, which is none of the user's."""
-        own = Path(filename).is_relative_to(PACKAGE)
-        return f"Warning: {message}\n" if own else default(message, category, filename, *place)
-
-    warnings.formatwarning = sentence
-    try:
+    with quiet():
         app()
-    except (EngramError, ValueError, TypeError, OSError) as error:
-        Console(stderr=True).print(f"[red]Error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
-        raise SystemExit(1) from None
-    finally:
-        warnings.formatwarning = default

@@ -4,10 +4,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from rich.markup import escape
 
-from .common import Model, bars, check_folder, console, dtype_of
+from .common import Model, bars, check_folder, console, reading
 
 
 def apply(
@@ -17,7 +18,9 @@ def apply(
     ],
     out: Annotated[Path, typer.Option(help="New folder for the edited model and its tokenizer.")],
     model: Model = "smollm2",
-    force: Annotated[bool, typer.Option(help="Edit even if the model's weights are others.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Edit even if the model's weights are others.")
+    ] = False,
 ) -> None:
     """Write saved edits into their model, and save the model.
 
@@ -30,12 +33,14 @@ def apply(
     check_folder("out", out)
     if len(set(edit)) < len(edit):
         raise ValueError(f"edit: expected different folders, got {', '.join(edit)}")
-    results = [EditResult.from_pretrained(folder) for folder in edit]
+    with reading("edit"):
+        results = [EditResult.from_pretrained(folder) for folder in edit]
     edits = EditResult.merge(results, force)
     with bars() as progress:
         progress("apply", 0, 3, f"load {escape(model)}")
         # The checksums are of weights in the dtype that the edits were made in.
-        network, tokenizer = load_model(model, dtype=dtype_of(edits.edited_modules[0].dtype))
+        with reading("model"):
+            network, tokenizer = load_model(model, dtype=getattr(torch, edits.edited_modules[0].dtype))
         progress("apply", 1, 3, "write")
         with ExitStack() as opened:
             for edited in edits.edited_modules:

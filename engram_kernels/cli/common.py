@@ -1,25 +1,29 @@
-"""What the commands share: the console, progress bars, and checks of what they are given."""
+"""What the commands share: the console, errors, progress bars, and checks before any work."""
 
-import json
+import importlib.metadata
 import os
+import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import torch
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from typer.core import TyperCommand
 
 from .. import __version__
-from .._io import new_file
+from .._io import write_json as write_json
+from ..errors import EngramError
 
-console = Console()
+console, errors = Console(), Console(stderr=True)
 
-Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+Dtype = Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Of the weights.")]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything that is sampled.")]
 Model = Annotated[
@@ -29,6 +33,41 @@ Corpus = Annotated[
     Path | None, typer.Option(help="Text for the covariance; default: gensim's articles, else sampled.")
 ]
 Tokens = Annotated[int | None, typer.Option(help="Tokens of the corpus to use; default: by dimension.")]
+
+
+class Command(TyperCommand):
+    """A command whose errors are one sentence that names its own options, and exit status 1."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (EngramError, ValueError, TypeError, OSError) as error:
+            sentence = escape(self.in_options(str(error)))
+            errors.print(f"[red]Error:[/red] {sentence}", highlight=False, soft_wrap=True)
+            raise typer.Exit(1) from None
+
+    def in_options(self, text: str) -> str:
+        """Replace the arguments that an error of the library names by the command's options."""
+        names = {given.name: given.opts[0] for given in self.params if given.opts[0].startswith("-")}
+        text = re.sub(r"^(\w+)(?=:)", lambda found: names.get(found[1], found[1]), text)
+        return re.sub(r"\b(\w+)=True\b", lambda found: names.get(found[1], found[0]), text)
+
+
+class App(typer.Typer):
+    """Commands whose errors are sentences."""
+
+    def command(self, name: str | None = None, **options: Any) -> Callable:
+        return super().command(name, cls=Command, **options)
+
+
+@contextmanager
+def reading(argument: str, *library: str) -> Iterator[None]:
+    """Let an error about what is read name the command's argument instead of the library's."""
+    names = "|".join(library or ("name_or_directory", "directory"))
+    try:
+        yield
+    except (EngramError, ValueError) as error:
+        raise EngramError(re.sub(rf"^({names}):", f"{argument}:", str(error))) from None
 
 
 class Report(Protocol):
@@ -57,21 +96,14 @@ def bars() -> Iterator[Report]:
 
 
 def load(progress: Report, model: str, dtype: str, device: str | None):
-    """The model of that name and its tokenizer; a bar shows that it is being loaded."""
+    """Load a model and its tokenizer, and show that in a progress bar."""
     from ..hf.loading import load_model
 
-    kind, place = dtype_of(dtype), device_of(device)
     progress("model", 0, 1, escape(model))
-    loaded = load_model(model, dtype=kind, device=place)
+    with reading("model"):
+        loaded = load_model(model, dtype=DTYPES[dtype], device=device_of(device))
     progress("model", 1, 1, escape(model))
     return loaded
-
-
-def dtype_of(name: str) -> torch.dtype:
-    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name not in kinds:
-        raise ValueError(f"dtype: expected one of {', '.join(kinds)}, got {name!r}")
-    return kinds[name]
 
 
 def device_of(name: str | None) -> str:
@@ -97,9 +129,9 @@ def check_picture(name: str, path: Path | None) -> None:
     """Prove, before any work, that a picture of that name can be drawn and written."""
     if path is None:
         return
-    from .. import _plots as pictures
+    from .. import _plots
 
-    pictures.check(path, name)
+    _plots.check(path, name)
     check_file(name, path)
 
 
@@ -111,20 +143,13 @@ def check_folder(name: str, path: Path) -> None:
         raise ValueError(f"{name}: expected a new or empty folder, got {str(path)!r}")
 
 
-def write_json(path: Path, content: object) -> None:
-    with new_file(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
 def data_file(data: Path) -> Path:
-    """The file itself, or that of its name in $ENGRAM_DATA."""
+    """The file, or the one of that name in the folder $ENGRAM_DATA."""
     folder = os.environ.get("ENGRAM_DATA")
     return Path(folder) / data if folder and not data.exists() else data
 
 
 def versions() -> dict[str, str]:
-    return {
-        "engram_kernels": __version__,
-        "torch": torch.__version__,
-        "transformers": metadata.version("transformers"),
-    }
+    """The versions of the packages that a report's figures depend on."""
+    others = ("torch", "transformers")
+    return {"engram_kernels": __version__} | {name: importlib.metadata.version(name) for name in others}

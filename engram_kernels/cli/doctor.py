@@ -16,7 +16,7 @@ _CHECKED = {
 
 
 def doctor() -> None:
-    """Say what is installed, which devices there are, and which backend serves each operator and why."""
+    """Show versions, devices, backends, and what serves each operator."""
     import torch
 
     from .. import __version__, backends

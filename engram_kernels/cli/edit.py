@@ -22,6 +22,7 @@ from .common import (
     check_folder,
     console,
     load,
+    reading,
     write_json,
 )
 
@@ -54,10 +55,10 @@ def edit(
     save: Annotated[Path | None, typer.Option(help="Folder to save the edit to.")] = None,
     report: Annotated[Path | None, typer.Option(help="JSON file to write the answers to.")] = None,
     strict: Annotated[
-        bool, typer.Option(help="Exit with status 1 unless every answer is as wanted.")
+        bool, typer.Option("--strict", help="Exit with status 1 unless every answer is as wanted.")
     ] = False,
 ) -> None:
-    """Rewrite one fact in a model, and show the first answers before and after.
+    """Rewrite a fact in a model, and show answers before and after.
 
     Example: engram edit --subject "The Eiffel Tower" --prompt "{} is located in the city of" --target Rome
     """
@@ -66,7 +67,8 @@ def edit(
     fact = Edit(subject, prompt, target)
     prompts = [("edited", fact.text)]
     for text in paraphrase or [frame.format(prompt) for frame in FRAMES]:
-        prompts.append(("paraphrase", Edit(subject, text, target).text))
+        with reading("paraphrase", "prompt"):
+            prompts.append(("paraphrase", Edit(subject, text, target).text))
     defaults = [text for text in CONTROLS if fact.subject not in text]
     prompts += [("control", text) for text in control or defaults]
     check_file("report", report)

@@ -55,7 +55,7 @@ def evaluate(
     model: Model = "smollm2",
     rows: Annotated[int | None, typer.Option(help="How many rows; default: all from --start on.")] = None,
     start: Annotated[int, typer.Option(help="The first row, counted from 0.")] = 0,
-    skip_bad: Annotated[bool, typer.Option(help="Leave out rows that cannot be read.")] = False,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out rows that cannot be read.")] = False,
     method: Annotated[str, typer.Option(help="rome, emmet, memit or alphaedit.")] = "rome",
     mode: Annotated[
         str,
@@ -97,7 +97,9 @@ def evaluate(
     learning_rate: Annotated[float | None, typer.Option(help="Of the value's optimisation.")] = None,
     clamp: Annotated[float | None, typer.Option(help="Largest change of a value, in its norms.")] = None,
     stop_loss: Annotated[float | None, typer.Option(help="The optimisation ends below this loss.")] = None,
-    original_key: Annotated[bool, typer.Option(help="ROME as first published, not R-ROME.")] = False,
+    original_key: Annotated[
+        bool, typer.Option("--original-key", help="ROME as first published, not R-ROME.")
+    ] = False,
     contexts: Annotated[
         list[str] | None,
         typer.Option(help="Texts before a prompt, TOKENSxCOUNT; may be repeated; default: 5x10 and 10x10."),
@@ -112,7 +114,7 @@ def evaluate(
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="PNG file for the measures.")] = None,
 ) -> None:
-    """Edit rows of a data set, and measure what the edits do to them and to the rest.
+    """Edit rows of a data set, and measure what the edits do.
 
     Example: engram eval --data counterfact.json --rows 20 --method rome --report out.json --plot out.png
     """

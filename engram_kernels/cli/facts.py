@@ -68,7 +68,7 @@ def read_facts(path: Path) -> list[Fact]:
 
 
 def names_of(facts: Sequence[Fact], memory: EpisodicMemory) -> list[str]:
-    """An id for each fact: its own, else the next number that is free; refuses a fact that is known."""
+    """An id for each new fact: its own, or else the next free number. Refuses a fact that is known."""
     known = {entry.text: name for name, entry in memory.ledger.items()}
     taken = {fact.name for fact in facts} | set(map(str, memory.ids))
     names, number = [], 0
@@ -88,7 +88,7 @@ def names_of(facts: Sequence[Fact], memory: EpisodicMemory) -> list[str]:
 
 
 def find(memory: EpisodicMemory, ids: Sequence[str], texts: Sequence[str]) -> list[Id]:
-    """The ids that were named, by themselves, as the memory lists them, or by the fact's text."""
+    """The ids of the facts that were asked for, by id or by text, both as `list` prints them."""
     by_name: dict[str, list[Id]] = {}
     by_text: dict[str | None, list[Id]] = {}
     for name, entry in memory.ledger.items():

@@ -11,12 +11,13 @@ from rich.table import Table
 
 from ..errors import EngramError
 from . import learn
-from .common import bars, check_folder, check_picture, console
+from .common import App, bars, check_folder, check_picture, console, reading
 
 if TYPE_CHECKING:
     from ..grafting import Graft
+    from ..grafting.plots import Grid
 
-app = typer.Typer(help="Find the few weights that carry a skill, and graft them.", no_args_is_help=True)
+app = App(help="Find the few weights that carry a skill, and graft them.", no_args_is_help=True)
 app.command()(learn.localize)
 
 Folder = Annotated[str, typer.Argument(help="A graft's folder, or its name on the Hub.")]
@@ -29,7 +30,9 @@ def apply(
     base: Annotated[
         str | None, typer.Option(help="The base: a name, a folder, or smollm2; default: the graft's own.")
     ] = None,
-    force: Annotated[bool, typer.Option(help="Graft even if the base's weights are others.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Graft even if the base's weights are others.")
+    ] = False,
 ) -> None:
     """Write a graft into its base model, and save the model.
 
@@ -42,7 +45,8 @@ def apply(
     from ..hf.loading import load_model
 
     check_folder("out", out)
-    read = Graft.from_pretrained(graft)
+    with reading("graft"):
+        read = Graft.from_pretrained(graft)
     name = base or read.base_model
     if name is None:
         raise ValueError(f"base: expected a model, as {graft!r} does not name its own, got none")
@@ -50,7 +54,8 @@ def apply(
     dtype = next((values.dtype for values in read.values.values()), torch.float32)
     with bars() as progress:
         progress("graft", 0, 3, f"load {escape(name)}")
-        model, tokenizer = load_model(name, dtype=dtype)
+        with reading("base"):
+            model, tokenizer = load_model(name, dtype=dtype)
         progress("graft", 1, 3, "apply")
         read.merge_and_unload(model, force)
         progress("graft", 2, 3, "save")
@@ -64,11 +69,12 @@ def inspect(
     graft: Folder,
     heat_map: Annotated[Path | None, typer.Option(help="PNG file: where the graft lies.")] = None,
 ) -> None:
-    """Say what a graft is: its base, its size, how it was found, what was measured, where it lies."""
+    """Show a graft: base, size, recipe, metrics, where it lies."""
     from ..grafting import Graft, plots
 
-    check_picture("heat-map", heat_map)
-    read = Graft.from_pretrained(graft)
+    check_picture("heat_map", heat_map)
+    with reading("graft"):
+        read = Graft.from_pretrained(graft)
     facts = Table(show_header=False, title=escape(graft))
     revision = f" at {read.base_revision}" if read.base_revision else ""
     facts.add_row("base", escape(f"{read.base_model or 'not named'}{revision}"))
@@ -78,17 +84,7 @@ def inspect(
             facts.add_row(f"{kind}: {escape(str(name))}", escape(_words(value)))
     console.print(facts)
 
-    grid = plots.Grid.of(read.density())
-    table = Table(title="Weights set of a million", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("layer", no_wrap=True, min_width=5)
-    for label in grid.labels():
-        table.add_column(escape(_broken(label)), justify="right", overflow="fold", min_width=5)
-    table.add_column("entries", justify="right", no_wrap=True, min_width=7)
-    for layer in grid.layers:
-        cells = [grid.cells.get((layer, kind)) for kind in grid.kinds]
-        shares = ["" if cell is None else _per_million(cell.share) for cell in cells]
-        table.add_row(plots.layer_name(layer), *shares, f"{grid.entries(layer):,}")
-    console.print(table)
+    console.print(_density(plots.Grid.of(read.density())))
     if heat_map is not None:
         plots.heat_map(read, heat_map)
 
@@ -98,7 +94,10 @@ def diff(first: Folder, second: Folder) -> None:
     """Compare two grafts: what both set, and where they disagree."""
     from ..grafting import Graft, plots
 
-    one, two = Graft.from_pretrained(first), Graft.from_pretrained(second)
+    with reading("first"):
+        one = Graft.from_pretrained(first)
+    with reading("second"):
+        two = Graft.from_pretrained(second)
     shared, changed = _shared(one, two)
     overlap = one.overlap(two)
     facts = Table(show_header=False)
@@ -125,7 +124,7 @@ app.command()(learn.curve)
 
 
 def _shared(one: "Graft", two: "Graft") -> tuple["Graft", "Graft"]:
-    """What both set, with the first one's values, and of this what the second sets to another value."""
+    """The entries that both set, with the first one's values; and those that the second sets otherwise."""
     import torch
 
     from ..grafting import Graft
@@ -147,6 +146,29 @@ def _shared(one: "Graft", two: "Graft") -> tuple["Graft", "Graft"]:
     return shared, changed
 
 
+def _density(grid: "Grid") -> Table:
+    """Where a graft lies: layers down, kinds of modules across."""
+    from ..grafting.plots import layer_name
+
+    table = Table(
+        title="Weights set of a million (k: thousand)",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column("layer", no_wrap=True, min_width=5)
+    for label in grid.labels():
+        table.add_column(escape(_broken(label)), justify="right", overflow="fold", min_width=5)
+    entries = {layer: f"{grid.entries(layer):,}" for layer in grid.layers}
+    table.add_column("entries", justify="right", no_wrap=True, min_width=max(7, *map(len, entries.values())))
+    for layer in grid.layers:
+        cells = [grid.cells.get((layer, kind)) for kind in grid.kinds]
+        shares = ["" if cell is None else _per_million(cell.share) for cell in cells]
+        table.add_row(layer_name(layer), *shares, entries[layer])
+    return table
+
+
 def _broken(label: str, width: int = 10) -> str:
     """A module's name in short lines, broken at dots and underscores."""
     lines = [""]
@@ -158,9 +180,11 @@ def _broken(label: str, width: int = 10) -> str:
 
 
 def _per_million(share: float) -> str:
+    """A share as parts in a million, in at most five characters: a narrow terminal has no room for more."""
     if share == 0:
         return "·"
-    return f"{1e6 * share:.0f}" if share >= 1e-5 else f"{1e6 * share:.1f}"
+    count = 1e6 * share
+    return f"{count / 1e3:.0f}k" if count >= 9999.5 else f"{count:.0f}" if count >= 9.95 else f"{count:.1f}"
 
 
 def _words(value: object) -> str:

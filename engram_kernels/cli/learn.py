@@ -6,7 +6,9 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from ..hf.swapped_weights import swapped_weights
 from .common import (
+    DTYPES,
     Device,
     Dtype,
     Seed,
@@ -16,7 +18,6 @@ from .common import (
     check_picture,
     console,
     device_of,
-    dtype_of,
     write_json,
 )
 from .examples import Examples
@@ -69,19 +70,19 @@ def localize(
     device: Device = None,
     seed: Seed = 0,
 ) -> None:
-    """Find the few fine-tuned weights that carry a skill, and save them as a graft.
+    """Find the few fine-tuned weights that carry a skill.
 
     Example: engram graft localize --base smollm2 --tuned my-model --data train.txt --out my-skill
     --template "Review: {} Sentiment: It was" --word " terrible" --word " great" --test test.txt
     """
     check_folder("out", out)
-    check_picture("heat-map", heat_map)
+    check_picture("heat_map", heat_map)
     examples = Examples.read(data, test, template, word, shots, seed)
     options = {"recipe": recipe, "steps": steps, "lr": lr, "l1": l1, "accumulate": accumulate}
     choice = {"include": include, "exclude": exclude or ()}
     results = {}
     with bars() as progress:
-        trial = Trial(base, tuned, examples, dtype_of(dtype), device_of(device), batch_size, max_length, seed)
+        trial = Trial(base, tuned, examples, DTYPES[dtype], device_of(device), batch_size, max_length, seed)
         trial.check_sizes([sparsity], **choice)
         graft = trial.learned(sparsity, progress, **options, **choice)
         try:
@@ -120,7 +121,10 @@ def curve(
         list[float] | None, typer.Option(help="May be repeated; default: 1e-2, 1e-3, 1e-4, 1e-5.")
     ] = None,
     baselines: Annotated[
-        bool, typer.Option(help="Also graft the largest changes, and random weights, of the same number.")
+        bool,
+        typer.Option(
+            "--baselines", help="Also graft the largest changes, and random weights, of the same number."
+        ),
     ] = False,
     recipe: RecipeName = "rounds",
     steps: Steps = None,
@@ -136,7 +140,7 @@ def curve(
     device: Device = None,
     seed: Seed = 0,
 ) -> None:
-    """Draw accuracy and calibration error against the share of the weights that are grafted."""
+    """Draw accuracy and calibration error against a graft's size."""
     check_picture("out", out)
     check_file("report", report)
     examples = Examples.read(data, test, template, word, shots, seed)
@@ -145,7 +149,7 @@ def curve(
     sizes = sorted(set(sparsity or (1e-2, 1e-3, 1e-4, 1e-5)), reverse=True)
     results = []
     with bars() as progress:
-        trial = Trial(base, tuned, examples, dtype_of(dtype), device_of(device), batch_size, max_length, seed)
+        trial = Trial(base, tuned, examples, DTYPES[dtype], device_of(device), batch_size, max_length, seed)
         trial.check_sizes(sizes, **choice)
         for size in sizes:
             for name in ("learned", "largest changes", "random") if baselines else ("learned",):
@@ -169,7 +173,13 @@ def curve(
     points = lines + [(name, size, result) for name, size, _, result in results]
     plots.curve([plots.Point(name, size, r.accuracy, r.ece) for name, size, r in points], out)
     if report is not None:
-        asked = {"base": base, "tuned": tuned, "data": str(data), "test": str(test), "shots": shots}
+        asked: dict[str, object] = {
+            "base": base,
+            "tuned": tuned,
+            "data": str(data),
+            "test": str(test),
+            "shots": shots,
+        }
         asked |= {"template": template, "words": word, "seed": seed, "dtype": dtype, **options, **choice}
         found = {name: result._asdict() for name, result in ends.items()}
         found["grafts"] = [
@@ -180,9 +190,9 @@ def curve(
 
 
 def _ends(trial: Trial, progress) -> dict:
-    """What the graft starts from, and what it is measured against."""
+    """Test the base and the fine-tuned model, between which a graft lies."""
     results = {"pre": trial.test("pre", progress)}
-    with trial.fine_tuned():
+    with swapped_weights(trial.model, trial.tuned):
         results["fine-tuned"] = trial.test("fine-tuned", progress)
     return results
 
@@ -195,4 +205,4 @@ def _table(*first: str) -> Table:
 
 
 def _cells(result) -> tuple[str, ...]:
-    return f"{result.accuracy:.4f}", f"{result.ece:.4f}", f"{result.loss:.4f}", f"{result.count:,}"
+    return f"{result.accuracy:.4f}", f"{result.ece:.4f}", f"{result.loss:.4f}", f"{result.rows:,}"

@@ -10,13 +10,13 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from .common import Device, bars, check_folder, console, device_of
+from .common import App, Device, bars, check_folder, console, device_of, reading
 from .facts import find, names_of, read_facts
 
 if TYPE_CHECKING:
     from ..memory import EpisodicMemory, SentenceEncoder
 
-app = typer.Typer(
+app = App(
     help="Write facts into an episodic memory, ask it, forget. "
     "How much one recalls: examples/measure_recall.py.",
     no_args_is_help=True,
@@ -67,7 +67,7 @@ def write(
         for name, value in (("slots", slots), ("ridge", ridge), ("seed", seed)):
             if value is not None:
                 raise ValueError(f"{name}: expected none, as {str(memory)!r} has its own, got {value!r}")
-        kept = EpisodicMemory.from_pretrained(memory)
+        kept = _saved(memory)
         names_of(found, kept)
         if encoder is not None and encoder != kept.encoder:
             raise ValueError(
@@ -96,7 +96,7 @@ def ask(
     top: Annotated[int, typer.Option(help="How many facts to show.")] = 5,
     device: Device = None,
 ) -> None:
-    """Read a memory at the address of a question, and show the facts nearest to what it answers.
+    """Show the facts that are nearest to what a memory answers.
 
     Example: engram memory ask capitals "Where is the Eiffel Tower?"
     """
@@ -136,7 +136,9 @@ def forget(
         list[str] | None, typer.Option(help="A fact as `list` shows it; may be repeated.")
     ] = None,
 ) -> None:
-    """Forget facts exactly, all that are named or none: the memory is as if they had never been written.
+    """Forget facts exactly, all that are named or none.
+
+    The memory is as if they had never been written.
 
     Example: engram memory forget capitals --id 3
     """
@@ -154,9 +156,7 @@ def list_facts(memory: Folder) -> None:
     """Show what a memory holds, and how much hangs on each fact."""
     import torch
 
-    from ..memory import EpisodicMemory
-
-    kept = EpisodicMemory.from_pretrained(memory)
+    kept = _saved(memory)
     facts = Table(show_header=False, title=escape(str(memory)))
     facts.add_row("facts", f"{len(kept):,}")
     facts.add_row("slots, latent", f"{kept.slots:,}, {kept.latent:,}")
@@ -177,10 +177,15 @@ def list_facts(memory: Folder) -> None:
     console.print(table)
 
 
-def _filled(folder: Path) -> EpisodicMemory:
+def _saved(folder: Path) -> EpisodicMemory:
     from ..memory import EpisodicMemory
 
-    kept = EpisodicMemory.from_pretrained(folder)
+    with reading("memory"):
+        return EpisodicMemory.from_pretrained(folder)
+
+
+def _filled(folder: Path) -> EpisodicMemory:
+    kept = _saved(folder)
     if not kept.ids:
         raise ValueError(f"memory: expected one that holds facts, got {str(folder)!r}, which holds none")
     return kept
@@ -195,7 +200,8 @@ def _named(kept: EpisodicMemory, folder: Path) -> str:
 def _encoder(name: str, device: str | None) -> SentenceEncoder:
     from ..memory import load_encoder
 
-    return load_encoder(name, device=device_of(device))
+    with reading("encoder"):
+        return load_encoder(name, device=device_of(device))
 
 
 def _facts(count: int) -> str:

@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..errors import EngramError
+from ..hf.tokens import check_prompt, check_text
 from .common import (
     Device,
     Dtype,
@@ -53,7 +54,7 @@ def trace(
         list[Path] | None, typer.Option(help="File to write: .png, .svg, .pdf or .json; repeatable.")
     ] = None,
 ) -> None:
-    """Corrupt a subject, restore one state at a time, and show which ones bring the answer back.
+    """Corrupt a subject, and show which states bring the answer back.
 
     Example: engram trace --prompt "{} is located in the city of" --subject "The Eiffel Tower" --out trace.png
     """
@@ -132,13 +133,11 @@ def _read_facts(path: Path) -> list[dict]:
     if not content:
         raise ValueError(f"facts: expected at least one, got none in {str(path)!r}")
     for number, row in enumerate(content):
-        if not row["attribute"].strip() or not row["subject"].strip():
-            raise ValueError(f"facts: expected a subject and an attribute in row {number}, got an empty one")
-        if row["prompt"].count(row["subject"]) != 1 and row["prompt"].count("{}") != 1:
-            raise ValueError(
-                f"facts: expected the subject {row['subject']!r} once in the prompt of row {number}, "
-                f"got {row['prompt']!r}"
-            )
+        try:
+            check_prompt(row["subject"], row["prompt"])
+            check_text("attribute", row["attribute"])
+        except ValueError as error:
+            raise ValueError(f"facts: expected ones that can be traced, got row {number} ({error})") from None
     return content
 
 

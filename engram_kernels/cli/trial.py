@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from ..hf.swapped_weights import standing
-from .common import Report
+from .common import Report, reading
 from .examples import Examples, document_batches
 
 if TYPE_CHECKING:
@@ -19,9 +17,9 @@ if TYPE_CHECKING:
 
 
 class Trial:
-    """Learns grafts in one resident base model, and tests what stands in it.
+    """Learns grafts in one base model that stays in memory, and tests it with and without them.
 
-    The fine-tuned model is only tensors; to be tested, it is lent the base's modules.
+    Of the fine-tuned model only the tensors are read; to be tested, they are put into the base's modules.
     """
 
     def __init__(
@@ -37,11 +35,12 @@ class Trial:
     ):
         from ..hf.loading import load_model
 
-        for name, value in (("batch-size", batch_size), ("max-length", max_length)):
+        for name, value in (("batch_size", batch_size), ("max_length", max_length)):
             if value < 1:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
         self.base, self.seed = base, seed
-        self.model, tokenizer = load_model(base, dtype=dtype, device=device)
+        with reading("base"):
+            self.model, tokenizer = load_model(base, dtype=dtype, device=device)
         self.tuned = tuned_tensors(tuned, self.model, dtype)
         self.task = examples.task(tokenizer, max_length)
         if self.task:
@@ -87,7 +86,7 @@ class Trial:
         )
 
     def chosen(self, sparsity: float, how: str, **choice) -> Graft:
-        """A graft of as many weights that were not learned: the "largest changes", or "random" ones."""
+        """A baseline of the same size that is not learned: the "largest changes", or "random" weights."""
         from .. import graft_top_k, top_k_mask
         from ..grafting import Graft, graftable_parameters
 
@@ -109,10 +108,6 @@ class Trial:
         told = lambda _, done, rows: progress(f"test {stage}", done, rows)  # noqa: E731
         return classification_score(self.model, self.tests, self.task.logits, told)
 
-    def fine_tuned(self) -> AbstractContextManager[None]:
-        """Let the fine-tuned model's tensors, all of them, stand in the base model."""
-        return standing(self.model, self.tuned)
-
 
 def tuned_tensors(name: str, model: torch.nn.Module, dtype: torch.dtype) -> Mapping[str, torch.Tensor]:
     """The fine-tuned parameters under the base's names; a folder's files are mapped, not read."""
@@ -121,7 +116,8 @@ def tuned_tensors(name: str, model: torch.nn.Module, dtype: torch.dtype) -> Mapp
     from ..hf.loading import load_model
 
     local = any(Path(name).glob("*.safetensors")) if Path(name).is_dir() else False
-    source = name if local else load_model(name, dtype=dtype)[0]
+    with reading("tuned"):
+        source = name if local else load_model(name, dtype=dtype)[0]
     found = tensors_of(source, [key for key, _ in model.named_parameters()], "tuned")
     for key, parameter in model.named_parameters():
         if found[key].shape != parameter.shape:

@@ -5,17 +5,23 @@ from ..hf.experts import open_expert
 from ..hf.loading import load_model
 from .edit import Edit
 from .editor import Editor
+from .npz import load_npz, save_npz
+from .records import EditRecord, SkippedEdit
 from .result import EditResult
 from .routing import routed_expert
 from .values import ValueOptions
 
 __all__ = [
     "Edit",
+    "EditRecord",
     "EditResult",
     "Editor",
+    "SkippedEdit",
     "ValueOptions",
     "dequantize_layer",
     "load_model",
+    "load_npz",
     "open_expert",
     "routed_expert",
+    "save_npz",
 ]

@@ -68,7 +68,7 @@ def read_texts(corpus: str | os.PathLike | Iterable[str | Mapping]) -> Iterator[
 
 
 class TokenStream:
-    """The tokens of a corpus, each text closed by the end-of-text token: read once and no further than asked.
+    """The tokens of a corpus, an end-of-text token after each text. Read once, and only as far as asked.
 
     Args:
         tokenizer: of the model.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -11,7 +12,7 @@ from .. import _checks as check
 from .. import tracing
 from .._progress import Progress
 from ..covariance import Covariance
-from ..hf.eval_mode import evaluating
+from ..hf.eval_mode import eval_mode
 from ..hf.layers import decoder_layers
 from ..hf.loading import cache_directory, writable_directory
 from ..hf.projection import default_layer, output_projection
@@ -24,13 +25,16 @@ from .result import EditResult
 from .run import Plan, Run
 from .values import ValueOptions
 
+if TYPE_CHECKING:
+    from ..hf.tokens import Tokenizer
+
 
 class Editor:
     """Writes facts into MLP matrices of a causal language model.
 
-    With the averaged key `k [in]` of a subject, the change `δ [out]` of the layer's answer that makes the
-    model say the target, the value `v = k Wᵀ + δ`, and the second moment `C [in, in]` of all keys, the write
-    is the smallest one, weighted by `C`, after which the layer answers `k` with `v`:
+    `k [in]` is the averaged key of a subject, `δ [out]` the change of the layer's answer that makes the model
+    say the target, `v = k Wᵀ + δ` the value, and `C [in, in]` the second moment of all keys. The write is the
+    smallest one, weighted by `C`, after which the layer answers `k` with `v`:
 
         W ← W + (v − k Wᵀ)ᵀ (k C⁻¹) / (k C⁻¹ kᵀ)
 
@@ -42,11 +46,12 @@ class Editor:
         cache_dir: where `C` is kept; None: `$ENGRAM_CACHE`, else `~/.cache/engram`.
         tokens: how many tokens of the corpus are used; None: twenty a dimension of the key.
         contexts: the texts sampled before the prompt, as pairs `(tokens, how many)`.
-        bare_prompt_weight: of the bare prompt's key in the averaged key; None: all contexts count alike.
-            Where nothing stands before the subject, not even a beginning-of-text token, its key is far from
-            the others (cosine 0.4 to 0.7 on SmolLM2), and one part in twenty-one does not reach it.
-        consistent_key: the same averaged key in the numerator and the denominator of the write (R-ROME, Gupta
-            et al. 2024, arXiv 2403.07175); False: the key of the bare prompt where the original code has it.
+        bare_prompt_weight: the bare prompt's weight in the averaged key; None: all contexts count alike.
+            A subject with nothing before it, not even a beginning-of-text token, has a key far from the
+            others (cosine 0.4 to 0.7 on SmolLM2), which a weight of one in twenty-one does not reach.
+        consistent_key: use the averaged key in the numerator and in the denominator of the write (R-ROME,
+            Gupta et al. 2024, arXiv 2403.07175). False: use the bare prompt's key where the original code
+            does.
         ridge: added to `C`, as a share of its mean diagonal.
         value: options of the value's optimisation.
         seed: of everything that is sampled; the global random state is neither used nor changed.
@@ -65,7 +70,7 @@ class Editor:
     def __init__(
         self,
         model: torch.nn.Module,
-        tokenizer,
+        tokenizer: Tokenizer,
         *,
         corpus: str | os.PathLike | Iterable[str] | None = None,
         cache_dir: str | os.PathLike | None = None,
@@ -149,18 +154,18 @@ class Editor:
             method: as in the table.
             ridge: `λ`: how much of each change is given up for smaller writes; None: the method's.
             batch: how many edits are written at once; None: as many as the method does.
-            preserve: hold the answers to the keys of earlier batches: each counts as much as this many
-                samples of the statistics. True: as in MEMIT's objective, `1/λ`, or 1 where there is no ridge;
-                None: as the method does, which is not, but for AlphaEdit.
-            null_space: keep writes in the span of directions in which the eigenvalue of `C` is at most this
-                share of the mean; None: the method's, 0.02 for AlphaEdit, whose own code has an absolute
-                number. Not every model has such directions.
-            conflicts: what becomes of edits of one batch whose texts agree up to the end of the subject,
-                which have one key: `"refuse"`: an error; `"last"`: the last one is made, the others skipped.
-            failures: what becomes of an edit that cannot be made by itself: `"raise"`: an error; `"skip"`:
-                it is listed in the result, and the rest is done.
-            directory: of the run: every value and every batch is kept there, and the same call goes on from
-                there after a cut, to the same result.
+            preserve: how much later batches respect the keys of earlier ones: each key counts as much as
+                this many samples of the statistics. True: `1/λ`, as in MEMIT's objective, or 1 without a
+                ridge. None: the method's own choice; only AlphaEdit preserves.
+            null_space: write only in directions in which the eigenvalue of `C` is at most this share of the
+                mean. None: the method's, 0.02 for AlphaEdit, whose own code takes an absolute number. Some
+                models have no such directions.
+            conflicts: edits of one batch whose texts agree up to the end of the subject have the same key.
+                `"refuse"` raises an error; `"last"` makes the last one and skips the others.
+            failures: an edit that cannot be made by itself raises an error (`"raise"`), or is listed in the
+                result while the rest is done (`"skip"`).
+            directory: keeps every value and every batch of this run. After a cut, the same call goes on
+                from there, to the same result.
 
         Returns:
             An `EditResult` with a record for each edit that was made, to revert, save or apply elsewhere.
@@ -177,7 +182,7 @@ class Editor:
         edits = _edits(edits)
         for layer in plan.layers:
             output_projection(self.model, layer)
-        with evaluating(self.model):
+        with eval_mode(self.model):
             run = Run(self.model, self.tokenizer, edits, plan, self.progress)
             run.begin()
             run.encode(self.prefixes())
@@ -231,7 +236,7 @@ class Editor:
     def prefixes(self) -> list[str]:
         """The texts that are put before every prompt, sampled once."""
         if self._prefixes is None:
-            with evaluating(self.model):
+            with eval_mode(self.model):
                 self._prefixes = sample_prefixes(self.model, self.tokenizer, self.contexts, self.seed)
         return self._prefixes
 
@@ -249,7 +254,7 @@ class Editor:
         Raises:
             EngramError: the corpus is empty or too small for the dimension of the key.
         """
-        with evaluating(self.model):
+        with eval_mode(self.model):
             return self._moments.covariances(layers)
 
     def use_covariance(self, layer: int, covariance: Covariance | None) -> None:
@@ -260,7 +265,7 @@ class Editor:
         """
         self._moments.use(layer, covariance)
 
-    def trace(self, prompt: str, subject: str, kind: str = "hidden", **options) -> tracing.Trace:
+    def trace(self, prompt: str, subject: str, kind: str = "hidden", **options: Any) -> tracing.Trace:
         """The causal `Trace` of a fact in the model as it is now: `engram_kernels.tracing.trace`.
 
         Its options are taken, but for `progress`; `seed` is the editor's where none is given.

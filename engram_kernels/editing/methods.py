@@ -13,7 +13,7 @@ FAILURES = ("raise", "skip")
 
 @dataclass(frozen=True)
 class Method:
-    """What tells the methods apart.
+    """The settings in which the methods differ.
 
     Attributes:
         layers: over how many layers a change is spread.
@@ -49,7 +49,7 @@ def check_method(method: object) -> None:
 
 
 def check_choices(method: object, batch: object, conflicts: object, failures: object) -> None:
-    """Check what needs no model to be checked.
+    """Check the arguments that can be checked without a model.
 
     Raises:
         TypeError: `batch` is not an integer.

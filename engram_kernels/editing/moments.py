@@ -26,9 +26,9 @@ CHECKPOINT_SECONDS = 30.0
 class Moments:
     """The second moments of a model's keys, and the covariances made of them.
 
-    What several layers lack is computed in one pass over the corpus, up to the deepest of them. While it
-    runs, its sums (8 `in`² bytes a layer) are written to the cache now and then: a pass that was cut off goes
-    on from there, to the same bits.
+    One pass over the corpus, up to the deepest layer, computes what several layers lack. Now and then it
+    writes its sums (8 `in`² bytes a layer) to the cache: a pass that was cut off goes on from there, to the
+    same bits.
 
     Args:
         model: a Hugging Face causal language model.

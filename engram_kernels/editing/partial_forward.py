@@ -27,7 +27,7 @@ from .batching import EditBatch
 
 @dataclass(frozen=True)
 class Record:
-    """What the unedited model saw.
+    """What was recorded in the unedited model.
 
     Attributes:
         keys: `[rows, in]` float32, the projection's inputs at the subjects' last tokens.

@@ -1,4 +1,4 @@
-"""What is known of edits that were made: the facts, the low-rank writes, the matrices."""
+"""The records of edits that were made: the facts, the low-rank writes, the matrices."""
 
 from __future__ import annotations
 
@@ -55,9 +55,12 @@ class SkippedEdit:
 class Write:
     """One rank-n write as it was done: `weight += left @ right`.
 
+    With `P = K C⁻¹` and `S = (λI + P Kᵀ)⁻¹`, `left @ right = Eᵀ S P`: as `Eᵀ S` and `P` while keys are few,
+    and as `Eᵀ` and `S P` where they are many.
+
     Attributes:
         module: name of the projection.
-        left, right: float32, `[out, n]` and `[n, in]`; `leftᵀ = (λI + K rightᵀ)⁻¹ E`.
+        left, right: float32, `[out, n]` and `[n, in]`.
         keys, residuals: `K [n, in]` and `E [n, out]`, float32: what was to be written.
         ridge: `λ`.
         edits: `n` numbers: to which record each row belongs.
@@ -72,19 +75,28 @@ class Write:
     edits: tuple[int, ...]
 
     def apply_(self, projection: Projection) -> None:
-        """Do it once more."""
+        """Do the write again."""
         add_(projection, self.left, self.right)
 
     def without(self, number: int) -> Write | None:
         """The write without one edit, the later ones renumbered; None where nothing is left of it."""
         kept = [place for place, edit in enumerate(self.edits) if edit != number]
+        gone = [place for place, edit in enumerate(self.edits) if edit == number]
         edits = tuple(self.edits[place] - (self.edits[place] > number) for place in kept)
         if not kept:
             return None
-        if len(kept) == len(self.edits):
+        if not gone:
             return replace(self, edits=edits)
-        right, keys, residuals = self.right[kept], self.keys[kept], self.residuals[kept]
-        left = left_factor(keys, right, residuals, self.ridge)
+        keys, residuals = self.keys[kept], self.residuals[kept]
+        if torch.equal(self.left.T, self.residuals):
+            # `K rightᵀ = I − λS`, and the inverse of a part of a matrix comes from blocks of its inverse.
+            whole = self.right.double()
+            leverage = self.keys.double() @ whole[gone].T
+            own = torch.linalg.solve(torch.eye(len(gone)).to(whole) - leverage[gone], whole[gone])
+            left, right = residuals.T, (whole[kept] + leverage[kept] @ own).float()
+        else:
+            right = self.right[kept]
+            left = left_factor(keys, right, residuals, self.ridge)
         return Write(self.module, left, right, keys, residuals, self.ridge, edits)
 
 
@@ -126,7 +138,7 @@ class EditedModule:
 
 
 def left_factor(keys: Tensor, right: Tensor, residuals: Tensor, ridge: float) -> Tensor:
-    """`((λI + K rightᵀ)⁻¹ E)ᵀ [out, n]`, solved in float64 and rounded to float32.
+    """`((λI + K Pᵀ)⁻¹ E)ᵀ [out, n]` with `P = right`, solved in float64 and rounded to float32.
 
     Raises:
         LinAlgError: the system is singular.

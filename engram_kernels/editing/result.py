@@ -77,7 +77,7 @@ class EditResult(HubFolder):
 
     @property
     def applied(self) -> bool:
-        """Whether the edits stand in a model that this result knows, and can be reverted."""
+        """Whether the edits are in a model now, and can be reverted by this result."""
         return bool(self._originals)
 
     def revert(self, force: bool = False) -> None:
@@ -139,10 +139,9 @@ class EditResult(HubFolder):
     def remove(self, number: int) -> None:
         """Take one edit out of the others, as if it had never been made.
 
-        Where edits were written jointly, the others are written anew without it, from their keys and
-        residuals: exact for one layer. Where they were written one after the other, its write is left out,
-        and the later ones stay as they were found, with it in place. Over several layers, each keeps what it
-        was to add.
+        The others of a joint write are written anew, from their keys and residuals: for one layer this is
+        exact. Of edits that were written one after the other, its own write is left out; the later ones,
+        which were found with it in place, stay. Over several layers each layer keeps what it was to add.
 
         Args:
             number: of the record, from 0.

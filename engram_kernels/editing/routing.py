@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import nn
 
-from ..hf.eval_mode import evaluating
+from ..hf.eval_mode import eval_mode
 from ..hf.experts import routed_experts
 from ..hf.hooks import Stop, capture, run_until
 from ..hf.tokens import check_length, encode_row
 from .edit import Edit
 
+if TYPE_CHECKING:
+    from ..hf.tokens import Tokenizer
 
-def routed_expert(model: nn.Module, tokenizer, edit: Edit, layer: int) -> int:
+
+def routed_expert(model: nn.Module, tokenizer: Tokenizer, edit: Edit, layer: int) -> int:
     """The expert to which the router gives the largest weight at the subject's last token in the bare prompt.
 
     Raises:
@@ -27,7 +32,7 @@ def routed_expert(model: nn.Module, tokenizer, edit: Edit, layer: int) -> int:
         seen.extend(arguments[1:])
         raise Stop
 
-    with evaluating(model), torch.no_grad(), capture(before={experts: see}):
+    with eval_mode(model), torch.no_grad(), capture(before={experts: see}):
         device = model.get_input_embeddings().weight.device
         run_until(model, input_ids=torch.tensor([row.ids], device=device))
     chosen, shares = (part[row.subject] for part in seen)

@@ -174,11 +174,12 @@ class Run:
             self.progress(stage, done * options.steps + steps, len(self.encoded) * options.steps)
 
         kept = [journal.load_value(number, projection.matrix.device) for number in numbers] if journal else []
-        if not kept or None in kept:
+        values: list[Value | EngramError] = [value for value in kept if value is not None]
+        if len(values) < len(numbers):
             encoded = [self.encoded[i] for i in numbers]
-            kept = find_values(self.model, projection, encoded, self._weights, options, progress)
+            values = find_values(self.model, projection, encoded, self._weights, options, progress)
         found = {}
-        for number, value in zip(numbers, kept, strict=True):
+        for number, value in zip(numbers, values, strict=True):
             if isinstance(value, EngramError):
                 self._skip(number, value)
                 continue
@@ -225,8 +226,8 @@ class Run:
     def _apart(self, batch: list[int]) -> list[int]:
         """The edits of a batch whose keys differ.
 
-        Where texts agree up to the end of the subject, there is one key, which cannot have two values. Seen
-        in the tokens, because rounding makes such keys differ a little, which would give a huge write.
+        Texts that agree up to the end of the subject have the same key, which cannot have two values. The
+        tokens are compared, and not the keys: rounding makes these differ a little, and the write huge.
         """
         owners: dict[tuple[int, ...], int] = {}
         for number in batch:

@@ -43,9 +43,9 @@ def weights_fingerprint(model: torch.nn.Module, projection: Projection) -> str:
 
 
 def weights_state(model: torch.nn.Module, projection: Projection) -> tuple:
-    """What tells at no cost whether a tensor under `weights_fingerprint` was replaced or written since.
+    """A value that changes when a tensor under `weights_fingerprint` is replaced or written, without a hash.
 
-    Only writes through `.data` go unseen. Inference tensors count no writes: each state of one is a new one.
+    Only writes through `.data` go unseen. Inference tensors count no writes, so each look gives a new value.
     """
     return (
         projection.name,

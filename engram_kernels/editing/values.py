@@ -17,7 +17,7 @@ from .._progress import Progress
 from ..errors import EngramError
 from ..hf.forward import grouped_queries, target_predictions
 from ..hf.projection import Projection, is_plain
-from ..hf.swapped_weights import standing
+from ..hf.swapped_weights import swapped_weights
 from .batching import EditBatch, EncodedEdit
 from .losses import Losses, UnfitError
 from .partial_forward import record
@@ -35,9 +35,9 @@ class ValueOptions:
         kl_weight: weight of the divergence of the answer to "{subject} is a" from the unedited model's.
         stop_loss: optimisation ends when the loss is below this.
         batch: how many edits are optimised side by side; None: as many as use the device well.
-        incremental: in every step run only what depends on the value; False: the whole model on whole texts.
-        widen: half precision is slow on a CPU without units for it: there, find values with the weights as
-            float32, which takes four bytes a weight meanwhile. False: in the weights' own type always.
+        incremental: a step runs only what depends on the value; False: the whole model on whole texts.
+        widen: on a CPU without units for half precision, find values with the weights as float32, which takes
+            four bytes a weight meanwhile. False: always in the weights' own type.
 
     Raises:
         TypeError: an option is not a number.
@@ -65,9 +65,7 @@ class ValueOptions:
         for name in ("weight_decay", "kl_weight"):
             check.number(name, getattr(self, name), at_least=0)
         for name in ("learning_rate", "clamp"):
-            value = getattr(self, name)
-            check.number(name, value, at_least=0)
-            check.expect(value > 0, name, "a positive number", value)
+            check.number(name, getattr(self, name), above=0)
 
 
 @dataclass(frozen=True)
@@ -102,8 +100,8 @@ def value_groups(
     size = options.batch or (64 if padded else 6)
     order = sorted(range(len(encoded)), key=lambda i: encoded[i].span)
     groups: list[list[int]] = []
-    for _, alike in itertools.groupby(order, key=lambda i: None if padded else encoded[i].span[0]):
-        alike = list(alike)
+    for _, run in itertools.groupby(order, key=lambda i: None if padded else encoded[i].span[0]):
+        alike = list(run)
         # In groups of like size: a small one for what is left over would waste the device.
         count = math.ceil(len(alike) / size)
         bounds = [math.ceil(len(alike) * number / count) for number in range(count + 1)]
@@ -144,7 +142,7 @@ def find_values(
         _search, model, projection, list(encoded), weights, options, progress or (lambda *_: None)
     )
     wide = _widened(model) if options.widen else {}
-    with _only_delta_learns(model), standing(model, wide), grouped_queries(device):
+    with _only_delta_learns(model), swapped_weights(model, wide), grouped_queries(device):
         if options.incremental:
             try:
                 return search(incremental=True)
@@ -226,14 +224,14 @@ def _search(
 
 
 def _mean(weights: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """The weighted mean of the keys; those of tokens that an expert does not get are 0, and left out."""
+    """The weighted mean of the keys, without those of tokens that never reach the expert, which are 0."""
     there = keys.any(-1)
     return weights @ keys if there.all() else weights[there] @ keys[there] / weights[there].sum()
 
 
 @contextmanager
 def _only_delta_learns(model: torch.nn.Module) -> Iterator[None]:
-    """No parameter takes part in the backward pass, which then ends at the edited layer by itself."""
+    """Freeze all parameters for a while, so that the backward pass ends at the edited layer."""
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in learning:
         parameter.requires_grad_(False)

@@ -89,6 +89,9 @@ def _write(
             left, right = low_rank_factors(
                 matrix, keys, wanted, inverse_covariance=preconditioner, ridge=ridge
             )
+            if ridge > 0 and 2 * len(keys) >= keys.shape[1]:
+                # The left factor is then the residuals as the op makes them out of the values.
+                left = residuals.T
         else:
             right = (keys.double() @ preconditioner).float()
             left = left_factor(bare_keys, right, residuals, 0.0)
@@ -98,8 +101,8 @@ def _write(
         raise EngramError(_dependent(encoded, keys.shape[1])) from error
     constrained = keys if bare_keys is None else bare_keys
     # In main memory, wherever the weights are: thousands of edits would fill a device.
-    tensors = (tensor.cpu() for tensor in (left, right, constrained, residuals))
-    write = Write(projection.name, *tensors, ridge, tuple(edits))
+    left, right, constrained, residuals = (one.cpu() for one in (left, right, constrained, residuals))
+    write = Write(projection.name, left, right, constrained, residuals, ridge, tuple(edits))
     if not (write.left.isfinite().all() and write.right.isfinite().all()):
         raise EngramError(f"edits: expected finite factors for {projection.name!r}, got NaN or infinity")
     write.apply_(projection)
@@ -123,7 +126,7 @@ def _dependent(encoded: Sequence[EncodedEdit], width: int) -> str:
 def subject_states(
     model: nn.Module, projection: Projection, last: Projection, encoded: Sequence[EncodedEdit]
 ) -> tuple[Tensor, Tensor]:
-    """What stands at the subjects' last tokens now.
+    """The states at the subjects' last tokens, in the model as it is now.
 
     Returns:
         The projection's inputs `[edits, contexts, in]` and the output of the last layer `[edits, contexts,
@@ -153,8 +156,8 @@ def subject_states(
                 # Some models (OPT) flatten [rows, longest, width] before their MLP.
                 states.append(seen[name].reshape(*ids.shape, -1)[places].float())
     # Back into the order of the rows.
-    places, shape = torch.tensor(order).argsort(), (len(encoded), len(encoded[0].rewriting), -1)
-    keys, hidden = (torch.cat(states)[places].view(shape) for states in found.values())
+    back, shape = torch.tensor(order).argsort(), (len(encoded), len(encoded[0].rewriting), -1)
+    keys, hidden = (torch.cat(states)[back].view(shape) for states in found.values())
     return keys, hidden
 
 

@@ -1,4 +1,4 @@
-"""Rows of CounterFact and zsRE, in the layouts in which they go round, as cases to edit and measure."""
+"""Rows of CounterFact and zsRE, in the layouts that are in use, as cases to edit and measure."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ COUNTERFACT, ZSRE = "counterfact", "zsre"
 
 
 class Neighbour(NamedTuple):
-    """A prompt about something else, and its right answer, which an edit shall leave alone."""
+    """A prompt about something else, and its right answer, which an edit should not change."""
 
     prompt: str
     answer: str
@@ -29,10 +29,10 @@ class Case:
         name: the row's `case_id`, else its number.
         kind: `"counterfact"` or `"zsre"`.
         edit: the fact.
-        truth: what the model shall no longer say.
+        truth: what the model should no longer say.
         paraphrases: the same question in other words.
         neighbours: questions about something else.
-        generation: prompts about the subject to write on from; may be empty.
+        generation: prompts about the subject, to be continued; may be empty.
     """
 
     name: str

@@ -33,12 +33,14 @@ def ngram_entropy(text: str) -> float:
 def fluency(
     model, tokenizer, cases: Sequence[Case], tokens: int, seed: int = 0, batch_size: int = 32
 ) -> list[float]:
-    """The mean n-gram entropy of what the model writes after each case's prompts for that, or its own one.
+    """The mean n-gram entropy of the texts that the model writes, for each case.
+
+    They continue the case's generation prompts, or its own prompt where it has none.
 
     Args:
         model: a causal language model.
         tokenizer: its tokenizer.
-        cases: whose prompts to write on from.
+        cases: whose prompts to continue.
         tokens: how many to write after each prompt.
         seed: of the sampling; a prompt's text depends neither on the other prompts nor on the batch.
         batch_size: texts a batch.
@@ -55,7 +57,7 @@ def fluency(
 def generate(
     model, tokenizer, prompts: Sequence[str], tokens: int, seed: int = 0, batch_size: int = 32
 ) -> list[str]:
-    """Each prompt and `tokens` tokens after it, each drawn from the five likeliest."""
+    """Continue each prompt by `tokens` tokens, each drawn from the five likeliest."""
     encoded = [open_ids(tokenizer, prompt) for prompt in prompts]
     limit = context_length(model)
     for prompt, ids in zip(prompts, encoded, strict=True):

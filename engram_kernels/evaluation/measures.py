@@ -1,4 +1,4 @@
-"""What an edit did, in figures: does it hold, does it generalise, does it leave the rest alone."""
+"""Measures of an edit: does it hold, does it generalise, does it leave other facts alone."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ASPECTS = ("efficacy", "paraphrase", "locality")
 
 
 class ScoredAnswer(NamedTuple):
-    """How a model takes an answer: the mean log-probability of its tokens, they, and the likeliest ones."""
+    """How likely an answer is: its tokens' mean log-probability, the tokens, and the likeliest instead."""
 
     mean: float
     tokens: list[int]

@@ -1,4 +1,4 @@
-"""What became of edited cases, one by one and in the mean."""
+"""The outcomes of edited cases, and their means."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .measures import ASPECTS, Figures
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one case.
+    """The outcome of editing one case.
 
     Attributes:
         case: its name.
@@ -39,7 +39,7 @@ class Outcome:
 
     @classmethod
     def read(cls, content: Mapping) -> Outcome:
-        """What `asdict` made of one."""
+        """Read an outcome that `asdict` turned into a dictionary."""
         figures = {
             name: None if content[name] is None else Figures(**content[name]) for name in ("before", "after")
         }

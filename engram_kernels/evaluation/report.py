@@ -1,4 +1,4 @@
-"""The report of an evaluation: kept whenever a case is finished, and gone on with by the next run."""
+"""The report of an evaluation: written after every case, and continued by the next run."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -16,11 +17,15 @@ from .. import _checks as check
 from .._hashing import digest, tensor_checksum, weights_checksums
 from .._progress import Progress
 from ..errors import EngramError
-from ..hf.eval_mode import evaluating
+from ..hf.eval_mode import eval_mode
 from .datasets import Case
 from .fluency import fluency
 from .measures import Figures, measure, score
 from .outcomes import Outcome, Retained
+
+if TYPE_CHECKING:
+    from ..editing import Edit, Editor
+    from ..editing.records import EditRecord
 
 CHECKPOINTS = (10, 50, 100)
 # Cases measured between two reports of progress.
@@ -46,7 +51,7 @@ class Evaluation:
 
     def __init__(
         self,
-        editor,
+        editor: Editor,
         options: Mapping | None = None,
         *,
         fluency_tokens: int = 100,
@@ -113,9 +118,9 @@ class Evaluation:
 
         Args:
             cases: all cases.
-            checkpoints: numbers of edits after which, and of first edits of which, retention is measured;
-                all of them is one always.
-            directory: where the editor keeps its run, and goes on from after a cut; None: nowhere.
+            checkpoints: numbers of edits after which retention is measured, over as many of the first edits;
+                the number of all cases is always one of them.
+            directory: where the editor keeps its run, to continue it after an interruption; None: nowhere.
 
         Raises:
             EngramError: a case cannot be edited, unless the options say to skip it, or not be measured.
@@ -126,7 +131,9 @@ class Evaluation:
             Outcome(case.name, _line(case), figures)
             for case, figures in zip(cases, self._figures(cases, "unedited"), strict=True)
         ]
-        results, records, skipped, seconds, replayed = [], {}, {}, 0.0, False
+        records: dict[Edit, EditRecord] = {}
+        skipped: dict[Edit, str] = {}
+        results, seconds, replayed = [], 0.0, False
         retained: list[Retained] = []
         versions = self._versions()
         try:
@@ -207,7 +214,7 @@ class Evaluation:
         figures: list[Figures] = []
         for at in range(0, len(cases), CHUNK):
             chunk = cases[at : at + CHUNK]
-            with evaluating(model):
+            with eval_mode(model):
                 found = measure(model, tokenizer, chunk, self.batch_size)
                 if self.fluency_tokens:
                     bits = fluency(model, tokenizer, chunk, self.fluency_tokens, self.seed, self.batch_size)
@@ -253,9 +260,9 @@ class Evaluation:
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """The most memory in bytes: what PyTorch held on a GPU, on a CPU what the whole process did.
+    """The most memory in bytes that PyTorch held on a GPU, or the whole process on a CPU.
 
-    None where the system does not tell, as Windows.
+    None where the system does not say, as on Windows.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)

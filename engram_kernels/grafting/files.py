@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -34,7 +35,7 @@ def read_files(folder: Path) -> tuple[dict, dict[str, Tensor]]:
     """
     from safetensors.torch import load_file
 
-    config = read_json(folder / CONFIG)
+    config: Any = read_json(folder / CONFIG)
     if config["format"] != FORMAT:
         raise ValueError(f"its format is {config['format']}, not {FORMAT}")
     if _sha256(folder) != config["sha256"]:

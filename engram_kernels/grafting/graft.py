@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -88,7 +88,7 @@ class Graft(HubFolder):
         pre: Mapping[str, Tensor],
         ft: Mapping[str, Tensor],
         masks: Mapping[str, Tensor],
-        **attributes: object,
+        **attributes: Any,
     ) -> Graft:
         """Make a graft of the entries of `ft` where packed masks are 1.
 
@@ -237,7 +237,7 @@ class Graft(HubFolder):
         return cls(indices, values, shapes, checksums, first.base_model, first.base_revision, recipe)
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for name, at in self.indices.items():
             tensors |= {f"{name}.indices": at, f"{name}.values": self.values[name]}
         config = {
@@ -260,7 +260,7 @@ class Graft(HubFolder):
             ) from error
 
     @classmethod
-    def _read_folder(cls, folder: Path) -> Graft:
+    def _read_folder(cls, folder: Path) -> Graft:  # type: ignore[override]
         from safetensors import SafetensorError
 
         try:

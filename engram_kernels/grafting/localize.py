@@ -82,33 +82,33 @@ def localize(
     check.number("sparsity", sparsity, at_least=0)
     check.expect(sparsity <= 1, "sparsity", "at most 1", sparsity)
     check.integer("seed", seed)
-    plan, accumulate = complete(recipe, {"steps": steps, "lr": lr, "l1": l1}, accumulate, batches)
+    plan, steps, accumulate = complete(recipe, {"steps": steps, "lr": lr, "l1": l1}, accumulate, batches)
     parameters = graftable_parameters(pre_model, include, exclude)
     pre = {name: parameter.detach() for name, parameter in parameters.items()}
     ft = _matching(tensors_of(ft_model, list(pre), "ft_model"), pre)
     size = round(sparsity * sum(tensor.numel() for tensor in pre.values()))
     check.expect(size >= 1, "sparsity", "one weight or more", f"{sparsity:g}, which is none")
     stream = _endless(batches)
-    loss_fn = loss_fn or _own_loss
+    loss_of = loss_fn or _own_loss
     with torch.inference_mode(False), torch.enable_grad():
         mask = GraftMask(pre, ft, plan, size, seed)
         losses = []
         with MaskTraining(pre_model, parameters, mask, plan) as training:
-            for step in range(plan.steps):
+            for step in range(steps):
                 total = 0.0
                 for i in range(accumulate):
-                    loss = loss_fn(pre_model, _moved(next(stream), pre_model))
+                    loss = loss_of(pre_model, _moved(next(stream), pre_model))
                     total += _checked(loss)
                     training.last = i == accumulate - 1
                     (loss / accumulate).backward()
                 losses.append(total / accumulate)
                 training.flush()
-                if plan.rounds and (step + 1) * plan.rounds // plan.steps > step * plan.rounds // plan.steps:
+                if plan.rounds and (step + 1) * plan.rounds // steps > step * plan.rounds // steps:
                     training.rebase()
                 if progress:
-                    progress("localize", step + 1, plan.steps)
+                    progress("localize", step + 1, steps)
             training.report()
-        chosen = mask.base if plan.rounds else mask.open()
+        chosen = mask.base if plan.rounds and mask.base else mask.open()
     return Graft.from_masks(
         pre,
         ft,
@@ -151,7 +151,7 @@ def _moved(batch: object, model: nn.Module) -> object:
     return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
 
 
-def _own_loss(model: nn.Module, batch: Mapping) -> Tensor:
+def _own_loss(model: nn.Module, batch: object) -> Tensor:
     if not isinstance(batch, Mapping):
         raise TypeError(f"batches: expected mappings where no loss_fn is given, got {type(batch).__name__}")
     loss = getattr(model(**batch), "loss", None)

@@ -62,19 +62,21 @@ class GraftMask:
         self.ft = [ft[name] for name in self.names]
         self.bias = recipe.bias
         self.size = size
-        even = recipe.inside == recipe.outside
-        largest = graft_top_k(self.pre, self.ft, size) if recipe.base or not even else None
-        self.base = largest if recipe.base else None
-        generator = torch.Generator().manual_seed(seed)
-        self.logits = []
-        for i, weight in enumerate(self.pre):
-            logits = torch.full(weight.shape, recipe.outside, dtype=torch.float32, device=weight.device)
-            if not even:
-                logits[unpack_mask(largest[i], weight.shape)] = recipe.inside
-            if recipe.noise:
-                drawn = torch.rand(weight.shape, generator=generator, dtype=torch.float32, device="cpu")
-                logits += recipe.noise * drawn.to(weight.device)
-            self.logits.append(logits)
+        self.base: list[Tensor] | None = None
+        self.logits = [
+            torch.full(weight.shape, recipe.outside, dtype=torch.float32, device=weight.device)
+            for weight in self.pre
+        ]
+        if recipe.base or recipe.inside != recipe.outside:
+            largest = graft_top_k(self.pre, self.ft, size)
+            for logits, mask in zip(self.logits, largest, strict=True):
+                logits[unpack_mask(mask, logits.shape)] = recipe.inside
+            self.base = largest if recipe.base else None
+        if recipe.noise:
+            generator = torch.Generator().manual_seed(seed)
+            for logits in self.logits:
+                drawn = torch.rand(logits.shape, generator=generator, dtype=torch.float32, device="cpu")
+                logits += recipe.noise * drawn.to(logits.device)
 
     def parameters(self) -> dict[str, Tensor]:
         """θ by name, differentiable in the logits."""

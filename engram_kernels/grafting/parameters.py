@@ -1,5 +1,6 @@
 """Which parameters of a model can carry a graft, and where they lie."""
 
+import os
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -25,10 +26,12 @@ def graftable_parameters(
         exclude: glob patterns of names to leave out of these.
 
     Raises:
+        TypeError: `model` is none.
         ValueError: a pattern matches nothing.
         EngramError: a parameter cannot be grafted soundly: quantised, on the meta device or on another one
             than the rest, made in inference mode, or sharing its memory with another one.
     """
+    check.expect(isinstance(model, nn.Module), "model", "a module", type(model).__name__, TypeError)
     named = dict(model.named_parameters())
     if include is None:
         stack, _ = decoder_layers(model)
@@ -88,10 +91,10 @@ def _matches(argument: str, pattern: str, named: Mapping[str, object]) -> set[st
 def base_of(model: nn.Module, name: str | None = None) -> dict[str, str | None]:
     """What a graft says of its base: the name, by default the configuration's, and the commit on the Hub."""
     config = getattr(model, "config", None)
-    if name is None and (name := getattr(config, "_name_or_path", None)):
-        # Where a folder lies is nobody else's business.
-        name = Path(name).name if Path(name).is_dir() else name
-    return {"base_model": name or None, "base_revision": getattr(config, "_commit_hash", None)}
+    known: str | None = getattr(config, "_name_or_path", None)
+    if known and Path(known).is_dir():
+        known = Path(known).name  # where a folder lies is nobody else's business
+    return {"base_model": name or known or None, "base_revision": getattr(config, "_commit_hash", None)}
 
 
 def tensors_of(source: object, names: Sequence[str], argument: str) -> dict[str, Tensor]:
@@ -108,7 +111,7 @@ def tensors_of(source: object, names: Sequence[str], argument: str) -> dict[str,
         found: Mapping[str, Tensor] = named | adapted
     elif isinstance(source, Mapping):
         found = source
-    elif isinstance(source, (str, Path)):
+    elif isinstance(source, (str, os.PathLike)):
         found = _mapped(Path(source), names, argument)
     else:
         raise TypeError(f"{argument}: expected a model, a mapping or a path, got {type(source).__name__}")
@@ -127,13 +130,13 @@ def _mapped(path: Path, names: Sequence[str], argument: str) -> dict[str, Tensor
         if path.is_file():
             shards = [path]
         elif index.is_file():
-            listed = read_json(index)["weight_map"]
+            listed: dict[str, str] = read_json(index)["weight_map"]  # type: ignore[index]
             shards = [path / name for name in sorted({listed[name] for name in names if name in listed})]
         else:
             shards = sorted(path.glob("*.safetensors"))
         if not shards:
             raise OSError("no safetensors file")
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for shard in shards:
             with safe_open(shard, framework="pt") as file:
                 tensors |= {name: file.get_tensor(name) for name in names if name in file.keys()}

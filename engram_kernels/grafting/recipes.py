@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from .. import _checks as check
 
@@ -52,9 +53,9 @@ RECIPES = {
 
 
 def complete(
-    recipe: str | Recipe, given: Mapping[str, float | None], accumulate: int | None, batches: object
-) -> tuple[Recipe, int]:
-    """The recipe with every number in its place, and the batches a step.
+    recipe: str | Recipe, given: Mapping[str, Any], accumulate: int | None, batches: Any
+) -> tuple[Recipe, int, int]:
+    """The recipe, its gradient steps and the batches a step.
 
     Args:
         recipe: a recipe, or the name of one.
@@ -72,18 +73,19 @@ def complete(
     for name, value in given.items():
         check.number(name, value)
     recipe = replace(recipe, **given)
-    try:
-        count = len(batches)
-    except TypeError:  # an iterator, or a loader of a stream
-        count = None
-    if accumulate is None:
-        known = recipe.rounds or count is not None
-        check.expect(known, "accumulate", "a number, as batches have no length", accumulate, TypeError)
-        accumulate = 1 if recipe.rounds else max(1, count)
-    check.integer("accumulate", accumulate, at_least=1)
     rounds = max(1, recipe.rounds)
-    if recipe.steps is None:
-        check.expect(count is not None, "steps", "a number, as batches have no length", None, TypeError)
-        recipe = replace(recipe, steps=rounds * max(1, math.ceil(count / accumulate)))
-    check.integer("steps", recipe.steps, at_least=rounds)
-    return recipe, accumulate
+    if accumulate is None:
+        accumulate = 1 if recipe.rounds else max(1, _count("accumulate", batches))
+    check.integer("accumulate", accumulate, at_least=1)
+    steps = recipe.steps
+    if steps is None:
+        steps = rounds * max(1, math.ceil(_count("steps", batches) / accumulate))
+    check.integer("steps", steps, at_least=rounds)
+    return replace(recipe, steps=steps), steps, accumulate
+
+
+def _count(argument: str, batches: Any) -> int:
+    try:
+        return len(batches)
+    except TypeError:  # an iterator, or a loader of a stream
+        raise TypeError(f"{argument}: expected a number, as batches have no length, got None") from None

@@ -15,12 +15,12 @@ BINS = 15
 
 
 class ClassificationScore(NamedTuple):
-    """How well a classifier does: `ece` is the expected calibration error, `count` the number of rows."""
+    """How well a classifier does: `ece` is the expected calibration error, `rows` how many there were."""
 
     accuracy: float
     ece: float
     loss: float
-    count: int
+    rows: int
 
 
 def calibration_error(probabilities: Tensor, labels: Tensor, bins: int = BINS) -> float:

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ..hf.tokens import open_ids, pad_rows
 
+if TYPE_CHECKING:
+    from ..hf.tokens import Tokenizer
+
 # Settings of models that change the head's output: Granite's, Cohere's, Gemma's.
 AFTER_THE_HEAD = ("logits_scaling", "logit_scale", "final_logit_softcapping")
 
 
-def by_length(rows: list, size: int, seed: int | None, length: Callable[[object], int]) -> list[list]:
+def by_length(rows: list, size: int, seed: int | None, length: Callable[[Any], int]) -> list[list]:
     """Cut rows into groups of like length, in an order drawn by a seed; without one, from short to long."""
     rows, generator = list(rows), random.Random(seed)
     if seed is not None:
@@ -49,7 +53,7 @@ class PromptTask:
         >>> graft = localize(base, tuned, task.batches(rows, 16), loss_fn=task.loss)
     """
 
-    def __init__(self, tokenizer, template: str, words: Sequence[str], max_length: int = 256):
+    def __init__(self, tokenizer: Tokenizer, template: str, words: Sequence[str], max_length: int = 256):
         if template.count("{}") != 1:
             raise ValueError(f"template: expected one {{}} for the text, got {template!r}")
         tokens = [tokenizer(word, add_special_tokens=False)["input_ids"] for word in words]
@@ -94,7 +98,7 @@ class PromptTask:
             ids = open_ids(self.tokenizer, self.template.replace("{}", text))
         return ids
 
-    def logits(self, model: nn.Module, batch: dict) -> Tensor:
+    def logits(self, model: Any, batch: dict) -> Tensor:
         """The logits of the words after each prompt, [batch, labels].
 
         Where nothing follows the head, only these rows of it are computed.

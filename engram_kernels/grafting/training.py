@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import _checks as check
 from ..errors import EngramError
-from ..hf.swapped_weights import standing
+from ..hf.swapped_weights import swapped_weights
 from .mask import GraftMask
 from .recipes import Recipe
 
@@ -43,7 +43,7 @@ class MaskTraining:
             for parameter in self.model.parameters():
                 stack.callback(_restore, parameter, parameter.requires_grad, parameter.grad)
                 _restore(parameter, False, None)
-            stack.enter_context(standing(self.model, dict(zip(self.names, self.theta, strict=True))))
+            stack.enter_context(swapped_weights(self.model, dict(zip(self.names, self.theta, strict=True))))
             for i, parameter in enumerate(self.parameters):
                 parameter.requires_grad_(True)
                 stack.callback(parameter.register_post_accumulate_grad_hook(partial(self._arrived, i)).remove)
@@ -62,7 +62,7 @@ class MaskTraining:
                 "use checkpointing with use_reentrant=False"
             )
         self.pending.append(i)
-        if sum(self.parameters[j].grad.nbytes for j in self.pending) >= BUCKET:
+        if sum(gradient.nbytes for gradient in self._gradients()) >= BUCKET:
             self._step()
 
     def flush(self) -> None:
@@ -93,12 +93,16 @@ class MaskTraining:
                 stacklevel=3,
             )
 
+    def _gradients(self) -> list[Tensor]:
+        return [gradient for i in self.pending if (gradient := self.parameters[i].grad) is not None]
+
     def _step(self) -> None:
         if not self.pending:
             return
-        grads = [self.parameters[i].grad for i in self.pending]
+        grads = self._gradients()
         if not check.is_finite(torch.nn.utils.get_total_norm(grads, math.inf)):
-            bad = next(self.names[i] for i in self.pending if not check.is_finite(self.parameters[i].grad))
+            finite = map(check.is_finite, grads)
+            bad = next(self.names[i] for i, good in zip(self.pending, finite, strict=True) if not good)
             raise EngramError(f"loss_fn: expected finite gradients, got NaN or infinity in {bad!r}")
         out = [self.theta[i] for i in self.pending]
         self.mask.step_(self.pending, grads, out, self.plan.lr, self.plan.l1)

@@ -1,1 +1,1 @@
-"""The only place that knows transformers: loading, layers, projections, tokens, caches, forward passes."""
+"""The only place that knows transformers: loading, layers, projections, tokens, caches, hooks, generation."""

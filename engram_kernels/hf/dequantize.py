@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
+
 import torch
 from torch import Tensor, nn
 
 from ..errors import EngramError
-from .layers import MODEL_DTYPES
+from .layers import check_dtype
 from .projection import is_plain, wrapped_projection
 
 ROWS = 1024
@@ -14,15 +16,16 @@ ROWS = 1024
 
 @torch.no_grad()
 def dequantize_layer(model: nn.Module, layer: int, dtype: torch.dtype | None = None) -> nn.Linear:
-    """Put a plain linear map in the place of the quantised output projection of a layer's MLP, for good.
+    """Replace the quantised output projection of a layer's MLP by a plain one, for good.
 
-    A weight of a class of its own (torchao) says itself what it stands for. Else no library is asked how it
-    packs: a linear map is what it answers to the unit vectors,
+    Where its library can say what the weight stands for (torchao; bitsandbytes' four bits), that is the new
+    weight. Else no library is asked how it packs: a linear map is what it answers to the unit vectors,
 
         Wᵀ = f(I),   with the bias, which is kept as it is, set aside
 
-    to the precision in which it answers. One matrix takes more memory then; all others stay as they are. Run
-    with torchao and bitsandbytes on a CPU; not with GPTQ, AWQ or FP8 layers, and not on a GPU.
+    to the precision in which it answers: float16 for bitsandbytes' eight bits, and bfloat16 for its four once
+    they have run on a CPU with AVX512-BF16. One matrix takes more memory then; all others stay as they are.
+    Run with torchao and bitsandbytes on a CPU; not with GPTQ, AWQ or FP8 layers, and not on a GPU.
 
     Args:
         model: a causal language model with quantised layers.
@@ -30,7 +33,7 @@ def dequantize_layer(model: nn.Module, layer: int, dtype: torch.dtype | None = N
         dtype: of the new weight; None: that of the embeddings, in which the model computes.
 
     Returns:
-        The new module, which stands in the model.
+        The new module, which is in the model.
 
     Raises:
         TypeError, ValueError: `layer` is no index of a layer, or `dtype` is not a type of weights.
@@ -41,9 +44,7 @@ def dequantize_layer(model: nn.Module, layer: int, dtype: torch.dtype | None = N
         >>> dequantize_layer(model, 6)
         >>> Editor(model, tokenizer).edit(edit, layers=6)
     """
-    dtype = model.get_input_embeddings().weight.dtype if dtype is None else dtype
-    if dtype not in MODEL_DTYPES:
-        raise ValueError(f"dtype: expected torch.float32, torch.bfloat16 or torch.float16, got {dtype}")
+    dtype = check_dtype(model.get_input_embeddings().weight.dtype if dtype is None else dtype)
     path, module = wrapped_projection(model, layer)
     if hasattr(module, "base_layer"):
         raise EngramError(
@@ -53,8 +54,9 @@ def dequantize_layer(model: nn.Module, layer: int, dtype: torch.dtype | None = N
     if is_plain(getattr(module, "weight", None)):
         raise EngramError(f"layer: expected a quantised one, got {layer}, whose {path!r} is plain")
     weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
-    if isinstance(weight, Tensor) and type(weight).dequantize is not Tensor.dequantize:
-        matrix = weight.dequantize().to(dtype)
+    matrix = _dequantized(weight)
+    if matrix is not None and matrix.shape == (module.out_features, module.in_features):
+        matrix = matrix.to(dtype)
     else:
         module.bias = None
         try:
@@ -71,6 +73,18 @@ def dequantize_layer(model: nn.Module, layer: int, dtype: torch.dtype | None = N
     parent, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent), name, plain)
     return plain
+
+
+def _dequantized(weight: Tensor | None) -> Tensor | None:
+    """What a weight's own library says that it stands for; None where it cannot be asked."""
+    if isinstance(weight, Tensor) and type(weight).dequantize is not Tensor.dequantize:
+        return weight.dequantize()
+    state = getattr(weight, "quant_state", None)
+    # A forward pass on a CPU with AVX512-BF16 packs the weight anew, which dequantize_4bit does not undo.
+    if state is None or getattr(state, "packing_format_for_cpu", False):
+        return None
+    library = type(weight).__module__.partition(".")[0]
+    return importlib.import_module(f"{library}.functional").dequantize_4bit(weight.data, state)
 
 
 def _answers(module: nn.Module, dtype: torch.dtype) -> Tensor:

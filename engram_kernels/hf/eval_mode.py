@@ -1,4 +1,4 @@
-"""A model that is only looked at, wherever that happens."""
+"""A model in evaluation mode, whatever modes its caller is in."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -7,10 +7,10 @@ import torch
 
 
 @contextmanager
-def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Off meanwhile: dropout, the caller's autocast, and inference mode, which forbids gradients.
+def eval_mode(model: torch.nn.Module) -> Iterator[None]:
+    """Switch off dropout, and the caller's autocast and inference mode, for a while.
 
-    Gradients are on within, whatever the caller's mode: who wants none puts `torch.no_grad()` inside.
+    Gradients are recorded within, whatever the caller's mode: put `torch.no_grad()` inside to do without.
     """
     training = [(module, module.training) for module in model.modules()]
     kinds = {parameter.device.type for parameter in model.parameters()}

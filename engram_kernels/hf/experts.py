@@ -1,7 +1,7 @@
-"""One routed expert of a mixture, opened for edits: what it is asked, what it answers, its matrix.
+"""One routed expert of a mixture, opened for edits.
 
-The experts of a layer are one tensor, and their module shows nothing of what happens inside. While an expert
-is open, its part is computed once more beside the others', so that hooks see its keys and add to its answers.
+All experts of a layer are one tensor, and no hook sees inside of their module. While an expert is open, its
+part is computed a second time by a module of its own, whose hooks see its keys and add to its output.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from .layers import decoder_layer
 
 
 class Expert(nn.Module):
-    """The output projection of one expert; its weight `[out, in]` is a view of the experts' own tensor."""
+    """The output projection of one expert; its weight `[out, in]` is a view of all experts' tensor."""
 
     def __init__(self, experts: nn.Module, number: int):
         super().__init__()
-        # In a tuple, so that the experts do not become a part of what is a part of them.
+        # In a tuple, so that they do not become a submodule of this one, which is within them.
         self._experts = (experts,)
         self.number, self.count = number, experts.down_proj.shape[0]
 
@@ -36,7 +36,7 @@ class Expert(nn.Module):
         return F.linear(keys, self.weight)
 
     def keys(self, states: Tensor) -> Tensor:
-        """What the expert makes of the states that enter it: `[tokens, width]` to `[tokens, in]`."""
+        """The inputs of the expert's output projection: states `[tokens, width]` to keys `[tokens, in]`."""
         experts = self._experts[0]
         return experts._apply_gate(F.linear(states, experts.gate_up_proj[self.number]))
 
@@ -49,11 +49,11 @@ def open_expert(model: nn.Module, layer: int, expert: int) -> Iterator[Expert]:
 
         y = Σ_e w_e W_e h_e(x)
 
-    The keys of expert `e` are `h_e(x)` of the tokens that are sent to it, and 0 of all others: a prompt whose
-    subject is sent elsewhere has no part in the key, and does not see the edit. What is added to the expert's
-    answer counts `w_e` times. Within the block the model computes what it did before; what was written stays,
-    and can be reverted at any time. Statistics see the expert's own tokens alone: let `Editor(tokens=…)` be
-    greater by as much as these are fewer.
+    The keys of expert `e` are `h_e(x)` for the tokens that the router sends to it, else 0: a prompt whose
+    subject goes to other experts has no part in the key, and does not see the edit. What is added to its
+    output counts `w_e` times. Opening changes nothing that the model computes; an edit stays when the
+    block ends, and can be reverted at any time. Statistics are over the expert's own tokens alone: raise
+    `Editor(tokens=…)` accordingly.
 
     Args:
         model: a causal language model of transformers with fused experts, such as Mixtral or Qwen3-MoE.
@@ -62,7 +62,7 @@ def open_expert(model: nn.Module, layer: int, expert: int) -> Iterator[Expert]:
 
     Raises:
         TypeError, ValueError: there is no such layer or expert.
-        EngramError: the layer has no routed experts, or they compute something else than gated linear maps.
+        EngramError: the layer has no routed experts, they are not gated linear maps, or one is open already.
 
     Example:
         >>> expert = routed_expert(model, tokenizer, edit, layer=6)
@@ -80,13 +80,13 @@ def open_expert(model: nn.Module, layer: int, expert: int) -> Iterator[Expert]:
     _check_gated(opened, experts.forward, layer)
 
     def forward(self: nn.Module, states: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
-        # Bound, so that a copy of the model asks its own experts.
+        # By `self`, so that a copy of the model uses its own expert.
         mine = opened_expert(self)
         plain = types.MethodType(type(self).forward, self) if own is None else own
         sent = chosen == mine.number
         keys = mine.keys(states).masked_fill(~sent.any(-1, keepdim=True), 0.0)
         share = (shares * sent).sum(-1, keepdim=True)
-        # Nothing, unless a hook changed the answer.
+        # Zero, unless a hook changed the output.
         added = mine(keys) - mine.forward(keys)
         return plain(states, chosen, shares) + (share * added).to(states.dtype)
 
@@ -129,7 +129,7 @@ def is_fused(module: nn.Module) -> bool:
 
 @torch.no_grad()
 def _check_gated(opened: Expert, plain, layer: int) -> None:
-    """Prove on random states that the expert alone answers what its experts' module answers of it."""
+    """Check on random states that the expert computes what the experts' module computes of it alone."""
     weight = opened.weight
     generator = torch.Generator().manual_seed(0)
     states = torch.randn(4, weight.shape[0], generator=generator, device="cpu", dtype=torch.float32).to(

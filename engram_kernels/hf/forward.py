@@ -55,7 +55,7 @@ def logits_at(model: nn.Module, rows: Tensor, columns: Tensor, **inputs) -> Tens
 
 @torch.no_grad()
 def target_predictions(model: nn.Module, rows: Sequence[Row]) -> list[tuple[Tensor, list[int]]]:
-    """What a model makes of the targets of some texts, in one pass.
+    """A model's predictions at the targets of some texts, in one pass.
 
     Returns:
         For each row the log-probabilities of its target's tokens, float64 on the CPU, and the likeliest

@@ -1,4 +1,4 @@
-"""Text that a model writes, one token a row and step."""
+"""Text generation: every step reads one token a row."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def sample(
     counts: Sequence[int],
     choose: Callable[[list[int], Tensor], Sequence[int]],
 ) -> list[list[int]]:
-    """Write rows of tokens on, each by its own number of tokens.
+    """Continue rows of tokens, each by its own number of tokens.
 
     The rows go in step from their first tokens, so that none needs padding: a row reads its own tokens while
     it has some, and then those that are chosen for it.

@@ -1,4 +1,4 @@
-"""Forward hooks that are on a model for a while, and forward passes that a hook ends early."""
+"""Forward hooks that are removed after use, and forward passes that a hook ends early."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Stop(Exception):
 def capture(
     before: Mapping[nn.Module, Callable] | None = None, after: Mapping[nn.Module, Callable] | None = None
 ) -> Iterator[None]:
-    """Put hooks on modules, and take them off at the end, also after an error.
+    """Register hooks on modules, and remove them at the end of the block, also after an error.
 
     Args:
         before: by module, `hook(module, arguments, keywords)`, called before its forward. What it returns,

@@ -1,4 +1,4 @@
-"""What is kept as a folder, and travels over the Hub."""
+"""Objects that are saved as a folder and shared on the Hub."""
 
 from __future__ import annotations
 

@@ -10,6 +10,17 @@ from ..errors import EngramError
 MODEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+def check_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type of weights, if it is one.
+
+    Raises:
+        ValueError: it is not.
+    """
+    expected = "torch.float32, torch.bfloat16 or torch.float16"
+    check.expect(dtype in MODEL_DTYPES, "dtype", expected, dtype)
+    return dtype
+
+
 def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """The stack of decoder layers and its name: the largest `ModuleList` of blocks of one class.
 
@@ -50,7 +61,7 @@ def decoder_layer(model: nn.Module, layer: int) -> tuple[str, nn.Module]:
 
 
 def adapter_settings(model: nn.Module) -> list[tuple]:
-    """What its tensors do not tell of the adapters in a model: which are on, which merged, how strong."""
+    """The settings of a model's adapters that no tensor shows: which are on, which merged, how strong."""
     return [
         (
             name,

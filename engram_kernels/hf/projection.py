@@ -49,8 +49,8 @@ def default_layer(model: nn.Module) -> int:
 def output_projection(model: nn.Module, layer: int) -> Projection:
     """The output projection of the MLP of decoder layer `layer`.
 
-    Where a LoRA of PEFT wraps it, this is the map inside: the LoRA adds its part to whatever that one
-    answers, so what is written there changes the sum by just as much, with the LoRA on or off.
+    Where a LoRA of PEFT wraps it, this is the base layer: the LoRA adds to its output, so that an edit of its
+    weight changes the sum by just as much, with the LoRA on or off.
 
     Args:
         model: a causal language model, also one of PEFT's.
@@ -76,12 +76,12 @@ def output_projection(model: nn.Module, layer: int) -> Projection:
 
 
 def wrapped_projection(model: nn.Module, layer: int) -> tuple[str, nn.Module]:
-    """The path and the module of a layer's output projection, whatever its weight and the adapters around it.
+    """The path and the module of a layer's output projection, with any weight and any adapter around it.
 
-    Among the linear maps that are children of one module, an MLP has one or two that read the hidden size and
-    write the intermediate size (or twice that, where gate and up are fused), and then one that maps back;
-    attention has three or a fused one of another width. The layer must hold exactly one MLP. Of a mixture of
-    experts that is the shared expert, which every token passes, but where a routed one is open.
+    An MLP's module has one or two linear children that map the hidden size to the intermediate size (or to
+    twice that, where gate and up are fused), and then one that maps back; attention has three, or a fused one
+    of another width. The layer must have exactly one MLP. In a mixture of experts this is the routed expert
+    that is open, else the shared one.
 
     Raises:
         TypeError: `layer` is not an integer.
@@ -113,7 +113,7 @@ def wrapped_projection(model: nn.Module, layer: int) -> tuple[str, nn.Module]:
 
 
 def mlp_output(model: nn.Module, layer: int) -> nn.Module:
-    """What gives the output of a layer's MLP: its last projection with what wraps it, or a block of experts.
+    """The module whose output is the MLP's: its last projection with any adapter, or a block of experts.
 
     Raises:
         TypeError: `layer` is not an integer.
@@ -128,7 +128,7 @@ def mlp_output(model: nn.Module, layer: int) -> nn.Module:
 
 
 def _mlp_outputs(parent: nn.Module, hidden: int) -> list[tuple[str, nn.Module]]:
-    """The last child of `parent` that closes an MLP, as a list of at most one `(name, module)`."""
+    """The child of `parent` that is an MLP's output projection, as a list of at most one `(name, module)`."""
     linear = [(name, child, *_shape(child)) for name, child in parent.named_children() if _is_linear(child)]
     opening = [width_out for _, _, width_in, width_out in linear if width_in == hidden]
     if len(opening) not in (1, 2):
@@ -161,7 +161,7 @@ def _shape(module: nn.Module) -> tuple[int, int]:
 
 
 def _check_adapter(wrapper: nn.Module, path: str) -> None:
-    """Raise unless what the wrapper answers is what its base answers, and something that it adds."""
+    """Raise unless the wrapper's output is its base layer's with something added."""
     if not (hasattr(wrapper, "lora_A") and hasattr(wrapper, "lora_B")):
         raise EngramError(
             f"model: expected no adapter but LoRA on {path!r}, got {type(wrapper).__name__}: merge it first"
@@ -225,7 +225,7 @@ def _check_editable(model: nn.Module, projection: Projection) -> None:
 
 
 def is_plain(weight: torch.Tensor | None) -> bool:
-    """Whether a weight lies in memory as what it is: some quantised ones are tensors of their own class."""
+    """Whether a weight is stored unquantised; some quantised ones are tensors of a class of their own."""
     return (
         type(weight) in (torch.Tensor, nn.Parameter)
         and weight.is_floating_point()

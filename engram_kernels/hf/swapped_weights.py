@@ -7,8 +7,8 @@ import torch
 
 
 @contextmanager
-def standing(model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """Let these weights, by name, stand in the model's parameters meanwhile; nothing there is copied."""
+def swapped_weights(model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Run a model with other weights, given by name, for a while; its own are not copied."""
     named = dict(model.named_parameters())
     own = {name: named[name].data for name in weights}
     try:

@@ -1,13 +1,18 @@
-"""Texts as tokens that a model goes on from, as batches, and where a subject and a target lie in them."""
+"""Texts as tokens and as batches, and where a subject and a target lie in them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from .. import _checks as check
 from ..errors import EngramError
+
+if TYPE_CHECKING:
+    # Of the public signatures: other parts of the package do not import transformers.
+    from transformers import PreTrainedTokenizerBase as Tokenizer  # noqa: F401
 
 
 def check_text(name: str, value: object) -> str:

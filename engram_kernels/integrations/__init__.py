@@ -1,4 +1,4 @@
-"""Other people's libraries, made faster or fed: each is imported when it is asked for, never before."""
+"""Work with other libraries, each of which is imported only when it is asked for."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["accelerate"]
 
 
 def accelerate(module_or_name: ModuleType | str) -> Acceleration:
-    """Make another editing library faster, in place, until it is undone.
+    """Make another editing library faster, in place, until that is reverted.
 
     Functions that the library looks up when it calls them are replaced by others of the same signature,
     shapes, types and devices; its own code, caches and hyper-parameters stay in use. What ours cannot do

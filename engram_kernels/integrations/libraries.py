@@ -117,9 +117,9 @@ def acceleration(module_or_name: ModuleType | str) -> Acceleration:
     named = all(part.isidentifier() for part in library.split("."))
     check.expect(named, "module_or_name", "a module or its name", repr(library), EngramError)
     _imported(library)
-    algorithms = next((known for told, known in LIBRARIES.items() if _has(library, told)), None)
+    algorithms = next((known for told, known in LIBRARIES.items() if _has(library, told)), ())
     check.expect(
-        algorithms is not None, "module_or_name",
+        len(algorithms) > 0, "module_or_name",
         "easyeditor, or the package rome or memit of its repository", repr(library), EngramError,
     )  # fmt: skip
     report = Acceleration(library)

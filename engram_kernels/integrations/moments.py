@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, replace
+from typing import SupportsIndex
 
 import torch
 from torch import Tensor
@@ -89,7 +90,7 @@ class Moment(Tensor):
     def __deepcopy__(self, memo: dict) -> Tensor:
         return copy.deepcopy(self.as_subclass(Tensor), memo)
 
-    def __reduce_ex__(self, protocol: int):
+    def __reduce_ex__(self, protocol: SupportsIndex):
         return self.as_subclass(Tensor).__reduce_ex__(protocol)
 
 
@@ -100,8 +101,9 @@ def remembering(covariance: Tensor, factor: Factor) -> Tensor:
 
 def _origin(value: object) -> Origin | None:
     """The origin of a tensor that has one and was not changed since."""
-    origin = value.origin if isinstance(value, Moment) else None
-    return origin if origin is not None and origin.version == value._version else None
+    if isinstance(value, Moment) and value.origin is not None and value.origin.version == value._version:
+        return value.origin
+    return None
 
 
 def _special(func, args, kwargs) -> Tensor | None:

@@ -13,7 +13,7 @@ from types import ModuleType
 
 
 class Declined(Exception):
-    """Ours cannot do this call soundly; the message says why, and the library's own function takes it."""
+    """This package cannot serve a call soundly; the library's own function does. The message says why."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def replacing(original: Callable, ours: Callable, report: Acceleration) -> Calla
 
 def mark(function: Callable) -> Callable:
     """Mark a function as one of ours."""
-    function.accelerated = True
+    function.accelerated = True  # type: ignore[attr-defined]
     return function
 
 

@@ -12,6 +12,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import CodeType, ModuleType
+from typing import Any
 
 from ..errors import EngramError
 
@@ -53,7 +54,7 @@ def known_function(module: ModuleType, name: str, known: Known) -> Callable:
         EngramError: there is none, or it is another one.
     """
     path = f"{module.__name__}.{name}"
-    function: object = module
+    function: Any = module
     for part in name.split("."):
         function = getattr(function, part, None)
     code = getattr(inspect.unwrap(function) if callable(function) else None, "__code__", None)

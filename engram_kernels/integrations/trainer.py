@@ -8,6 +8,7 @@ import shutil
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +21,8 @@ from ..grafting import Graft, graftable_parameters, localize
 from ..grafting.files import holds_a_graft
 from ..grafting.parameters import base_of, tensors_of
 from ..grafting.recipes import complete
-from ..hf.eval_mode import evaluating
-from ..hf.swapped_weights import standing
+from ..hf.eval_mode import eval_mode
+from ..hf.swapped_weights import swapped_weights
 from ..ops import graft_top_k
 
 # What a parameter has whose rest lies with other processes (FSDP 2 and tensor parallelism, FSDP 1, ZeRO 3).
@@ -78,13 +79,13 @@ class GraftCallback(TrainerCallback):
         include: Sequence[str] | None = None,
         exclude: Sequence[str] = (),
         base_model: str | None = None,
-        **options: object,
+        **options: Any,
     ):
         check.number("sparsity", sparsity, at_least=0)
         check.expect(sparsity <= 1, "sparsity", "at most 1", sparsity)
         if every is not None:
             check.integer("every", every, at_least=1)
-        named = isinstance(folder, str) and folder.strip(".") and Path(folder).name == folder
+        named = isinstance(folder, str) and folder.strip(".") != "" and Path(folder).name == folder
         check.expect(named, "folder", "a name without folders", repr(folder))
         reserved = folder.startswith(PREFIX_CHECKPOINT_DIR)
         check.expect(not reserved, "folder", f"a name that is not {PREFIX_CHECKPOINT_DIR}'s", repr(folder))
@@ -107,12 +108,13 @@ class GraftCallback(TrainerCallback):
         self.base_model = base_model
         self.options = options
         self.graft: Graft | None = None
-        self._choice = {"include": include, "exclude": exclude}
+        self._choice: dict[str, Any] = {"include": include, "exclude": exclude}
         self._before: dict[str, Tensor] = {}
         self._saves = 0
 
-    def on_train_begin(self, args, state, control, model: nn.Module, **_kwargs) -> None:
+    def on_train_begin(self, args, state, control, **passed) -> None:
         """Check all that can be checked before hours are spent, and keep the weights as they are."""
+        model = passed["model"]
         if not state.is_world_process_zero:
             return
         _check_whole(model)
@@ -133,32 +135,32 @@ class GraftCallback(TrainerCallback):
         self._before = self._weights_before(graftable | trained, state.global_step)
         self._saves = 0
 
-    def on_pre_optimizer_step(self, args, state, control, model: nn.Module, **_kwargs) -> None:
+    def on_pre_optimizer_step(self, args, state, control, **passed) -> None:
         """Keep a copy of weights that are trained from here on, and were their own base until now."""
-        for name, weight in model.named_parameters() if self._before else ():
+        for name, weight in passed["model"].named_parameters() if self._before else ():
             before = self._before.get(name)
             if before is not None and weight.requires_grad and _same_memory(before, weight):
                 self._before[name] = weight.detach().to("cpu", copy=True)
 
-    def on_save(self, args, state, control, model: nn.Module, **_kwargs) -> None:
+    def on_save(self, args, state, control, **passed) -> None:
         """Save a graft into the checkpoint that was just written; one of an earlier training leaves it."""
         self._saves += 1
         folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}" / self.folder
         if self.every is not None and self._saves % self.every == 0:
-            self._save(folder, state, model)
+            self._save(folder, state, passed["model"])
         elif state.is_world_process_zero and folder.exists():
             _check_replaceable(folder)
             shutil.rmtree(folder)
 
-    def on_train_end(self, args, state, control, model: nn.Module, **_kwargs) -> None:
+    def on_train_end(self, args, state, control, **passed) -> None:
         """Save the graft of the whole training."""
-        self._save(Path(args.output_dir) / self.folder, state, model)
+        self._save(Path(args.output_dir) / self.folder, state, passed["model"])
         self._before = {}
 
     def _size(self, graftable: Mapping[str, Tensor]) -> int:
         return round(self.sparsity * sum(weight.numel() for weight in graftable.values()))
 
-    def _weights_before(self, weights: dict[str, Tensor], step: int) -> dict[str, Tensor]:
+    def _weights_before(self, weights: Mapping[str, Tensor], step: int) -> dict[str, Tensor]:
         """By name; what is not trained is its own base."""
         if self.base is None:
             if step:
@@ -202,7 +204,7 @@ class GraftCallback(TrainerCallback):
         after = {name: named[name].detach() for name in before}
         if self.batches is not None:
             # The caller's own draws must go on as if nothing had been drawn here.
-            with torch.random.fork_rng(), evaluating(model), standing(model, before):
+            with torch.random.fork_rng(), eval_mode(model), swapped_weights(model, before):
                 return localize(
                     model,
                     after,

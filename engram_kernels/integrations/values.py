@@ -190,7 +190,7 @@ def _texts(module, dialect: Dialect, model, tok, request, hparams, contexts: Seq
             raise Declined(f"fact_token {hparams.fact_token!r} gives position {at} of {len(read)} tokens")
         return read, at
 
-    rewriting = []
+    rewriting: list[Row] = []
     for prompt in prompts:
         read, at = encode(prompt, tok.decode(wanted[:-1]))
         first = len(read) + 1 - len(wanted)

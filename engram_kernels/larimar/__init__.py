@@ -3,12 +3,18 @@
 Das et al. 2024 (arXiv 2403.11901).
 """
 
+from typing import TYPE_CHECKING
+
 from .episodes import EpisodeCollator, Fact, FactEpisodes
 from .long_context import read_recursively
 from .objective import Objective
-from .scope import ScopeDetector
+from .scope import ScopeDetector, key_scores, stored_keys
 from .scoped_model import ScopedModel
 from .warm_start import warm_start
+
+if TYPE_CHECKING:
+    from .config import LarimarConfig
+    from .model import LarimarModel
 
 __all__ = [
     "EpisodeCollator",
@@ -19,9 +25,15 @@ __all__ = [
     "Objective",
     "ScopeDetector",
     "ScopedModel",
+    "key_scores",
     "read_recursively",
+    "stored_keys",
     "warm_start",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 def __getattr__(name: str):

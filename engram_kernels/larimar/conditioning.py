@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import EngramError
 from ..hf.cache import cache_inputs, empty_cache, keeps_the_whole_past
-from ..hf.eval_mode import evaluating
+from ..hf.eval_mode import eval_mode
 
 
 class FirstToken(NamedTuple):
@@ -48,7 +48,7 @@ def first_token(decoder: nn.Module, token: int) -> FirstToken:
     """
     device = decoder.get_input_embeddings().weight.device
     cache = empty_cache(decoder.config)
-    with evaluating(decoder), torch.no_grad():
+    with eval_mode(decoder), torch.no_grad():
         decoder(input_ids=torch.tensor([[token]], device=device), **cache_inputs(decoder, cache))
     if not keeps_the_whole_past(cache):
         kinds = ", ".join(sorted({type(layer).__name__ for layer in cache.layers})) or "none"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from .. import _checks as check
 from ..hf.modeling import AutoConfig, PreTrainedConfig
@@ -43,7 +43,7 @@ class LarimarConfig(PreTrainedConfig):
         hidden: int = 1024,
         train_encoder: bool = False,
         train_decoder: bool = False,
-        **kwargs,
+        **kwargs: Any,
     ):
         check_addressing(addressing)
         check.integer("hidden", hidden)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,9 @@ from torch.utils.data import Dataset
 from .. import _checks as check
 from ..errors import EngramError
 from .objective import IGNORED
+
+if TYPE_CHECKING:
+    from ..hf.tokens import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,9 @@ class FactEpisodes(Dataset):
     def __len__(self) -> int:
         return len(self.facts)
 
+    def __repr__(self) -> str:
+        return f"FactEpisodes({len(self):,} facts, sizes={self.sizes}, seed={self.seed})"
+
     def __getitem__(self, index: int) -> Episode:
         fact = self.facts[index]
         generator = random.Random(f"{self.seed} {index}")
@@ -121,13 +128,16 @@ class EpisodeCollator:
         ending: closes the target, and is learned with it, so that an answer has an end.
     """
 
-    def __init__(self, tokenizer, ending: str = "."):
+    def __init__(self, tokenizer: Tokenizer, ending: str = "."):
         if not tokenizer.is_fast:
             raise EngramError(
                 "tokenizer: expected a fast one, which says where each token stands, got a slow one"
             )
         self.tokenizer = tokenizer
         self.ending = ending
+
+    def __repr__(self) -> str:
+        return f"EpisodeCollator({type(self.tokenizer).__name__}, ending={self.ending!r})"
 
     def __call__(self, episodes: Sequence[Episode]) -> dict[str, Tensor]:
         rows = [self._encode(episode.fact) for episode in episodes]

@@ -34,12 +34,12 @@ def read(folder: Path, model_type: str) -> tuple[dict, dict[str, Tensor]]:
     except (OSError, ValueError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise EngramError(
-            f"directory: expected a model that save_pretrained wrote, got {str(folder)!r} ({reason})"
+            f"name_or_directory: expected a model that save_pretrained wrote, got {str(folder)!r} ({reason})"
         ) from error
     kind = settings.pop("model_type", None) if isinstance(settings, dict) else None
     if kind != model_type:
         raise EngramError(
-            f"directory: expected a model of type {model_type!r}, got {kind!r} in {str(folder)!r}"
+            f"name_or_directory: expected a model of type {model_type!r}, got {kind!r} in {str(folder)!r}"
         )
     return settings, state
 
@@ -54,8 +54,8 @@ def check_weights(folder: Path, state: dict[str, Tensor], expected: dict[str, Te
     wrong += [name for name in state if name not in wrong and state[name].shape != expected[name].shape]
     if wrong:
         raise EngramError(
-            f"directory: expected the weights of its configuration, got {len(wrong)} that are missing, "
-            f"foreign or of another shape in {str(folder)!r}, such as {wrong[0]!r}"
+            f"name_or_directory: expected the weights of its configuration, got {len(wrong)} that are "
+            f"missing, foreign or of another shape in {str(folder)!r}, such as {wrong[0]!r}"
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -111,7 +112,7 @@ class LarimarModel(HubFolder, PreTrainedModel, GenerationMixin):
         self.post_init()
 
     @classmethod
-    def from_bases(cls, encoder: str | nn.Module, decoder: str | nn.Module, **options) -> LarimarModel:
+    def from_bases(cls, encoder: str | nn.Module, decoder: str | nn.Module, **options: Any) -> LarimarModel:
         """Put together an encoder and a decoder, each a name, which is then not stored, or a model.
 
         Args:
@@ -129,7 +130,7 @@ class LarimarModel(HubFolder, PreTrainedModel, GenerationMixin):
         return cls(config, encoder, decoder)
 
     def init_weights(self) -> None:
-        """Nothing: the bases come with their weights, and the conditioning sets its own."""
+        """Do nothing: the bases come with their weights, and the conditioning sets its own."""
 
     def get_input_embeddings(self) -> nn.Module:
         return self.decoder.get_input_embeddings()
@@ -205,7 +206,7 @@ class LarimarModel(HubFolder, PreTrainedModel, GenerationMixin):
         cache: Cache | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
-        **kwargs,
+        **kwargs: Any,
     ) -> LarimarOutput:
         """Run the decoder on texts, conditioned on a readout, or on what is read from a memory of facts.
 
@@ -288,7 +289,7 @@ class LarimarModel(HubFolder, PreTrainedModel, GenerationMixin):
         readout: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
-        **kwargs,
+        **kwargs: Any,
     ) -> dict:
         """What `generate` passes to `forward`: the tokens that the cache, less its pseudo-token, lacks."""
         cache = generation_cache(kwargs)
@@ -306,7 +307,7 @@ class LarimarModel(HubFolder, PreTrainedModel, GenerationMixin):
         }
 
     @torch.no_grad()
-    def generate(self, inputs: Tensor | None = None, readout: Tensor | None = None, **kwargs):
+    def generate(self, inputs: Tensor | None = None, readout: Tensor | None = None, **kwargs: Any) -> Any:
         """Write texts on, conditioned on a readout: transformers' `generate`, greedy, by beams or samples.
 
         Args:
@@ -376,7 +377,7 @@ class LarimarModel(HubFolder, PreTrainedModel, GenerationMixin):
             memory = EpisodicMemory.from_pretrained(folder / files.MEMORY)
             got, wanted = memory.settings, model.memory.settings
             if got != wanted:
-                raise EngramError(f"directory: expected a memory of {wanted}, got one of {got}")
+                raise EngramError(f"name_or_directory: expected a memory of {wanted}, got one of {got}")
             model.memory = memory.to(model.memory.gram.device)
         return model.eval()
 
@@ -387,7 +388,7 @@ class LarimarModel(HubFolder, PreTrainedModel, GenerationMixin):
         *,
         encoder: nn.Module | None = None,
         decoder: nn.Module | None = None,
-        **options,
+        **options: Any,
     ) -> LarimarModel:
         """Read a model that `save_pretrained` wrote, in evaluation mode.
 

@@ -19,8 +19,8 @@ class Objective:
         reconstruction: a text given what the memory answers, `−log p(x | w M)`.
         autoencoding: a text given its fact's latent, `−log p(x | z)`, without a memory.
         kl: of the addressing weights, `KL(N(w, σ²I) ‖ N(0, I))` up to a constant: `½ ‖w‖²`.
-        plain: a text from the decoder alone, `−log p(x)`; it teaches a decoder that is trained to stay a
-            language model, and a frozen one nothing.
+        plain: a text from the decoder alone, `−log p(x)`; a decoder that is trained stays a language model by
+            it, a frozen one ignores it.
         noise: σ, added to the addressing weights in training.
 
     Source: Das et al. 2024 (arXiv 2403.11901).

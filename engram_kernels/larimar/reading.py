@@ -69,6 +69,6 @@ def soft_inverse(matrix: Tensor) -> Tensor:
 
 
 def fixed_ridge(memory: EpisodicMemory) -> float:
-    """λ of a memory for whose like, written on the way, none can be chosen."""
+    """λ of a memory, which must be a number: inside a graph no ridge is chosen by leave-one-out."""
     check.expect(memory.ridge != LOO, "ridge", "a number for memories in a batch", repr(memory.ridge))
     return memory.ridge

@@ -58,9 +58,9 @@ class ScopeDetector:
 
     @classmethod
     def calibrate(cls, inside: Tensor, outside: Tensor) -> ScopeDetector:
-        """The threshold with the highest mean of the shares of either kind that it tells right.
+        """Find the threshold that tells the highest share of both kinds right, on average over the two.
 
-        It lies midway between two scores, of equally good ones where they lie farthest apart.
+        It lies midway between two scores; of equally good thresholds, in the widest gap.
 
         Args:
             inside: scores of queries about facts that were stored, `[N]`.

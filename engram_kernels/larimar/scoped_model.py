@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,10 @@ from ..hf.tokens import open_ids
 from ..memory.encoder import SentenceEncoder, load_encoder
 from ..memory.ledger import Id
 from .scope import ScopeDetector, key_scores, stored_keys
+
+if TYPE_CHECKING:
+    from ..hf.tokens import Tokenizer
+    from .model import LarimarModel
 
 FILE = "scope.json"
 
@@ -39,7 +44,9 @@ class ScopedModel(HubFolder):
     Source: Das et al. 2024 (arXiv 2403.11901).
     """
 
-    def __init__(self, model, tokenizer, encoder: SentenceEncoder, detector: ScopeDetector):
+    def __init__(
+        self, model: LarimarModel, tokenizer: Tokenizer, encoder: SentenceEncoder, detector: ScopeDetector
+    ):
         self.model = model
         self.tokenizer = tokenizer
         self.encoder = encoder
@@ -78,8 +85,8 @@ class ScopedModel(HubFolder):
         return self._scope(self.encoder.encode(prompts)).tolist()
 
     @torch.no_grad()
-    def answer(self, prompts: Sequence[str], max_new_tokens: int = 12, **options) -> list[str]:
-        """Write prompts on: those in scope from memory, the others by the bare decoder.
+    def answer(self, prompts: Sequence[str], max_new_tokens: int = 12, **options: Any) -> list[str]:
+        """Continue prompts: those in scope from memory, the others by the bare decoder.
 
         Args:
             prompts: what is asked.
@@ -104,8 +111,8 @@ class ScopedModel(HubFolder):
                     answers[row] = text
         return answers
 
-    def generate(self, prompts: Sequence[str], readouts: Tensor | None, **options) -> Tensor:
-        """Write prompts on by given readouts, whatever their scope.
+    def generate(self, prompts: Sequence[str], readouts: Tensor | None, **options: Any) -> Tensor:
+        """Continue prompts with given readouts, whatever their scope.
 
         Args:
             prompts: what is asked.
@@ -123,7 +130,9 @@ class ScopedModel(HubFolder):
         options = {"do_sample": False, "pad_token_id": self._padding(), **options}
         return self.model.generate(ids, attention_mask=mask, readout=readouts, **options)[:, length:]
 
-    def save_pretrained(self, directory: str | os.PathLike, *, replace: bool = False, **hub_options) -> None:
+    def save_pretrained(
+        self, directory: str | os.PathLike, *, replace: bool = False, **hub_options: Any
+    ) -> None:
         """Write the model's folder with the threshold in it.
 
         Args:
@@ -156,10 +165,10 @@ class ScopedModel(HubFolder):
             config = LarimarConfig(**read_json(folder / "config.json"))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise EngramError(
-                f"directory: expected what save_pretrained wrote, got {str(folder)!r} ({error})"
+                f"name_or_directory: expected what save_pretrained wrote, got {str(folder)!r} ({error})"
             ) from error
         if config.encoder_name is None or config.decoder_name is None:
-            raise EngramError(f"directory: expected bases with names, got none in {str(folder)!r}")
+            raise EngramError(f"name_or_directory: expected bases with names, got none in {str(folder)!r}")
         encoder = load_encoder(config.encoder_name)
         decoder, tokenizer = load_model(config.decoder_name)
         model = LarimarModel.from_pretrained(folder, encoder=encoder.model, decoder=decoder)
@@ -175,6 +184,6 @@ class ScopedModel(HubFolder):
         return self.tokenizer.batch_decode(written, skip_special_tokens=True)
 
     def _padding(self) -> int:
-        """What follows the end of a shorter text of a batch: a token that is left out of texts."""
+        """The token that pads shorter texts of a batch, and is left out when they are decoded."""
         given = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
         return next((token for token in given if token is not None), 0)

@@ -24,10 +24,10 @@ def warm_start(
 ) -> float:
     """Teach the conditioning what texts begin with, before the decoder is asked, which costs far more.
 
-    A linear map, which is thrown away, maps the hidden layer to token embeddings, less their mean; the right
-    one shall have the highest cosine among those of the batch and others drawn at random. Then the offset of
-    the embeddings begins as the ridge regression of the hidden layer's activations on the right ones:
-    `(HᵀH + λI)⁻¹ Hᵀ E`.
+    A linear map, which is thrown away afterwards, takes the hidden layer to token embeddings less their mean;
+    it learns to give the right token the highest cosine among those of the batch and others drawn at random.
+    Then the offset of the embeddings is set to the ridge regression of the right embeddings on the hidden
+    layer's activations: `(HᵀH + λI)⁻¹ Hᵀ E`.
 
     Args:
         conditioning: with a hidden layer.

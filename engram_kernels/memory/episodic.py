@@ -118,14 +118,14 @@ class EpisodicMemory(MemoryState, MemoryFolder):
     ) -> None:
         """Write rows: `A += wᵀw`, `B += wᵀz` with `w = key M₀⁺`.
 
-        Writing is no step of autograd; for gradients through a write, call `ek.memory_solve` and its kin.
+        Autograd does not record writing; for gradients through a write, call `ek.memory_solve` and its kin.
 
         Args:
             values: z, [N, C] or [batch, N, C], any floating dtype.
             keys: what is asked for later, of the values' shape; default: the values themselves, so that they
                 can be completed from a part (auto-associative).
-            ids: a name for each row, text or integer, in the rows' order; of all memories together they are
-                different. Rows with ids are kept.
+            ids: a name for each row, text or integer, in the rows' order; no two rows of any memory have the
+                same. Rows with ids are kept in the ledger.
             texts: what each row says, kept with its id.
             memory: the number of the memory that a matrix goes to.
             cu_seqlens: bounds of the memories in a matrix, [batch + 1].
@@ -166,10 +166,9 @@ class EpisodicMemory(MemoryState, MemoryFolder):
     ) -> None:
         """Take rows out: `A −= wᵀw`, `B −= wᵀz`. All of them, or none if one cannot be.
 
-        By ids, what the ledger kept is taken out, which is what was written, to the bit. By values, rows that
-        the ledger has are taken out of it too; others only as far as rows were written without ids, and only
-        if the leverage of all of them together shows that the state can have held them. It does not prove
-        that it did.
+        By ids, exactly what was written is taken out: the ledger kept it. By values, rows that the ledger has
+        leave it too. Other rows can only be forgotten if as many were written without ids, and if their
+        leverage together shows that the state can have held them; it does not prove that it did.
 
         A memory whose last row is forgotten is as new: zero to the bit.
 
@@ -337,7 +336,7 @@ class EpisodicMemory(MemoryState, MemoryFolder):
         return solution.condition(self.precision(), self.ridges)
 
     def merge(self, other: EpisodicMemory) -> EpisodicMemory:
-        """Take up all that another memory holds: `A += A'`, `B += B'`, as if it had been written here.
+        """Add all that another memory holds: `A += A'`, `B += B'`, as if it had been written here.
 
         Args:
             other: one of the same slots, latents, number of memories, M₀, ridge, encoder and `state_dtype`;

@@ -1,4 +1,4 @@
-"""A memory that is kept as a folder, here or on the Hub, and replaced only by who knows what it holds."""
+"""A memory as a folder, here or on the Hub, which is not replaced if another has changed it since."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What forgetting leaves sound: rows without ids are checked by their leverage, rounding is summed away."""
+"""The safety of forgetting: rows without ids are checked by leverage, and rounding is cleared away."""
 
 from __future__ import annotations
 

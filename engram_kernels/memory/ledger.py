@@ -1,4 +1,4 @@
-"""What was written under an id, exactly as it was given: so that it can be taken out exactly."""
+"""The rows that were written with ids, as they were given, so that they can be forgotten exactly."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Ledger:
         return groups
 
     def check_new(self, ids: Sequence[Id], rows: int) -> list[Id]:
-        """The ids as a list, if there is one for each row, all different, and none taken.
+        """Check that there is a new id for each row, and return them as a list.
 
         Raises:
             TypeError: an id that is no text and no integer.
@@ -84,7 +84,7 @@ class Ledger:
         return ids
 
     def find(self, ids: Sequence[Id]) -> dict[Id, Entry]:
-        """The entries of ids, all different and all known, in the order of the ids.
+        """Return the entries of known, different ids, in the order of the ids.
 
         Raises:
             TypeError, ValueError: as for `check_new`.
@@ -100,7 +100,7 @@ class Ledger:
         return {name: self._entries[name] for name in ids}
 
     def match(self, rows: Rows, counts: Sequence[int], dtype: torch.dtype) -> tuple[list[Id], list[bool]]:
-        """The ids of those of the rows that are here, bit for bit in `dtype`; and which rows are not.
+        """Find rows bit for bit in `dtype`: the ids of those that are here, and which of the rows are not.
 
         Args:
             rows: to be looked for.
@@ -108,7 +108,7 @@ class Ledger:
             dtype: of the memory's state.
 
         Raises:
-            EngramError: there are more others than rows without ids.
+            EngramError: more rows are not here than were written without ids.
         """
 
         def bits(memory: int, key: Tensor, value: Tensor) -> tuple:
@@ -136,7 +136,7 @@ class Ledger:
         return names, strangers
 
     def add(self, ids: Sequence[Id], entries: Sequence[Entry]) -> None:
-        """Take up entries, or give those of known ids others."""
+        """Add entries, or replace those of known ids."""
         self._entries.update(zip(ids, entries, strict=True))
 
     def remove(self, ids: Sequence[Id]) -> None:
@@ -148,7 +148,7 @@ class Ledger:
 
 
 def checked_texts(texts: Sequence[str | None] | None, rows: int) -> list[str | None]:
-    """One text or None for each row."""
+    """Check that there is a text or None for each row."""
     if texts is None:
         return [None] * rows
     texts = list(texts)

@@ -84,7 +84,7 @@ def rows_of(
     cu_seqlens: Tensor | None,
     name: str = "values",
 ) -> Rows:
-    """Check latents, and say whose they are.
+    """Check latents, and find out which memory each row belongs to.
 
     A matrix [N, C] belongs to the memory of that number, which may be left out where there is only one; with
     `cu_seqlens` its rows `cu_seqlens[i] : cu_seqlens[i + 1]` belong to memory i. A tensor [batch, N, C] has a

@@ -1,4 +1,4 @@
-"""The memory that a state stands for, and its pseudo-inverse without what rounding put there."""
+"""The memory that solves a state, and its pseudo-inverse with the rounding cut off."""
 
 from __future__ import annotations
 

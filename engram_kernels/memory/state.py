@@ -1,4 +1,4 @@
-"""The sums that a memory is made of, and what follows from them: M, its pseudo-inverse, its condition."""
+"""The sums that a memory keeps, and what is computed from them: M, its pseudo-inverse, its condition."""
 
 from __future__ import annotations
 
@@ -25,6 +25,15 @@ FP32_CONDITION = torch.finfo(torch.float32).eps ** -0.5
 
 class MemoryState(nn.Module):
     """The buffers of `EpisodicMemory`, their dtype and device, and the solution, which is computed lazily."""
+
+    gram: Tensor
+    cross: Tensor
+    count: Tensor
+    keyed: Tensor
+    energy: Tensor
+    ridges: Tensor
+    m0: Tensor
+    m0_pinv: Tensor
 
     def __init__(
         self,
@@ -98,7 +107,7 @@ class MemoryState(nn.Module):
         """The number of rows in all memories, with and without ids."""
         return int(self.count.sum())
 
-    # A module is always true, also one whose length is zero.
+    # A module is true, even one of length zero.
     def __bool__(self) -> bool:
         return True
 

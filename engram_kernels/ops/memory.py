@@ -105,7 +105,7 @@ def memory_read(z: Tensor, M_pinv: Tensor, M: Tensor) -> Tensor:
 def _check_accumulate(
     A: Tensor, B: Tensor, w: Tensor, z: Tensor, alpha: Tensor | None, cu_seqlens: Tensor | None
 ) -> None:
-    check_state("AB", A, B)
+    check_state("A", A, "B", B)
     _check_ragged(A, cu_seqlens)
     check_rows(A, B, w, z, ragged=cu_seqlens is not None)
     if alpha is not None:
@@ -220,7 +220,7 @@ def memory_accumulate_(
 
 
 def _check_solve(A: Tensor, B: Tensor, ridge: float, finite: bool) -> None:
-    check_state("AB", A, B)
+    check_state("A", A, "B", B)
     check.number("ridge", ridge, at_least=0)
 
 
@@ -306,7 +306,7 @@ def memory_solve(A: Tensor, B: Tensor, *, ridge: float = 0.0) -> Tensor:
 
 
 def _check_leverages(A: Tensor, w: Tensor, cu_seqlens: Tensor | None, ridge: float, limit: float) -> None:
-    check_state("AB", A, None)
+    check_state("A", A)
     _check_ragged(A, cu_seqlens)
     check_rows(A, None, w, None, ragged=cu_seqlens is not None)
     check.number("ridge", ridge, at_least=0)

@@ -16,13 +16,12 @@ from ..errors import EngramError
 STATE_DTYPES = (torch.float64, torch.float32)
 
 
-def check_state(names: str, square: Tensor, wide: Tensor | None) -> None:
+def check_state(first: str, square: Tensor, second: str = "", wide: Tensor | None = None) -> None:
     """Check A [..., K, K] and B [..., K, C], or P and M: one shape of batch, one dtype, one device."""
-    first, second = names
     check.floating(first, square, STATE_DTYPES)
     is_square = square.dim() >= 2 and square.shape[-1] == square.shape[-2]
     check.expect(is_square, first, "shape [..., K, K]", list(square.shape))
-    if wide is None:
+    if not second:
         return
     check.floating(second, wide, (square.dtype,))
     check.expect(wide.dim() >= 2, second, "shape [..., K, C]", list(wide.shape))

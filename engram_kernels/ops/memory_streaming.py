@@ -12,7 +12,7 @@ __all__ = ["memory_stream"]
 
 
 def _check_stream(P: Tensor, M: Tensor, w: Tensor, z: Tensor) -> None:
-    check_state("PM", P, M)
+    check_state("P", P, "M", M)
     check_rows(P, M, w, z, ragged=False)
 
 

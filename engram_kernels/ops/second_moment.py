@@ -1,5 +1,7 @@
 """The second moment of a layer's inputs."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -64,6 +66,6 @@ def second_moment_(accumulator: Tensor, inputs: Tensor, mask: Tensor | None = No
     Source: the covariance C = K Kᵀ of Meng et al. 2022 (arXiv 2202.05262), section 3.1.
     """
     _check(accumulator, inputs, mask)
-    rows = inputs.detach().reshape(-1, inputs.shape[-1])
+    rows = inputs.detach().reshape(math.prod(inputs.shape[:-1]), inputs.shape[-1])
     _second_moment_(accumulator, rows, None if mask is None else mask.reshape(-1))
     return accumulator

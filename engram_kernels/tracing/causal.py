@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -10,10 +11,13 @@ from torch import Tensor, nn
 from .. import _checks as check
 from .._progress import Progress
 from ..errors import EngramError
-from ..hf.eval_mode import evaluating
+from ..hf.eval_mode import eval_mode
 from ..hf.tokens import check_length, check_prompt, check_text, encode_row, open_ids
 from .result import Trace
 from .runs import Runs, next_token
+
+if TYPE_CHECKING:
+    from ..hf.tokens import Tokenizer
 
 KINDS = ("hidden", "mlp", "attention")
 # Rows of the embedding matrix that are read at a time.
@@ -22,7 +26,7 @@ EMBEDDINGS = 4096
 
 def trace(
     model: nn.Module,
-    tokenizer,
+    tokenizer: Tokenizer,
     prompt: str,
     subject: str,
     kind: str = "hidden",
@@ -86,7 +90,7 @@ def trace(
     if sigma is not None:
         check.number("sigma", sigma, at_least=0)
     ids, span, label = _encode(model, tokenizer, prompt, subject, target)
-    with evaluating(model), torch.no_grad():
+    with eval_mode(model), torch.no_grad():
         embedding = model.get_input_embeddings()
         if sigma is None:
             sigma = _std(embedding, torch.arange(embedding.weight.shape[0], device=embedding.weight.device))
@@ -115,7 +119,7 @@ def trace(
     )
 
 
-def embedding_std(model: nn.Module, tokenizer, subjects: Iterable[str]) -> float:
+def embedding_std(model: nn.Module, tokenizer: Tokenizer, subjects: Iterable[str]) -> float:
     """The standard deviation of the embeddings of the subjects' tokens, the paper's `σ`.
 
     Raises:
@@ -133,7 +137,7 @@ def embedding_std(model: nn.Module, tokenizer, subjects: Iterable[str]) -> float
     return _std(embedding, torch.tensor(ids, device=embedding.weight.device))
 
 
-def known(model: nn.Module, tokenizer, row: Mapping[str, str]) -> bool:
+def known(model: nn.Module, tokenizer: Tokenizer, row: Mapping[str, str]) -> bool:
     """Whether the model's next token after `row["prompt"]` is the first one of `row["attribute"]`.
 
     Args:
@@ -148,7 +152,7 @@ def known(model: nn.Module, tokenizer, row: Mapping[str, str]) -> bool:
     missing = [name for name in ("prompt", "subject", "attribute") if name not in row]
     check.expect(not missing, "row", "prompt, subject and attribute", f"none of the name {missing}")
     ids, _, label = _encode(model, tokenizer, row["prompt"], row["subject"], row["attribute"])
-    with evaluating(model), torch.no_grad():
+    with eval_mode(model), torch.no_grad():
         return int(next_token(model, ids, 1)[0][0].argmax()) == label
 
 

@@ -73,13 +73,13 @@ class Runs:
         effects = torch.empty(len(self.ids) - self.first, depth, dtype=torch.float32, device="cpu")
         done = 0
         for token in range(self.first, len(self.ids)):
-            left = 0 if self.cached is None else token
-            batch = self._rows(len(self.ids) - left)
+            prefix = 0 if self.cached is None else token
+            batch = self._rows(len(self.ids) - prefix)
             for layers in torch.arange(depth, device="cpu").split(max(1, batch // samples)):
                 chances = []
                 for rows in torch.arange(len(layers) * samples, device="cpu").split(batch):
                     layer, copies = layers[rows // samples], rows % samples
-                    chances.append(self._chances(label, token, layer, copies, window, left))
+                    chances.append(self._chances(label, token, layer, copies, window, prefix))
                     done += len(rows)
                     if progress:
                         progress(f"trace {self.kind}", done // samples, effects.numel())
@@ -87,40 +87,40 @@ class Runs:
         return effects
 
     def _chances(
-        self, label: int, token: int, layer: Tensor, copies: Tensor, window: int, left: int
+        self, label: int, token: int, layer: Tensor, copies: Tensor, window: int, prefix: int
     ) -> Tensor:
-        """The label's probability in each of some rows, in one pass from token `left` on `[rows]`."""
+        """The label's probability in each of some rows, in one pass over what follows the prefix `[rows]`."""
         # The first layer that each must run: those below give what they gave in the corrupted run.
         start = layer + 1 if self.kind == "hidden" else (layer - window // 2).clamp(min=0)
         with (
-            self._corrupting(copies, left),
-            self._entering(start, copies, left),
-            self._restoring(token, layer, start, window, left),
+            self._corrupting(copies, prefix),
+            self._entering(start, copies, prefix),
+            self._restoring(token, layer, start, window, prefix),
         ):
-            inputs = self._cache(start, copies, left)
-            found, _ = next_token(self.model, self.ids[left:], len(copies), **inputs)
+            inputs = self._cache(start, copies, prefix)
+            found, _ = next_token(self.model, self.ids[prefix:], len(copies), **inputs)
         return found[:, label].cpu()
 
     def _rows(self, tokens: int) -> int:
-        """How many rows of as many tokens share a pass."""
+        """How many rows of that length share a pass."""
         device = self.model.get_input_embeddings().weight.device.type
         return self.batch or max(1, TOKENS.get(device, TOKENS["cpu"]) // tokens)
 
-    def _corrupting(self, copies: Tensor, left: int) -> AbstractContextManager[None]:
-        """The noise of these copies, in a pass that begins with token `left`."""
+    def _corrupting(self, copies: Tensor, prefix: int) -> AbstractContextManager[None]:
+        """Add the noise of these copies, in a pass that begins after a prefix of so many tokens."""
 
         def corrupt(_module, _arguments, output):
             noised = output.clone()
-            noise = self.noise[copies, max(0, left - self.first) :].to(noised)
-            begin = max(0, self.first - left)
+            noise = self.noise[copies, max(0, prefix - self.first) :].to(noised)
+            begin = max(0, self.first - prefix)
             noised[:, begin : begin + noise.shape[1]] += noise
             return noised
 
         return capture(after={self.model.get_input_embeddings(): corrupt})
 
     @contextmanager
-    def _entering(self, start: Tensor, copies: Tensor, left: int) -> Iterator[None]:
-        """Every row begins with its layer `start`, which never falls: there it is appended to the batch."""
+    def _entering(self, start: Tensor, copies: Tensor, prefix: int) -> Iterator[None]:
+        """Append each row to the batch at the layer `start` that it begins with; `start` never falls."""
         first = int(start[0])
         heads = getattr(self.model.config.get_text_config(), "num_attention_heads", 1)
         narrowing, appending = {}, {}
@@ -129,24 +129,24 @@ class Runs:
             if rows < len(start):
                 narrowing[layer] = _narrow(len(start), rows, heads)
                 appending[layer] = _append(
-                    self._corrupted_state(number + 1, copies[start == number + 1], left)
+                    self._corrupted_state(number + 1, copies[start == number + 1], prefix)
                 )
         with ExitStack() as stack:
             if first > 0:
-                states = self._corrupted_state(first, copies[start == first], left)
+                states = self._corrupted_state(first, copies[start == first], prefix)
                 stack.enter_context(replaying(self.layers[:first], states, self.rest[first - 1]))
             stack.enter_context(capture(before=narrowing, after=appending))
             yield
 
-    def _corrupted_state(self, layer: int, copies: Tensor, left: int) -> Tensor:
-        """What enters a layer in the corrupted run, from token `left` on."""
+    def _corrupted_state(self, layer: int, copies: Tensor, prefix: int) -> Tensor:
+        """What enters a layer in the corrupted run, after the prefix."""
         states = self.corrupted_states[layer - 1]
-        return states[copies.to(states.device), left:]
+        return states[copies.to(states.device), prefix:]
 
     def _restoring(
-        self, token: int, layer: Tensor, start: Tensor, window: int, left: int
+        self, token: int, layer: Tensor, start: Tensor, window: int, prefix: int
     ) -> AbstractContextManager[None]:
-        """In every row, the clean outputs at a token of the modules in the window around its layer."""
+        """Restore, in every row, the clean outputs at a token in the window of layers around its own."""
         below = layer - window // 2
         grafts = {}
         for number in range(max(0, int(below.min())), min(len(self.modules), int(below.max()) + window)):
@@ -154,24 +154,24 @@ class Runs:
             entered = start <= (number + 1 if self.kind == "hidden" else number)
             reached = ((below <= number) & (number < below + window))[entered]
             grafts[self.modules[number]] = _graft(
-                reached[:, None], token - left, self.clean_states[number][token]
+                reached[:, None], token - prefix, self.clean_states[number][token]
             )
         return capture(after=grafts)
 
-    def _cache(self, start: Tensor, copies: Tensor, left: int) -> dict:
-        """The corrupted copies' keys and values of the tokens before `left`, as the model takes them."""
-        if left == 0:
+    def _cache(self, start: Tensor, copies: Tensor, prefix: int) -> dict:
+        """The corrupted copies' keys and values of the prefix, as the model takes them."""
+        if prefix == 0:
             return {}
         pairs = []
         for number, tensors in enumerate(self.cached):
             # The model asks its first layer, which may not run, how many tokens went before.
             mine = copies[start <= max(number, int(start[0]))]
-            pairs.append([tensor[mine.to(tensor.device), :, :left] for tensor in tensors])
+            pairs.append([tensor[mine.to(tensor.device), :, :prefix] for tensor in tensors])
         return cache_inputs(self.model, filled_cache(pairs))
 
 
 def _narrow(whole: int, rows: int, heads: int) -> Callable:
-    """A forward pre-hook: of what a layer is given for `whole` rows, that for the first `rows`."""
+    """A forward pre-hook that cuts a layer's inputs for `whole` rows to the first `rows`."""
 
     def narrow(given):
         if isinstance(given, tuple):
@@ -189,7 +189,7 @@ def _narrow(whole: int, rows: int, heads: int) -> Callable:
 
 
 def _append(entering: Tensor) -> Callable:
-    """A forward hook: more rows below those that came."""
+    """A forward hook that appends rows to a layer's output."""
 
     def hook(_module, _inputs, output):
         states = torch.cat([_states(output), entering.to(_states(output).device)])
@@ -199,7 +199,7 @@ def _append(entering: Tensor) -> Callable:
 
 
 def _graft(rows: Tensor, token: int, clean: Tensor) -> Callable:
-    """A forward hook: `clean [width]` at a token, in the rows that `rows [rows, 1]` marks; else what came."""
+    """A forward hook that puts `clean [width]` at a token, in the rows that `rows [rows, 1]` marks."""
 
     def hook(_module, _inputs, output):
         states = _states(output)
@@ -214,7 +214,7 @@ def _graft(rows: Tensor, token: int, clean: Tensor) -> Callable:
 
 @contextmanager
 def _recording(modules: Iterable[nn.Module]) -> Iterator[list[list]]:
-    """Yield, for each module, the list of what it gives meanwhile."""
+    """Yield, for each module, the list of its outputs during the block."""
     outputs: dict[nn.Module, list] = {module: [] for module in modules}
 
     def record(module, _arguments, output):
@@ -239,7 +239,7 @@ def _modules(model: nn.Module, kind: str) -> list[nn.Module]:
 
 
 def _attention(block: nn.Module, number: int) -> nn.Module:
-    """What gives the attention of a layer: the child of that name with modules of its own, as no norm has."""
+    """The attention module of a layer: the child of that name that has modules of its own, unlike a norm."""
     found = {
         name: child
         for name, child in block.named_children()

@@ -23,6 +23,7 @@ import machine  # noqa: E402
 import report  # noqa: E402
 import resources  # noqa: E402
 import results  # noqa: E402
+import rows  # noqa: E402
 import sanitize  # noqa: E402
 
 # -- shapes and costs ----------------------------------------------------------------------------------------
@@ -210,7 +211,7 @@ def case(name: str, gpu: bool) -> dict:
         "eager": outcome(0.004, device=clock[:1]),
         "upstream": outcome(0.2, device=clock[:1], error=float("nan")),
     }
-    row = report.row(name, "engram", variants, 9e5, 0.00045, {"float32": 8e8})
+    row = rows.row(name, "engram", variants, 9e5, 0.00045, {"float32": 8e8})
     return row | {"benchmark": f"bench/bench_{'low_rank' if 'update' in name else 'graft'}.py::test_it"}
 
 
@@ -444,7 +445,7 @@ def test_on_a_gpu_only_what_is_wrong_with_the_kernels_stops_the_benchmarks(tmp_p
     shutil.copytree(BENCH, tree / "bench")
     programs.mkdir()
     scripts = {
-        "nvidia-smi": "echo NVIDIA H200",
+        "nvidia-smi": f'echo "$*" >>{tmp_path}/asked; echo NVIDIA H200',
         "compute-sanitizer": f"echo '{answer}'; exit 9",
         "python": 'case "$*" in\n'
         "*find_spec*) exit 1 ;;\n"
@@ -469,6 +470,9 @@ def test_on_a_gpu_only_what_is_wrong_with_the_kernels_stops_the_benchmarks(tmp_p
     expected |= dict.fromkeys(("rates", "low_rank"), "passed") if measured else {"benchmarks": "skipped"}
     assert stages == expected, done.stdout + done.stderr
     assert done.returncode == 1  # a sanitizer that saw nothing is no success
+    # No setting of the GPU is changed.
+    asked = (tmp_path / "asked").read_text().splitlines()
+    assert asked and all(line.startswith("--query-gpu=") for line in asked)
 
 
 @needs_bash
@@ -497,11 +501,30 @@ def test_gpu_tests_can_be_listed_without_a_gpu():
     assert run.returncode != 0 and "as_if_gpu: expected --collect-only" in run.stdout + run.stderr
 
 
-def test_every_benchmark_is_in_the_command_and_no_setting_is_changed():
-    text = SCRIPT.read_text()
-    for path in BENCH.glob("bench_*.py"):
-        family = path.stem.removeprefix("bench_")
-        assert re.search(rf"\b{family}\b", text), f"{path.name} is not in gpu.sh"
-    for line in text.splitlines():
-        if "nvidia-smi" in line and not line.lstrip().startswith(("#", "echo")):
-            assert "--query-gpu=" in line, line
+def stages(*arguments: str) -> dict[str, str]:
+    """The stages that the command would run, and their commands."""
+    done = subprocess.run(["bash", SCRIPT, "--list", *arguments], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    return dict(line.split(": ", 1) for line in done.stdout.splitlines())
+
+
+@needs_bash
+def test_every_benchmark_is_a_stage():
+    commands = stages().values()
+    # Compared on CPUs, as it needs a checkout of another library.
+    for path in set(BENCH.glob("bench_*.py")) - {BENCH / "bench_integrations.py"}:
+        assert sum(f"bench/{path.name}" in command.split() for command in commands) == 1, path.name
+
+
+@needs_bash
+def test_the_documentation_names_the_stages():
+    text = (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
+    table = text.partition("| stage |")[2].partition("\n\n")[0]
+    named = [name for line in table.splitlines() for name in re.findall(r"`(\w+)`", line.split("|")[1])]
+    assert named == list(stages())
+
+
+@needs_bash
+def test_a_list_can_be_of_some_stages_and_of_the_dry_run():
+    assert list(stages("--stages", "rates graft")) == ["rates", "graft"]
+    assert {"gpu-tests", "plan", "documents", "aot"} <= stages("--dry-run").keys()

@@ -38,10 +38,10 @@ def test_graft_sst2(example, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "seed 1: base" in said and "own graft" in said
     results = json.loads((out / "stsa-0" / "results.json").read_text())
-    assert {f"{name} 0.001 on 24 rows" for name in ("learned", "largest changes", "random", "union")} <= set(
+    assert {f"{name} 0.001 on 24 rows" for name in ("learned", "largest changes", "random", "merged")} <= set(
         results
     )
-    assert results["pre on 24 rows"]["count"] == 24
+    assert results["pre on 24 rows"]["rows"] == 24
     for picture in ("density.png", "curve.png"):
         assert (out / picture).stat().st_size > 5000
 

@@ -232,7 +232,7 @@ def test_each_share_and_the_leverages_are_drawn(tmp_path, monkeypatch):
     matplotlib = pytest.importorskip("matplotlib.figure", reason="pictures need matplotlib")
     drawn = []
     monkeypatch.setattr(matplotlib.Figure, "savefig", lambda figure, path, **_: drawn.append(figure))
-    monkeypatch.setattr("engram_kernels._plots.new_file", nullcontext)
+    monkeypatch.setattr("engram_kernels._plots.new_file", lambda path: nullcontext(Path(path)))
     loads = [
         Load(series, load, Recall("", 4, 0.5, load / 4, 0.5, 1 - load / 4), leverages, 0.1)
         for series, leverages in (("one", (0.1, 0.2, 0.3)), ("two", None))

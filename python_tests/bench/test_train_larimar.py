@@ -5,10 +5,12 @@ import json
 import shutil
 
 import model_zoo
+import pytest
 import train_larimar as example
 from larimar_helpers import sentence_encoder
 
 
+@pytest.mark.slow
 def test_it_trains_evaluates_and_goes_on_where_it_was_cut_off(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(example, "HELD_BACK", 4)
     monkeypatch.setattr(example, "load_encoder", lambda name: sentence_encoder())

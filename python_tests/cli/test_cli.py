@@ -5,6 +5,9 @@ import json
 import pytest
 from model_zoo import TEXTS, byte_level_tokenizer, small_model
 
+import engram_kernels as ek
+from engram_kernels.cli.common import App
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -64,24 +67,32 @@ def test_strict_fails_when_an_answer_is_not_as_wanted(engram, folder):
         "--control", "In [/b]",
     )  # fmt: skip
     assert "✗" in out and "In [/b]" in out
-    assert status == 1 and err.startswith("Error: strict: ")
+    assert status == 1 and err.startswith("Error: --strict: ")
+
+
+@pytest.mark.parametrize("command", ["", "edit", "apply", "eval", "graft", "graft localize", "memory"])
+def test_the_help_cuts_nothing_in_80_columns(engram, monkeypatch, command):
+    monkeypatch.setenv("COLUMNS", "80")
+    status, out, _ = engram(*command.split(), "--help")
+    assert status == 0 and "--help" in out
+    assert "…" not in out.replace("1, …", "") and "..." not in out.replace("[ARGS]...", "")
+    assert max(map(len, out.splitlines())) <= 80
 
 
 BAD = {
-    "subject not in prompt": (("--prompt", "Paris is the capital of"), "prompt: "),
-    "empty target": (("--target", " "), "target: "),
-    "unknown layer": (("--layer", "99"), "layer: expected from 0 to 3 for this model, got 99"),
-    "unknown dtype": (("--dtype", "int4"), "dtype: "),
-    "missing corpus": (("--corpus", "no/such/file"), "corpus: "),
-    "empty corpus": (("--corpus", "/dev/null"), "corpus: "),
-    "markup in the model's name": (("--model", "[/x]"), "[/x]"),
+    "subject not in prompt": (("--prompt", "Paris is the capital of"), "--prompt: "),
+    "empty target": (("--target", " "), "--target: "),
+    "unknown layer": (("--layer", "99"), "--layer: expected from 0 to 3 for this model, got 99"),
+    "missing corpus": (("--corpus", "no/such/file"), "--corpus: "),
+    "empty corpus": (("--corpus", "/dev/null"), "--corpus: "),
+    "markup in the model's name": (("--model", "[/x]"), "--model: expected 'smollm2', a directory"),
     "folder of the report": (
         ("--report", "no/such/folder/report.json"),
-        "report: expected a path in a folder",
+        "--report: expected a path in a folder",
     ),
-    "folder of the edit": (("--save", "no/such/folder/edit"), "save: expected a path in a folder"),
-    "device that is not there": (("--device", "foo"), "device: "),
-    "paraphrase without subject": (("--paraphrase", "Where is it?"), "prompt: "),
+    "folder of the edit": (("--save", "no/such/folder/edit"), "--save: expected a path in a folder"),
+    "device that is not there": (("--device", "foo"), "--device: "),
+    "paraphrase without subject": (("--paraphrase", "Where is it?"), "--paraphrase: expected {}"),
 }
 
 
@@ -95,22 +106,59 @@ def test_bad_input_is_one_sentence(engram, folder, case):
     assert err.startswith("Error: ") and message in err and err.count("\n") == 1
 
 
-def test_a_warning_is_one_sentence_without_a_line_of_code(monkeypatch, capsys):
+def test_only_the_package_s_own_warnings_are_shown_and_as_sentences(monkeypatch, capsys):
+    import logging
     import warnings
 
     from engram_kernels import cli
 
     def warn():
-        for filename in (cli.__file__, "elsewhere.py"):
-            print(warnings.formatwarning("corpus: expected more", UserWarning, filename, 7))
+        for category, filename in (
+            (UserWarning, cli.__file__),
+            (UserWarning, "elsewhere.py"),
+            # A library can blame its caller, which is this package.
+            (FutureWarning, cli.__file__),
+        ):
+            warnings.warn_explicit(f"corpus: {category.__name__} of {filename}", category, filename, 7)
+        logging.getLogger("transformers").warning("a library's")
 
-    default = warnings.formatwarning
+    before = warnings.showwarning
     monkeypatch.setattr(cli, "app", warn)
     cli.main()
-    assert capsys.readouterr().out == (
-        "Warning: corpus: expected more\n\nelsewhere.py:7: UserWarning: corpus: expected more\n\n"
-    )
-    assert warnings.formatwarning is default
+    said = capsys.readouterr()
+    assert (said.out, said.err) == ("", f"Warning: corpus: UserWarning of {cli.__file__}\n")
+    assert warnings.showwarning is before and logging.getLogger("transformers").isEnabledFor(logging.WARNING)
+
+
+def test_version(engram):
+    status, out, _ = engram("--version")
+    assert (status, out) == (0, f"engram_kernels {ek.__version__}\n")
+
+
+def test_a_choice_that_there_is_not_is_refused_by_the_option_s_name(engram, folder):
+    status, _, err = engram("edit", "--model", folder, *FACT, "--dtype", "int4")
+    assert status == 2 and "--dtype" in err and "'float32', 'bfloat16', 'float16'" in err
+
+
+@pytest.mark.parametrize(
+    ("error", "shown"),
+    [
+        ("model: expected a folder", "--model: expected a folder"),
+        ("batch_size: expected 1", "--batch-size: expected 1"),
+        ("other weights (force=True edits all the same)", "other weights (--force edits all the same)"),
+        ("facts: expected mean=True", "facts: expected mean=True"),
+    ],
+)
+def test_errors_name_options_and_not_arguments(capsys, error, shown):
+    app = App()
+
+    @app.command()
+    def fail(facts: str, model: str = "", batch_size: int = 1, force: bool = False) -> None:
+        raise ek.EngramError(error)
+
+    with pytest.raises(SystemExit) as ended:
+        app(["some"])
+    assert ended.value.code == 1 and capsys.readouterr().err == f"Error: {shown}\n"
 
 
 def test_checkpoints_that_cannot_be_read_are_one_sentence(engram, folder, tmp_path, monkeypatch):
@@ -122,14 +170,12 @@ def test_checkpoints_that_cannot_be_read_are_one_sentence(engram, folder, tmp_pa
     config = json.loads((folder / "config.json").read_text())
     (tmp_path / "wide" / "config.json").write_text(json.dumps({**config, "intermediate_size": 24}))
     status, _, err = engram("edit", "--model", tmp_path / "wide", *FACT, "--device", "cpu")
-    assert status == 1 and err.splitlines()[-1].startswith(
-        "Error: name_or_dir: expected 'smollm2', a directory"
-    )
+    assert status == 1 and err.splitlines()[-1].startswith("Error: --model: expected 'smollm2', a directory")
 
     def asks(*_, **__):
         raise ImportError("Loading this model requires a package (`pip install it`)")
 
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", asks)
     status, _, err = engram("edit", "--model", folder, *FACT, "--device", "cpu")
-    assert status == 1 and err.startswith("Error: name_or_dir: ") and "requires a package" in err
+    assert status == 1 and err.startswith("Error: --model: ") and "requires a package" in err
     assert err.count("\n") == 1

@@ -7,6 +7,7 @@ import stat
 
 import pytest
 import torch
+from command_line import refused
 from editing_helpers import changed, small_editor, weights
 from model_zoo import small_model
 
@@ -123,25 +124,23 @@ def test_an_edit_of_a_routed_expert(engram, tmp_path):
     assert not changed(weights(model), saved(tmp_path / "model"))
 
 
-def refused(result, message):
-    status, _, err = result
-    assert status == 1 and err.startswith(f"Error: {message}") and err.count("\n") == 1, err
-
-
-OTHERS = "model: expected in 'model.layers.1.mlp.down_proj' the weights that the edit was made for"
+OTHERS = "--model: expected in 'model.layers.1.mlp.down_proj' the weights that the edit was made for"
 STACK = "results: expected edits made for the same weights, or one on top of the other, got number 1 made for"
 BAD = {
     "missing edit": (
         ("--edit", "no/such/edit"),
-        "name_or_directory: expected a folder or a repository on the Hub, got",
+        "--edit: expected a folder or a repository on the Hub, got",
     ),
-    "no edit": (("--edit", "base"), "name_or_directory: expected saved edits, got 'base'"),
-    "an edit twice": (("--edit", "tower", "--edit", "tower"), "edit: expected different folders, got tower"),
+    "no edit": (("--edit", "base"), "--edit: expected saved edits, got 'base'"),
+    "an edit twice": (
+        ("--edit", "tower", "--edit", "tower"),
+        "--edit: expected different folders, got",
+    ),
     "missing model": (
         ("--edit", "tower", "--model", "no/such/model"),
-        "name_or_dir: expected 'smollm2', a directory",
+        "--model: expected 'smollm2', a directory",
     ),
-    "another architecture": (("--edit", "tower", "--model", "gpt2"), "model: expected a matrix"),
+    "another architecture": (("--edit", "tower", "--model", "gpt2"), "--model: expected a matrix"),
     "without what was below": (("--edit", "on top"), OTHERS),
     "the wrong order": (("--edit", "on top", "--edit", "tower"), STACK),
     "two dtypes": (("--edit", "tower", "--edit", "half"), STACK),
@@ -178,9 +177,9 @@ def test_the_folder_is_checked_before_any_work(engram, tmp_path, monkeypatch):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     for out, message in (
-        ("full", "out: expected a new or empty folder"),
-        ("full/file", "out: expected a new or empty folder"),
-        ("a/b", "out: expected a path in a folder that can be written"),
+        ("full", "--out: expected a new or empty folder"),
+        ("full/file", "--out: expected a new or empty folder"),
+        ("a/b", "--out: expected a path in a folder that can be written"),
     ):
         refused(engram("--edit", "tower", "--model", "base", "--out", tmp_path / out), message)
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["file"]
@@ -204,5 +203,5 @@ def test_a_model_that_wears_a_lora_is_not_saved_without_its_weights(engram, fold
     adapted.save_pretrained(tmp_path / "lora")
     small_editor().tokenizer.save_pretrained(tmp_path / "lora")
     result = engram("--edit", "tower", "--model", tmp_path / "lora", "--out", tmp_path / "model")
-    refused(result, "model: expected one without an adapter")
+    refused(result, "--model: expected one without an adapter")
     assert not (tmp_path / "model").exists()

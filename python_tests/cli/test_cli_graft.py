@@ -1,13 +1,16 @@
 """`engram graft`, with small random models on disk."""
 
 import copy
+import io
 import json
 from functools import partial
 
 import pytest
 import torch
+from command_line import refused
 from defaults import DEFAULTS
 from model_zoo import TEXTS, byte_level_tokenizer, small_model
+from rich.console import Console
 
 from engram_kernels.grafting import Graft, graftable_parameters, plots
 
@@ -77,8 +80,8 @@ def test_localize_learns_tests_and_saves(engram, tmp_path):
     assert graft.size == round(1e-3 * total) and not any("norm" in name for name in graft.shapes)
     assert graft.base_model == "base" and graft.recipe["seed"] == 0
     for name in ("pre", "fine-tuned", "grafted"):
-        assert graft.metrics[name].keys() == {"accuracy", "ece", "loss", "count"}
-        assert graft.metrics[name]["count"] == len(TEXTS)
+        assert graft.metrics[name].keys() == {"accuracy", "ece", "loss", "rows"}
+        assert graft.metrics[name]["rows"] == len(TEXTS)
     assert graft.metrics["words"] == ["a", "b"]
     assert graft.metrics["pre"]["loss"] != graft.metrics["fine-tuned"]["loss"]
     assert graft.metrics["pre"]["loss"] != graft.metrics["grafted"]["loss"]
@@ -185,6 +188,23 @@ def test_inspect(engram, folder, tmp_path):
     assert (tmp_path / "x.png").stat().st_size > 5000
 
 
+def test_no_number_is_folded_in_a_narrow_terminal():
+    from engram_kernels.cli.graft import _density
+    from engram_kernels.grafting.graft import Density
+
+    kinds = [f"self_attn.{name}_proj.weight" for name in "qkvo"]
+    kinds += [f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")]
+    kinds += ["input_layernorm.weight", "post_attention_layernorm.weight"]
+    entries = (10**7, 1234567, 99999, 12300, 150, 15, 0, 5 * 10**6, 25 * 10**5)
+    rows = [Density(29, kind, count, 10**7) for kind, count in zip(kinds, entries, strict=True)]
+    console = Console(width=80, file=io.StringIO())
+    console.print(_density(plots.Grid.of(rows)))
+    *_, last = console.file.getvalue().strip().splitlines()
+    assert last.split() == [
+        "29", "1000k", "123k", "10k", "1230", "15", "1.5", "·", "500k", "250k", f"{sum(entries):,}"
+    ]  # fmt: skip
+
+
 def test_diff(engram, folder):
     one, two = (Graft.from_pretrained(folder / name) for name in ("graft", "other"))
     overlap = one.overlap(two)
@@ -210,49 +230,43 @@ def test_curve(engram, tmp_path):
     got = [(row["series"], row["sparsity"]) for row in content["grafts"]]
     assert got == [(name, size) for size in (1e-2, 1e-3) for name in ("learned", "largest changes", "random")]
     assert len({row["entries"] for row in content["grafts"] if row["sparsity"] == 1e-3}) == 1
-    assert content["pre"]["count"] == len(TEXTS) and "fine-tuned" in content
+    assert content["pre"]["rows"] == len(TEXTS) and "fine-tuned" in content
     assert {path.name for path in tmp_path.iterdir()} == {"curve.png", "curve.json"}
 
 
 BAD = {
-    "missing base": (("--base", "no/such/base"), "name_or_dir: "),
-    "missing fine-tuned model": (("--tuned", "no/such/model"), "name_or_dir: "),
-    "another architecture": (("--tuned", "gpt2"), "tuned: expected a tensor"),
-    "missing data": (("--data", "none"), "data: expected a text file"),
-    "empty data": (("--data", "/dev/null"), "data: expected lines of text"),
-    "label outside": (("--data", "bad rows"), "data: expected a label from 0 to 1 and a text in line 2"),
-    "missing test": (("--test", "none"), "test: expected a text file"),
-    "template without a place": (("--template", "Review:"), "template: expected one {}"),
-    "equal words": (("--word", "a"), "word: expected two or more different"),
+    "missing base": (("--base", "no/such/base"), "--base: expected 'smollm2'"),
+    "missing fine-tuned model": (("--tuned", "no/such/model"), "--tuned: expected 'smollm2'"),
+    "another architecture": (("--tuned", "gpt2"), "--tuned: expected a tensor"),
+    "missing data": (("--data", "none"), "--data: expected a text file"),
+    "empty data": (("--data", "/dev/null"), "--data: expected lines of text"),
+    "label outside": (("--data", "bad rows"), "--data: expected a label from 0 to 1 and a text in line 2"),
+    "missing test": (("--test", "none"), "--test: expected a text file"),
+    "template without a place": (("--template", "Review:"), "--template: expected one {}"),
+    "equal words": (("--word", "a"), "--word: expected two or more different"),
     "word of several tokens": (("--word", "zqxj"), "words: expected words of one token"),
-    "zero sparsity": (("--sparsity", "0"), "sparsity: expected at most 1, and at least one of"),
-    "tiny sparsity": (("--sparsity", "1e-9"), "sparsity: expected at most 1, and at least one of"),
-    "sparsity above one": (("--sparsity", "1.5"), "sparsity: "),
-    "sparsity that is no number": (("--sparsity", "nan"), "sparsity: "),
-    "unknown recipe": (("--recipe", "soup"), "recipe: expected one of rounds"),
-    "too few steps": (("--steps", "1"), "steps: "),
-    "learning rate": (("--lr", "nan"), "lr: "),
-    "l1": (("--l1", "inf"), "l1: "),
-    "pattern to include": (("--include", "x*"), "include: expected a pattern that matches"),
-    "pattern to exclude": (("--exclude", "x*"), "exclude: expected a pattern that matches"),
-    "batch size": (("--batch-size", "0"), "batch-size: expected at least 1"),
-    "max length": (("--max-length", "0"), "max-length: expected at least 1"),
-    "accumulate": (("--accumulate", "0"), "accumulate: expected at least 1"),
-    "too many shots": (("--shots", "99"), "shots: expected from 1 to the 10 rows that label 0 has"),
-    "no shots": (("--shots", "0"), "shots: expected from 1"),
-    "dtype": (("--dtype", "int4"), "dtype: expected one of float32"),
-    "device": (("--device", "foo"), "device: expected one that PyTorch can use"),
+    "zero sparsity": (("--sparsity", "0"), "--sparsity: expected at most 1, and at least one of"),
+    "tiny sparsity": (("--sparsity", "1e-9"), "--sparsity: expected at most 1, and at least one of"),
+    "sparsity above one": (("--sparsity", "1.5"), "--sparsity: "),
+    "sparsity that is no number": (("--sparsity", "nan"), "--sparsity: "),
+    "unknown recipe": (("--recipe", "soup"), "--recipe: expected one of rounds"),
+    "too few steps": (("--steps", "1"), "--steps: "),
+    "learning rate": (("--lr", "nan"), "--lr: "),
+    "l1": (("--l1", "inf"), "--l1: "),
+    "pattern to include": (("--include", "x*"), "--include: expected a pattern that matches"),
+    "pattern to exclude": (("--exclude", "x*"), "--exclude: expected a pattern that matches"),
+    "batch size": (("--batch-size", "0"), "--batch-size: expected at least 1"),
+    "max length": (("--max-length", "0"), "--max-length: expected at least 1"),
+    "accumulate": (("--accumulate", "0"), "--accumulate: expected at least 1"),
+    "too many shots": (("--shots", "99"), "--shots: expected from 1 to the 10 rows that label 0 has"),
+    "no shots": (("--shots", "0"), "--shots: expected from 1"),
+    "device": (("--device", "foo"), "--device: expected one that PyTorch can use"),
 }
 PICTURES = {
     "not a png": ("curve.svg", "expected a name that ends in .png"),
     "no such folder": ("no/such/x.png", "expected a path in a folder that can be written"),
     "a folder": ("folder.png", "expected the name of a file"),
 }
-
-
-def refused(result, message):
-    status, _, err = result
-    assert status == 1 and err.startswith(f"Error: {message}") and err.count("\n") == 1, err
 
 
 @pytest.mark.parametrize("case", BAD)
@@ -268,9 +282,9 @@ def test_bad_picture_paths(engram, tmp_path, case):
     (tmp_path / "folder.png").mkdir()
     picture = tmp_path / name
     localize = ("localize", *LEARN, *WORDS, "--out", tmp_path / "skill", "--heat-map", picture)
-    refused(engram(*localize), f"heat-map: {message}")
-    refused(engram("inspect", "graft", "--heat-map", picture), f"heat-map: {message}")
-    refused(engram("curve", *LEARN, *WORDS, "--test", "rows", "--out", picture), f"out: {message}")
+    refused(engram(*localize), f"--heat-map: {message}")
+    refused(engram("inspect", "graft", "--heat-map", picture), f"--heat-map: {message}")
+    refused(engram("curve", *LEARN, *WORDS, "--test", "rows", "--out", picture), f"--out: {message}")
     assert [path.name for path in tmp_path.iterdir()] == ["folder.png"]
 
 
@@ -281,32 +295,34 @@ def test_outputs_are_checked_before_any_work(engram, tmp_path, monkeypatch):
     localize = ("localize", *LEARN, *WORDS, "--out")
     apply = ("apply", "--base", "base", "--graft", "graft", "--out")
     for command in (localize, apply):
-        refused(engram(*command, tmp_path / "full"), "out: expected a new or empty folder")
-        refused(engram(*command, tmp_path / "full" / "file"), "out: expected a new or empty folder")
+        refused(engram(*command, tmp_path / "full"), "--out: expected a new or empty folder")
+        refused(engram(*command, tmp_path / "full" / "file"), "--out: expected a new or empty folder")
         refused(
-            engram(*command, tmp_path / "a" / "b"), "out: expected a path in a folder that can be written"
+            engram(*command, tmp_path / "a" / "b"), "--out: expected a path in a folder that can be written"
         )
     curve = ("curve", *LEARN, *WORDS, "--test", "rows", "--out", tmp_path / "x.png")
-    refused(engram(*curve, "--report", tmp_path / "a" / "b"), "report: expected a path in a folder")
-    refused(engram(*curve, "--report", tmp_path), "report: expected the name of a file")
+    refused(engram(*curve, "--report", tmp_path / "a" / "b"), "--report: expected a path in a folder")
+    refused(engram(*curve, "--report", tmp_path), "--report: expected the name of a file")
 
 
 def test_what_needs_words_says_so(engram, tmp_path):
     for change in (("--template", "{}"), ("--shots", "2"), ("--test", "rows")):
         result = engram("localize", *LEARN, "--out", tmp_path / "skill", *change)
-        refused(result, f"{change[0][2:]}: expected a --word for each label with it")
+        refused(result, f"{change[0]}: expected a --word for each label with it")
     result = engram("localize", *LEARN, "--out", tmp_path / "skill", "--word", "a", "--word", "b")
-    refused(result, "template: expected one {} for the text, got None")
+    refused(result, "--template: expected one {} for the text, got None")
 
 
 def test_what_is_no_graft_is_refused(engram, folder, tmp_path):
-    message = "name_or_directory: expected a saved graft"
-    for command in (("inspect", "base"), ("diff", "graft", "base")):
-        refused(engram(*command), message)
-    refused(engram("apply", "--base", "base", "--graft", "base", "--out", tmp_path / "model"), message)
+    message = ": expected a saved graft"
+    for command, name in ((("inspect", "base"), "graft"), (("diff", "graft", "base"), "second")):
+        refused(engram(*command), name + message)
+    refused(
+        engram("apply", "--base", "base", "--graft", "base", "--out", tmp_path / "m"), "--graft" + message
+    )
     refused(
         engram("apply", "--graft", "graft", "--out", tmp_path / "model"),
-        "base: expected a model, as 'graft' does not name its own",
+        "--base: expected a model, as 'graft' does not name its own",
     )
     assert not any(tmp_path.iterdir())
 

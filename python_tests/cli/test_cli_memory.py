@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from command_line import refused
 from model_zoo import small_encoder, word_piece_tokenizer
 
 from engram_kernels.memory import EpisodicMemory, load_encoder
@@ -120,7 +121,7 @@ def test_forget_names_integers_too(engram, tmp_path):
     kept.write(torch.randn(4, 8, generator=torch.Generator().manual_seed(0)), ids=[1, 2, "1", "x"])
     kept.save_pretrained(tmp_path / "m")
     before = content(tmp_path / "m")
-    message = "id: expected one that names a single fact, got '1', which names 1 and '1'"
+    message = "--id: expected one that names a single fact, got '1', which names 1 and '1'"
     refused(engram("forget", tmp_path / "m", "--id", "2", "--id", "1"), message)
     assert content(tmp_path / "m") == before
     status, _, err = engram("forget", tmp_path / "m", "--id", "2", "--id", "x")
@@ -143,31 +144,29 @@ def test_the_help_says_where_recall_is_measured(engram):
 
 
 BAD_WRITES = {
-    "missing file": (("--facts", "none"), "facts: expected a text file"),
-    "empty file": (("--facts", "/dev/null"), "facts: expected lines of text"),
-    "no JSON": (("--facts", "no JSON"), "facts: expected JSON in line 1"),
-    "no value": (("--facts", "no value"), "facts: expected a text as 'value' in line 1, got None"),
-    "other field": (("--facts", "other field"), "facts: expected key, value and id in line 1, got 'answer'"),
-    "bad id": (("--facts", "bad id"), "facts: expected a text as 'id' in line 1, got True"),
-    "blank": (("--facts", "blank"), "facts: expected a text as 'value' in line 2, got '   '"),
+    "missing file": (("--facts", "none"), "--facts: expected a text file"),
+    "empty file": (("--facts", "/dev/null"), "--facts: expected lines of text"),
+    "no JSON": (("--facts", "no JSON"), "--facts: expected JSON in line 1"),
+    "no value": (("--facts", "no value"), "--facts: expected a text as 'value' in line 1, got None"),
+    "other field": (
+        ("--facts", "other field"),
+        "--facts: expected key, value and id in line 1, got 'answer",
+    ),
+    "bad id": (("--facts", "bad id"), "--facts: expected a text as 'id' in line 1, got True"),
+    "blank": (("--facts", "blank"), "--facts: expected a text as 'value' in line 2, got '   '"),
     "half a character": (
         ("--facts", "half a character"),
-        r"facts: expected whole characters as 'value' in line 2, got 'x\ud800'",
+        r"--facts: expected whole characters as 'value' in line 2, got 'x\ud800'",
     ),
-    "twice": (("--facts", "twice"), "facts: expected new ones, got 'A fact.' in line 2"),
-    "known": (("--facts", "known"), "facts: expected new ones, got 'The Colosseum is in Paris.' in line 1"),
+    "twice": (("--facts", "twice"), "--facts: expected new ones, got 'A fact.' in line 2"),
+    "known": (("--facts", "known"), "--facts: expected new ones, got 'The Colosseum is in Paris.' in line 1"),
     "known id": (("--facts", "known id"), "ids: expected new ones, got 'atlantis'"),
-    "settings": (("--facts", "more", "--slots", "8"), "slots: expected none, as"),
+    "settings": (("--facts", "more", "--slots", "8"), "--slots: expected none, as"),
     "another encoder": (
         ("--facts", "more", "--encoder", "minilm"),
-        "encoder: expected 'encoder', which made",
+        "--encoder: expected 'encoder', which made",
     ),
 }
-
-
-def refused(result, message):
-    status, _, err = result
-    assert status == 1 and err.startswith(f"Error: {message}") and err.count("\n") == 1, err
 
 
 @pytest.mark.parametrize("case", BAD_WRITES)
@@ -181,27 +180,27 @@ def test_bad_writes_leave_the_memory_alone(engram, memory, case):
 def test_bad_new_memories_leave_nothing(engram, tmp_path):
     new, facts = tmp_path / "m", ("--facts", "more", "--encoder", "encoder")
     refused(
-        engram("write", new, "--facts", "more", "--encoder", "no/such/one"), "name_or_dir: expected 'minilm'"
+        engram("write", new, "--facts", "more", "--encoder", "no/such/one"), "--encoder: expected 'minilm'"
     )
-    refused(engram("write", new, *facts, "--ridge", "big"), "ridge: expected loo or a number, got 'big'")
-    refused(engram("write", new, *facts, "--ridge", "0"), "ridge: expected a number above 0")
-    refused(engram("write", new, *facts, "--slots", "0"), "slots: expected at least 1")
+    refused(engram("write", new, *facts, "--ridge", "big"), "--ridge: expected loo or a number, got 'big'")
+    refused(engram("write", new, *facts, "--ridge", "0"), "--ridge: expected a number above 0")
+    refused(engram("write", new, *facts, "--slots", "0"), "--slots: expected at least 1")
     refused(engram("write", tmp_path / "a" / "b", *facts), "memory: expected a path in a folder that can be")
     (tmp_path / "file").touch()
-    refused(engram("write", tmp_path / "file", *facts), "name_or_directory: expected a folder or a")
+    refused(engram("write", tmp_path / "file", *facts), "memory: expected a folder or a")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_bad_questions_and_names(engram, tmp_path, memory):
     before = content(memory)
     refused(engram("ask", memory, " "), "question: expected some text")
-    refused(engram("ask", memory, "x", "--top", "0"), "top: expected at least 1")
-    refused(engram("ask", memory, "x", "--device", "tpu"), "device: expected one that PyTorch can use here")
-    refused(engram("ask", tmp_path / "none", "x"), "name_or_directory: expected a folder or a repository")
-    refused(engram("list", tmp_path), "directory: expected a saved memory")
-    refused(engram("forget", memory), "id: expected an --id or a --text, got none")
+    refused(engram("ask", memory, "x", "--top", "0"), "--top: expected at least 1")
+    refused(engram("ask", memory, "x", "--device", "tpu"), "--device: expected one that PyTorch can use here")
+    refused(engram("ask", tmp_path / "none", "x"), "memory: expected a folder or a repository")
+    refused(engram("list", tmp_path), "memory: expected a saved memory")
+    refused(engram("forget", memory), "--id: expected an --id or a --text, got none")
     refused(
         engram("forget", memory, "--id", "1", "--id", "x"), "ids: expected ones that were written, got 'x'"
     )
-    refused(engram("forget", memory, "--text", "x"), "text: expected a fact of the memory")
+    refused(engram("forget", memory, "--text", "x"), "--text: expected a fact of the memory")
     assert content(memory) == before

@@ -69,21 +69,21 @@ def test_facts(engram, folder, tmp_path):
 
 
 BAD = {
-    "nothing": ((), "prompt: expected one with its subject, or facts, got neither"),
-    "both": ((*FACT, "--facts", "x.json"), "facts: expected no prompt, subject or target beside them"),
-    "kind": ((*FACT, "--kind", "neuron"), "kind: expected hidden, mlp or attention, got 'neuron'"),
+    "nothing": ((), "--prompt: expected one with its subject, or facts, got neither"),
+    "both": ((*FACT, "--facts", "x.json"), "--facts: expected no prompt, subject or target beside them"),
+    "kind": ((*FACT, "--kind", "neuron"), "--kind: expected hidden, mlp or attention, got 'neuron'"),
     "suffix": (
         (*FACT, "--out", "x.jpg"),
-        "out: expected a name that ends in .png, .svg, .pdf or .json",
+        "--out: expected a name that ends in .png, .svg, .pdf or .json",
     ),
-    "folder": ((*FACT, "--out", "no/such/x.svg"), "out: expected a path in a folder that can be written"),
-    "rows": (("--facts", "x.json", "--rows", "0"), "rows: expected at least 1, got 0"),
-    "missing": (("--facts", "no/such.json"), "facts: expected a JSON file, got 'no/such.json'"),
+    "folder": ((*FACT, "--out", "no/such/x.svg"), "--out: expected a path in a folder that can be written"),
+    "rows": (("--facts", "x.json", "--rows", "0"), "--rows: expected at least 1, got 0"),
+    "missing": (("--facts", "no/such.json"), "--facts: expected a JSON file, got 'no/such.json'"),
     "no list": (
         ("--facts", "config.json"),
-        "facts: expected a list of objects with prompt, subject, attribute",
+        "--facts: expected a list of objects with prompt, subject, attribute",
     ),
-    "window": ((*FACT, "--window", "0"), "window: expected at least 1, got 0"),
+    "window": ((*FACT, "--window", "0"), "--window: expected at least 1, got 0"),
 }
 
 
@@ -99,10 +99,25 @@ def test_facts_that_the_model_does_not_know(engram, folder, tmp_path):
     rows = [{"prompt": "Paris lies in", "subject": "Paris", "attribute": "Brazil"}]
     (tmp_path / "facts.json").write_text(json.dumps(rows))
     status, _, err = engram("--model", folder, "--facts", tmp_path / "facts.json", "--device", "cpu")
-    assert status == 1 and "facts: expected one that" in err and "knows, got none of 1" in err
+    assert status == 1 and "--facts: expected one that" in err and "knows, got none of 1" in err
 
 
 def test_facts_that_are_none(engram, tmp_path):
     (tmp_path / "facts.json").write_text("[]")
     status, _, err = engram("--model", "not/loaded", "--facts", tmp_path / "facts.json")
-    assert status == 1 and err.startswith("Error: facts: expected at least one, got none in ")
+    assert status == 1 and err.startswith("Error: --facts: expected at least one, got none in ")
+
+
+def test_facts_that_cannot_be_traced(engram, tmp_path):
+    """All of them are looked at before the model is loaded."""
+    good = {"prompt": "Paris lies in", "subject": "Paris", "attribute": "Brazil"}
+    for change, message in (
+        ({"attribute": " "}, "row 1 (attribute: expected some text, got ' ')"),
+        (
+            {"subject": "Rome"},
+            "row 1 (prompt: expected {} or the subject 'Rome' exactly once, got 'Paris lies in'",
+        ),
+    ):
+        (tmp_path / "facts.json").write_text(json.dumps([good, {**good, **change}]))
+        status, _, err = engram("--model", "not/loaded", "--facts", tmp_path / "facts.json")
+        assert status == 1 and "facts: expected ones that can be traced, got " + message in err

@@ -133,6 +133,28 @@ def test_removing_with_a_ridge(make):
     assert (projection.matrix - wanted.matrix).norm() <= 1e-5 * wanted.matrix.norm()
 
 
+@pytest.mark.parametrize("count", [40, 70])
+def test_removing_of_more_edits_than_half_the_dimensions(make, count, tmp_path):
+    """Of 64, and by either side of them: the inverse is then in the right factor."""
+    edits = [Edit(f"Tower {a}{b}", "{} is in", "Japan") for a in "ABCDEFG" for b in "abcdefghij"][:count]
+    options = ValueOptions(steps=2, learning_rate=0.05)
+    with_them, without = make(value=options, contexts=()), make(value=options, contexts=())
+    memit = {"layers": 1, "method": "memit", "ridge": 0.5}
+    with with_them.edit(edits, **memit) as whole:
+        whole.save_pretrained(tmp_path / "all")
+    result = EditResult.from_pretrained(tmp_path / "all")
+    projection, wanted = output_projection(with_them.model, 1), output_projection(without.model, 1)
+    # One, and then so many that fewer than half the dimensions are left.
+    for kept in (count - 1, 20):
+        while len(result) > kept:
+            result.remove(3)
+        rest = [record.edit for record in result.records]
+        with result.apply(with_them.model), without.edit(rest, **memit):
+            off = (projection.matrix - wanted.matrix).norm() / wanted.matrix.norm()
+            # Each removal rounds the factor once.
+            assert off <= 1e-5 * (count - kept)
+
+
 def test_removing_an_edit_of_a_sequence_leaves_its_write_out(make):
     editor = make()
     base = weights(editor.model)

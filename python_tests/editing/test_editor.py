@@ -600,7 +600,7 @@ def test_load_model_from_a_directory(tmp_path, tokenizer):
 
 
 def test_load_model_errors(tmp_path):
-    with pytest.raises(EngramError, match=r"^name_or_dir: expected ") as caught:
+    with pytest.raises(EngramError, match=r"^name_or_directory: expected ") as caught:
         load_model(tmp_path)
     assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match=r"^dtype: expected "):
@@ -611,7 +611,7 @@ def test_load_model_errors(tmp_path):
     model_zoo.small_model().save_pretrained(tmp_path)
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
-    with pytest.raises(EngramError, match=r"^name_or_dir: expected "):
+    with pytest.raises(EngramError, match=r"^name_or_directory: expected "):
         load_model(tmp_path)
 
 

@@ -22,8 +22,7 @@ from defaults import DEFAULTS
 from safetensors.torch import load_file, save_file
 
 from engram_kernels.covariance import Covariance
-from engram_kernels.editing import Edit, Editor, corpus, moments, statistics
-from engram_kernels.editing.npz import load_npz, save_npz
+from engram_kernels.editing import Edit, Editor, corpus, load_npz, moments, save_npz, statistics
 from engram_kernels.editing.prefixes import sample_prefixes
 from engram_kernels.errors import EngramError
 from engram_kernels.hf.loading import cache_directory

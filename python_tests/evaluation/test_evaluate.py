@@ -1,102 +1,24 @@
-"""`engram eval`, and the text that fluency is measured on."""
+"""`engram eval`."""
 
 import importlib.metadata
 import json
-import math
-import random
 import sys
 from functools import partial
 
 import pytest
-import torch
+from command_line import refused
 from evaluation_helpers import EASY_EDIT, ROME, ZSRE, ZSRE_EASY_EDIT, StubEditor, without
-from model_zoo import TEXTS, small_model, word_piece_tokenizer
+from model_zoo import TEXTS, small_model
 
 import engram_kernels
-from engram_kernels import EngramError
 from engram_kernels.cli.common import versions
 from engram_kernels.editing import load_model
 from engram_kernels.evaluation.datasets import read_cases
-from engram_kernels.evaluation.fluency import fluency, generate, ngram_entropy
 from engram_kernels.evaluation.measures import ASPECTS, measure
 from engram_kernels.evaluation.report import EvalReport
 from engram_kernels.evaluation.run import CHECKPOINTS, Evaluation
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-# Fluency
-
-
-def test_the_entropy_of_known_texts():
-    # Bigrams: "a b" three times, "b a" twice; trigrams: "a b a" and "b a b" twice each.
-    bigrams = -(0.6 * math.log2(0.6) + 0.4 * math.log2(0.4))
-    assert ngram_entropy("a b a b a b") == pytest.approx((2 / 3 * bigrams + 4 / 3 * 1) / 2)
-    # Eight different words and marks: seven bigrams, six trigrams.
-    text = "One, two; three: four five"
-    assert ngram_entropy(text) == pytest.approx((2 / 3 * math.log2(7) + 4 / 3 * math.log2(6)) / 2)
-    assert ngram_entropy("no no no no no") == ngram_entropy("word") == ngram_entropy("") == 0
-
-
-def written_alone(model, tokenizer, prompt, ids, tokens, seed):
-    """The same text with neither a batch nor a cache."""
-    draws, ids = random.Random(f"{seed} {prompt}"), list(ids)
-    for _ in range(tokens):
-        with torch.no_grad():
-            top = model(torch.tensor([ids]), use_cache=False).logits[0, -1].double().topk(5)
-        chances, draw = top.values.softmax(-1).tolist(), draws.random()
-        choice = 0
-        while choice < 4 and draw > sum(chances[: choice + 1]):
-            choice += 1
-        ids.append(top.indices[choice].item())
-    return tokenizer.decode(ids, skip_special_tokens=True)
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_generated_texts_are_those_of_brute_force(tokenizer, family):
-    model = small_model(family, len(tokenizer), torch.float64)
-    prompts = ["The", "The Eiffel Tower is located in the city of", "Rome is", "Therefore I think that you"]
-    states = random.getstate(), torch.get_rng_state()
-    texts = generate(model, tokenizer, prompts, 12, seed=3, batch_size=3)
-    assert random.getstate() == states[0] and torch.equal(torch.get_rng_state(), states[1])
-    assert texts == [
-        written_alone(model, tokenizer, prompt, tokenizer(prompt)["input_ids"], 12, 3) for prompt in prompts
-    ]
-    assert texts == generate(model, tokenizer, prompts, 12, seed=3, batch_size=1)
-    other = generate(model, tokenizer, prompts, 12, seed=4)
-    assert all(a != b for a, b in zip(texts, other, strict=True))
-
-
-def test_fluency_is_the_mean_over_the_prompts(tokenizer, cases):
-    model = small_model("llama", len(tokenizer), torch.float64)
-    found = fluency(model, tokenizer, cases, 10)
-    for case, bits in zip(cases, found, strict=True):
-        prompts = case.generation or [case.edit.text]
-        texts = [
-            written_alone(model, tokenizer, prompt, tokenizer(prompt)["input_ids"], 10, 0)
-            for prompt in prompts
-        ]
-        assert bits == pytest.approx(sum(map(ngram_entropy, texts)) / len(texts)) and bits > 0
-    with pytest.raises(
-        EngramError, match=r"prompt: expected at most 128 tokens with the 125 to write, .* got \d+"
-    ):
-        fluency(model, tokenizer, cases, 125)
-
-
-def test_a_closing_token_is_not_read():
-    tokenizer = word_piece_tokenizer()
-    model = small_model("llama", len(tokenizer), torch.float64)
-    prompts = ["The", "The Eiffel Tower is located in the city of", "Rome is"]
-    opened = [
-        [tokenizer.bos_token_id, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]
-        for prompt in prompts
-    ]
-    texts = generate(model, tokenizer, prompts, 12, seed=3)
-    expected = [written_alone(model, tokenizer, *asked, 12, 3) for asked in zip(prompts, opened, strict=True)]
-    assert texts == expected
-
-
-# The command line
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +82,6 @@ def test_the_command_edits_measures_and_reports(engram, folder, tmp_path):
 
 
 def test_the_command_goes_on_where_it_was_cut_off(engram, stubbed, tmp_path, monkeypatch):
-
     report, asked = tmp_path / "out.json", ("--data", "counterfact.json", "--fluency", "0")
     whole = tmp_path / "whole.json"
     assert engram(*asked, "--report", whole)[0] == 0
@@ -177,9 +98,8 @@ def test_the_command_goes_on_where_it_was_cut_off(engram, stubbed, tmp_path, mon
     assert status == 1 and err == "Error: disk full\n"
     assert len(json.loads(report.read_text())["rows"]) == 2
     status, _, err = engram(*asked, "--report", report, "--seed", "1")
-    assert (
-        status == 1 and err.startswith("Error: report: expected one of the same settings") and "seed" in err
-    )
+    refused((status, _, err), "--report: expected one of the same settings")
+    assert "seed" in err
     status, out, _ = engram(*asked, "--report", report)
     assert status == 0 and len(stubbed[-1].calls) == 1 and "3/3" in out
     contents = [json.loads(path.read_text()) for path in (report, whole)]
@@ -247,9 +167,14 @@ def test_the_command_where_peak_memory_is_unknown(engram, stubbed, tmp_path, mon
     assert "unknown" in out and json.loads(report.read_text())["summary"]["peak_memory"] is None
 
 
-def test_the_versions_need_no_metadata(monkeypatch):
+def test_the_package_s_own_version_needs_no_metadata(monkeypatch):
+    """It may be a checkout on the path, which nobody installed."""
+    installed = importlib.metadata.version
+
     def missing(name):
-        raise importlib.metadata.PackageNotFoundError(name)
+        if name.startswith("engram"):
+            raise importlib.metadata.PackageNotFoundError(name)
+        return installed(name)
 
     monkeypatch.setattr(importlib.metadata, "version", missing)
     assert versions()["engram_kernels"] == engram_kernels.__version__
@@ -264,22 +189,20 @@ def test_the_defaults(engram, stubbed):
 
 
 BAD = {
-    "no file": (("--data", "none.json"), "data: expected a file of rows"),
-    "mode": (("--data", "zsre.jsonl", "--mode", "all"), "mode: expected one of each, together, got 'all'"),
-    "start": (("--data", "zsre.jsonl", "--start", "2"), "start: expected from 0 to 1, the last row, got 2"),
-    "fluency": (("--data", "zsre.jsonl", "--fluency", "-1"), "fluency: expected at least 0, got -1"),
-    "plot": (("--data", "zsre.jsonl", "--plot", "x.jpg"), "plot: expected a name that ends in .png"),
-    "report": (("--data", "zsre.jsonl", "--report", "no/such/x"), "report: expected a path in a folder"),
-    "steps": (("--data", "zsre.jsonl", "--steps", "0"), "steps: expected at least 1, got 0"),
-    "dtype": (("--data", "zsre.jsonl", "--dtype", "int4"), "dtype: "),
+    "no file": (("--data", "none.json"), "--data: expected a file of rows"),
+    "mode": (("--data", "zsre.jsonl", "--mode", "all"), "--mode: expected one of each, together, got 'all'"),
+    "start": (("--data", "zsre.jsonl", "--start", "2"), "--start: expected from 0 to 1, the last row, got 2"),
+    "fluency": (("--data", "zsre.jsonl", "--fluency", "-1"), "--fluency: expected at least 0, got -1"),
+    "plot": (("--data", "zsre.jsonl", "--plot", "x.jpg"), "--plot: expected a name that ends in .png"),
+    "report": (("--data", "zsre.jsonl", "--report", "no/such/x"), "--report: expected a path in a folder"),
+    "steps": (("--data", "zsre.jsonl", "--steps", "0"), "--steps: expected at least 1, got 0"),
 }
 
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_is_one_sentence(engram, stubbed, name):
     arguments, message = BAD[name]
-    status, _, err = engram(*arguments)
-    assert status == 1 and err.startswith("Error: ") and message in err and err.count("\n") == 1
+    refused(engram(*arguments), message)
     assert all(not editor.calls for editor in stubbed)
 
 

@@ -1,6 +1,7 @@
 """The picture of an evaluation: its bars and lines, read off the figure."""
 
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 
@@ -18,7 +19,7 @@ def drawn(monkeypatch):
     """The figures that were drawn, which are not written."""
     figures = []
     monkeypatch.setattr(matplotlib.Figure, "savefig", lambda figure, path, **_: figures.append(figure))
-    monkeypatch.setattr("engram_kernels._plots.new_file", nullcontext)
+    monkeypatch.setattr("engram_kernels._plots.new_file", lambda path: nullcontext(Path(path)))
     return figures
 
 

@@ -37,13 +37,13 @@ def test_moved_and_converted_models_are_noticed():
     applied = graft.apply(model)
     switch = GraftSwitch(model, {"a": graft}, force=True)
     model.double()
-    standing = weights(model)
+    grafted = weights(model)
     with pytest.raises(EngramError, match="the model was moved, converted or loaded anew"):
         applied.revert()
     with pytest.raises(EngramError, match="the model was moved, converted or loaded anew"):
         switch.use("a")
     assert applied.applied and switch.active is None
-    assert not changed(standing, model)
+    assert not changed(grafted, model)
 
 
 def test_the_base_is_digested_once_for_all_grafts(monkeypatch):
@@ -82,10 +82,10 @@ def test_later_changes_are_not_overwritten():
     before = weights(model)
     first = one.apply(model)
     second = two.apply(model, force=True)
-    standing = weights(model)
+    grafted = weights(model)
     with pytest.raises(EngramError, match="revert later grafts first"):
         first.revert()
-    assert not changed(standing, model)
+    assert not changed(grafted, model)
     second.revert()
     first.revert()
     first.revert()

@@ -1,4 +1,4 @@
-"""Pictures of grafts: files that are whole, differ where grafts differ, and leave matplotlib alone."""
+"""Plots of grafts: files that are whole, differ where grafts differ, and leave matplotlib alone."""
 
 import struct
 import sys

@@ -34,6 +34,11 @@ def test_patterns_choose():
         graftable_parameters(model, exclude=["*"])
 
 
+def test_what_is_no_model_is_refused():
+    with pytest.raises(TypeError, match="model: expected a module, got str"):
+        graftable_parameters("gpt2")
+
+
 def test_weights_that_cannot_be_grafted_are_refused():
     model = model_zoo.small_model()
     model.lm_head.weight = torch.nn.Parameter(model.model.layers[0].self_attn.q_proj.weight.data[:, :16])

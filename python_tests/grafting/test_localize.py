@@ -418,7 +418,7 @@ def test_classification_head_needs_no_loss_function():
     graft = localize(model, other, [batch], sparsity=0.01, steps=5)
     assert graft.size > 0 and all("encoder.layer" in name for name in graft.shapes)
     assert not changed(before, model)
-    assert classification_score(model, [batch]).count == 6
+    assert classification_score(model, [batch]).rows == 6
 
 
 def test_nothing_is_kept_after_localize():

@@ -73,7 +73,7 @@ def test_classification_score():
     with torch.no_grad():
         parts = [(task.logits(model, batch), batch["labels"]) for batch in task.batches(ROWS, 1)]
     answers = [int(logits.argmax()) == int(label) for logits, label in parts]
-    assert result.count == 4 and result.accuracy == sum(answers) / 4
+    assert result.rows == 4 and result.accuracy == sum(answers) / 4
     assert result.loss == pytest.approx(
         sum(float(torch.nn.functional.cross_entropy(*part)) for part in parts) / 4, rel=1e-4
     )

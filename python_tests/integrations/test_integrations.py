@@ -532,7 +532,7 @@ DECLINED = {
     "no such norm": ({"ln_f_module": "nothing"}, {}, "nothing"),
     "no head": ({"lm_head_module": "model"}, {}, "does not give the model's logits"),
     "another head": ({"lm_head_module": "model.embed_tokens"}, {}, "does not give the model's logits"),
-    "no steps": ({"v_lr": 0.0}, {}, "learning_rate: expected a positive number"),
+    "no steps": ({"v_lr": 0.0}, {}, "learning_rate: expected a finite number above 0"),
     "padding": ({}, {"padding_side": "left"}, "the tokenizer pads on the left"),
 }
 

@@ -95,7 +95,9 @@ def test_damaged_folders_are_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(ek.EngramError, match="directory: expected a model that save_pretrained wrote"):
+    with pytest.raises(
+        ek.EngramError, match=r"^name_or_directory: expected a model that save_pretrained wrote"
+    ):
         LarimarModel.from_pretrained(tmp_path)
 
 
@@ -104,7 +106,7 @@ def test_scoped_model_is_saved(tmp_path, monkeypatch):
     for names in ((None, None), ("an-encoder", None), (None, "a-decoder")):
         scoped.model.config.encoder_name, scoped.model.config.decoder_name = names
         scoped.save_pretrained(tmp_path / f"{names}")
-        with pytest.raises(ek.EngramError, match="directory: expected bases with names"):
+        with pytest.raises(ek.EngramError, match=r"^name_or_directory: expected bases with names"):
             ScopedModel.from_pretrained(tmp_path / f"{names}")
     scoped.model.config.encoder_name, scoped.model.config.decoder_name = "an-encoder", "a-decoder"
     scoped.write([FACTS[0].prompt], ["Rome"])
@@ -116,7 +118,7 @@ def test_scoped_model_is_saved(tmp_path, monkeypatch):
     assert again.detector.threshold == scoped.detector.threshold
     assert again.answer(prompts) == scoped.answer(prompts)
     (tmp_path / "named" / "scope.json").write_text("{}")
-    with pytest.raises(ek.EngramError, match="directory: expected what save_pretrained wrote"):
+    with pytest.raises(ek.EngramError, match=r"^name_or_directory: expected what save_pretrained wrote"):
         ScopedModel.from_pretrained(tmp_path / "named")
 
 

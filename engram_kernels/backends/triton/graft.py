@@ -69,11 +69,11 @@ def _launch_list(kernel, logits, pre, ft, base, gradients, out, *scalars, **cons
 @implements("graft_blend", "triton", _declines)
 def graft_blend(pre: Tensor, ft: Tensor, logits: Tensor, base: Tensor | None, bias: float) -> Tensor:
     out = torch.empty_like(pre)
-    if size := pre.numel():
-        with torch.cuda.device(pre.device):
-            blend_kernel[(blocks(size),)](
-                out, pre, ft, logits, base, bias, size, HAS_BASE=base is not None, **LAUNCH
-            )
+    size = pre.numel()
+    with torch.cuda.device(pre.device):
+        blend_kernel[(blocks(size),)](
+            out, pre, ft, logits, base, bias, size, HAS_BASE=base is not None, **LAUNCH
+        )
     return out
 
 
@@ -82,11 +82,11 @@ def graft_logits_gradient(
     gradient: Tensor, pre: Tensor, ft: Tensor, logits: Tensor, base: Tensor | None, bias: float
 ) -> Tensor:
     out = torch.empty_like(logits)
-    if size := pre.numel():
-        with torch.cuda.device(pre.device):
-            gradient_kernel[(blocks(size),)](
-                out, gradient, pre, ft, logits, base, bias, size, HAS_BASE=base is not None, **LAUNCH
-            )
+    size = pre.numel()
+    with torch.cuda.device(pre.device):
+        gradient_kernel[(blocks(size),)](
+            out, gradient, pre, ft, logits, base, bias, size, HAS_BASE=base is not None, **LAUNCH
+        )
     return out
 
 
@@ -123,18 +123,15 @@ def graft_mask_step_(
 @implements("unpack_mask", "triton")
 def unpack_mask(packed: Tensor, count: int) -> Tensor:
     out = packed.new_empty(count, dtype=torch.bool)
-    if count:
-        with torch.cuda.device(packed.device):
-            unpack_kernel[(blocks(count),)](out.view(torch.uint8), packed, count, **LAUNCH)
+    with torch.cuda.device(packed.device):
+        unpack_kernel[(blocks(count),)](out.view(torch.uint8), packed, count, **LAUNCH)
     return out
 
 
 @implements("graft_blend_packed", "triton")
 def graft_blend_packed(pre: Tensor, ft: Tensor, mask: Tensor) -> Tensor:
     out, bits = torch.empty_like(pre), _BITS[pre.element_size()]
-    if size := pre.numel():
-        with torch.cuda.device(pre.device):
-            choose_kernel[(blocks(size),)](
-                out.view(bits), pre.view(bits), ft.view(bits), mask, size, **LAUNCH
-            )
+    size = pre.numel()
+    with torch.cuda.device(pre.device):
+        choose_kernel[(blocks(size),)](out.view(bits), pre.view(bits), ft.view(bits), mask, size, **LAUNCH)
     return out

@@ -143,8 +143,6 @@ def apply_low_rank_(weight: Tensor, left: Tensor, right: Tensor, alpha: float) -
         * triton.cdiv(rows, UPDATE_LAUNCH["BLOCK_ROWS"])
         * triton.cdiv(cols, UPDATE_LAUNCH["BLOCK_COLS"])
     )
-    if tiles == 0:
-        return
     with torch.cuda.device(weight.device):
         _apply_low_rank_kernel[(tiles,)](
             weight,
@@ -170,20 +168,19 @@ def residual_gram(
     residual = torch.empty_like(values, memory_format=torch.contiguous_format)
     launch = residual_launch(count)
     tiles = batch * triton.cdiv(rows, launch["BLOCK_ROWS"]) * triton.cdiv(count, launch["BLOCK_KEYS"])
-    if tiles:
-        with torch.cuda.device(weight.device):
-            _residual_kernel[(tiles,)](
-                weight,
-                keys.contiguous(),
-                values.contiguous(),
-                residual,
-                rows,
-                cols,
-                count,
-                weight.stride(0),
-                weight.stride(1),
-                PRECISION=PRECISION,
-                **launch,
-            )
+    with torch.cuda.device(weight.device):
+        _residual_kernel[(tiles,)](
+            weight,
+            keys.contiguous(),
+            values.contiguous(),
+            residual,
+            rows,
+            cols,
+            count,
+            weight.stride(0),
+            weight.stride(1),
+            PRECISION=PRECISION,
+            **launch,
+        )
     # The Gram matrix is n × n in fp64: a plain GEMM, so it is the library's.
     return residual, keys.double() @ preconditioned.mT

@@ -149,8 +149,6 @@ def accumulate_kernel(
 
 
 def _declines_stream(precision_inverse: Tensor, memory: Tensor, *args) -> str | None:
-    if memory.numel() == 0:
-        return "leaves memories without slots or entries to the reference"
     slots, limit = precision_inverse.shape[-1], STREAM_SLOTS[memory.dtype]
     if slots > limit:
         return f"leaves {slots} > {limit} slots, which it has no registers for"
@@ -162,7 +160,7 @@ def _declines_stream(precision_inverse: Tensor, memory: Tensor, *args) -> str | 
 def _declines_accumulate(
     gram: Tensor, cross: Tensor, weights: Tensor, latents: Tensor, alpha: Tensor | None, ends: Tensor | None
 ) -> str | None:
-    rows = weights.shape[-2] / max(1, gram.shape[0]) if ends is not None else weights.shape[-2]
+    rows = weights.shape[-2] / gram.shape[0] if ends is not None else weights.shape[-2]
     return f"leaves {rows:g} > {GEMM_ROWS} rows a memory to the library's GEMM" if rows > GEMM_ROWS else None
 
 
@@ -198,21 +196,20 @@ def memory_accumulate_(
     batch, slots, width = cross.shape
     rows, columns = ACCUMULATE_LAUNCH["BLOCK_ROWS"], ACCUMULATE_LAUNCH["BLOCK_COLS"]
     tiles = triton.cdiv(slots, rows) * (triton.cdiv(slots, columns) + triton.cdiv(width, columns))
-    if batch * tiles and weights.numel():
-        with torch.cuda.device(gram.device):
-            accumulate_kernel[(batch * tiles,)](
-                gram,
-                cross,
-                weights.contiguous(),
-                latents.contiguous(),
-                None if alpha is None else alpha.contiguous(),
-                None if cu_seqlens is None else cu_seqlens.contiguous(),
-                slots,
-                width,
-                weights.shape[-2],
-                *gram.stride(),
-                *cross.stride(),
-                HAS_ALPHA=alpha is not None,
-                RAGGED=cu_seqlens is not None,
-                **ACCUMULATE_LAUNCH,
-            )
+    with torch.cuda.device(gram.device):
+        accumulate_kernel[(batch * tiles,)](
+            gram,
+            cross,
+            weights.contiguous(),
+            latents.contiguous(),
+            None if alpha is None else alpha.contiguous(),
+            None if cu_seqlens is None else cu_seqlens.contiguous(),
+            slots,
+            width,
+            weights.shape[-2],
+            *gram.stride(),
+            *cross.stride(),
+            HAS_ALPHA=alpha is not None,
+            RAGGED=cu_seqlens is not None,
+            **ACCUMULATE_LAUNCH,
+        )
