@@ -71,9 +71,14 @@ def _sparse(*counts, index=torch.int32):
 
 
 def _faulty(*counts):
+    """Indices from 0 to the last; some twice, some the number of entries, some below 0."""
     weights, at, _ = _sparse(*counts)
-    for indices in at:
-        indices[::5] = 2**30
+    for weight, indices in zip(weights, at, strict=True):
+        indices.copy_(2 * torch.arange(len(indices)))
+        indices[1::7] = indices[::7][: len(indices[1::7])].clone()
+        indices[2::11] = len(weight)
+        indices[3::13] = -1
+        indices[-1] = len(weight) - 1
     return weights, at
 
 
