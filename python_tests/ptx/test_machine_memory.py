@@ -130,6 +130,36 @@ def test_undefined_halves_of_registers(ptx):
         ptx.run("mov.b64 %rd1, {%r0, %r2}; st.global.b64 [%rd0], %rd1;", zeros(), threads=1)
 
 
+def test_undefined_lanes_of_a_shuffle(ptx):
+    """A lane hands on what it has; only where that is used must it be defined."""
+    body = "setp.eq.u32 %p1, %r0, {}; @%p1 mov.u32 %r2, 7; shfl.sync.idx.b32 %r3, %r2, 5, 31, -1; "
+    ptx.run(body.format(5) + "st.global.b32 [%rd0], %r3;", zeros())
+    with pytest.raises(Fault, match="undefined value is used, operand 2"):
+        ptx.run(body.format(6) + "st.global.b32 [%rd0], %r3;", zeros())
+    with pytest.raises(Fault, match="undefined value is used, operand 3"):
+        ptx.run("shfl.sync.idx.b32 %r3, %r0, %r2, 31, -1;")
+
+
+def test_undefined_bytes(ptx):
+    """A byte that a permutation drops, or a zero masks, need not be defined."""
+    store = " st.global.b32 [%rd0], %r4;"
+    for body, sound in {
+        "prmt.b32 %r4, %r0, %r2, 0x3210;": True,
+        "prmt.b32 %r4, %r0, %r2, 0x3214;": False,
+        "prmt.b32 %r3, %r0, %r2, 0x3214; and.b32 %r4, %r3, 0xffffff00;": True,
+        "prmt.b32 %r3, %r0, %r2, 0x3214; and.b32 %r4, %r3, 0xffffff01;": False,
+        "prmt.b32 %r3, %r0, %r2, 0x3214; prmt.b32 %r4, %r3, %r0, 0x3217;": True,
+        "prmt.b32 %r3, %r0, %r2, 0x3214; prmt.b32 %r4, %r3, %r0, 0x3210;": False,
+        "and.b32 %r4, %r2, 0;": True,
+        "and.b32 %r4, %r2, %r2;": False,
+    }.items():
+        if sound:
+            ptx.run(body + store, zeros(), threads=1)
+        else:
+            with pytest.raises(Fault, match="undefined value is used, operand 2"):
+                ptx.run(body + store, zeros(), threads=1)
+
+
 def test_undefined_shared_memory(ptx):
     with pytest.raises(Fault, match="read of undefined memory: byte 4 of shared memory"):
         ptx.run("mov.u32 %r2, buffer; st.shared.b32 [%r2], 1; ld.shared.b64 %rd1, [%r2];", threads=1)

@@ -118,7 +118,7 @@ void shape(Kernel& kernel, Instruction& i, const std::vector<int>& bytes) {
 void bind(Kernel& kernel, Instruction& i, const std::string& text) {
   Opcode opcode(text);
   i.type = i.source_type = opcode.type();
-  if (i.type == Type::f32x2) i.halves = Instruction::Halves::each;
+  if (i.type == Type::f32x2) i.parts = Instruction::Parts::each;
   if (opcode.type(1) != Type::none) i.source_type = opcode.type(1);
   for (const auto group : {bind_arithmetic, bind_approximate, bind_bits, bind_compare, bind_convert,
                            bind_memory, bind_warp, bind_matrix})

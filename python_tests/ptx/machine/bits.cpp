@@ -60,9 +60,10 @@ constexpr auto kPermute = [](uint32_t a, uint32_t b, uint32_t selection) {
 
 bool bind_bits(Kernel& kernel, Instruction& i, Opcode& opcode) {
   const std::string& op = opcode.name;
-  if (op == "and")
+  if (op == "and") {
     logic<[](auto a, auto b) { return a & b; }>(kernel, i);
-  else if (op == "or")
+    if (i.type == Type::b32) i.parts = Instruction::Parts::mask;
+  } else if (op == "or")
     logic<[](auto a, auto b) { return a | b; }>(kernel, i);
   else if (op == "xor")
     logic<[](auto a, auto b) { return a ^ b; }>(kernel, i);
@@ -78,9 +79,10 @@ bool bind_bits(Kernel& kernel, Instruction& i, Opcode& opcode) {
     with_integer(i.type, [&]<class T>(T) { bind_map<kExtract, T, T, uint32_t, uint32_t>(kernel, i); });
   else if (op == "bfi")
     with_integer(i.type, [&]<class T>(T) { bind_map<kInsert, T, T, T, uint32_t, uint32_t>(kernel, i); });
-  else if (op == "prmt")
+  else if (op == "prmt") {
     bind_map<kPermute, uint32_t, uint32_t, uint32_t, uint32_t>(kernel, i);
-  else if (op == "popc" && i.type == Type::b32)
+    i.parts = Instruction::Parts::permute;
+  } else if (op == "popc" && i.type == Type::b32)
     bind_map<[](uint32_t a) { return std::popcount(a); }, uint32_t, uint32_t>(kernel, i);
   else
     return false;

@@ -34,11 +34,11 @@ void move(Kernel& kernel, Instruction& i) {
     widths[packs ? 0 : count - 1] = bytes;
     shape(kernel, i, widths);
     i.run = packs ? pack : unpack;
-    if (count == 3) i.halves = packs ? Instruction::Halves::pack : Instruction::Halves::unpack;
+    if (count == 3) i.parts = packs ? Instruction::Parts::pack : Instruction::Parts::unpack;
     return;
   }
   if (i.type == Type::pred) return bind_map<kSame, uint8_t, uint8_t>(kernel, i);
-  i.halves = Instruction::Halves::each;
+  i.parts = Instruction::Parts::each;
   with_word(bytes, [&]<class T>(T) { bind_map<kSame, T, T>(kernel, i); });
 }
 

@@ -1,6 +1,7 @@
 // One launch: blocks of warps, their registers and shared memory, and in which order they run.
 #pragma once
 
+#include <array>
 #include <cstring>
 #include <deque>
 #include <map>
@@ -48,6 +49,7 @@ struct Warp {
   std::vector<Fragment> fragments;
   std::unique_ptr<unsigned char[]> registers;
   std::vector<Defined> defined;                       // of each register
+  std::map<int, std::array<uint8_t, kLanes>> partly;  // bytes that are defined where a register is not wholly
   std::deque<std::vector<AsyncCopy>> copies[kLanes];  // groups of a lane; the last one is open
   uint32_t fenced[kLanes] = {};                       // the block's clock at a lane's last fence
   std::map<int, std::vector<uint32_t>> acquired;      // what a lane has seen of other blocks, before a fence
@@ -69,6 +71,12 @@ struct Warp {
   uint64_t address(const Operand& o, int lane) const;
   int thread(int lane) const { return index * kLanes + lane; }
 };
+
+// Lanes in which an operand is not wholly defined; and sets that.
+uint32_t undefined_lanes(const Warp& w, const Operand& o);
+void define(Warp& w, const Operand& o, uint32_t lanes, uint32_t bad_low, uint32_t bad_high);
+// Raises where an operand of an instruction is undefined in one of the lanes.
+void require_defined(Warp& w, const Instruction& i, size_t operand, uint32_t lanes);
 
 enum class ByteState : uint8_t { undefined, defined, arriving };  // arriving: by a cp.async
 

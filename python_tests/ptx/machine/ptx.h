@@ -81,8 +81,9 @@ struct Instruction {
   Role role = Role::plain;
   bool predicated = false, negated = false;
   bool selects = false;  // selp: what is not selected may be undefined
-  // Which halves of a register are defined matters: it is made of two, divided into two, or taken by halves.
-  enum class Halves : uint8_t { none, pack, unpack, each } halves = Halves::none;
+  // Which parts of a register are defined matters: it is made of two halves, divided into two, or taken by
+  // halves; its bytes are permuted or masked; lanes take each other's.
+  enum class Parts : uint8_t { none, pack, unpack, each, permute, mask, shuffle } parts = Parts::none;
   bool uses = false;  // what it takes leaves the registers, and must be defined
   bool atomic = false, trans = false, flush = false;
   Space space = Space::generic;

@@ -42,6 +42,27 @@ uint64_t Warp::address(const Operand& o, int lane) const {
   return o.kind == Operand::Kind::constant ? o.value : value(o, lane) + o.value;
 }
 
+uint32_t undefined_lanes(const Warp& w, const Operand& o) {
+  return o.kind == Operand::Kind::reg ? ~w.defined[o.reg].both() : 0;
+}
+
+void define(Warp& w, const Operand& o, uint32_t lanes, uint32_t bad_low, uint32_t bad_high) {
+  if (o.kind != Operand::Kind::reg) return;
+  Defined& d = w.defined[o.reg];
+  d.low = (d.low | lanes) & ~(lanes & bad_low);
+  d.high = (d.high | lanes) & ~(lanes & bad_high);
+  if (const auto found = w.partly.find(o.reg); found != w.partly.end())
+    for (int l = 0; l < kLanes; ++l)
+      if (lanes >> l & 1) found->second[l] = 0;
+}
+
+void require_defined(Warp& w, const Instruction& i, size_t operand, uint32_t lanes) {
+  const uint32_t undefined = undefined_lanes(w, i.operand[operand]) & lanes;
+  if (options.definedness && undefined)
+    fault(w, std::countr_zero(undefined),
+          "an undefined value is used, operand " + std::to_string(operand + 1));
+}
+
 namespace {
 
 enum class Step { next, elsewhere, stopped };  // the same lanes go on; others do; none can
@@ -56,20 +77,57 @@ uint32_t lanes_where(const uint8_t* predicate) {
   return lanes;
 }
 
-uint32_t undefined_lanes(const Warp& w, const Operand& o) {
-  return o.kind == Operand::Kind::reg ? ~w.defined[o.reg].both() : 0;
+using Parts = Instruction::Parts;
+
+// A bit for each byte of a 32-bit operand.
+uint8_t defined_bytes(const Warp& w, const Operand& o, int lane) {
+  if (!(undefined_lanes(w, o) >> lane & 1)) return 15;
+  const auto found = w.partly.find(o.reg);
+  return found == w.partly.end() ? 0 : found->second[lane];
 }
 
-void define(Warp& w, const Operand& o, uint32_t lanes, uint32_t bad_low, uint32_t bad_high) {
-  if (o.kind != Operand::Kind::reg) return;
-  Defined& d = w.defined[o.reg];
-  d.low = (d.low | lanes) & ~(lanes & bad_low);
-  d.high = (d.high | lanes) & ~(lanes & bad_high);
+// What compilers do to bytes: those that are dropped, or masked by zeros, need not be defined.
+uint8_t bytes_that_come_out(const Warp& w, const Instruction& i, int lane) {
+  const auto& o = i.operand;
+  const uint8_t a = defined_bytes(w, o[1], lane), b = defined_bytes(w, o[2], lane);
+  uint8_t bytes = 0;
+  if (i.parts == Parts::permute) {
+    if (undefined_lanes(w, o[3]) >> lane & 1) return 0;
+    const uint32_t selection = w.value(o[3], lane);
+    for (int j = 0; j < 4; ++j) bytes |= ((b << 4 | a) >> (selection >> (4 * j) & 7) & 1) << j;
+    return bytes;
+  }
+  const uint32_t x = w.value(o[1], lane), y = w.value(o[2], lane);
+  for (int j = 0; j < 4; ++j) {
+    const bool in_a = a >> j & 1, in_b = b >> j & 1;
+    const bool zero = (in_a && !(x >> (8 * j) & 255)) || (in_b && !(y >> (8 * j) & 255));
+    bytes |= ((in_a && in_b) || zero) << j;
+  }
+  return bytes;
+}
+
+void follow_bytes(Warp& w, const Instruction& i, uint32_t lanes) {
+  uint32_t bad = 0;
+  for (size_t j = 1; j < i.operand.size(); ++j) bad |= undefined_lanes(w, i.operand[j]);
+  bad &= lanes;
+  std::array<uint8_t, kLanes> bytes = {};
+  uint32_t whole = 0;
+  for (int l = 0; l < kLanes; ++l)
+    if (bad >> l & 1) {
+      bytes[l] = bytes_that_come_out(w, i, l);
+      whole |= uint32_t(bytes[l] == 15) << l;
+    }
+  define(w, i.operand[0], lanes, bad & ~whole, bad & ~whole);
+  if (bad & ~whole) {
+    auto& kept = w.partly[i.operand[0].reg];
+    for (int l = 0; l < kLanes; ++l)
+      if (bad >> l & 1) kept[l] = bytes[l];
+  }
 }
 
 void follow_halves(Warp& w, const Instruction& i, uint32_t lanes) {
   const auto& o = i.operand;
-  if (i.halves == Instruction::Halves::pack) {
+  if (i.parts == Parts::pack) {
     define(w, o[0], lanes, undefined_lanes(w, o[1]), undefined_lanes(w, o[2]));
     return;
   }
@@ -79,7 +137,7 @@ void follow_halves(Warp& w, const Instruction& i, uint32_t lanes) {
       bad_low |= ~w.defined[o[j].reg].low;
       bad_high |= ~w.defined[o[j].reg].high;
     }
-  if (i.halves == Instruction::Halves::each) {
+  if (i.parts == Parts::each) {
     define(w, o[0], lanes, bad_low, bad_high);
   } else {
     define(w, o[0], lanes, bad_low, bad_low);
@@ -87,10 +145,12 @@ void follow_halves(Warp& w, const Instruction& i, uint32_t lanes) {
   }
 }
 
-// What is computed from an undefined register is undefined. An address, a value that is stored, a branch and
-// what other lanes see must not be.
+// What is computed from an undefined register is undefined. An address, a value that is stored and a branch
+// must not be.
 void follow_definedness(Warp& w, const Instruction& i, uint32_t lanes) {
-  if (i.halves != Instruction::Halves::none) return follow_halves(w, i, lanes);
+  if (i.parts == Parts::shuffle) return;  // It follows by itself whose value it takes.
+  if (i.parts == Parts::permute || i.parts == Parts::mask) return follow_bytes(w, i, lanes);
+  if (i.parts != Parts::none) return follow_halves(w, i, lanes);
   uint32_t bad = 0;
   if (options.definedness) {
     if (i.selects) {
@@ -99,11 +159,8 @@ void follow_definedness(Warp& w, const Instruction& i, uint32_t lanes) {
             (~first & undefined_lanes(w, i.operand[2]));
     } else {
       for (size_t j = i.outputs; j < i.operand.size(); ++j) {
-        const uint32_t undefined = undefined_lanes(w, i.operand[j]) & lanes;
-        if (undefined && (i.uses || i.role == Role::together))
-          fault(w, std::countr_zero(undefined),
-                "an undefined value is used, operand " + std::to_string(j + 1));
-        bad |= undefined;
+        if (i.uses || i.role == Role::together) require_defined(w, i, j, lanes);
+        bad |= undefined_lanes(w, i.operand[j]);
       }
     }
     bad &= lanes;

@@ -11,7 +11,9 @@ enum Shuffle { kNoShuffle, kIndex, kUp, kDown, kButterfly };
 void shuffle(Warp& w, const Instruction& i, uint32_t lanes) {
   const Operand* o = &i.operand[i.outputs];
   const uint32_t *a = w.in<uint32_t>(o[0]), *b = w.in<uint32_t>(o[1]), *c = w.in<uint32_t>(o[2]);
-  uint32_t result[kLanes] = {}, valid = 0;
+  const uint32_t undefined = undefined_lanes(w, o[0]);
+  for (size_t j = i.outputs + 1; j < i.operand.size(); ++j) require_defined(w, i, j, lanes);
+  uint32_t result[kLanes] = {}, valid = 0, bad = 0;
   each_lane(lanes, [&](int l) {
     const int segment = c[l] >> 8 & 31, clamp = c[l] & 31, by = b[l] & 31;
     const int last = (l & segment) | (clamp & ~segment), first = l & segment;
@@ -35,9 +37,12 @@ void shuffle(Warp& w, const Instruction& i, uint32_t lanes) {
     if (!(lanes >> from & 1))
       fault(w, l, "a shuffle from lane " + std::to_string(from) + ", which takes no part");
     result[l] = a[from];
+    bad |= (undefined >> from & 1) << l;
     valid |= uint32_t(inside) << l;
   });
   keep(w, i.operand[0], result, lanes);
+  define(w, i.operand[0], lanes, bad, bad);
+  if (i.outputs > 1) define(w, i.operand[1], lanes, 0, 0);
   if (i.outputs > 1) each_lane(lanes, [&](int l) { w.set(i.operand[1], l, valid >> l & 1); });
 }
 
@@ -80,6 +85,7 @@ bool bind_warp(Kernel& kernel, Instruction& i, Opcode& opcode) {
     std::vector<int> widths = {4, 4, 4, 4, 4};
     if (i.outputs == 2) widths.insert(widths.begin() + 1, 1);
     i.mask = widths.size() - 1;
+    i.parts = Instruction::Parts::shuffle;
     shape(kernel, i, widths);
     i.run = i.variant == kNoShuffle ? nullptr : shuffle;
   } else {
