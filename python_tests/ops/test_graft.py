@@ -95,6 +95,32 @@ def test_strided_arguments_are_honoured(device):
     assert torch.equal(out[:, ::2].T, dense) and not out[:, 1::2].any()
 
 
+@pytest.mark.parametrize("start", [0, 2040, 4090, 6140, 8184])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_remainder_of_a_block(device, dtype, start):
+    """What becomes of the first entries does not depend on how many there are, but for torch's last bit."""
+    pre, ft, logits, base = (x.to(device) for x in weights(start + 10, dtype))
+    gradient = torch.randn(start + 10).to(device, dtype)
+    results = []
+    for size in (start + 10, *range(start + 1, start + 10)):
+        p, f, s, g, on = (x[:size].clone() for x in (pre, ft, logits, gradient, base))
+        mask, out = ek.pack_mask(on), torch.empty_like(p)
+        s.requires_grad_()
+        blended = ek.graft_blend(p, f, s, mask, BIAS)
+        (slope,) = torch.autograd.grad(blended, s, g)
+        stepped = s.detach().clone()
+        ek.graft_mask_step_([stepped], [g], [p], [f], [mask], BIAS, 0.5, 0.01, [out])
+        chosen, bits = ek.graft_blend_packed(p, f, mask), ek.unpack_mask(mask, (size,))
+        results.append([blended.detach(), slope, stepped, out, chosen, bits])
+        assert torch.equal(bits, on)
+        (top,) = ek.graft_top_k([p], [f], size // 2)
+        (expected,) = by_sorting([(f.float() - p.float()).abs().cpu()], size // 2)
+        assert torch.equal(ek.unpack_mask(top, (size,)).cpu(), expected)
+    for shorter in results[1:]:
+        for got, whole in zip(shorter, results[0], strict=True):
+            torch.testing.assert_close(got, whole[: len(got)])
+
+
 @pytest.mark.parametrize("size", [33, 8195])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_misaligned_arguments_change_nothing(device, dtype, size):

@@ -64,6 +64,7 @@ def recorded(monkeypatch):
         (programs,), launch = first
         assert 0 < programs <= MOST_BLOCKS
         assert launch["num_warps"] in (1, 2, 4, 8, 16, 32)
+        assert launch["enable_fp_fusion"] is False
         for name, size in launch.items():
             if name.startswith(("BLOCK", "ROWS")):
                 assert size & (size - 1) == 0, f"{name} = {size} is no power of two"

@@ -355,6 +355,20 @@ def test_residual_gram_of_many_matrices(device, poisoned, dtype, shape):
     check_residual_gram(device, dtype, shape)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("start", [1, 9, 17, 25])
+def test_every_remainder_of_a_tile(device, poisoned, start, dtype):
+    for n in range(start, start + 8):
+        rows, cols, count = n + 32 * (n % 2), 4 * n + n % 3, 1 + (n * 5) % 32
+        check_residual_gram(device, dtype, (1, rows, cols, count))
+        weight = torch.randn(rows, cols).to(dtype)
+        left, right = torch.randn(rows, count), torch.randn(count, cols)
+        truth = wide(weight) + wide(left) @ wide(right)
+        eager = (weight.float() + left @ right).to(dtype)
+        got = ek.apply_low_rank_(weight.to(device, copy=True), left.to(device), right.to(device))
+        assert error(got, truth) <= max(2 * error(eager, truth), rounding(torch.float32, count))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(
     "shape", [(1, 1, 1), (3, 7, 5), (2, 64, 33), (1, 128, 9), (1, 130, 9), (4, 5, 0), (2, 0, 3)], ids=str

@@ -442,6 +442,19 @@ def test_stream(device, poisoned, shape, dtype):
         assert error(mine, truth) <= max(2 * error(reference, truth), own)
 
 
+@pytest.mark.parametrize("dtype", STATES)
+def test_stream_of_every_remainder_of_a_block(device, poisoned, dtype):
+    for slots in range(1, 18):
+        inputs = (*start_of(1, slots, slots + 1), *rows((1,), 1 + slots % 3, slots, slots + 1))
+        inputs = [tensor.to(dtype) for tensor in inputs]
+        exact = one_by_one(*(tensor.double() for tensor in inputs))
+        eager = one_by_one(*inputs)
+        got = ek.memory_stream(*(tensor.to(device) for tensor in inputs))
+        own = torch.finfo(dtype).eps * (slots + 8)
+        for mine, reference, truth in zip(got, eager, exact, strict=True):
+            assert error(mine, truth) <= max(2 * error(reference, truth), own)
+
+
 @pytest.mark.parametrize("shape", [(2, 12, 5, 7), (1, 75, 6, 4)], ids=str)
 def test_stream_against_dense_inverses(device, shape):
     batch, count, slots, latent = shape

@@ -71,9 +71,14 @@ def _sparse(*counts, index=torch.int32):
 
 
 def _faulty(*counts):
+    """Indices from 0 to the last; some twice, some the number of entries, some below 0."""
     weights, at, _ = _sparse(*counts)
-    for indices in at:
-        indices[::5] = 2**30
+    for weight, indices in zip(weights, at, strict=True):
+        indices.copy_(2 * torch.arange(len(indices)))
+        indices[1::7] = indices[::7][: len(indices[1::7])].clone()
+        indices[2::11] = len(weight)
+        indices[3::13] = -1
+        indices[-1] = len(weight) - 1
     return weights, at
 
 
@@ -121,7 +126,7 @@ def cases() -> Iterator[Case]:
         for kind in ("cholesky", "unit_lower", "unit_upper"):
             system, right = _positive(2, order=order), _normal(2, order, columns)
             yield Case("small_solve", "cuda", lambda a=(system / order, right, kind): a, False)
-    for size in (9007, 16384, *range(8184, 8193)):
+    for size in (9007, 16384, *(2048 * part + n for part in range(4) for n in range(9))):
         yield Case("pack_mask", "cuda", lambda size=size: (torch.rand(size) < 0.5,), True)
     for sizes in ((2500, 7), (6000, 0, 9), *((2040 + n, n) for n in range(1, 10))):
         yield Case("top_k_mask", "cuda", lambda sizes=sizes: _top_k(*sizes), True)

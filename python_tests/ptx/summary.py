@@ -30,14 +30,20 @@ UNREACHED = [
         "a Gram matrix would be taken from values: there are none",
     ),
     (
+        "_residual_kernel|_apply_low_rank_kernel",
+        r"= tl\.load\((values|tile)",
+        "",
+        "a loop of no rounds: without columns or factors there is no launch",
+    ),
+    (
         "memory_stream",
         r"plan\.state|in_lower|/ padding|^}",
         "",
         "40 multiprocessors keep the state in shared memory, and 4 do not",
     ),
     (
-        "CountKeys|copy_kernel|memory_stream|small_solve",
-        r"for \(int (bin|i) = thread|failed \? NAN",
+        "CountKeys|WriteMasks|copy_kernel|memory_stream|small_solve|residual_gram",
+        r"for \(int \w+ = |while \(entry|failed \? NAN",
         "",
         "what unrolling leaves of a loop, of which the counts are multiples, or fewer",
     ),
