@@ -159,8 +159,9 @@ SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 
 def check_resources(case: str, used: dict, capability: int) -> None:
     print(f"{case}, sm_{capability}: {used}")
-    # The compiler in Triton 3.6 gives the smallest fp64 stream a frame of 8 bytes, and spills nothing.
-    frame = 8 if triton.__version__.startswith("3.6.") and case.startswith("stream, fp64, K=15") else 0
+    # The assembler of Triton 3.6 and 3.7 stores and loads a word or two of some fp64 streams once.
+    earlier = triton.__version__.startswith(("3.6.", "3.7."))
+    frame = 8 if earlier and case.startswith("stream, fp64") else 0
     assert used["LOCAL"] == 0 and used["STACK"] <= frame
     assert used["SHARED"] <= SHARED_LIMIT[capability]
 
