@@ -53,6 +53,10 @@ def main(out: Path) -> None:
     weights = sum(weight.double().sum().item() for weight in trainer.model.parameters())
     report = {"processes": arguments.world_size, "before": before, "after": after, "weights": weights}
     (out / f"report-{arguments.process_index}.json").write_text(json.dumps(report))
+    if torch.distributed.is_initialized():
+        # Together: a process that ends while another still talks to it is aborted.
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
