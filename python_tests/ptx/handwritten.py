@@ -117,3 +117,15 @@ def first_undefined(array: np.ndarray) -> int:
 
 def host_bytes(array: np.ndarray) -> tuple[int, int]:
     return array.ctypes.data_as(ctypes.c_void_p).value, array.nbytes
+
+
+def zeros(count: int = 32) -> np.ndarray:
+    return np.zeros(count, np.uint32)
+
+
+# The address of word %r0 of the first array is %rd20, and of the shared buffer %r20.
+WORD = """
+mad.wide.u32 %rd20, %r0, 4, %rd0;
+mov.u32 %r20, buffer;
+mad.lo.s32 %r20, %r0, 4, %r20;
+"""

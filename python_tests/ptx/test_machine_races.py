@@ -2,38 +2,14 @@
 
 import re
 
-import numpy as np
 import pytest
 
 from . import build
-from .handwritten import Handwritten
+from .handwritten import WORD, zeros
 from .library import Fault
 
 pytestmark = pytest.mark.skipif(build.CXX is None, reason="no C++ compiler to build the PTX machine with")
 
-
-@pytest.fixture(scope="module")
-def ptx():
-    return Handwritten()
-
-
-@pytest.fixture(autouse=True)
-def defaults(ptx):
-    ptx.defaults()
-    yield
-    ptx.machine.define_all()
-
-
-def zeros(count: int = 32) -> np.ndarray:
-    return np.zeros(count, np.uint32)
-
-
-# The address of word %r0 of the first array is %rd20, and of the shared buffer %r20.
-WORD = """
-mad.wide.u32 %rd20, %r0, 4, %rd0;
-mov.u32 %r20, buffer;
-mad.lo.s32 %r20, %r0, 4, %r20;
-"""
 
 # -- Races ---------------------------------------------------------------------------------------------------
 

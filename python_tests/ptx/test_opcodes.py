@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from . import build
-from .handwritten import Handwritten
 
 pytestmark = pytest.mark.skipif(build.CXX is None, reason="no C++ compiler to build the PTX machine with")
 
@@ -13,16 +12,6 @@ U8, U16, U32, U64, S16, S32, S64, F32, F64 = (
     np.dtype(name) for name in ("u1", "u2", "u4", "u8", "i2", "i4", "i8", "f4", "f8")
 )
 BOOL = np.dtype(bool)
-
-
-@pytest.fixture(scope="module")
-def ptx():
-    return Handwritten()
-
-
-@pytest.fixture(autouse=True)
-def defaults(ptx):
-    ptx.defaults()
 
 
 def integers(dtype: np.dtype, seed: int = 0) -> np.ndarray:

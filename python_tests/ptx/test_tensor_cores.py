@@ -5,20 +5,9 @@ import pytest
 import torch
 
 from . import build
-from .handwritten import Handwritten
 from .library import Fault
 
 pytestmark = pytest.mark.skipif(build.CXX is None, reason="no C++ compiler to build the PTX machine with")
-
-
-@pytest.fixture(scope="module")
-def ptx():
-    return Handwritten()
-
-
-@pytest.fixture(autouse=True)
-def defaults(ptx):
-    ptx.defaults()
 
 
 def aligned(array: np.ndarray) -> np.ndarray:
