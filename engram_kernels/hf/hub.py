@@ -39,11 +39,14 @@ class HubFolder(ModelHubMixin, library_name="engram_kernels"):
         """
         raise NotImplementedError
 
-    def save_pretrained(self, directory: str | os.PathLike, **_hub_options) -> None:
+    def save_pretrained(
+        self, directory: str | os.PathLike, *, config: None = None, model_card_kwargs: None = None
+    ) -> None:
         """Write a new folder: all of it or nothing.
 
         Args:
             directory: a new or empty one.
+            config, model_card_kwargs: None; `push_to_hub` passes them.
 
         Raises:
             EngramError: the directory is not empty or cannot be written.

@@ -43,6 +43,12 @@ def test_a_folder_is_written_whole_or_not_at_all(tmp_path):
     assert Note.from_pretrained(tmp_path / "note").text == "Rome"
 
 
+def test_options_that_are_not_known_are_refused(tmp_path):
+    with pytest.raises(TypeError, match="push_to_hub"):
+        Note("Rome").save_pretrained(tmp_path / "note", push_to_hub=True)
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_hub(tmp_path, monkeypatch):
     seen = {}
 
