@@ -100,5 +100,5 @@ def test_what_was_never_sealed_is_refused(tmp_path, text):
 def test_a_second_entry_of_one_name_is_refused(sealed):
     text = sealed.read_text()
     sealed.write_text(text.replace('  "format": 1', '  "format": 2,\n  "format": 1'))
-    with pytest.raises(ValueError, match="config.json is incomplete or was changed"):
+    with pytest.raises(ValueError, match=r"config\.json is incomplete or was changed"):
         read_sealed(sealed)
