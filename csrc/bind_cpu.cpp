@@ -16,11 +16,6 @@ using engram::WeightShape;
 static py::dict build_info() {
   py::dict info;
   info["compiler"] = ENGRAM_COMPILER;
-#ifdef _OPENMP
-  info["openmp"] = _OPENMP;
-#else
-  info["openmp"] = 0;
-#endif
 #ifdef ENGRAM_X86
   info["isa_compiled"] = py::make_tuple("baseline", "avx2", "avx512");
 #else

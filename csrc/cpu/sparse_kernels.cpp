@@ -31,20 +31,20 @@ void exchange(const SparseTensor& tensor, int64_t begin, int64_t end) {
 }  // namespace
 
 int64_t sparse_faults(const SparseTensor* tensors, int64_t count, bool wide_indices, int threads) {
-  int64_t faults = 0;
   const Chunks<SparseTensor> chunks(tensors, count, &SparseTensor::count);
-#pragma omp parallel for num_threads(threads) reduction(+ : faults)
-  for (int64_t chunk = 0; chunk < chunks.count(); ++chunk)
-    chunks.visit(chunk, [&](const SparseTensor& tensor, int64_t begin, int64_t end) {
-      const auto check = [&](const auto* indices) {
-        for (int64_t i = begin; i < end; ++i) {
-          const int64_t at = indices[i];
-          faults += at < 0 || at >= tensor.size || (i > 0 && at <= static_cast<int64_t>(indices[i - 1]));
-        }
-      };
-      wide_indices ? check(static_cast<const int64_t*>(tensor.indices))
-                   : check(static_cast<const int32_t*>(tensor.indices));
-    });
+  int64_t faults = 0;
+  chunks.for_each(threads, [&](const SparseTensor& tensor, int64_t begin, int64_t end) {
+    const auto check = [&](const auto* indices) {
+      int64_t found = 0;
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t at = indices[i];
+        found += at < 0 || at >= tensor.size || (i > 0 && at <= static_cast<int64_t>(indices[i - 1]));
+      }
+      if (found) __atomic_fetch_add(&faults, found, __ATOMIC_RELAXED);
+    };
+    wide_indices ? check(static_cast<const int64_t*>(tensor.indices))
+                 : check(static_cast<const int32_t*>(tensor.indices));
+  });
   return faults;
 }
 
