@@ -3,8 +3,8 @@
     python bench/take_edits.py --method plain --output out        makes the edits, one method a run
     python bench/edits_that_take.py --output out                  measures what is there, and prints the table
 
-Each row's edits are added to the model by themselves, asked, and taken away again. A run that was cut off goes
-on by the same command: `out/METHOD/ROW.json` holds a row's answers.
+Each row's edits are added to the model by themselves, asked, and taken away again. A run that was cut off
+goes on by the same command: `out/METHOD/ROW.json` holds a row's answers.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def edited(model, file: Path) -> Iterator[dict[str, float]]:
     """The edit of a file in the model; yields the seconds it took and how large it is."""
     with safe_open(file, framework="pt") as kept:
         seconds = {name: float(value) for name, value in kept.metadata().items()}
-        tensors = {name: kept.get_tensor(name) for name in kept.keys()}  # noqa: SIM118
+        tensors = {name: kept.get_tensor(name) for name in kept.keys()}
     names = {name.rsplit(".", 1)[0] for name in tensors}
     before = {name: model.get_parameter(name).detach().clone() for name in names}
     changes = {name: tensors[f"{name}.left"] @ tensors[f"{name}.right"] for name in names}
@@ -135,8 +135,8 @@ def summary(folder: Path, rows: Sequence[TakeRow]) -> dict[str, dict]:
         changes = [entry["text_loss"] - plain["text_loss"] for _, entry, plain in entries]
         shares["text_loss"] = fmean(changes)
         for name in ("seconds", "processor", "size"):
-            if name in entries[0][1]:
-                shares[name] = median(entry[name] for _, entry, _ in entries)
+            if known := [entry[name] for _, entry, _ in entries if name in entry]:
+                shares[name] = median(known)
         found[path.name] = shares
     return found
 

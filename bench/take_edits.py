@@ -4,8 +4,9 @@
     ENGRAM_EASYEDIT=../EasyEdit python bench/take_edits.py --method easyedit-rome --output out
     PYTHONPATH=../older-checkout python bench/take_edits.py --method plain --label older --output out
 
-A run that was cut off goes on by the same command. `out/LABEL/ROW.safetensors` holds, for each weight written,
-`NAME.left [out, n]` and `NAME.right [n, in]`; its metadata the seconds, by the clock and of the processor.
+A run that was cut off goes on by the same command. `out/LABEL/ROW.safetensors` holds, for each weight that is
+written, `NAME.left [out, n]` and `NAME.right [n, in]`; its metadata the seconds, by the clock and of the
+processor.
 Statistics and context texts are there before the clock starts.
 """
 
@@ -21,15 +22,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
+import checkouts
 import torch
 import typer
 from safetensors.torch import load_file, save_file
 from take_rows import TakeRow, read_take_rows
 
+import engram_kernels as ek
 from engram_kernels.editing import Edit, Editor, load_model
 from engram_kernels.editing.npz import save_npz
 from engram_kernels.hf.projection import default_layer
 
+EASYEDIT = "easyedit-rome"
 Factors = dict[str, torch.Tensor]
 GIVEN = {
     "plain": lambda row: {},
@@ -64,9 +68,11 @@ def editor_method(model, tokenizer, given: Callable[[TakeRow], dict]) -> Callabl
     return edit
 
 
-def easyedit_rome(model, tokenizer) -> Callable[[TakeRow], Callable]:
-    """EasyEdit's ROME by its settings for a Llama, on the editor's layer, statistics and contexts."""
-    import checkouts
+def easyedit_rome(model, tokenizer, accelerated: bool) -> Callable[[TakeRow], Callable]:
+    """EasyEdit's ROME by its settings for a Llama, on the editor's layer, statistics and contexts.
+
+    Accelerated it is the same computation, in less time; what it takes then says nothing of EasyEdit's own.
+    """
     from bench_integrations import NAMES, SAMPLES, SETTINGS, Algorithm, second_moment
 
     editor, layer = Editor(model, tokenizer), default_layer(model)
@@ -82,18 +88,14 @@ def easyedit_rome(model, tokenizer) -> Callable[[TakeRow], Callable]:
     module = names["rewrite_module_tmp"].format(layer)
     path = Path(folder, "bench", "wikipedia_stats", f"{module}_float32_mom2_{SAMPLES}.npz")
     save_npz(path, moment * 1000, 1000, sample_size=SAMPLES)
-    with checkouts.checkout("easyeditor"):
-        rome = Algorithm(
-            "rome",
-            **SETTINGS,
-            **names,
-            stats_dir=folder,
-            v_num_grad_steps=25,
-            v_loss_layer=model.config.num_hidden_layers - 1,
-            layers=[layer],
-            context_template_length_params=[],
-        )
-        rome.main.CONTEXT_TEMPLATES_CACHE = ["{}", *(f"{prefix}. {{}}" for prefix in prefixes)]
+    rome = Algorithm(
+        "rome", **SETTINGS, **names, stats_dir=folder, v_num_grad_steps=25, layers=[layer],
+        v_loss_layer=model.config.num_hidden_layers - 1, context_template_length_params=[],
+    )  # fmt: skip
+    rome.main.CONTEXT_TEMPLATES_CACHE = ["{}", *(f"{prefix}. {{}}" for prefix in prefixes)]
+
+    def library():
+        return ek.integrations.accelerate("easyeditor") if accelerated else contextlib.nullcontext()
 
     def edit(row: TakeRow):
         request = {
@@ -102,7 +104,7 @@ def easyedit_rome(model, tokenizer) -> Callable[[TakeRow], Callable]:
             "subject": row.subject,
             "target_new": row.target,
         }
-        with contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()), library():
             deltas = rome.execute(model, tokenizer, request, rome.settings)
 
         def factors() -> Factors:
@@ -134,26 +136,30 @@ def main(
     label: Annotated[str | None, typer.Option(help="The folder's name; default: the method.")] = None,
     model: Annotated[str, typer.Option(help="A name that engram knows, or a folder.")] = "smollm2",
     rows: Annotated[int | None, typer.Option(help="The first so many; default: all.")] = None,
+    accelerated: Annotated[bool, typer.Option("--accelerated", help="EasyEdit's by `accelerate`.")] = False,
 ) -> None:
-    network, tokenizer = load_model(model)
     wanted = read_take_rows()[:rows]
-    folder = output / (label or method.replace(" ", "-"))
+    folder = (output / (label or method.replace(" ", "-"))).resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    if method == "easyedit-rome":
-        edit = easyedit_rome(network, tokenizer)
-    else:
-        edit = editor_method(network, tokenizer, GIVEN[method])
-    for row in wanted:
-        path = folder / f"{row.number}.safetensors"
-        if path.exists():
-            continue
-        clock, processor = time.perf_counter(), time.process_time()
-        factors = edit(row)
-        seconds = {"seconds": time.perf_counter() - clock, "processor": time.process_time() - processor}
-        temporary = path.with_suffix(f".{os.getpid()}")
-        save_file(factors(), temporary, {name: str(value) for name, value in seconds.items()})
-        temporary.replace(path)
-        print(json.dumps({"row": row.number, **seconds}), flush=True)
+    network, tokenizer = load_model(model)
+    with checkouts.checkout("easyeditor") if method == EASYEDIT else contextlib.nullcontext():
+        if method == EASYEDIT:
+            edit = easyedit_rome(network, tokenizer, accelerated)
+        else:
+            edit = editor_method(network, tokenizer, GIVEN[method])
+        for row in wanted:
+            path = folder / f"{row.number}.safetensors"
+            if path.exists():
+                continue
+            clock, processor = time.perf_counter(), time.process_time()
+            factors = edit(row)
+            seconds = {"seconds": time.perf_counter() - clock, "processor": time.process_time() - processor}
+            print(json.dumps({"row": row.number, **seconds}), flush=True)
+            if accelerated:
+                seconds = {}
+            temporary = path.with_suffix(f".{os.getpid()}")
+            save_file(factors(), temporary, {name: str(value) for name, value in seconds.items()})
+            temporary.replace(path)
 
 
 if __name__ == "__main__":

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
 from ..errors import EngramError
-from ..hf.generation import sample
+from ..hf.generation import greedy as continued
 from ..hf.tokens import context_length, open_ids
 
 
@@ -37,6 +35,8 @@ def greedy(
     Raises:
         EngramError: a text would be longer than the model's context.
     """
+    if not prompts:
+        return []
     counts = [tokens] * len(prompts) if isinstance(tokens, int) else list(tokens)
     encoded = [open_ids(tokenizer, prompt.rstrip(" ")) for prompt in prompts]
     limit = context_length(model)
@@ -48,29 +48,16 @@ def greedy(
             )
     special = set(tokenizer.all_special_ids)
     found: list[Written | None] = [None] * len(prompts)
-    for batch in _batches([len(ids) for ids in encoded], counts, batch_size):
-        rows = sample(model, [encoded[i] for i in batch], [counts[i] for i in batch], _likeliest)
+    # Of like length, so that little is padding.
+    order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
+    for at in range(0, len(order), batch_size):
+        batch = order[at : at + batch_size]
+        rows = continued(model, [encoded[i] for i in batch], max(counts[i] for i in batch))
         for i, row in zip(batch, rows, strict=True):
-            new = row[len(encoded[i]) :]
+            new = row[: counts[i]]
             ended = next((place for place, token in enumerate(new) if token in special), len(new))
             found[i] = Written(new[0], tokenizer.decode(new[:ended]))
     return found
-
-
-def _batches(lengths: Sequence[int], counts: Sequence[int], batch_size: int) -> Iterator[list[int]]:
-    """Numbers of texts of like length. One that is much longer would cost more steps than a batch of its own."""
-    batch: list[int] = []
-    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if batch and (len(batch) == batch_size or lengths[i] > lengths[batch[0]] + counts[batch[0]]):
-            yield batch
-            batch = []
-        batch.append(i)
-    if batch:
-        yield batch
-
-
-def _likeliest(_numbers: list[int], logits: torch.Tensor) -> list[int]:
-    return logits.argmax(-1).tolist()
 
 
 @dataclass(frozen=True)
