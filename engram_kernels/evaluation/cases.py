@@ -53,7 +53,7 @@ class Case:
     @property
     def prompt(self) -> str:
         """What is asked after the edit, to the letter: its prompt with the subject."""
-        return self.edit.text
+        return self.edit.prompt_text
 
     @property
     def edits(self) -> tuple[Edit, ...]:
