@@ -48,3 +48,29 @@ def sample(
             for number, token in zip(numbers, choose(numbers, logits), strict=True):
                 rows[number].append(int(token))
     return rows
+
+
+@torch.no_grad()
+def greedy(model: nn.Module, rows: Sequence[list[int]], count: int) -> list[list[int]]:
+    """Continue rows of tokens by the likeliest ones, as the model's own `generate` does it.
+
+    Rows are padded on the left, so that one pass reads them all. What a model's generation settings ask for
+    besides (a penalty for repetition, sampling) is left out.
+
+    Args:
+        model: a causal language model of transformers.
+        rows: the tokens of each text; none is empty.
+        count: how many to write after each, at most; a row may end earlier by its end-of-text token.
+
+    Returns:
+        What was written after each row.
+    """
+    device = model.get_input_embeddings().weight.device
+    longest = max(map(len, rows))
+    ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows], device=device)
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
+    written = model.generate(
+        input_ids=ids, attention_mask=mask, max_new_tokens=count, pad_token_id=0,
+        do_sample=False, num_beams=1, repetition_penalty=1.0, temperature=None, top_p=None, top_k=None,
+    )  # fmt: skip
+    return written[:, longest:].tolist()
