@@ -112,7 +112,7 @@ def ask(
     readout = kept.read(latent.double(), addressing="key")
     entries = dict(kept.ledger.items())
     values, keys = (
-        torch.stack([getattr(entry, name) for entry in entries.values()]) for name in ("value", "key")
+        torch.cat([getattr(entry, name) for entry in entries.values()]) for name in ("value", "key")
     )
     cosines = normalize(values.double(), dim=-1) @ normalize(readout[0], dim=-1)
     leverages = kept.leverage(keys).tolist()
@@ -171,7 +171,7 @@ def list_facts(memory: Folder) -> None:
     table = Table("id", "fact", box=box.SIMPLE_HEAD)
     table.add_column("leverage", justify="right")
     entries = dict(kept.ledger.items())
-    leverages = kept.leverage(torch.stack([entry.key for entry in entries.values()])).tolist()
+    leverages = kept.leverage(torch.cat([entry.key for entry in entries.values()])).tolist()
     for (name, entry), leverage in zip(entries.items(), leverages, strict=True):
         table.add_row(escape(str(name)), escape(entry.text or ""), f"{leverage:.3f}")
     console.print(table)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,13 +15,14 @@ from . import solution
 from .addressing import check_addressing
 from .folder import MemoryFolder
 from .forgetting import check_unnamed, settle
-from .ledger import Entry, Id, checked_texts, entries_of
+from .ledger import Id, checked_metadata, checked_parts, checked_texts, entries_of
+from .recall import MemoryRecall
 from .ridge import LOO, RIDGE
 from .rows import Rows, rows_of
 from .state import MemoryState
 
 
-class EpisodicMemory(MemoryState, MemoryFolder):
+class EpisodicMemory(MemoryState, MemoryRecall, MemoryFolder):
     """Memories of K slots that hold latents of size C, by least squares.
 
         w = z M₀⁺                              the address of z, by a fixed M₀
@@ -112,6 +114,8 @@ class EpisodicMemory(MemoryState, MemoryFolder):
         keys: Tensor | None = None,
         ids: Sequence[Id] | None = None,
         texts: Sequence[str | None] | None = None,
+        metadata: Sequence[Mapping[str, Any] | None] | None = None,
+        parts: Sequence[int] | None = None,
         *,
         memory: int | None = None,
         cu_seqlens: Tensor | None = None,
@@ -124,9 +128,12 @@ class EpisodicMemory(MemoryState, MemoryFolder):
             values: z, [N, C] or [batch, N, C], any floating dtype.
             keys: what is asked for later, of the values' shape; default: the values themselves, so that they
                 can be completed from a part (auto-associative).
-            ids: a name for each row, text or integer, in the rows' order; no two rows of any memory have the
-                same. Rows with ids are kept in the ledger.
-            texts: what each row says, kept with its id.
+            ids: a name for each row, text or integer, in the rows' order; no two facts of any memory have
+                the same. Rows with ids are kept in the ledger.
+            texts: what each fact says, kept with its id.
+            metadata: what else is known about each fact, as JSON has it, kept with its id.
+            parts: how many rows each fact has, such as those of a long text; they have one id, and are
+                forgotten together. Default: one.
             memory: the number of the memory that a matrix goes to.
             cu_seqlens: bounds of the memories in a matrix, [batch + 1].
 
@@ -140,9 +147,12 @@ class EpisodicMemory(MemoryState, MemoryFolder):
         check.same_device("values", values, self.gram.device)
         names = entries = None
         if ids is not None:
-            names = self.ledger.check_new(ids, len(rows.values))
-            entries = entries_of(rows, checked_texts(texts, len(names)))
-        check.expect(ids is not None or texts is None, "texts", "ids with them", "none")
+            sizes = checked_parts(parts, rows)
+            names = self.ledger.check_new(ids, len(sizes))
+            known = checked_metadata(metadata, len(names))
+            entries = entries_of(rows, sizes, checked_texts(texts, len(names)), known)
+        for name, given in (("texts", texts), ("metadata", metadata), ("parts", parts)):
+            check.expect(ids is not None or given is None, name, "ids with them", "none")
         check.expect(
             ids is not None or self.ridge != LOO or not len(rows.values),
             "ids", "one for each row, as the ridge is chosen over the rows kept", "none",
@@ -205,8 +215,8 @@ class EpisodicMemory(MemoryState, MemoryFolder):
 
         Args:
             ids: names of rows.
-            values: the new values in the order of the ids, [N, C].
-            texts: what each row says now.
+            values: the new values of the facts' rows in the order of the ids, [N, C].
+            texts: what each fact says now.
 
         Raises:
             EngramError: an id that is not in the memory.
@@ -215,13 +225,16 @@ class EpisodicMemory(MemoryState, MemoryFolder):
         found = self.ledger.find(ids)
         names, old = list(found), list(found.values())
         check.floating("values", values)
-        check.shape("values", values, (len(names), self.latent), "[N, C], a row for each id")
+        parts = [len(entry.value) for entry in old]
+        check.shape("values", values, (sum(parts), self.latent), "[N, C], a row for each of the ids'")
         check.same_device("values", values, self.gram.device)
         check.finite("values", values)
         said = checked_texts(texts, len(names))
         order = sorted(range(len(names)), key=lambda i: old[i].memory)
         rows = self._rows_of(old[i] for i in order)
-        fresh = Rows(rows.keys, values[order].to(self.state_dtype), rows.sizes, rows.shape)
+        split = values.split(parts)
+        ordered = torch.cat([split[i] for i in order]) if order else values
+        fresh = Rows(rows.keys, ordered.to(self.state_dtype), rows.sizes, rows.shape)
         weights = self._weights(rows.keys)
         energy = self._energy_with(fresh, weights)
         # The same addresses: A stays as it is, to the bit, and B changes by the difference.
@@ -234,8 +247,8 @@ class EpisodicMemory(MemoryState, MemoryFolder):
         self.ledger.add(
             names,
             [
-                Entry(entry.memory, entry.key, value.clone(), text)
-                for entry, value, text in zip(old, values, said, strict=True)
+                entry._replace(value=value.clone(), text=text)
+                for entry, value, text in zip(old, split, said, strict=True)
             ],
         )
         settle(self, self._energy_of(rows, weights))
@@ -326,14 +339,6 @@ class EpisodicMemory(MemoryState, MemoryFolder):
             whitened = solution.solve(precision[memories], address.mT, self.ridges[memories]).mT
             found.append((address * whitened).sum(-1).reshape(-1))
         return torch.cat(found).reshape(rows.shape)
-
-    def condition(self) -> float:
-        """The largest 2-norm condition number of A + λI over the memories.
-
-        The relative error of M is about this times the rounding of `state_dtype`. In fp32 (ε = 1.2e-7) half
-        of its digits are lost at 2.9e3; a solution beyond that warns, once.
-        """
-        return solution.condition(self.precision(), self.ridges)
 
     def merge(self, other: EpisodicMemory) -> EpisodicMemory:
         """Add all that another memory holds: `A += A'`, `B += B'`, as if it had been written here.

@@ -125,7 +125,8 @@ def _split(ledger: Ledger) -> tuple[list[dict], dict[str, Tensor]]:
     listed: list[dict] = []
     rows: dict[str, list[Tensor]] = {}
     for name, entry in ledger.items():
-        line = {"id": name, "memory": entry.memory, "text": entry.text}
+        line = {"id": name, "memory": entry.memory, "text": entry.text, "metadata": entry.metadata}
+        line["rows"] = len(entry.value)
         for part in LATENTS:
             # A key that is the value is kept once.
             latent = None if part == "key" and entry.key is entry.value else getattr(entry, part)
@@ -133,18 +134,23 @@ def _split(ledger: Ledger) -> tuple[list[dict], dict[str, Tensor]]:
             if latent is not None:
                 rows.setdefault(f"{part}s.{line[part]}", []).append(latent.cpu())
         listed.append(line)
-    return listed, {name: torch.stack(latents) for name, latents in rows.items()}
+    return listed, {name: torch.cat(latents) for name, latents in rows.items()}
 
 
 def _joined(listed: list[dict], tensors: dict[str, Tensor]) -> dict[Id, Entry]:
     """The entries that `_split` took apart, each with storage of its own."""
-    waiting = {name: iter(rows) for name, rows in tensors.items()}
+    taken = dict.fromkeys(tensors, 0)
+
+    def take(name: str, rows: int) -> Tensor:
+        at = taken[name]
+        taken[name] += rows
+        return tensors[name][at : at + rows].clone()
+
     entries: dict[Id, Entry] = {}
     for line in listed:
-        key, value = (
-            next(waiting[f"{part}s.{line[part]}"]).clone() if line[part] else None for part in LATENTS
-        )
-        entries[line["id"]] = Entry(line["memory"], value if key is None else key, value, line["text"])
+        key, value = (take(f"{part}s.{line[part]}", line["rows"]) if line[part] else None for part in LATENTS)
+        key = value if key is None else key
+        entries[line["id"]] = Entry(line["memory"], key, value, line["text"], line["metadata"])
     if len(entries) != len(listed):
         raise ValueError("its ledger has other rows than its state")
     return entries

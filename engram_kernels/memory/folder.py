@@ -50,7 +50,7 @@ class MemoryFolder(HubFolder):
             memory = cls(**saved.settings, m0="identity")
             unnamed = saved.state["count"].tolist()
             for entry in saved.entries.values():
-                unnamed[entry.memory] -= 1
+                unnamed[entry.memory] -= len(entry.value)
             if min(unnamed) < 0:
                 raise ValueError("its ledger has other rows than its state")
             for name, buffer in memory.named_buffers():
