@@ -10,6 +10,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from . import answer as answering
 from .common import App, Device, bars, check_folder, console, device_of, reading
 from .facts import find, names_of, read_facts
 
@@ -94,6 +95,11 @@ def ask(
     memory: Folder,
     question: Annotated[str, typer.Argument(help="What to ask.")],
     top: Annotated[int, typer.Option(help="How many facts to show.")] = 5,
+    answer: Annotated[
+        bool, typer.Option("--answer", help="Let a language model answer in a sentence.")
+    ] = False,
+    model: answering.Decoder = "smollm2",
+    only_memory: answering.OnlyMemory = False,
     device: Device = None,
 ) -> None:
     """Show the facts that are nearest to what a memory answers.
@@ -108,11 +114,14 @@ def ask(
     if not question.strip():
         raise ValueError("question: expected some text, got none")
     kept = _filled(memory)
-    latent = _encoder(_named(kept, memory), device).encode([question]).cpu()
+    encoder = _encoder(_named(kept, memory), device)
+    if answer:
+        answering.show(answering.answerer(kept, encoder, model, only_memory, device)(question))
+    latent = encoder.encode([question]).cpu()
     readout = kept.read(latent.double(), addressing="key")
     entries = dict(kept.ledger.items())
     values, keys = (
-        torch.stack([getattr(entry, name) for entry in entries.values()]) for name in ("value", "key")
+        torch.cat([getattr(entry, name) for entry in entries.values()]) for name in ("value", "key")
     )
     cosines = normalize(values.double(), dim=-1) @ normalize(readout[0], dim=-1)
     leverages = kept.leverage(keys).tolist()
@@ -126,6 +135,9 @@ def ask(
         text = entries[names[at]].text or ""
         table.add_row(escape(str(names[at])), escape(text), f"{cosines[at]:.3f}", f"{leverages[at]:.3f}")
     console.print(table)
+
+
+app.command()(answering.chat)
 
 
 @app.command()
@@ -171,7 +183,7 @@ def list_facts(memory: Folder) -> None:
     table = Table("id", "fact", box=box.SIMPLE_HEAD)
     table.add_column("leverage", justify="right")
     entries = dict(kept.ledger.items())
-    leverages = kept.leverage(torch.stack([entry.key for entry in entries.values()])).tolist()
+    leverages = kept.leverage(torch.cat([entry.key for entry in entries.values()])).tolist()
     for (name, entry), leverage in zip(entries.items(), leverages, strict=True):
         table.add_row(escape(str(name)), escape(entry.text or ""), f"{leverage:.3f}")
     console.print(table)

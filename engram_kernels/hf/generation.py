@@ -7,7 +7,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from .cache import cache_inputs, output_cache
+from .cache import PrefixCache, cache_inputs, inputs_after, output_cache
+from .forward import logits_at, takes
+from .tokens import pad_rows
 
 
 @torch.no_grad()
@@ -74,3 +76,48 @@ def greedy(model: nn.Module, rows: Sequence[list[int]], count: int) -> list[list
         do_sample=False, num_beams=1, repetition_penalty=1.0, temperature=None, top_p=None, top_k=None,
     )  # fmt: skip
     return written[:, longest:].tolist()
+
+
+@torch.no_grad()
+def write_on(
+    model: nn.Module,
+    rows: Sequence[list[int]],
+    tokens: int,
+    ends: Callable[[list[int]], bool],
+    prefix: PrefixCache | None = None,
+) -> list[list[int]]:
+    """Continue rows of tokens greedily, all at once, each until it ends.
+
+    Args:
+        model: a causal language model.
+        rows: the tokens of each text; none is empty.
+        tokens: how many at most to write after each.
+        ends: whether what was written after a row is all that is wanted.
+        prefix: what the model has read before each row; None: nothing.
+
+    Returns:
+        What was written after each row.
+    """
+    ids, mask = pad_rows(rows, model.get_input_embeddings().weight.device)
+    inputs = inputs_after(model, prefix, ids, mask)
+    numbers, places = torch.arange(len(rows), device=ids.device), mask.sum(-1) - 1
+    written: list[list[int]] = [[] for _ in rows]
+    writing = set(range(len(rows)))
+    while True:
+        chosen = logits_at(model, numbers, places, **inputs).argmax(-1).to(ids.device)
+        for row, token in enumerate(chosen.tolist()):
+            if row in writing:
+                written[row].append(token)
+                if len(written[row]) == tokens or ends(written[row]):
+                    writing.remove(row)
+        if not writing:
+            return written
+        # The cache was filled in place; a row that has ended reads on, and no other sees it.
+        seen = inputs["attention_mask"]
+        inputs |= {
+            "input_ids": chosen[:, None],
+            "attention_mask": torch.cat([seen, seen.new_ones(len(seen), 1)], 1),
+        }
+        if takes(model, "position_ids"):
+            inputs["position_ids"] = seen.sum(-1, keepdim=True)
+        places = torch.zeros_like(places)

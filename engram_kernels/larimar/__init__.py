@@ -5,6 +5,7 @@ Das et al. 2024 (arXiv 2403.11901).
 
 from typing import TYPE_CHECKING
 
+from .answering import Answer, Answerer
 from .episodes import EpisodeCollator, Fact, FactEpisodes
 from .long_context import read_recursively
 from .objective import Objective
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from .model import LarimarModel
 
 __all__ = [
+    "Answer",
+    "Answerer",
     "EpisodeCollator",
     "Fact",
     "FactEpisodes",

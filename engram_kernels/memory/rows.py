@@ -110,10 +110,7 @@ def rows_of(
         check.expect(memory is None, "memory", "None with cu_seqlens", memory)
         sizes = _sizes(cu_seqlens, batch, len(values))
     else:
-        number = 0 if memory is None and batch == 1 else memory
-        check.expect(number is not None, "memory", f"a number, as there are {batch} memories", "None")
-        check.integer("memory", number)
-        check.expect(0 <= number < batch, "memory", f"from 0 to {batch - 1}", number)
+        number = number_of(memory, batch)
         sizes = [len(values) if i == number else 0 for i in range(batch)]
     check.finite(name, values)
     if keys is not None:
@@ -121,6 +118,19 @@ def rows_of(
     flat = values.reshape(-1, latent)
     addressed = flat if keys is None else keys.reshape(-1, latent)
     return Rows(addressed, flat, sizes, tuple(values.shape[:-1]))
+
+
+def number_of(memory: int | None, batch: int) -> int:
+    """The number of the memory that is meant; None means the only one.
+
+    Raises:
+        ValueError, TypeError: none of the `batch` memories.
+    """
+    number = 0 if memory is None and batch == 1 else memory
+    check.expect(number is not None, "memory", f"a number, as there are {batch} memories", "None")
+    check.integer("memory", number)
+    check.expect(0 <= number < batch, "memory", f"from 0 to {batch - 1}", number)
+    return number
 
 
 def _sizes(cu_seqlens: Tensor, batch: int, rows: int) -> list[int]:

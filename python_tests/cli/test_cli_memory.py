@@ -69,8 +69,8 @@ def test_write_keeps_facts_with_ids_and_texts(engram, folder, memory):
     assert kept.ledger["atlantis"].text == "What is the capital of Atlantis? → Poseidonia is it."
     encoder = load_encoder("encoder")
     key, value = encoder.encode(["What is the capital of Atlantis?", "Poseidonia is it."])
-    torch.testing.assert_close(kept.ledger["atlantis"].key, key, rtol=0, atol=1e-6)
-    torch.testing.assert_close(kept.ledger["atlantis"].value, value, rtol=0, atol=1e-6)
+    torch.testing.assert_close(kept.ledger["atlantis"].key[0], key, rtol=0, atol=1e-6)
+    torch.testing.assert_close(kept.ledger["atlantis"].value[0], value, rtol=0, atol=1e-6)
     assert torch.equal(kept.ledger["1"].key, kept.ledger["1"].value) and kept.encoder == "encoder"
 
 
@@ -95,11 +95,11 @@ def test_ask_shows_the_nearest_facts(engram, memory):
     assert (status, err) == (0, "")
     rows = [line for line in out.splitlines() if "Colosseum" in line or "Louvre" in line or "Eiffel" in line]
     kept = EpisodicMemory.from_pretrained(memory)
-    leverages = kept.leverage(torch.stack([kept.ledger[name].key for name in kept.ids]))
+    leverages = kept.leverage(torch.cat([kept.ledger[name].key for name in kept.ids]))
     # The title, the fact itself, and one more.
     assert len(rows) == 3 and rows[1].split()[0] == "2" and f"{leverages[3]:.3f}" in rows[1]
-    readout = kept.read(kept.ledger["2"].key[None].double(), addressing="key")
-    cosine = torch.cosine_similarity(readout, kept.ledger["2"].value[None].double()).item()
+    readout = kept.read(kept.ledger["2"].key.double(), addressing="key")
+    cosine = torch.cosine_similarity(readout, kept.ledger["2"].value.double()).item()
     assert f"{cosine:.3f}" in rows[1] and float(rows[1].split()[-2]) >= float(rows[2].split()[-2])
 
 
