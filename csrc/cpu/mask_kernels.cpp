@@ -2,20 +2,11 @@
 // instruction set (isa.h).
 #include "chunks.h"
 #include "engram/graft.h"
-#include "simd.h"
+#include "packed.h"
 
 namespace engram::cpu::ENGRAM_ISA {
 
 namespace {
-
-// Eight bytes of 0 or 1 are one byte of bits, and back: each product moves every bit to its place.
-inline uint8_t pack_eight(const uint8_t* mask) {
-  return static_cast<uint8_t>((load<uint64_t>(mask) * 0x0102040810204080u) >> 56);
-}
-inline uint64_t unpack_eight(uint8_t byte) {
-  const uint64_t bits = (byte * 0x0101010101010101u) & 0x8040201008040201u;
-  return ((bits + 0x7f7f7f7f7f7f7f7fu) >> 7) & 0x0101010101010101u;
-}
 
 struct Flat {
   int64_t size;

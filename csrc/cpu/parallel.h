@@ -22,4 +22,13 @@ void parallel_for(int64_t parts, int64_t count, const Body& body) {
   });
 }
 
+// The same, where some take longer than others: each goes to the next thread that has nothing to do.
+template <class Body>
+void parallel_for_uneven(int64_t parts, int64_t count, const Body& body) {
+  int64_t next = 0;
+  parallel(parts, [&](int) {
+    for (int64_t i; (i = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < count;) body(i);
+  });
+}
+
 }  // namespace engram::cpu::ENGRAM_ISA

@@ -107,7 +107,8 @@ class EditResult(HubFolder):
             This result, which can be reverted then.
 
         Raises:
-            EngramError: a matrix of the model is another one, or this result stands in a model already.
+            EngramError: a matrix of the model is another one, or becomes another one than when the edits were
+                made, or this result stands in a model already; the model is unchanged then.
         """
         if self.applied:
             raise EngramError(
@@ -130,11 +131,16 @@ class EditResult(HubFolder):
                 )
             projections[edited.module] = projection
         self._originals = {name: Snapshot(projection) for name, projection in projections.items()}
+        recorded = [edited.edited_checksum for edited in self.edited_modules]
         try:
             self._write()
+            if not force:
+                self._check_outcome(recorded)
         except BaseException:
             self._restore()
             self._originals = {}
+            for edited, checksum in zip(self.edited_modules, recorded, strict=True):
+                edited.edited_checksum = checksum
             raise
         note(model, self)
         return self
@@ -250,6 +256,15 @@ class EditResult(HubFolder):
         for edited in self.edited_modules:
             # A forced base, or another device's arithmetic, leaves another matrix: revert must know that one.
             edited.edited_checksum = matrix_checksum(self._originals[edited.module].projection)
+
+    def _check_outcome(self, recorded: Sequence[str | None]) -> None:
+        """Make sure that the matrices became what is recorded of them, where something is."""
+        for edited, checksum in zip(self.edited_modules, recorded, strict=True):
+            if checksum is not None and edited.edited_checksum != checksum:
+                raise EngramError(
+                    f"model: expected {edited.module!r} to become what it became when the edits were made, "
+                    "got other bits: of changed factors, or of another device (force=True takes them)"
+                )
 
     def _check_unchanged(self) -> None:
         if not self.applied:

@@ -6,6 +6,7 @@ A family's `__all__` is what it gives to the package.
 from typing import TYPE_CHECKING
 
 from .graft import *  # noqa: F403
+from .graft_diff import *  # noqa: F403
 from .graft_masks import *  # noqa: F403
 from .graft_sparse import *  # noqa: F403
 from .low_rank import *  # noqa: F403
@@ -18,6 +19,7 @@ from .second_moment import *  # noqa: F403
 if not TYPE_CHECKING:
     from . import (
         graft,
+        graft_diff,
         graft_masks,
         graft_sparse,
         low_rank,
@@ -29,6 +31,7 @@ if not TYPE_CHECKING:
 
     __all__ = [
         *graft.__all__,
+        *graft_diff.__all__,
         *graft_masks.__all__,
         *graft_sparse.__all__,
         *low_rank.__all__,
