@@ -12,6 +12,7 @@ from .low_rank import *  # noqa: F403
 from .memory import *  # noqa: F403
 from .memory_inverse import *  # noqa: F403
 from .memory_streaming import *  # noqa: F403
+from .ridge import *  # noqa: F403
 from .second_moment import *  # noqa: F403
 
 # Type checkers take the stars above as what this exports; a computed list would hide it all from mypy.
@@ -24,6 +25,7 @@ if not TYPE_CHECKING:
         memory,
         memory_inverse,
         memory_streaming,
+        ridge,
         second_moment,
     )
 
@@ -35,5 +37,6 @@ if not TYPE_CHECKING:
         *memory.__all__,
         *memory_streaming.__all__,
         *memory_inverse.__all__,
+        *ridge.__all__,
         *second_moment.__all__,
     ]
