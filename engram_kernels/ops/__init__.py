@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from .graft import *  # noqa: F403
 from .graft_masks import *  # noqa: F403
 from .graft_sparse import *  # noqa: F403
+from .linear_memory import *  # noqa: F403
 from .low_rank import *  # noqa: F403
 from .memory import *  # noqa: F403
 from .memory_inverse import *  # noqa: F403
@@ -21,6 +22,7 @@ if not TYPE_CHECKING:
         graft,
         graft_masks,
         graft_sparse,
+        linear_memory,
         low_rank,
         memory,
         memory_inverse,
@@ -33,6 +35,7 @@ if not TYPE_CHECKING:
         *graft.__all__,
         *graft_masks.__all__,
         *graft_sparse.__all__,
+        *linear_memory.__all__,
         *low_rank.__all__,
         *memory.__all__,
         *memory_streaming.__all__,

@@ -62,4 +62,10 @@ def _ridge() -> dict[str, tuple]:
     beta, decay = torch.rand(2, 5, 2), -torch.rand(2, 5, 2)
     state = torch.zeros(2, 2, 3, 3).double(), torch.zeros(2, 2, 3, 4).double(), torch.zeros(2, 2).double()
     arguments = q, k, v, beta, decay, torch.ones(2, 3), *state, None, False
-    return {"ridge_memory": arguments, "ridge_memory_gradient": (v, *state, *arguments)}
+    memory = torch.zeros(2, 2, 3, 4)
+    return {
+        "ridge_memory": arguments,
+        "ridge_memory_gradient": (v, *state, *arguments),
+        "linear_memory": (q, k, v, beta, decay, memory, None, True),
+        "linear_memory_gradient": (v, memory, q, k, v, beta, decay, memory, None, True),
+    }

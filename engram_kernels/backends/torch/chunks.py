@@ -41,13 +41,13 @@ class Chunks:
                 for i in range(count)
             ]
 
-    def split(self, x: Tensor) -> Tensor:
-        """[B, T, H, ...] -> [chunks, H, C, ...] in fp64."""
+    def split(self, x: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+        """[B, T, H, ...] -> [chunks, H, C, ...]."""
         x = x.flatten(0, 1)
         if not self._whole:
             x = torch.cat([x, x.new_zeros(1, *x.shape[1:])]).index_select(0, self._rows)
         x = x.unflatten(0, (-1, self.size)).transpose(1, 2)
-        return x.to(torch.float64, memory_format=torch.contiguous_format)
+        return x.to(dtype, memory_format=torch.contiguous_format)
 
     def join(self, x: Tensor) -> Tensor:
         """[chunks, H, C, ...] -> [B, T, H, ...]."""

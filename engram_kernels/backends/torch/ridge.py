@@ -29,7 +29,7 @@ _CACHED = 1 << 17
 
 
 class _Problem(NamedTuple):
-    """The tokens in chunks, what each chunk meets, and `after`: gram, cross and log of the decay at the end."""
+    """Tokens in chunks, what each chunk meets, and `after`: gram, cross and the decay's log at the end."""
 
     chunks: Chunks
     q: Tensor
@@ -212,7 +212,7 @@ def ridge_memory_gradient(
     cu_seqlens: Tensor | None,
     ridge_decays: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """With xᵢ = qᵢ Sᵢ⁻¹ and yᵢ = Sᵢ⁻¹ Gᵢ doᵢ: dGᵢ = xᵢᵀ doᵢ, dSᵢ = −xᵢᵀ yᵢ; then the sums G and H backwards."""
+    """With xᵢ = qᵢ Sᵢ⁻¹, yᵢ = Sᵢ⁻¹ Gᵢ doᵢ: dGᵢ = xᵢᵀ doᵢ, dSᵢ = −xᵢᵀ yᵢ; then the sums G and H backwards."""
     p = _prepare(q, k, v, beta, decay, ridge, gram, cross, log_decay, cu_seqlens, ridge_decays)
     d_out = p.chunks.split(d_out)
     if _is_rank_one(decay, ridge_decays):
