@@ -9,6 +9,7 @@ from .backends import use_backend as use_backend
 from .covariance import Covariance as Covariance
 from .errors import EngramError as EngramError
 from .ops import *  # noqa: F403
+from .preconditioner import Preconditioner as Preconditioner
 
 if TYPE_CHECKING:
     from . import editing as editing
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 else:
     from . import backends
 
-    __all__ = ["Covariance", "EngramError", "backends", "use_backend", *ops.__all__]
+    __all__ = ["Covariance", "EngramError", "Preconditioner", "backends", "use_backend", *ops.__all__]
 
     def __getattr__(name: str) -> ModuleType:
         """Import a system at its first use: the operators need no transformers."""
