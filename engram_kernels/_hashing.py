@@ -4,7 +4,7 @@ import hashlib
 import json
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
@@ -25,15 +25,6 @@ def plain_tensors(name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
         return [(name, tensor)]
     parts, _ = tensor.__tensor_flatten__()
     return [inner for part in parts for inner in plain_tensors(f"{name}.{part}", getattr(tensor, part))]
-
-
-def weights_checksums(model: nn.Module) -> dict[str, str]:
-    """The checksum of every tensor of a model, by name."""
-    return {
-        part: tensor_checksum(inner)
-        for name, tensor in sorted(model.state_dict().items())
-        for part, inner in plain_tensors(name, tensor)
-    }
 
 
 def digest(*contents: object) -> str:

@@ -9,10 +9,11 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from torch import Tensor
 
-from .._hashing import digest, weights_checksums
+from .._hashing import digest
 from .._progress import Progress
 from ..covariance import Covariance
 from ..errors import EngramError
+from ..hf.fingerprints import weights_checksums
 from ..hf.layers import adapter_settings
 from ..hf.projection import output_projection
 from .batching import EncodedEdit, encode_edit
