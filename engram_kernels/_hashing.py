@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -14,8 +15,14 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
 
 def tensor_checksum(tensor: Tensor) -> str:
     """A digest of a tensor's dtype, shape and bits."""
-    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-    digest.update(tensor_bytes(tensor))
+    return checksum_of(tensor.dtype, tensor.shape, [tensor_bytes(tensor)])
+
+
+def checksum_of(dtype: torch.dtype, shape: Iterable[int], pieces: Iterable[bytes | memoryview]) -> str:
+    """The same of a tensor whose bytes come in pieces, in row-major order."""
+    digest = hashlib.sha256(f"{dtype} {tuple(shape)}".encode())
+    for piece in pieces:
+        digest.update(piece)
     return digest.hexdigest()
 
 
