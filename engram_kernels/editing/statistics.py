@@ -13,6 +13,7 @@ from .._io import save_tensors
 from .._progress import Progress
 from ..errors import EngramError
 from ..hf.hooks import Stop, capture, run_until
+from ..hf.placement import input_device
 from ..hf.projection import Projection
 from ..hf.tokens import context_length
 from ..ops import second_moment_
@@ -89,7 +90,7 @@ def _observe(model, projections: Sequence[Projection], batch: torch.Tensor, sums
         return observe
 
     with capture(before={projection.module: observer(projection) for projection in projections}):
-        run_until(model, input_ids=batch.to(model.get_input_embeddings().weight.device))
+        run_until(model, input_ids=batch.to(input_device(model)))
 
 
 def load_moment(path: Path) -> tuple[torch.Tensor, int] | None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .cache import cache_inputs, output_cache
+from .placement import input_device
 
 
 @torch.no_grad()
@@ -32,7 +33,7 @@ def sample(
     Returns:
         The rows with what was written.
     """
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     rows = [list(row) for row in rows]
     ends = [len(row) + count for row, count in zip(rows, counts, strict=True)]
     done, cache = 0, None

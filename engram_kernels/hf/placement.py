@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from .._ranks import together
@@ -62,7 +63,14 @@ def sharding(model: nn.Module, path: str) -> str:
 
 def is_offloaded(module: nn.Module) -> bool:
     """Whether accelerate keeps a module's own weights elsewhere, and brings them for each forward pass."""
-    return _offload(module) is not None
+    return offload_hook(module) is not None
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Where a model takes its tokens: the device of its embeddings, or the one that they are brought to."""
+    embeddings = model.get_input_embeddings()
+    hook = offload_hook(embeddings)
+    return embeddings.weight.device if hook is None else torch.device(hook.execution_device)
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -84,7 +92,7 @@ def stored(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
     if not tensor.is_meta:
         return tensor.detach()
     path, _, own = name.rpartition(".")
-    hook = _offload(unwrapped(model).get_submodule(path))
+    hook = offload_hook(unwrapped(model).get_submodule(path))
     if hook is None or hook.weights_map.get(own) is None:
         raise EngramError(
             f"model: expected its weights in memory, got {name!r} on the meta device, without values"
@@ -92,7 +100,7 @@ def stored(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
     return hook.weights_map[own]
 
 
-def _offload(module: nn.Module):
+def offload_hook(module: nn.Module):
     """The hook by which accelerate brings a module's weights; None where there is none that does."""
     hook = getattr(module, "_hf_hook", None)
     for one in getattr(hook, "hooks", (hook,)):

@@ -11,6 +11,7 @@ from torch import nn
 
 from engram_kernels._hashing import tensor_checksum
 from engram_kernels.editing import Edit, EditResult
+from engram_kernels.editing.values import ValueOptions
 from engram_kernels.errors import EngramError
 from engram_kernels.hf import fingerprints
 from engram_kernels.hf.fingerprints import states_fingerprint, weights_checksums
@@ -132,6 +133,8 @@ def offloaded(tmp_path, *layers):
     places = dict.fromkeys(names, "cpu") | {
         f"model.layers.{layer}": "disk" if layer in layers else "cpu" for layer in range(4)
     }
+    if "embeddings" in layers:
+        places["model.embed_tokens"] = "disk"
     return transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "model", dtype=torch.float32, device_map=places, offload_folder=tmp_path / "offloaded"
     ).eval()
@@ -155,6 +158,47 @@ def test_edit_of_a_layer_in_memory_among_others_elsewhere(plain, tmp_path, layer
     # What is read from a file is aligned otherwise, on which the last bit of a product depends.
     own, expected = model.state_dict()[module], plain[1][module]
     torch.testing.assert_close(own, expected, rtol=0, atol=2 * 2**-23 * expected.abs().max().item())
+
+
+@pytest.fixture
+def live(monkeypatch):
+    """How many bytes of the weights that accelerate brought were there at once, at most."""
+    from accelerate import utils
+    from torch.multiprocessing.reductions import StorageWeakRef
+
+    read, brought, peak = utils.OffloadedWeightsLoader.__getitem__, [], [0]
+
+    def spy(self, name):
+        weight = read(self, name)
+        brought.append((StorageWeakRef(weight.untyped_storage()), weight.nbytes))
+        brought[:] = [(storage, size) for storage, size in brought if not storage.expired()]
+        peak[0] = max(peak[0], sum(size for _, size in brought))
+        return weight
+
+    monkeypatch.setattr(utils.OffloadedWeightsLoader, "__getitem__", spy)
+    return peak
+
+
+@pytest.mark.parametrize("incremental", [True, False])
+def test_one_layer_of_those_elsewhere_is_live_at_a_time(tmp_path, live, incremental):
+    model = offloaded(tmp_path, 1, 2, 3)
+    options = ValueOptions(steps=3, learning_rate=0.02, weight_decay=0.0, incremental=incremental)
+    result = small_editor(model=model, cache_dir=tmp_path, value=options).edit(EDIT, layers=0)
+    layer = sum(parameter.nbytes for parameter in model_zoo.small_model("llama").model.layers[1].parameters())
+    assert 0 < live[0] <= 1.3 * layer
+    expected = small_editor(cache_dir=tmp_path, value=options).edit(EDIT, layers=0).records[0]
+    made = result.records[0]
+    assert (made.losses, made.change_norm) == (expected.losses, expected.change_norm)
+    for module in model.modules():
+        assert not {"pre_forward", "post_forward"} & vars(getattr(module, "_hf_hook", nn.Module())).keys()
+
+
+def test_tokens_go_where_embeddings_are_brought_to(tmp_path):
+    model = offloaded(tmp_path, "embeddings")
+    assert model.model.embed_tokens.weight.is_meta
+    found = small_editor(model=model, cache_dir=tmp_path).edit(EDIT, layers=1).records[0]
+    expected = small_editor(cache_dir=tmp_path).edit(EDIT, layers=1).records[0]
+    assert (found.losses, found.change_norm) == (expected.losses, expected.change_norm)
 
 
 def test_edited_layer_elsewhere_is_refused(tmp_path):
