@@ -9,6 +9,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from ..hf.placement import input_device
 from .common import (
     Corpus,
     Device,
@@ -227,7 +228,7 @@ def evaluate(
             summary = summarise(outcomes) | {
                 "refused": refused,
                 "weights_as_before": evaluation.weights_as_before(),
-                "peak_memory": peak_memory(network.get_input_embeddings().weight.device),
+                "peak_memory": peak_memory(input_device(network)),
                 "lm_eval": tasks if lm_eval else None,
             }
             if kept is not None:

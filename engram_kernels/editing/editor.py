@@ -16,6 +16,7 @@ from ..covariance import Covariance
 from ..hf.eval_mode import eval_mode
 from ..hf.layers import decoder_layers
 from ..hf.loading import cache_directory, writable_directory
+from ..hf.placement import whole_model
 from ..hf.projection import default_layer, output_projection
 from .edit import Edit
 from .journal import Journal
@@ -60,7 +61,7 @@ class Editor:
         progress: called with the name of a stage, the work done and the work there is.
 
     Raises:
-        EngramError: the cache cannot be written.
+        EngramError: the cache cannot be written, or the model is one of several replicas.
         TypeError, ValueError: an argument is of the wrong kind or out of range.
 
     Example:
@@ -101,7 +102,7 @@ class Editor:
             check.expect(bare_prompt_weight <= 1, "bare_prompt_weight", "at most 1", bare_prompt_weight)
         check.number("ridge", ridge, at_least=0)
         check.integer("seed", seed)
-        self.model = model
+        self.model = model = whole_model(model)
         self.tokenizer = tokenizer
         self.cache = writable_directory(
             cache_directory(cache_dir), "cache_dir" if cache_dir else "the cache ($ENGRAM_CACHE)"

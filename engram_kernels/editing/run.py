@@ -10,11 +10,13 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from torch import Tensor
 
-from .._hashing import digest, weights_checksums
+from .._hashing import digest
 from .._progress import Progress
 from ..covariance import Covariance
 from ..errors import EngramError
+from ..hf.fingerprints import weights_checksums
 from ..hf.layers import adapter_settings
+from ..hf.placement import input_device
 from ..hf.projection import output_projection
 from ..hf.tokens import Row
 from .batching import EncodedEdit, encode_edit, encode_held
@@ -228,7 +230,7 @@ class Run:
 
     def _values(self, batch: list[int], done: int, journal: Journal | None) -> dict[int, Value]:
         """The values of a batch by number, in the order of the batch; `done`: how many were found before."""
-        encoded, device = [self.encoded[i] for i in batch], self.model.get_input_embeddings().weight.device
+        encoded, device = [self.encoded[i] for i in batch], input_device(self.model)
         found: dict[int, Value] = {}
         for group in value_groups(encoded, self.plan.value, device):
             found |= self._group([batch[i] for i in group], done + len(found), journal)

@@ -16,6 +16,8 @@ from .. import _checks as check
 from .._progress import Progress
 from ..errors import EngramError
 from ..hf.forward import grouped_queries
+from ..hf.offload import weights_read_again
+from ..hf.placement import input_device
 from ..hf.projection import Projection, is_plain
 from ..hf.swapped_weights import swapped_weights
 from .batching import EditBatch, EncodedEdit
@@ -140,12 +142,15 @@ def find_values(
     Returns:
         The value of each edit, or what went wrong with it alone: a loss that is not finite.
     """
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     search = functools.partial(
         _search, model, projection, list(encoded), options, progress or (lambda *_: None)
     )
     wide = _widened(model) if options.widen else {}
-    with _only_delta_learns(model), swapped_weights(model, wide), grouped_queries(device):
+    with (
+        _only_delta_learns(model), swapped_weights(model, wide), grouped_queries(device),
+        weights_read_again(model),
+    ):  # fmt: skip
         if options.incremental:
             try:
                 return search(incremental=True)
@@ -157,7 +162,7 @@ def find_values(
 def _search(
     model, projection, encoded, options, progress: Progress, *, incremental: bool
 ) -> list[Value | EngramError]:
-    batch = EditBatch(encoded, model.get_input_embeddings().weight.device)
+    batch = EditBatch(encoded, input_device(model))
     try:
         recorded = record(model, projection, batch, incremental)
     except Exception as error:
@@ -245,13 +250,14 @@ def _only_delta_learns(model: torch.nn.Module) -> Iterator[None]:
 def _widened(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The half-precision weights that this CPU has no units for, by name, as float32.
 
-    None where there are quantised ones, which take states of the type that they were made for.
+    None where there are quantised ones, which take states of the type that they were made for, or offloaded
+    ones, which stay in their own.
     """
     units = {
         torch.bfloat16: torch.cpu._is_amx_tile_supported,
         torch.float16: getattr(torch.cpu, "_is_amx_fp16_supported", lambda: False),
     }
-    if not all(map(is_plain, model.parameters())):
+    if not all(is_plain(parameter) and not parameter.is_meta for parameter in model.parameters()):
         return {}
     return {
         name: parameter.data.float()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..errors import EngramError
 from ..hf.hooks import Stop, capture, run_until
 from ..hf.layers import decoder_layers
+from ..hf.placement import input_device
 from ..hf.projection import Projection
 from ..hf.tokens import pad_rows
 from ..ops import low_rank_factors
@@ -156,7 +157,7 @@ def subject_states(
     """
     rows = [row for one in encoded for row in one.rows]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     found: dict[str, list[Tensor]] = {"keys": [], "hidden": []}
     seen: dict[str, Tensor] = {}
 

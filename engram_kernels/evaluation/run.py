@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from .. import _checks as check
-from .._hashing import digest, tensor_checksum, weights_checksums
+from .._hashing import digest, tensor_checksum
 from .._progress import Progress
 from ..errors import EngramError
 from ..hf.eval_mode import eval_mode
+from ..hf.fingerprints import weights_checksums
 from .cases import Case
 from .drift import Drift
 from .fluency import fluency

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .cache import PrefixCache, cache_inputs, inputs_after, output_cache
 from .forward import logits_at, takes
+from .placement import input_device
 from .tokens import pad_rows
 
 
@@ -34,7 +35,7 @@ def sample(
     Returns:
         The rows with what was written.
     """
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     rows = [list(row) for row in rows]
     ends = [len(row) + count for row, count in zip(rows, counts, strict=True)]
     done, cache = 0, None
@@ -67,7 +68,7 @@ def greedy(model: nn.Module, rows: Sequence[list[int]], count: int) -> list[list
     Returns:
         What was written after each row.
     """
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     longest = max(map(len, rows))
     ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows], device=device)
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
@@ -98,7 +99,7 @@ def write_on(
     Returns:
         What was written after each row.
     """
-    ids, mask = pad_rows(rows, model.get_input_embeddings().weight.device)
+    ids, mask = pad_rows(rows, input_device(model))
     inputs = inputs_after(model, prefix, ids, mask)
     numbers, places = torch.arange(len(rows), device=ids.device), mask.sum(-1) - 1
     written: list[list[int]] = [[] for _ in rows]

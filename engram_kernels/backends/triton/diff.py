@@ -1,4 +1,6 @@
-"""Sparse differences on GPUs, in Triton: two launches for each dtype, and one wait for the number of changes."""
+"""Sparse differences on GPUs, in Triton: two launches a dtype, and one wait for the number of changes."""
+
+import itertools
 
 import torch
 import triton.language as tl
@@ -54,7 +56,7 @@ def _diff(
         )  # fmt: skip
     ends = found.cumsum(0, dtype=torch.int64)
     sums = [0, *ends[torch.tensor(firsts[1:], device=device) - 1].tolist()]
-    counts = [after - before for before, after in zip(sums, sums[1:], strict=False)]
+    counts = [after - before for before, after in itertools.pairwise(sums)]
     indices = [tensor.new_empty(count, dtype=index) for tensor, count in zip(new, counts, strict=True)]
     values = [tensor.new_empty(count) for tensor, count in zip(new, counts, strict=True)]
     if any(counts):

@@ -51,9 +51,7 @@ def _mark(
 
 
 @triton.jit(do_not_specialize=["count"])
-def diff_kernel(
-    table, count, threshold, found, BITS: tl.constexpr, FLOAT: tl.constexpr, ROWS: tl.constexpr
-):
+def diff_kernel(table, count, threshold, found, BITS: tl.constexpr, FLOAT: tl.constexpr, ROWS: tl.constexpr):
     """Packed masks of what changed, and how many entries of each block did; one program a block."""
     block = tl.program_id(0).to(tl.int64)
     row = _find(table, count, block)
