@@ -61,7 +61,8 @@ class Editor:
         progress: called with the name of a stage, the work done and the work there is.
 
     Raises:
-        EngramError: the cache cannot be written, or the model is one of several replicas.
+        EngramError: the model is not a causal language model, or is one of several replicas; or the cache
+            cannot be written.
         TypeError, ValueError: an argument is of the wrong kind or out of range.
 
     Example:
@@ -102,7 +103,9 @@ class Editor:
             check.expect(bare_prompt_weight <= 1, "bare_prompt_weight", "at most 1", bare_prompt_weight)
         check.number("ridge", ridge, at_least=0)
         check.integer("seed", seed)
+        # Compiled code does not call hooks; it reads the weights that are edited.
         self.model = model = whole_model(model)
+        decoder_layers(model)
         self.tokenizer = tokenizer
         self.cache = writable_directory(
             cache_directory(cache_dir), "cache_dir" if cache_dir else "the cache ($ENGRAM_CACHE)"
