@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from ..editing.edit import Edit
+from ..hf.scripts import whole_words
 from .cases import Question
 from .fields import Fields
 
