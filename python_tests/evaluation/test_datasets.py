@@ -240,7 +240,7 @@ def test_cknowedit(tmp_path):
         "locality": [{}],
     }
     (case,) = written(tmp_path / "a.json", [row])
-    assert (case.edit.text, case.edit.target, case.truth) == (row["prompt"], "多此一举", "错误")
+    assert (case.edit.prompt_text, case.edit.target, case.truth) == (row["prompt"], "多此一举", "错误")
     assert case.paraphrases == ("画蛇添足是什么意思？",) and case.neighbours == ()
     assert case.portability == (Question("用画蛇添足造句", "他画蛇添足。"),)
 
