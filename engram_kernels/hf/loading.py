@@ -157,11 +157,7 @@ def read_pretrained(
     Raises:
         EngramError: the device cannot be used, transformers is missing, or there is no such model.
     """
-    try:
-        # Before the load, which may take minutes.
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, TypeError) as error:
-        raise EngramError(f"device: expected one that PyTorch can use here, got {device!r}") from error
+    check_device(device)  # Before the load, which may take minutes.
     transformers = import_transformers()
     from safetensors import SafetensorError
 
@@ -179,6 +175,18 @@ def read_pretrained(
             f"got {str(name_or_directory)!r} ({reason})"
         ) from error
     return (model if device is None else model.to(device)).eval(), tokenizer
+
+
+def check_device(device: torch.device | str | None) -> None:
+    """Check that PyTorch can use a device here.
+
+    Raises:
+        EngramError: it cannot.
+    """
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise EngramError(f"device: expected one that PyTorch can use here, got {device!r}") from error
 
 
 def import_transformers():
