@@ -138,18 +138,21 @@ class EpisodicMemory(MemoryState, MemoryRecall, MemoryFolder):
         return self.batch - 1
 
     def grow(self, slots: int, m0: str | Tensor = "random", seed: int = 0) -> EpisodicMemory:
-        """Return a memory of other slots, to which every fact of the ledger is written anew.
+        """Give the memory other slots, and write every fact of the ledger to them anew.
 
         Args:
-            slots: K of the new memory; more than C add nothing.
+            slots: K from now on; more than C add nothing.
             m0, seed: as for a new memory.
+
+        Returns:
+            This memory.
 
         Raises:
             EngramError: rows without ids, which are not kept and cannot be addressed again.
             ValueError, TypeError: as for a new memory.
 
         Example:
-            >>> larger = memory.grow(384)
+            >>> memory.grow(384)
         """
         named = sum(len(entry.value) for _, entry in self.ledger.items())
         if named != len(self):
@@ -164,8 +167,11 @@ class EpisodicMemory(MemoryState, MemoryRecall, MemoryFolder):
         energy = grown._energy_with(rows, weights)
         grown._accumulate(rows, weights)
         grown._changed(rows.counts > 0, rows.counts, rows.keyed(self.state_dtype), energy)
-        grown.ledger.add(self.ids, [entry for _, entry in self.ledger.items()])
-        return grown
+        for name, buffer in grown.named_buffers():
+            self.register_buffer(name, buffer)
+        self._stale.fill_(True)
+        self._kept.clear()
+        return self
 
     @property
     def settings(self) -> dict:

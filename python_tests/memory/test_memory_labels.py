@@ -59,15 +59,20 @@ def test_growing_is_writing_everything_anew(ridge):
     memory.write(values[3:5], ids=["c", "d"], texts=["C", "D"], memory=0)
     memory.write(values[5:], ids=["gone", "e"], memory=1)
     memory.forget(ids=["gone"])
-    before = frozen(memory)
+    ids, before = memory.ids, frozen(memory)
+    for slots, error in ((0, ValueError), (2.0, TypeError)):
+        with pytest.raises(error, match=r"^slots: expected"):
+            memory.grow(slots)
+        assert_unchanged(memory, before)
+    memory.matrix()
     grown = memory.grow(K, seed=3)
-    assert_unchanged(memory, before)
+    assert grown is memory and memory.slots == K
     anew = EpisodicMemory(K, C, batch=2, ridge=ridge, seed=3)
     anew.write(values[3:5], ids=[0, 1], memory=0)
     anew.write(
         torch.cat([values[:3], values[6:]]), torch.cat([keys[:3], values[6:]]), ids=range(2, 6), memory=1
     )
-    assert grown.ids == memory.ids and grown.ledger["c"].text == "C" and grown.ridge == ridge
+    assert grown.ids == ids and grown.ledger["c"].text == "C" and grown.ridge == ridge
     assert grown.count.tolist() == [2, 4] and grown.keyed.tolist() == anew.keyed.tolist()
     assert apart(grown.gram, anew.gram) < 1e-12 and apart(grown.matrix(), anew.matrix()) < 1e-9
     grown.forget(ids=grown.ids)
