@@ -19,7 +19,7 @@ from .ledger import Id, checked_metadata, checked_parts, checked_texts, entries_
 from .recall import MemoryRecall
 from .ridge import LOO, RIDGE
 from .rows import Rows, rows_of
-from .state import MemoryState
+from .state import MemoryState, checked_labels
 
 
 class EpisodicMemory(MemoryState, MemoryRecall, MemoryFolder):
@@ -54,6 +54,8 @@ class EpisodicMemory(MemoryState, MemoryRecall, MemoryFolder):
         seed: of a random M₀.
         state_dtype: fp64, or fp32 for half the memory and fewer digits: see `condition`.
         encoder: the name of what makes the latents, which is saved with them.
+        labels: a name for each memory, such as its user's; wherever a `memory` is asked for, it may be given
+            by number or by label.
 
     Attributes:
         gram: A [batch, K, K], without the ridge.
@@ -89,8 +91,9 @@ class EpisodicMemory(MemoryState, MemoryRecall, MemoryFolder):
         seed: int = 0,
         state_dtype: torch.dtype = torch.float64,
         encoder: str | None = None,
+        labels: Sequence[str | None] | None = None,
     ):
-        super().__init__(slots, latent, batch, ridge, m0, seed, state_dtype)
+        super().__init__(slots, latent, batch, ridge, m0, seed, state_dtype, labels)
         named = encoder is None or isinstance(encoder, str)
         check.expect(named, "encoder", "its name, or None", type(encoder).__name__, TypeError)
         self.encoder = encoder
@@ -101,10 +104,79 @@ class EpisodicMemory(MemoryState, MemoryRecall, MemoryFolder):
         """The ids in the ledger, in the order of writing."""
         return self.ledger.ids()
 
+    def number(self, memory: int | str | None) -> int | None:
+        """The number of the memory of a label; numbers and None stay as they are.
+
+        Raises:
+            ValueError: no memory has that label.
+        """
+        if not isinstance(memory, str):
+            return memory
+        known = ", ".join(repr(label) for label in self.labels if label is not None) or "none that has one"
+        check.expect(
+            memory in self.labels, "memory", f"a number or one of the labels ({known})", repr(memory)
+        )
+        return self.labels.index(memory)
+
+    @torch.no_grad()
+    def add_memory(self, label: str | None = None) -> int:
+        """Add an empty memory to the others, such as one for a new user, and return its number.
+
+        Args:
+            label: its name; None: it has none.
+
+        Raises:
+            ValueError, TypeError: a label that is taken, or is no text.
+        """
+        self.labels = checked_labels([*self.labels, label], self.batch + 1)
+        empty = EpisodicMemory(self.slots, self.latent, 1, self.ridge, "identity", 0, self.state_dtype)
+        for name in ("gram", "cross", "count", "keyed", "energy", "ridges"):
+            mine = getattr(self, name)
+            self.register_buffer(name, torch.cat([mine, getattr(empty, name).to(mine)]))
+        self._stale = torch.cat([self._stale, empty._stale])
+        self._kept.clear()
+        return self.batch - 1
+
+    def grow(self, slots: int, m0: str | Tensor = "random", seed: int = 0) -> EpisodicMemory:
+        """Give the memory other slots, and write every fact of the ledger to them anew.
+
+        Args:
+            slots: K from now on; more than C add nothing.
+            m0, seed: as for a new memory.
+
+        Returns:
+            This memory.
+
+        Raises:
+            EngramError: rows without ids, which are not kept and cannot be addressed again.
+            ValueError, TypeError: as for a new memory.
+
+        Example:
+            >>> memory.grow(384)
+        """
+        named = sum(len(entry.value) for _, entry in self.ledger.items())
+        if named != len(self):
+            raise EngramError(
+                f"slots: expected a memory whose rows all have ids, got {len(self) - named} without"
+            )
+        settings = {**self.settings, "slots": slots}
+        grown = EpisodicMemory(**settings, m0=m0, seed=seed).to(self.gram.device)
+        facts = sorted(self.ledger.items(), key=lambda item: item[1].memory)
+        rows = grown._rows_of(entry for _, entry in facts)
+        weights = grown._weights(rows.keys)
+        energy = grown._energy_with(rows, weights)
+        grown._accumulate(rows, weights)
+        grown._changed(rows.counts > 0, rows.counts, rows.keyed(self.state_dtype), energy)
+        for name, buffer in grown.named_buffers():
+            self.register_buffer(name, buffer)
+        self._stale.fill_(True)
+        self._kept.clear()
+        return self
+
     @property
     def settings(self) -> dict:
         """What memories must share to be merged, by name."""
-        names = ("slots", "latent", "batch", "ridge", "state_dtype", "encoder")
+        names = ("slots", "latent", "batch", "ridge", "state_dtype", "encoder", "labels")
         return {name: getattr(self, name) for name in names}
 
     @torch.no_grad()
@@ -117,7 +189,7 @@ class EpisodicMemory(MemoryState, MemoryRecall, MemoryFolder):
         metadata: Sequence[Mapping[str, Any] | None] | None = None,
         parts: Sequence[int] | None = None,
         *,
-        memory: int | None = None,
+        memory: int | str | None = None,
         cu_seqlens: Tensor | None = None,
     ) -> None:
         """Write rows: `A += wᵀw`, `B += wᵀz` with `w = key M₀⁺`.
@@ -134,7 +206,7 @@ class EpisodicMemory(MemoryState, MemoryRecall, MemoryFolder):
             metadata: what else is known about each fact, as JSON has it, kept with its id.
             parts: how many rows each fact has, such as those of a long text; they have one id, and are
                 forgotten together. Default: one.
-            memory: the number of the memory that a matrix goes to.
+            memory: the number or the label of the memory that a matrix goes to.
             cu_seqlens: bounds of the memories in a matrix, [batch + 1].
 
         Raises:
@@ -143,7 +215,7 @@ class EpisodicMemory(MemoryState, MemoryRecall, MemoryFolder):
             TypeError: wrong dtype.
             EngramError: an id that is taken.
         """
-        rows = rows_of(values, keys, self.batch, self.latent, memory, cu_seqlens)
+        rows = rows_of(values, keys, self.batch, self.latent, self.number(memory), cu_seqlens)
         check.same_device("values", values, self.gram.device)
         names = entries = None
         if ids is not None:
@@ -160,7 +232,7 @@ class EpisodicMemory(MemoryState, MemoryRecall, MemoryFolder):
         weights = self._weights(rows.keys)
         energy = self._energy_with(rows, weights)
         self._accumulate(rows, weights)
-        self._changed(rows.counts, rows.keyed(self.state_dtype), energy)
+        self._changed(rows.counts > 0, rows.counts, rows.keyed(self.state_dtype), energy)
         if entries is not None:
             self.ledger.add(names, entries)
 
@@ -171,7 +243,7 @@ class EpisodicMemory(MemoryState, MemoryRecall, MemoryFolder):
         keys: Tensor | None = None,
         ids: Sequence[Id] | None = None,
         *,
-        memory: int | None = None,
+        memory: int | str | None = None,
         cu_seqlens: Tensor | None = None,
     ) -> None:
         """Take rows out: `A −= wᵀw`, `B −= wᵀz`. All of them, or none if one cannot be.
@@ -199,14 +271,14 @@ class EpisodicMemory(MemoryState, MemoryRecall, MemoryFolder):
                 check.expect(argument is None, name, "None with ids", "one")
             names, rows = self._named(ids)
         else:
-            rows = rows_of(values, keys, self.batch, self.latent, memory, cu_seqlens)
+            rows = rows_of(values, keys, self.batch, self.latent, self.number(memory), cu_seqlens)
             check.same_device("values", values, self.gram.device)
             names, unnamed = self.ledger.match(rows, self.count.tolist(), self.state_dtype)
             check_unnamed(self, rows, unnamed)
         weights = self._weights(rows.keys)
         self._accumulate(rows, weights, -1)
         self.ledger.remove(names)
-        self._changed(-rows.counts, -rows.keyed(self.state_dtype), self.energy)
+        self._changed(rows.counts > 0, -rows.counts, -rows.keyed(self.state_dtype), self.energy)
         settle(self, self._energy_of(rows, weights))
 
     @torch.no_grad()
@@ -243,7 +315,7 @@ class EpisodicMemory(MemoryState, MemoryRecall, MemoryFolder):
             for (memories, address), (_, change) in pairs:
                 self.cross[memories] += address.mT @ change
         keyed = fresh.keyed(self.state_dtype) - rows.keyed(self.state_dtype)
-        self._changed(torch.zeros_like(self.count), keyed, energy)
+        self._changed(rows.counts > 0, torch.zeros_like(self.count), keyed, energy)
         self.ledger.add(
             names,
             [
@@ -260,7 +332,7 @@ class EpisodicMemory(MemoryState, MemoryRecall, MemoryFolder):
         addressing: str | None = None,
         noise: float = 0.0,
         generator: torch.Generator | None = None,
-        memory: int | None = None,
+        memory: int | str | None = None,
         cu_seqlens: Tensor | None = None,
     ) -> Tensor:
         """Return what the memory has at the addresses of queries, `ẑ = w M`.
@@ -291,7 +363,7 @@ class EpisodicMemory(MemoryState, MemoryRecall, MemoryFolder):
         if addressing is not None:
             check_addressing(addressing)
         check.number("noise", noise, at_least=0)
-        rows = rows_of(queries, None, self.batch, self.latent, memory, cu_seqlens, "queries")
+        rows = rows_of(queries, None, self.batch, self.latent, self.number(memory), cu_seqlens, "queries")
         check.same_device("queries", queries, self.gram.device)
         matrix, inverse = self.matrix(), self._inverse_for(addressing)
         readouts = []
@@ -313,7 +385,7 @@ class EpisodicMemory(MemoryState, MemoryRecall, MemoryFolder):
         values: Tensor,
         keys: Tensor | None = None,
         *,
-        memory: int | None = None,
+        memory: int | str | None = None,
         cu_seqlens: Tensor | None = None,
     ) -> Tensor:
         """Return `h = w (A + λI)⁻¹ wᵀ` of rows: how much of the memory hangs on each alone.
@@ -331,7 +403,7 @@ class EpisodicMemory(MemoryState, MemoryRecall, MemoryFolder):
         Raises:
             ValueError, TypeError, EngramError: as for `read`.
         """
-        rows = rows_of(values, keys, self.batch, self.latent, memory, cu_seqlens)
+        rows = rows_of(values, keys, self.batch, self.latent, self.number(memory), cu_seqlens)
         check.same_device("values", values, self.gram.device)
         precision, weights = self.precision(), self._weights(rows.keys)
         found = []
@@ -371,7 +443,7 @@ class EpisodicMemory(MemoryState, MemoryRecall, MemoryFolder):
         check.finite("other", energy)
         self.gram += other.gram.to(device)
         self.cross += other.cross.to(device)
-        self._changed(other.count.to(device), other.keyed.to(device), energy)
+        self._changed(other.count.to(device) > 0, other.count.to(device), other.keyed.to(device), energy)
         self.ledger.add(other.ids, [entry for _, entry in other.ledger.items()])
         return self
 

@@ -214,10 +214,16 @@ def entries_of(
     for part, text, known in zip(parts, texts, metadata, strict=True):
         mine = slice(at, at + part)
         value = rows.values[mine].clone()
-        key = value if rows.keys is rows.values else rows.keys[mine].clone()
+        key = rows.keys[mine]
+        # A key that is the value is kept once.
+        key = value if rows.keys is rows.values or _same(key, value) else key.clone()
         entries.append(Entry(owners[at], key, value, text, known))
         at += part
     return entries
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and torch.equal(one, other)
 
 
 def rows_of_entries(entries: Iterable[Entry], cross: Tensor) -> Rows:

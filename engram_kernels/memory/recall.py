@@ -47,6 +47,7 @@ class MemoryRecall:
     ledger: Ledger
     batch: int
     latent: int
+    number: Callable[[int | str | None], int | None]
 
     @torch.no_grad()
     def recall(
@@ -54,7 +55,7 @@ class MemoryRecall:
         queries: Tensor,
         top: int = 5,
         *,
-        memory: int | None = None,
+        memory: int | str | None = None,
         where: Callable[[Id, Entry], bool] | None = None,
     ) -> list[list[Recalled]]:
         """Rank the facts of the ledger by the cosine of each query to the nearest of their keys.
@@ -62,7 +63,7 @@ class MemoryRecall:
         Args:
             queries: [N, C], any floating dtype.
             top: how many facts, the nearest first; of equally near ones first the one that was written last.
-            memory: the number of the memory whose facts are ranked.
+            memory: the number or the label of the memory whose facts are ranked.
             where: which facts are ranked; default: all.
 
         Returns:
@@ -76,7 +77,7 @@ class MemoryRecall:
             >>> best.entry.text, best.score, best.known
         """
         check.integer("top", top, at_least=1)
-        number = number_of(memory, self.batch)
+        number = number_of(self.number(memory), self.batch)
         check.dimensions("queries", queries, "[N, C]")
         queries = rows_of(queries, None, self.batch, self.latent, number, None, "queries").values
         threshold = self.threshold(memory=number)
@@ -102,7 +103,7 @@ class MemoryRecall:
         return ranked
 
     @torch.no_grad()
-    def threshold(self, *, memory: int | None = None) -> float:
+    def threshold(self, *, memory: int | str | None = None) -> float:
         """The cosine from which on a query counts as one about a fact that is there.
 
             l = mean over keys of the cosine to the nearest key of another fact
@@ -113,9 +114,9 @@ class MemoryRecall:
         if eight more keys had that. Both numbers were chosen on MiniLM latents: see docs/memory.md.
 
         Args:
-            memory: the number of the memory.
+            memory: the number or the label of the memory.
         """
-        number = number_of(memory, self.batch)
+        number = number_of(self.number(memory), self.batch)
         entries = [entry for _, entry in self.ledger.items() if entry.memory == number]
         others = _nearest_others(*_keys(entries)) if len(entries) > 1 else torch.zeros(0)
         absent = (float(others.sum()) + PRIOR_KEYS * PRIOR) / (len(others) + PRIOR_KEYS)
