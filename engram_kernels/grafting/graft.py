@@ -97,13 +97,23 @@ class Graft(HubFolder):
             ft: the fine-tuned tensors.
             masks: packed masks of `ek.pack_mask`, or of `ek.graft_top_k`.
             **attributes: of the graft: base_model, recipe, metrics.
+
+        Raises:
+            EngramError: the masks choose nothing that changed.
         """
         indices, values = {}, {}
+        changed = False
         for name, weight in pre.items():
             at = unpack_mask(masks[name], (weight.numel(),)).nonzero().flatten()
             if at.numel():
                 values[name] = ft[name].detach().reshape(-1)[at].cpu()
+                changed = changed or not _same_bits(values[name], weight.detach().reshape(-1)[at].cpu())
                 indices[name] = at.to(torch.int32 if weight.numel() <= 2**31 else torch.int64).cpu()
+        if indices and not changed:
+            count = sum(at.numel() for at in indices.values())
+            raise EngramError(
+                f"ft: expected values that differ from pre's, got the same at all {count} positions"
+            )
         shapes = {name: tuple(weight.shape) for name, weight in pre.items()}
         checksums = {name: tensor_checksum(weight) for name, weight in pre.items()}
         return cls(indices, values, shapes, checksums, **attributes)
@@ -278,6 +288,10 @@ class Graft(HubFolder):
             raise EngramError(
                 f"name_or_directory: expected a saved graft, got {str(folder)!r} ({error})"
             ) from error
+
+
+def _same_bits(one: Tensor, two: Tensor) -> bool:
+    return one.dtype == two.dtype and torch.equal(one.view(torch.uint8), two.view(torch.uint8))
 
 
 def _count(shape: Sequence[int]) -> int:
