@@ -16,9 +16,10 @@ from .._progress import Progress
 from ..errors import EngramError
 from .graft import Graft
 from .mask import GraftMask
-from .parameters import base_of, graftable_parameters, tensors_of
+from .parameters import base_of, graftable_parameters
 from .recipes import Recipe, complete
 from .training import MaskTraining
+from .tuned import changed_outside, check_difference, tuned_tensors
 
 
 def localize(
@@ -47,8 +48,10 @@ def localize(
 
     Args:
         pre_model: the pre-trained model; its mode (training or evaluation) is kept.
-        ft_model: the fine-tuned one: a model, a mapping of tensors, or a safetensors file or folder, which is
-            mapped and not read into memory (for models on the CPU).
+        ft_model: the fine-tuned one: a model, whose adapters (PEFT's, transformers') are merged into copies
+            of the weights; a mapping of tensors; a safetensors file or folder, which is mapped and not read
+            into memory (for models on the CPU); an adapter's folder; a checkpoint that transformers converts
+            as it loads it (experts, other prefixes, GGUF), which takes the memory of a model.
         batches: what `loss_fn` takes, gone through again and again; an iterator only once. Mappings of
             tensors are moved to the model's device.
         loss_fn: `loss_fn(model, batch)`, a scalar, such as `PromptTask.loss`. Default: `model(**batch).loss`,
@@ -67,11 +70,13 @@ def localize(
 
     Returns:
         The graft. Under "rounds" it has exactly `round(sparsity · weights)` entries. Its metrics hold the
-        first and the last step's loss.
+        first and the last step's loss, and as `changed_outside` the names of the parameters that are not
+        graftable, and so stay the base's, though the fine-tuned model changed them.
 
     Raises:
         ValueError, TypeError: an argument that cannot be used.
-        EngramError: no batch, a loss or gradients that are not finite, models that do not match.
+        EngramError: no batch, weights, a loss or gradients that are not finite, models that do not match or
+            do not differ.
 
     Example:
         >>> graft = localize(base, tuned, loader, sparsity=1e-4)
@@ -85,7 +90,9 @@ def localize(
     plan, steps, accumulate = complete(recipe, {"steps": steps, "lr": lr, "l1": l1}, accumulate, batches)
     parameters = graftable_parameters(pre_model, include, exclude)
     pre = {name: parameter.detach() for name, parameter in parameters.items()}
-    ft = _matching(tensors_of(ft_model, list(pre), "ft_model"), pre)
+    ft = _matching(tuned_tensors(ft_model, pre_model, list(pre), "ft_model"), pre)
+    outside = changed_outside(ft_model, pre_model, pre, "ft_model")
+    check_difference(pre, ft, outside, "ft_model")
     size = round(sparsity * sum(tensor.numel() for tensor in pre.values()))
     check.expect(size >= 1, "sparsity", "one weight or more", f"{sparsity:g}, which is none")
     stream = _endless(batches)
@@ -116,7 +123,8 @@ def localize(
         **base_of(pre_model, base_model),
         recipe={"name": recipe if isinstance(recipe, str) else "own", **dataclasses.asdict(plan)}
         | {"sparsity": sparsity, "accumulate": accumulate, "seed": seed},
-        metrics={"first_loss": losses[0], "last_loss": losses[-1]},
+        metrics={"first_loss": losses[0], "last_loss": losses[-1]}
+        | ({"changed_outside": outside} if outside else {}),
     )
 
 
