@@ -46,6 +46,7 @@ def edit(
     control: Annotated[
         list[str] | None, typer.Option(help="A prompt whose answer shall stay; may be repeated.")
     ] = None,
+    method: Annotated[str, typer.Option(help="rome, memit, alphaedit, encore, …: docs/methods.md.")] = "rome",
     layer: Annotated[int | None, typer.Option(help="The decoder layer to write; default: by depth.")] = None,
     corpus: Corpus = None,
     tokens: Tokens = None,
@@ -63,7 +64,9 @@ def edit(
     Example: engram edit --subject "The Eiffel Tower" --prompt "{} is located in the city of" --target Rome
     """
     from ..editing import Edit, Editor
+    from ..editing.methods import method_of
 
+    method_of(method)
     fact = Edit(subject, prompt, target)
     prompts = [("edited", fact.text)]
     for text in paraphrase or [frame.format(prompt) for frame in FRAMES]:
@@ -79,7 +82,7 @@ def edit(
         network, tokenizer = load(progress, model, dtype, device)
         editor = Editor(network, tokenizer, corpus=corpus, tokens=tokens, seed=seed, progress=progress)
         before = [_answers(network, tokenizer, text) for _, text in prompts]
-        result = editor.edit(fact, layer)
+        result = editor.edit(fact, layer, method)
         after = [_answers(network, tokenizer, text) for _, text in prompts]
 
     record = result.records[0]

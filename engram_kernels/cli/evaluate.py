@@ -56,7 +56,7 @@ def evaluate(
     rows: Annotated[int | None, typer.Option(help="How many rows; default: all from --start on.")] = None,
     start: Annotated[int, typer.Option(help="The first row, counted from 0.")] = 0,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out rows that cannot be read.")] = False,
-    method: Annotated[str, typer.Option(help="rome, emmet, memit or alphaedit.")] = "rome",
+    method: Annotated[str, typer.Option(help="rome, memit, alphaedit, encore, …: docs/methods.md.")] = "rome",
     mode: Annotated[
         str,
         typer.Option(

@@ -18,7 +18,8 @@ from ..hf.projection import output_projection
 from .batching import EncodedEdit, encode_edit
 from .edit import Edit
 from .journal import Journal
-from .preconditioner import null_space, preserving
+from .methods import Method
+from .preconditioner import LayerOperator
 from .records import EditedModule, EditRecord, SkippedEdit, Write
 from .result import EditResult
 from .values import Value, ValueOptions, find_values, target_log_probabilities, value_groups
@@ -31,10 +32,7 @@ class Plan:
     """The settings of a run; `Editor.edit` has their meaning."""
 
     layers: tuple[int, ...]
-    batch: int | None
-    ridge: float
-    null_space: float | None
-    preserve: float
+    method: Method
     last_wins: bool
     skip_failures: bool
     value: ValueOptions
@@ -88,15 +86,18 @@ class Run:
         self._weights = _context_weights(len(prefixes), self.plan.bare_prompt_weight)
         self._encode(list(self.encoded), prefixes)
         numbers = list(self.encoded)
-        size = self.plan.batch or max(1, len(numbers))
+        size = self.plan.method.batch or max(1, len(numbers))
         self.batches = [self._apart(numbers[i : i + size]) for i in range(0, len(numbers), size)]
 
     def settings(self, covariances: dict[int, Covariance]) -> dict:
         """What the result depends on, for the journal."""
         # Not all bits of them, which depend on the number of threads that inverted them.
         traces = [covariances[layer].inverse().trace().item() for layer in self.plan.layers]
+        settings = asdict(self.plan)
         return {
-            **asdict(self.plan),
+            **settings.pop("method"),
+            "preserve": repr(self.plan.method.held),  # which may be infinite
+            **settings,
             "edits": digest([asdict(edit) for edit in self.edits]),
             "prefixes": digest(self._prefixes),
             "model": digest(weights_checksums(self.model), *adapter_settings(self.model)),
@@ -105,7 +106,8 @@ class Run:
 
     def result(self, covariances: dict[int, Covariance], journal: Journal | None) -> EditResult:
         """Find and write everything; if anything fails, the weights are put back."""
-        preconditioners = {layer: self._preconditioner(covariances[layer]) for layer in self.plan.layers}
+        method = self.plan.method
+        operators = {layer: LayerOperator(method, covariances[layer]) for layer in self.plan.layers}
         edited = [EditedModule.of(projection) for projection in self.projections]
         originals = {projection.name: Snapshot(projection) for projection in self.projections}
         values: dict[int, Value] = {}
@@ -113,11 +115,10 @@ class Run:
         try:
             for number, batch in enumerate(self.batches):
                 found = self._values(batch, len(values), journal)
-                written = self._written(number, found, preconditioners, journal)
-                if self.plan.preserve and written and number + 1 < len(self.batches):
+                written = self._written(number, found, operators, journal)
+                if written and number + 1 < len(self.batches):
                     for layer, write in zip(self.plan.layers, written, strict=True):
-                        held = preserving(preconditioners[layer], write.keys, self.plan.preserve)
-                        preconditioners[layer] = held
+                        operators[layer].remember(write.keys)
                 values |= found
                 writes += written
             self._check_any()
@@ -137,12 +138,6 @@ class Run:
             for original in originals.values():
                 original.restore()
             raise
-
-    def _preconditioner(self, covariance: Covariance) -> Tensor:
-        """`C⁻¹`, or the projection that stands in its place."""
-        if self.plan.null_space is None:
-            return covariance.inverse()
-        return null_space(covariance, self.plan.null_space)
 
     def _encode(self, numbers: Iterable[int], prefixes: Sequence[str]) -> None:
         for number in numbers:
@@ -192,7 +187,7 @@ class Run:
         self,
         number: int,
         found: dict[int, Value],
-        preconditioners: dict[int, Tensor],
+        operators: dict[int, LayerOperator],
         journal: Journal | None,
     ) -> list[Write]:
         """The writes of a batch, one a layer; they are done. An edit whose write fails leaves `found`."""
@@ -208,7 +203,7 @@ class Run:
         try:
             writes = write_values(
                 self.model, self.projections, [self.encoded[i] for i in found], list(found.values()),
-                preconditioners, self._weights, list(found), self.plan.ridge, self.plan.bare_denominator,
+                operators, self._weights, list(found), self.plan.bare_denominator,
             )  # fmt: skip
         except EngramError as error:
             if not alone:
