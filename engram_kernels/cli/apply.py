@@ -54,7 +54,7 @@ def apply(
     for folder, result in zip(edit, results, strict=True):
         first = result.records[0].edit
         more = f" and {len(result) - 1:,} more" if len(result) > 1 else ""
-        console.print(f"{folder}: {first.text} → {first.target}{more}", markup=False, highlight=False)
+        console.print(f"{folder}: {first.prompt_text} → {first.target}{more}", markup=False, highlight=False)
     count = f"{len(edits):,} edit" + "s" * (len(edits) > 1)
     where = ", ".join(edits.modules)
     console.print(f"Saved {model} with {count} of {where} to {out}.", markup=False, highlight=False)

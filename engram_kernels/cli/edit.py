@@ -46,7 +46,7 @@ def edit(
     control: Annotated[
         list[str] | None, typer.Option(help="A prompt whose answer shall stay; may be repeated.")
     ] = None,
-    method: Annotated[str, typer.Option(help="rome, memit, alphaedit, encore, …: docs/methods.md.")] = "rome",
+    method: Annotated[str, typer.Option(help="engram, rome, memit, encore, …: docs/methods.md.")] = "engram",
     layer: Annotated[int | None, typer.Option(help="The decoder layer to write; default: by depth.")] = None,
     corpus: Corpus = None,
     tokens: Tokens = None,

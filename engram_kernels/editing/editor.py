@@ -20,6 +20,7 @@ from ..hf.loading import cache_directory, writable_directory
 from ..hf.projection import default_layer, output_projection
 from .edit import Edit
 from .journal import Journal
+from .keys import MeanKey, SpreadKey
 from .methods import Method, check_choices, method_of
 from .moments import Moments
 from .prefixes import sample_prefixes
@@ -126,7 +127,7 @@ class Editor:
         self,
         edits: Edit | Iterable[Edit],
         layers: int | Sequence[int] | None = None,
-        method: str | Method = "rome",
+        method: str | Method = "engram",
         *,
         ridge: float | None = None,
         batch: int | None = None,
@@ -144,6 +145,7 @@ class Editor:
 
         | method | layers | batch | ridge λ | source |
         |---|---|---|---|---|
+        | `"engram"` | 1 | 1 | 0 | this package: ROME under a key that every text answers to |
         | `"rome"` | 1 | 1 | 0 | Meng et al. 2022, arXiv 2202.05262 |
         | `"emmet"` | 1 | all | 0 | Gupta et al. 2024, arXiv 2403.14236 |
         | `"memit"` | 5 | all | 20 | Meng et al. 2023, arXiv 2210.07229 |
@@ -220,12 +222,23 @@ class Editor:
             method=chosen,
             last_wins=conflicts == "last",
             skip_failures=failures == "skip",
-            value=self.value,
-            bare_prompt_weight=self.bare_prompt_weight if self.consistent_key else None,
+            value=self._value_options(chosen),
+            key=self._key(chosen),
+            texts=chosen.texts,
             bare_denominator=not self.consistent_key,
         )
 
-    def layers(self, method: str | Method = "rome") -> tuple[int, ...]:
+    def _key(self, method: Method) -> MeanKey | SpreadKey:
+        if method.key_ridge is not None and self.consistent_key:
+            return SpreadKey(method.key_ridge)
+        return MeanKey(self.bare_prompt_weight if self.consistent_key else None)
+
+    def _value_options(self, method: Method) -> ValueOptions:
+        if self.value.stop_probability is not None:
+            return self.value
+        return replace(self.value, stop_probability=method.stop_probability)
+
+    def layers(self, method: str | Method = "engram") -> tuple[int, ...]:
         """The layers that a method writes where none are asked for.
 
         Raises:

@@ -36,6 +36,9 @@ class Method:
             those that hold the share β of its energy; None: `R = I`.
         ideal: λ of SimIE around the method: its writes are pulled to what one write of all edits would be;
             None: not.
+        key_ridge: `λ` of the key that all texts answer to alike (`SpreadKey`); None: the mean key.
+        texts: about how many texts a value is searched over; None: every prompt after every context.
+        stop_probability: of the value's optimisation, where the caller asks for none.
         source: the paper.
     """
 
@@ -50,6 +53,9 @@ class Method:
     preserve: bool | float = False
     suppress: tuple[float, float] | None = None
     ideal: float | None = None
+    key_ridge: float | None = None
+    texts: int | None = None
+    stop_probability: float | None = None
     source: str = ""
 
     @property
@@ -63,6 +69,10 @@ class Method:
 # The papers weigh `C` by 10,000 to 20,000, for models of billions of parameters whose inputs are small. Here
 # it weighs 20 throughout, as SmolLM2 asks for, and what is in its unit is scaled with it.
 METHODS = {
+    "engram": Method(
+        batch=1, key_ridge=10.0, texts=8, stop_probability=0.9,
+        source="this package: ROME under a key that every text answers to",
+    ),
     "rome": Method(batch=1, source="Meng et al. 2022, arXiv 2202.05262"),
     "r-rome": Method(batch=1, source="Gupta et al. 2024, arXiv 2403.07175"),
     "emmet": Method(source="Gupta et al. 2024, arXiv 2403.14236"),

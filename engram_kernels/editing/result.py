@@ -15,6 +15,7 @@ from ..errors import EngramError
 from ..hf.hub import HubFolder
 from ..hf.projection import output_projection
 from .files import Content, load_edits, save_edits
+from .history import note
 from .records import EditedModule, EditRecord, SkippedEdit, Write, joined_factors
 from .weights import Snapshot, matrix_checksum
 
@@ -57,7 +58,8 @@ class EditResult(HubFolder):
         lines = [f"EditResult({counts}, modules={self.modules})"]
         for record in self.records[:SHOWN]:
             chances = f"{record.probability_before:.4f} → {record.probability_after:.4f}"
-            lines.append(f"  {record.edit.text} → {record.edit.target}: p {chances}")
+            took = "" if record.took else ", did not take"
+            lines.append(f"  {record.edit.prompt_text} → {record.edit.target}: p {chances}{took}")
         more = len(self) - SHOWN
         return "\n".join([*lines, f"  and {more} more"] if more > 0 else lines)
 
@@ -134,6 +136,7 @@ class EditResult(HubFolder):
             self._restore()
             self._originals = {}
             raise
+        note(model, self)
         return self
 
     def remove(self, number: int) -> None:

@@ -25,7 +25,8 @@ def routed_expert(model: nn.Module, tokenizer: Tokenizer, edit: Edit, layer: int
         EngramError: the layer has no routed experts, or the prompt cannot be used.
     """
     experts = routed_experts(model, layer)
-    row = check_length(model, encode_row(tokenizer, edit.subject, edit.prompt, edit.target), edit.text)
+    row = encode_row(tokenizer, edit.subject, edit.prompt, edit.target, space=edit.space)
+    check_length(model, row, edit.prompt_text)
     seen = []
 
     def see(_module, arguments, _keywords):

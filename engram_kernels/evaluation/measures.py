@@ -119,7 +119,7 @@ def _questions(case: Case) -> list[tuple[str, str, str, str]]:
     """Aspect, prompt, right answer and the other one."""
     target, truth = case.edit.target, case.truth
     return [
-        ("efficacy", case.edit.text, target, truth),
+        ("efficacy", case.edit.prompt_text, target, truth),
         *(("paraphrase", prompt, target, truth) for prompt in case.paraphrases),
         *(("locality", prompt, answer, target) for prompt, answer in case.neighbours),
     ]

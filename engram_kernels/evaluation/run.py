@@ -75,7 +75,7 @@ class Evaluation:
 
     def prepare(self) -> None:
         """Collect the statistics and sample the contexts, which are no part of an edit's seconds."""
-        method, layers = self.options.get("method", "rome"), self.options.get("layers")
+        method, layers = self.options.get("method", "engram"), self.options.get("layers")
         layers = self.editor.layers(method) if layers is None else layers
         self.editor.covariances([layers] if isinstance(layers, int) else layers)
         self.editor.prefixes()
@@ -204,9 +204,9 @@ class Evaluation:
 
     def _one_by_one(self) -> bool:
         """Whether many calls of the editor do what one does: with one layer, whose keys stay the same."""
-        method, layers = self.options.get("method", "rome"), self.options.get("layers")
+        method, layers = self.options.get("method", "engram"), self.options.get("layers")
         one_layer = layers is None or isinstance(layers, int) or len(layers) == 1
-        single = method == "rome" and self.options.get("batch") in (None, 1)
+        single = method in ("engram", "rome") and self.options.get("batch") in (None, 1)
         return single and one_layer and not self.options.get("preserve")
 
     def _figures(self, cases: Sequence[Case], stage: str | None = None) -> list[Figures]:
@@ -227,7 +227,7 @@ class Evaluation:
     def _retained(self, cases: Sequence[Case], stops: Sequence[int], records: Mapping) -> list[Retained]:
         """Of the first edits, as many as each stop says, the share that stands now; without the skipped."""
         prompts = {
-            case.edit: (case.edit.text, case.edit.target, case.truth)
+            case.edit: (case.edit.prompt_text, case.edit.target, case.truth)
             for case in cases[: max(stops)]
             if case.edit in records
         }
@@ -288,4 +288,4 @@ def _finished(outcome: Outcome, after: Figures, record, seconds: float | None, e
 
 
 def _line(case: Case) -> str:
-    return f"{case.edit.text} → {case.edit.target}"
+    return f"{case.edit.prompt_text} → {case.edit.target}"

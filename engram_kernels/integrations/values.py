@@ -142,8 +142,7 @@ def _search(
         raise Declined(f"its hyper-parameters give {error}") from error
     # Where δ is added, which need not be a matrix.
     place = Projection(layer, name, model.get_submodule(name), transposed=False, path=name)
-    shares = torch.full((len(texts.rewriting),), 1.0 / len(texts.rewriting), dtype=torch.float32)
-    (found,) = find_values(model, place, [texts], shares, options)
+    (found,) = find_values(model, place, [texts], options)
     if isinstance(found, EngramError):
         raise found
     change = found.change.to(start.device)

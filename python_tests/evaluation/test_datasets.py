@@ -26,7 +26,9 @@ def test_easy_edit_rows(tmp_path):
 def test_rome_rows(tmp_path):
     (case,) = written(tmp_path / "a.json", [ROME])
     assert (case.name, case.kind, case.truth) == ("3", "counterfact", "Paris")
-    assert case.edit.text == "The Eiffel Tower is located in the city of" and case.edit.target == "Rome"
+    assert (
+        case.edit.prompt_text == "The Eiffel Tower is located in the city of" and case.edit.target == "Rome"
+    )
     assert case.paraphrases == tuple(ROME["paraphrase_prompts"])
     assert case.neighbours == tuple((prompt, "Paris") for prompt in ROME["neighborhood_prompts"])
     assert case.generation == tuple(ROME["generation_prompts"])

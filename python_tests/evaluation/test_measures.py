@@ -35,7 +35,7 @@ def test_measures_are_those_of_brute_force(tokenizer, cases, family):
     for case, figures in zip(cases, measure(model, tokenizer, cases, batch_size=5), strict=True):
         target, truth = case.edit.target, case.truth
         asked = {
-            "efficacy": [(case.edit.text, target, truth)],
+            "efficacy": [(case.edit.prompt_text, target, truth)],
             "paraphrase": [(prompt, target, truth) for prompt in case.paraphrases],
             "locality": [(prompt, answer, target) for prompt, answer in case.neighbours],
         }
