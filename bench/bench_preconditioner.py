@@ -3,11 +3,11 @@
     python bench/bench_preconditioner.py --out preconditioner.json
 
 The same 10,000 twice: all at once, and as 100 batches of 100 of which each preserves those before it. The
-baseline is what MEMIT's code does at each call, in fp64 as there: `torch.linalg.solve` of in × in, for keys as
-columns. Each variant runs in a process of its own, whose peak memory beyond the inputs is read; statistics
-are inverted before, as the package keeps them. Errors are against `Eᵀ K (λC + KᵀK)⁻¹` by a Cholesky
-factorisation in fp64: of ΔW as both have it, and of what is in the fp32 weight afterwards. Of the stream the
-baseline does the first batches alone, as each costs the same.
+baseline is what MEMIT's code does at each call, in fp64 as there: `torch.linalg.solve` of in × in, for keys
+as columns. Each variant runs in a process of its own, whose peak memory beyond the inputs is read;
+statistics are inverted before, as the package keeps them. Errors are against `Eᵀ K (λC + KᵀK)⁻¹` by a
+Cholesky factorisation in fp64: of ΔW as both have it, and of what is in the fp32 weight afterwards. Of the
+stream the baseline does the first batches alone, as each costs the same.
 """
 
 import json

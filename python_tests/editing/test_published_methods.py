@@ -184,8 +184,8 @@ def simie(weight, covariance, batches, method):
 
 FORMULAS = {
     "engram": rome, "rome": rome, "r-rome": rome, "emmet": emmet, "memit": memit, "alphaedit": alphaedit,
-    "encore": encore, "rlsedit": rlsedit, "evoedit": evoedit, "betaedit": betaedit, "nse": nse, "sphere": sphere,
-    "simie": simie,
+    "encore": encore, "rlsedit": rlsedit, "evoedit": evoedit, "betaedit": betaedit, "nse": nse,
+    "sphere": sphere, "simie": simie,
 }  # fmt: skip
 
 
