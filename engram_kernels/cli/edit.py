@@ -60,6 +60,7 @@ def edit(
             "--space/--no-space", help="Whether a space stands before the target; default: by script."
         ),
     ] = None,
+    method: Annotated[str, typer.Option(help="engram, rome, memit, encore, …: docs/methods.md.")] = "engram",
     layer: Annotated[int | None, typer.Option(help="The decoder layer to write; default: by depth.")] = None,
     weight_decay: Annotated[
         float | None, typer.Option(help="Of the value's optimisation; larger ones change less.")
@@ -83,8 +84,10 @@ def edit(
     Example: engram edit --subject "The Eiffel Tower" --prompt "{} is located in the city of" --target Rome
     """
     from ..editing import Edit, Editor, ValueOptions
+    from ..editing.methods import method_of
     from ..editing.reach import reached
 
+    method_of(method)
     with reading("also", "paraphrases"):
         fact = Edit(subject, prompt, target, also or (), space, chat)
     asked = [("edited", one) for one in fact.prompts]
@@ -106,7 +109,7 @@ def edit(
             network, tokenizer, corpus=corpus, tokens=tokens, value=value, seed=seed, progress=progress
         )
         before = [_answers(network, tokenizer, ids) for ids in texts]
-        result = editor.edit(fact, layer)
+        result = editor.edit(fact, layer, method)
         after = [_answers(network, tokenizer, ids) for ids in texts]
         said = [one.said for one in reached(network, wanted, [fact.text] * len(wanted))]
 

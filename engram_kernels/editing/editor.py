@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -21,7 +22,7 @@ from ..hf.projection import default_layer, output_projection
 from .edit import Edit
 from .journal import Journal
 from .keys import MeanKey, SpreadKey
-from .methods import METHODS, Method, check_choices, check_method
+from .methods import Method, check_choices, method_of
 from .moments import Moments
 from .prefixes import sample_prefixes
 from .result import EditResult
@@ -130,7 +131,7 @@ class Editor:
         self,
         edits: Edit | Iterable[Edit],
         layers: int | Sequence[int] | None = None,
-        method: str = "engram",
+        method: str | Method = "engram",
         *,
         ridge: float | None = None,
         batch: int | None = None,
@@ -154,16 +155,20 @@ class Editor:
         | `"memit"` | 5 | all | 20 | Meng et al. 2023, arXiv 2210.07229 |
         | `"alphaedit"` | 5 | 100 | 10, in the null space of `C` | Fang et al. 2024, arXiv 2410.02355 |
 
+        docs/methods.md has them all: `"r-rome"`, `"encore"`, `"rlsedit"`, `"evoedit"`, `"betaedit"`, `"nse"`,
+        `"sphere"`, `"simie"`.
+
         Args:
             edits: the facts.
             layers: indices of the decoder layers, lowest first; None: the one at 0.2 of the depth, and those
                 around it over which the method spreads.
-            method: as in the table.
+            method: one of these, or settings of your own, such as
+                `replace(METHODS["encore"], moment=100.0)`.
             ridge: `λ`: how much of each change is given up for smaller writes; None: the method's.
             batch: how many edits are written at once; None: as many as the method does.
             preserve: how much later batches respect the keys of earlier ones: each key counts as much as
                 this many samples of the statistics. True: `1/λ`, as in MEMIT's objective, or 1 without a
-                ridge. None: the method's own choice; only AlphaEdit preserves.
+                ridge; `math.inf`: their answers stay exactly. None: the method's own choice.
             null_space: write only in directions in which the eigenvalue of `C` is at most this share of the
                 mean. None: the method's, 0.02 for AlphaEdit, whose own code takes an absolute number. Some
                 models have no such directions.
@@ -200,16 +205,16 @@ class Editor:
     def _plan(self, layers, method, ridge, batch, preserve, null_space, conflicts, failures) -> Plan:
         """The method's settings and the caller's, checked."""
         check_choices(method, batch, conflicts, failures)
-        chosen = METHODS[method]
+        chosen = method_of(method)
         _expect("ridge", ridge, "a number or None", int, float, type(None))
         _expect("preserve", preserve, "True, False, a number or None", bool, int, float, type(None))
         _expect("null_space", null_space, "a number or None", int, float, type(None))
         ridge = chosen.ridge if ridge is None else ridge
         check.number("ridge", ridge, at_least=0)
-        preserve = chosen.preserve if preserve is None else preserve
-        if preserve is True:
-            preserve = 1.0 / ridge if ridge > 0 else 1.0
-        check.number("preserve", float(preserve), at_least=0)
+        if preserve is not None and preserve != math.inf:
+            check.number("preserve", float(preserve), at_least=0)
+        asked = {"ridge": float(ridge), "preserve": preserve, "null_space": null_space, "batch": batch}
+        chosen = replace(chosen, **{name: value for name, value in asked.items() if value is not None})
         layers = self.layers(method) if layers is None else _asked_layers(layers)
         if (len(layers) > 1 or ridge > 0) and not self.consistent_key:
             raise ValueError(
@@ -218,10 +223,7 @@ class Editor:
             )
         return Plan(
             layers=layers,
-            batch=chosen.batch if batch is None else batch,
-            ridge=float(ridge),
-            null_space=chosen.null_space if null_space is None else float(null_space),
-            preserve=float(preserve),
+            method=chosen,
             last_wins=conflicts == "last",
             skip_failures=failures == "skip",
             value=self._value_options(chosen),
@@ -240,14 +242,13 @@ class Editor:
             return self.value
         return replace(self.value, stop_probability=method.stop_probability)
 
-    def layers(self, method: str = "engram") -> tuple[int, ...]:
+    def layers(self, method: str | Method = "engram") -> tuple[int, ...]:
         """The layers that a method writes where none are asked for.
 
         Raises:
             ValueError: there is no such method.
         """
-        check_method(method)
-        count = METHODS[method].layers
+        count = method_of(method).layers
         first = max(0, default_layer(self.model) - count // 2)
         return tuple(range(len(decoder_layers(self.model)[1])))[first : first + count]
 

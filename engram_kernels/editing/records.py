@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from ..errors import EngramError
 from ..hf.projection import Projection
 from .edit import Edit
 from .weights import add_, matrix_checksum
@@ -99,10 +100,13 @@ class Write:
         if torch.equal(self.left.T, self.residuals):
             # `K rightᵀ = I − λS`, and the inverse of a part of a matrix comes from blocks of its inverse.
             whole = self.right.double()
-            leverage = self.keys.double() @ whole[gone].T
+            leverage = self.keys.double() @ whole.T
+            _check_joint(leverage, leverage.T)
+            leverage = leverage[:, gone]
             own = torch.linalg.solve(torch.eye(len(gone)).to(whole) - leverage[gone], whole[gone])
             left, right = residuals.T, (whole[kept] + leverage[kept] @ own).float()
         else:
+            _check_joint(left_factor(self.keys, self.right, self.residuals, self.ridge), self.left)
             right = self.right[kept]
             left = left_factor(keys, right, residuals, self.ridge)
         return Write(self.module, left, right, keys, residuals, self.ridge, edits)
@@ -142,6 +146,15 @@ class EditedModule:
             edited_checksum=None,
             experts=getattr(projection.module, "count", None),
             dtype=str(projection.module.weight.dtype).removeprefix("torch."),
+        )
+
+
+def _check_joint(found: Tensor, expected: Tensor) -> None:
+    """Raise unless keys, residuals and ridge determine a write: some methods multiply it afterwards."""
+    if (found - expected).norm() > 1e-2 * expected.norm():
+        raise EngramError(
+            "number: expected an edit of a write that its keys and residuals determine, got one whose method "
+            "multiplies updates afterwards; revert it, and edit without that one"
         )
 
 

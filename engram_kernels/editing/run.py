@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import torch
-from torch import Tensor
 
 from .._hashing import digest
 from .._progress import Progress
@@ -24,7 +23,8 @@ from .edit import Edit
 from .history import facts_in, note
 from .journal import Journal
 from .keys import MeanKey, SpreadKey
-from .preconditioner import null_space, preserving
+from .methods import Method
+from .preconditioner import LayerOperator
 from .reach import Reached, reached
 from .records import EditedModule, EditRecord, SkippedEdit, Write
 from .result import SHOWN, EditResult
@@ -38,10 +38,7 @@ class Plan:
     """The settings of a run; `Editor.edit` has their meaning."""
 
     layers: tuple[int, ...]
-    batch: int | None
-    ridge: float
-    null_space: float | None
-    preserve: float
+    method: Method
     last_wins: bool
     skip_failures: bool
     value: ValueOptions
@@ -106,7 +103,7 @@ class Run:
         self._prefixes = list(prefixes)
         self._encode(list(self.encoded), prefixes)
         numbers = list(self.encoded)
-        size = self.plan.batch or max(1, len(numbers))
+        size = self.plan.method.batch or max(1, len(numbers))
         self.batches = [
             part
             for start in range(0, len(numbers), size)
@@ -117,8 +114,11 @@ class Run:
         """What the result depends on, for the journal."""
         # Not all bits of them, which depend on the number of threads that inverted them.
         traces = [covariances[layer].inverse().trace().item() for layer in self.plan.layers]
+        settings = asdict(self.plan)
         return {
-            **asdict(self.plan),
+            **settings.pop("method"),
+            "preserve": repr(self.plan.method.held),  # which may be infinite
+            **settings,
             "key": repr(self.plan.key),
             "edits": digest([asdict(edit) for edit in self.edits]),
             "earlier": digest([asdict(edit) for edit in self._earlier]),
@@ -129,7 +129,8 @@ class Run:
 
     def result(self, covariances: dict[int, Covariance], journal: Journal | None) -> EditResult:
         """Find and write everything; if anything fails, the weights are put back."""
-        preconditioners = {layer: self._preconditioner(covariances[layer]) for layer in self.plan.layers}
+        method = self.plan.method
+        operators = {layer: LayerOperator(method, covariances[layer]) for layer in self.plan.layers}
         edited = [EditedModule.of(projection) for projection in self.projections]
         originals = {projection.name: Snapshot(projection) for projection in self.projections}
         values: dict[int, Value] = {}
@@ -138,11 +139,10 @@ class Run:
             for number, batch in enumerate(self.batches):
                 self._hold(batch, list(values))
                 found = self._values(batch, len(values), journal)
-                written = self._written(number, found, preconditioners, journal)
-                if self.plan.preserve and written and number + 1 < len(self.batches):
+                written = self._written(number, found, operators, journal)
+                if written and number + 1 < len(self.batches):
                     for layer, write in zip(self.plan.layers, written, strict=True):
-                        held = preserving(preconditioners[layer], write.keys, self.plan.preserve)
-                        preconditioners[layer] = held
+                        operators[layer].remember(write.keys)
                 values |= found
                 writes += written
             self._check_any()
@@ -164,12 +164,6 @@ class Run:
         note(self.model, result)
         _warn(result.records)
         return result
-
-    def _preconditioner(self, covariance: Covariance) -> Tensor:
-        """`C⁻¹`, or the projection that stands in its place."""
-        if self.plan.null_space is None:
-            return covariance.inverse()
-        return null_space(covariance, self.plan.null_space)
 
     def _encode(self, numbers: Iterable[int], prefixes: Sequence[str]) -> None:
         for number in numbers:
@@ -262,7 +256,7 @@ class Run:
         self,
         number: int,
         found: dict[int, Value],
-        preconditioners: dict[int, Tensor],
+        operators: dict[int, LayerOperator],
         journal: Journal | None,
     ) -> list[Write]:
         """The writes of a batch, one a layer; they are done. An edit whose write fails leaves `found`."""
@@ -278,7 +272,7 @@ class Run:
         try:
             writes = write_values(
                 self.model, self.projections, [self.encoded[i] for i in found], list(found.values()),
-                preconditioners, self.plan.key, list(found), self.plan.ridge, self.plan.bare_denominator,
+                operators, self.plan.key, list(found), self.plan.bare_denominator,
             )  # fmt: skip
         except EngramError as error:
             if not alone:

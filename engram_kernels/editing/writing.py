@@ -14,10 +14,10 @@ from ..hf.layers import decoder_layers
 from ..hf.placement import input_device
 from ..hf.projection import Projection
 from ..hf.tokens import pad_rows
-from ..ops import low_rank_factors
 from .batching import EncodedEdit
 from .keys import MeanKey, SpreadKey
 from .partial_forward import adding
+from .preconditioner import LayerOperator, Solved
 from .records import Write, left_factor
 from .values import Value
 
@@ -29,10 +29,9 @@ def write_values(
     projections: Sequence[Projection],
     encoded: Sequence[EncodedEdit],
     values: Sequence[Value],
-    preconditioners: Mapping[int, Tensor],
+    operators: Mapping[int, LayerOperator],
     key: MeanKey | SpreadKey,
     edits: Sequence[int],
-    ridge: float = 0.0,
     bare_denominator: bool = False,
 ) -> list[Write]:
     """Write the changes of some edits, layer after layer, each of which takes its share of what is missing.
@@ -40,19 +39,18 @@ def write_values(
     For one layer the keys are those that the values were found with. For several, from the first to the last,
 
         R = (δ − what the last layer's output has changed by) / (layers that remain)
-        W ← W + Rᵀ (λI + K C⁻¹ Kᵀ)⁻¹ K C⁻¹
+        W ← W + Rᵀ (λI + K Q Kᵀ)⁻¹ K Q
 
     Args:
         model: as it was when the values were found.
         projections: of the layers, the first one first; the values belong to the last.
         encoded: the edits.
         values: of the edits.
-        preconditioners: by layer, `C⁻¹` or what stands in its place.
+        operators: by layer, `Q` as the method has it after the batches before.
         key: how the keys of an edit's texts become one.
         edits: the numbers of the edits, to be noted in the writes.
-        ridge: `λ`.
         bare_denominator: ROME as first published in code, for one layer: the answer to the bare prompt's key
-            `B` is what changes, `W ← W + Eᵀ (B Rᵀ)⁻ᵀ R` with `R = K C⁻¹`.
+            `B` is what changes, `W ← W + Eᵀ (B Rᵀ)⁻ᵀ R` with `R = K Q`.
 
     Returns:
         One write a layer; they are done.
@@ -65,9 +63,9 @@ def write_values(
     if len(projections) == 1:
         (projection,) = projections
         texts = [value.keys[: _counted(one, key)] for one, value in zip(encoded, values, strict=True)]
-        keys = torch.stack([_combined(own, own, key, preconditioners[projection.layer]) for own in texts])
+        keys = torch.stack([_combined(own, own, key, operators[projection.layer]) for own in texts])
         bare = torch.stack([value.keys[0] for value in values]) if bare_denominator else None
-        return [_write(projection, encoded, keys, bare, residuals, preconditioners, ridge, edits)]
+        return [_write(projection, encoded, keys, bare, residuals, operators, edits)]
     last = projections[-1]
     check_additive(model, last, encoded[0])
     before, writes = None, []
@@ -77,7 +75,7 @@ def write_values(
         keys, hidden = (
             torch.stack(
                 [
-                    _combined(of[:n], mine[:n], key, preconditioners[projection.layer])
+                    _combined(of[:n], mine[:n], key, operators[projection.layer])
                     for n, of, mine in zip(counts, states, own, strict=True)
                 ]
             )
@@ -86,7 +84,7 @@ def write_values(
         before = hidden if before is None else before
         missing = (residuals.to(hidden) - (hidden - before)) / (len(projections) - number)
         keys, missing = keys.to(projection.matrix.device), missing.to(projection.matrix.device)
-        writes.append(_write(projection, encoded, keys, None, missing, preconditioners, ridge, edits))
+        writes.append(_write(projection, encoded, keys, None, missing, operators, edits))
     return writes
 
 
@@ -95,37 +93,28 @@ def _counted(encoded: EncodedEdit, key: MeanKey | SpreadKey) -> int:
     return len(encoded.rewriting) if isinstance(key, MeanKey) else len(encoded.rows)
 
 
-def _combined(states: Tensor, keys: Tensor, key: MeanKey | SpreadKey, preconditioner: Tensor) -> Tensor:
+def _combined(states: Tensor, keys: Tensor, key: MeanKey | SpreadKey, operator: LayerOperator) -> Tensor:
     """The states `[texts, width]` of one edit combined as its keys are."""
-    return key.weights(keys, preconditioner).to(states) @ states
+    return key.weights(keys, operator.current).to(states) @ states
 
 
-def _write(
-    projection: Projection, encoded, keys, bare_keys, residuals, preconditioners, ridge: float, edits
-) -> Write:
+def _write(projection: Projection, encoded, keys, bare_keys, residuals, operators, edits) -> Write:
     """One joint write that changes the answer to every key by its residual."""
-    matrix, preconditioner = projection.matrix, preconditioners[projection.layer]
+    operator = operators[projection.layer]
     try:
         if bare_keys is None:
-            # The bias, which stays, is in neither side of the constraint.
-            wanted = keys @ matrix.float().T + residuals
-            left, right = low_rank_factors(
-                matrix, keys, wanted, inverse_covariance=preconditioner, ridge=ridge
-            )
-            if ridge > 0 and 2 * len(keys) >= keys.shape[1]:
-                # The left factor is then the residuals as the op makes them out of the values.
-                left = residuals.T
+            solved = operator.factors(projection.matrix, keys, residuals)
         else:
-            right = (keys.double() @ preconditioner).float()
-            left = left_factor(bare_keys, right, residuals, 0.0)
+            right = operator.current.apply(keys.double()).float()
+            solved = Solved(left_factor(bare_keys, right, residuals, 0.0), right, residuals, 0.0)
     except (EngramError, torch.linalg.LinAlgError) as error:
         if isinstance(error, EngramError) and not str(error).startswith("keys:"):
             raise
         raise EngramError(_dependent(encoded, keys.shape[1])) from error
     constrained = keys if bare_keys is None else bare_keys
     # In main memory, wherever the weights are: thousands of edits would fill a device.
-    left, right, constrained, residuals = (one.cpu() for one in (left, right, constrained, residuals))
-    write = Write(projection.name, left, right, constrained, residuals, ridge, tuple(edits))
+    left, right, wanted = (one.float().cpu() for one in (solved.left, solved.right, solved.residuals))
+    write = Write(projection.name, left, right, constrained.cpu(), wanted, solved.ridge, tuple(edits))
     if not (write.left.isfinite().all() and write.right.isfinite().all()):
         raise EngramError(f"edits: expected finite factors for {projection.name!r}, got NaN or infinity")
     write.apply_(projection)

@@ -44,7 +44,9 @@ def row_weights(memory: EpisodicMemory, queries: Tensor) -> Tensor:
     check.expect(memory.batch == 1, "memory", "a single one", f"{memory.batch} of them")
     keys = [entry.key for _, entry in memory.ledger.items()]
     rows = sum(map(len, keys))
-    check.expect(len(memory) == rows, "memory", "one all of whose rows have ids", f"{len(memory) - rows} without")
+    check.expect(
+        len(memory) == rows, "memory", "one all of whose rows have ids", f"{len(memory) - rows} without"
+    )
     to_slots = memory.m0_pinv.reshape(memory.latent, memory.slots)
     asked = memory_address(queries.to(to_slots), to_slots)
     if not rows:
@@ -172,7 +174,9 @@ class ReadAloud:
 
     def say(self, prompts: Sequence[str], words: Sequence[str], max_new_tokens: int = 12) -> list[str]:
         """Continue prompts with given words before the decoder; where they are empty it is the bare decoder."""
-        rows = [self._row(" ".join(prompt.split()), text) for prompt, text in zip(prompts, words, strict=True)]
+        rows = [
+            self._row(" ".join(prompt.split()), text) for prompt, text in zip(prompts, words, strict=True)
+        ]
         closing = set(self.tokenizer.all_special_ids)
 
         def ends(written: list[int]) -> bool:
