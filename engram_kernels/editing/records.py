@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -143,6 +143,37 @@ class EditedModule:
             experts=getattr(projection.module, "count", None),
             dtype=str(projection.module.weight.dtype).removeprefix("torch."),
         )
+
+
+def joint_write(writes: Sequence[Write]) -> Write:
+    """One write of all keys and residuals of several writes of a matrix, made for the same weights and `C`.
+
+    Each holds `P = K C⁻¹`, or `S P` with `S = (λI + P Kᵀ)⁻¹ = (I − K (S P)ᵀ) / λ`, from which `P` comes back.
+
+    Raises:
+        LinAlgError: the keys of all are dependent, and there is no ridge.
+    """
+    first = writes[0]
+    keys = torch.cat([write.keys for write in writes])
+    residuals = torch.cat([write.residuals for write in writes])
+    right = torch.cat([_preconditioned(write) for write in writes])
+    edits = tuple(edit for write in writes for edit in write.edits)
+    left = left_factor(keys, right, residuals, first.ridge)
+    return Write(first.module, left, right.float(), keys, residuals, first.ridge, edits)
+
+
+def _preconditioned(write: Write) -> Tensor:
+    """`K C⁻¹ [n, in]`, float64."""
+    right = write.right.double()
+    if not _carries_residuals(write):
+        return right
+    system = torch.eye(len(right), dtype=right.dtype) - write.keys.double() @ right.T
+    return torch.linalg.solve(system / write.ridge, right)
+
+
+def _carries_residuals(write: Write) -> bool:
+    """Whether the left factor is the residuals alone, and the right one is solved for."""
+    return write.ridge > 0 and torch.equal(write.left.T, write.residuals)
 
 
 def left_factor(keys: Tensor, right: Tensor, residuals: Tensor, ridge: float) -> Tensor:

@@ -30,7 +30,7 @@ def whole_model(model: nn.Module) -> nn.Module:
     if isinstance(model, nn.parallel.DistributedDataParallel) and together():
         raise EngramError(
             "model: expected the model itself, got it in DistributedDataParallel, where an edit of one rank "
-            "alone leaves the replicas different: give model.module, and make the same edits on every rank"
+            "alone leaves the replicas different: give the group of the ranks too, so that all make one edit"
         )
     return unwrapped(model)
 
