@@ -73,13 +73,16 @@ class Ranks:
 
     Args:
         group: of torch.distributed, or None.
+        mirror: of the processes that divide a model among them, and run in step with this one.
 
     Attributes:
         rank: of this process, from 0.
         size: the number of processes.
+        mirror: the ranks that run in step with this one.
+        everyone: all that decide together: the group and what mirrors it, or these alone.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None = None):
+    def __init__(self, group: dist.ProcessGroup | None = None, mirror: dist.ProcessGroup | None = None):
         if not (group is None or isinstance(group, dist.ProcessGroup)):
             kind = type(group).__name__
             raise TypeError(
@@ -89,6 +92,10 @@ class Ranks:
         self.rank = 0 if group is None else dist.get_rank(group)
         self.size = 1 if group is None else dist.get_world_size(group)
         self._told: Exception | None = None
+        self.mirror: Ranks = Ranks(mirror) if mirror is not None else ALONE if group is not None else self
+        self.everyone: Ranks = self
+        if mirror is not None:
+            self.everyone = Ranks(dist.group.WORLD) if self.size > 1 else self.mirror
 
     def each(self, action: Callable[[], T]) -> list[T]:
         """Do something on every rank.

@@ -17,8 +17,8 @@ from ..covariance import Covariance
 from ..hf.eval_mode import eval_mode
 from ..hf.layers import decoder_layers
 from ..hf.loading import cache_directory, writable_directory
-from ..hf.placement import unwrapped, whole_model
-from ..hf.projection import default_layer, output_projection
+from ..hf.placement import mirrors, unwrapped, whole_model
+from ..hf.projection import default_layer, searched_projection
 from .edit import Edit
 from .journal import Journal
 from .keys import MeanKey, SpreadKey
@@ -108,8 +108,8 @@ class Editor:
             check.expect(bare_prompt_weight <= 1, "bare_prompt_weight", "at most 1", bare_prompt_weight)
         check.number("ridge", ridge, at_least=0)
         check.integer("seed", seed)
-        self.ranks = Ranks(group)
-        self.model = model = unwrapped(model) if self.ranks.size > 1 else whole_model(model)
+        self.model = model = whole_model(model) if group is None else unwrapped(model)
+        self.ranks = Ranks(group, mirrors(model))
         self.tokenizer = tokenizer
         self.cache = writable_directory(
             cache_directory(cache_dir), "cache_dir" if cache_dir else "the cache ($ENGRAM_CACHE)"
@@ -193,7 +193,7 @@ class Editor:
         plan = self._plan(layers, method, ridge, batch, preserve, null_space, conflicts, failures)
         edits = _edits(edits)
         for layer in plan.layers:
-            output_projection(self.model, layer)
+            searched_projection(self.model, layer)
         with eval_mode(self.model), self.ranks.failing_together():
             run = Run(self.model, self.tokenizer, edits, plan, self.progress, self.ranks)
             run.begin()
@@ -203,7 +203,7 @@ class Editor:
             if directory is not None:
                 settings = run.settings(covariances)
                 # The first rank makes the folder that the others find.
-                self.ranks.decided(lambda: Journal(directory, settings))
+                self.ranks.everyone.decided(lambda: Journal(directory, settings) and None)
                 journal = Journal(directory, settings)
             return run.result(covariances, journal)
 

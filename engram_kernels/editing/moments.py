@@ -17,7 +17,7 @@ from .._ranks import ALONE, Ranks
 from ..covariance import Covariance
 from ..hf.fingerprints import states_fingerprint
 from ..hf.loading import writable_directory
-from ..hf.projection import Projection, output_projection
+from ..hf.projection import Projection, output_projection, searched_projection
 from . import corpus as corpora
 from . import statistics
 
@@ -92,7 +92,7 @@ class Moments:
         """
         if not isinstance(layers, Iterable) or isinstance(layers, str):
             raise TypeError(f"layers: expected a sequence of integers, got {type(layers).__name__}")
-        projections = {layer: output_projection(self.model, layer) for layer in layers}
+        projections = {layer: searched_projection(self.model, layer) for layer in layers}
         groups: dict[int, list[Projection]] = {}
         for layer, projection in projections.items():
             if layer not in self._given:
@@ -102,7 +102,9 @@ class Moments:
             ids, source = self._source(count)
             keys = {projection.layer: self._key(projection, source) for projection in group}
             self.ranks.check_same("model", keys)
-            known = self.ranks.each(lambda: {layer: key for layer, (key, _) in self._computed.items()})
+            known = self.ranks.everyone.each(
+                lambda: {layer: key for layer, (key, _) in self._computed.items()}
+            )
             missing = [one for one in group if any(has.get(one.layer) != keys[one.layer] for has in known)]
             for layer, moment, seen in self._moments(missing, keys, ids, count):
                 covariance = Covariance.from_second_moment(moment, seen, ridge=self.ridge)
@@ -170,8 +172,9 @@ class Moments:
 
     def _cached(self, path: Path, projection: Projection) -> tuple[torch.Tensor, int] | None:
         """What the first rank has on disk, on all of them."""
-        loaded = statistics.load_moment(path) if self.ranks.rank == 0 else None
-        count = self.ranks.decided(lambda: None if loaded is None else loaded[1])
+        ranks = self.ranks.everyone
+        loaded = statistics.load_moment(path) if ranks.rank == 0 else None
+        count = ranks.decided(lambda: None if loaded is None else loaded[1])
         if count is None:
             return None
         if loaded is None:
@@ -179,7 +182,7 @@ class Moments:
             moment = torch.empty((matrix.shape[1],) * 2, dtype=torch.float64, device=matrix.device)
         else:
             moment = loaded[0].to(projection.matrix.device)
-        return self.ranks.broadcast_(moment), count
+        return ranks.broadcast_(moment), count
 
     @staticmethod
     def _save(files: Mapping[int, Path], sums: Mapping[int, torch.Tensor], seen: int) -> None:
@@ -195,7 +198,9 @@ class Moments:
     ) -> tuple[dict[int, torch.Tensor], int]:
         """The sums by layer and their number of tokens, from where an earlier pass was cut off."""
         begun = checkpoint.load(projections)
-        if begun is not None:
+        # Ranks that divide the model go on from one place.
+        places = self.ranks.mirror.each(lambda: begun and begun[1])
+        if begun is not None and len(set(places)) == 1:
             sums, seen, ids = begun
         else:
             sums, seen = statistics.zeros(projections), 0

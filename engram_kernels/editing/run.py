@@ -18,7 +18,7 @@ from ..errors import EngramError
 from ..hf.fingerprints import weights_checksums
 from ..hf.layers import adapter_settings
 from ..hf.placement import input_device
-from ..hf.projection import output_projection
+from ..hf.projection import searched_projection
 from ..hf.tokens import Row
 from .batching import EncodedEdit, encode_edit, encode_held
 from .edit import Edit
@@ -75,7 +75,7 @@ class Run:
         self.ranks = ranks
         self.model, self.tokenizer, self.edits, self.plan = model, tokenizer, list(edits), plan
         self.progress = progress or (lambda *_: None)
-        self.projections = [output_projection(model, layer) for layer in plan.layers]
+        self.projections = [searched_projection(model, layer) for layer in plan.layers]
         self.skipped: list[SkippedEdit] = []
         # By the number of an edit; those that are skipped leave.
         self.encoded: dict[int, EncodedEdit] = {}
@@ -273,7 +273,10 @@ class Run:
         def progress(stage: str, steps: int, _total: int) -> None:
             self.progress(stage, done * options.steps + steps, len(self.encoded) * options.steps)
 
-        kept = [journal.load_value(number, projection.matrix.device) for number in numbers] if journal else []
+        device = torch.device("cpu") if self.ranks.mirror.size > 1 else projection.matrix.device
+        kept = self.ranks.mirror.decided(
+            lambda: [journal.load_value(number, device) for number in numbers] if journal else []
+        )
         values: list[Value | EngramError] = [value for value in kept if value is not None]
         if len(values) < len(numbers):
             encoded = [self.encoded[i] for i in numbers]
@@ -294,7 +297,7 @@ class Run:
         journal: Journal | None,
     ) -> list[Write]:
         """The writes of a batch, one a layer; they are done. An edit whose write fails leaves `found`."""
-        kept = self.ranks.decided(lambda: journal.load_writes(number)) if journal else None
+        kept = self.ranks.everyone.decided(lambda: journal.load_writes(number)) if journal else None
         if kept is not None:
             for projection, write in zip(self.projections, kept, strict=True):
                 write.apply_(projection)

@@ -81,7 +81,7 @@ def _observe(model, projections: Sequence[Projection], batch: torch.Tensor, sums
     def observer(projection: Projection):
         def observe(_module, arguments, _keywords):
             try:
-                second_moment_(sums[projection.layer], arguments[0])
+                second_moment_(sums[projection.layer], projection.inputs(arguments[0]))
             except ValueError as error:
                 # Everything else about the inputs is right by construction.
                 raise EngramError(

@@ -107,7 +107,7 @@ def _write(
     projection: Projection, encoded, keys, bare_keys, residuals, preconditioners, ridge: float, edits
 ) -> Write:
     """One joint write that changes the answer to every key by its residual."""
-    matrix, preconditioner = projection.matrix, preconditioners[projection.layer]
+    matrix, preconditioner = projection.whole(), preconditioners[projection.layer]
     try:
         if bare_keys is None:
             # The bias, which stays, is in neither side of the constraint.
@@ -132,7 +132,7 @@ def _write(
     if not (write.left.isfinite().all() and write.right.isfinite().all()):
         raise EngramError(f"edits: expected finite factors for {projection.name!r}, got NaN or infinity")
     write.apply_(projection)
-    if not projection.matrix.isfinite().all():
+    if not projection.whole().isfinite().all():
         raise EngramError(f"edits: expected weights in the range of {projection.matrix.dtype}, got infinity")
     return write
 
@@ -166,11 +166,11 @@ def subject_states(
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
     device = input_device(model)
     found: dict[str, list[Tensor]] = {"keys": [], "hidden": []}
-    matrices = {"keys": projection.matrix.T, "hidden": last.matrix}
+    widths = {"keys": projection.matrix.shape[1], "hidden": last.matrix.shape[0]}
     seen: dict[str, Tensor] = {}
 
     def see_keys(_module, arguments, _keywords):
-        seen["keys"] = arguments[0]
+        seen["keys"] = projection.inputs(arguments[0])
 
     def see_hidden(_module, _arguments, output):
         seen["hidden"] = output[0] if isinstance(output, tuple) else output
@@ -183,8 +183,8 @@ def subject_states(
             batch = order[start : start + ROWS]
             if number % ranks.size != ranks.rank:
                 # The others' states are added to these.
-                for name, matrix in matrices.items():
-                    found[name].append(matrix.new_zeros(len(batch), matrix.shape[0], dtype=torch.float32))
+                for name, width in widths.items():
+                    found[name].append(torch.zeros(len(batch), width, device=projection.matrix.device))
                 continue
             ids, mask = pad_rows([rows[i].ids for i in batch], device)
             run_until(model, input_ids=ids, attention_mask=mask)

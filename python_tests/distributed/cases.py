@@ -19,16 +19,22 @@ import torch
 import torch.distributed as dist
 from editing_helpers import changed, small_editor, weights
 from safetensors.torch import load_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from engram_kernels._hashing import tensor_checksum
 from engram_kernels.editing import Edit, EditResult
 from engram_kernels.editing import run as run_module
 from engram_kernels.editing.values import ValueOptions
 from engram_kernels.errors import EngramError
-from engram_kernels.grafting import localize
+from engram_kernels.grafting import Graft, graftable_parameters, localize
 from engram_kernels.hf.checkpoints import save_model
 from engram_kernels.hf.hooks import capture
 from engram_kernels.hf.loading import load_model
+from engram_kernels.hf.placement import local
+from engram_kernels.hf.projection import output_projection
+from engram_kernels.tracing import trace
 
 CASES = []
 EDIT = Edit("The Eiffel Tower", "{} is located in the city of", "Rome")
@@ -293,6 +299,217 @@ def a_run_goes_on_where_both_ranks_left_it(folder):
             run_module.find_values = search
         dist.barrier()
         assert len(list((folder / "run" / "values").iterdir())) >= 12
+
+
+FAMILIES = ("llama", "qwen3", "gpt_neox", "phi3")
+
+
+def tensor_parallel(folder, family):
+    """A small model of a family divided among the ranks, and the same one whole."""
+    saved, plain = folder / family, model_zoo.small_model(family)
+    if not saved.exists():
+        save_model(plain, model_zoo.byte_level_tokenizer(), saved)
+    return load_model(saved, tp_plan="auto")[0], plain
+
+
+def gathered(network):
+    """The whole tensors of a divided model, by name."""
+    return {
+        name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
+        for name, tensor in network.state_dict().items()
+    }
+
+
+def parts(network):
+    return {name: local(tensor).clone() for name, tensor in network.state_dict().items()}
+
+
+def equal(one, other):
+    return [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+@case
+def tensor_parallel_edits_are_those_of_one_device(folder):
+    for family in FAMILIES:
+        divided, plain = tensor_parallel(folder, family)
+        assert isinstance(divided.get_submodule(output_projection(plain, 1).name).weight, DTensor)
+        before, whole = parts(divided), weights(plain)
+        own = small_editor(model=plain, value=FEW, contexts=((4, 1),), cache_dir=folder / "whole")
+        editor = small_editor(model=divided, value=FEW, contexts=((4, 1),), cache_dir=folder / "parts")
+        for layers, method in ((1, "rome"), ([1, 2], "memit")):
+            edits = [EDIT] if method == "rome" else many()[:6]
+            # One covariance: an edit magnifies what a sum in another order changes of it.
+            for layer, covariance in own.covariances([1, 2]).items():
+                editor.use_covariance(layer, covariance)
+            expected = own.edit(edits, layers=layers, method=method)
+            result = editor.edit(edits, layers=layers, method=method)
+            assert same_everywhere(str([module.edited_checksum for module in result.edited_modules]))
+            made = gathered(divided)
+            for module in result.modules:
+                change = made[f"{module}.weight"] - whole[f"{module}.weight"]
+                truth = plain.state_dict()[f"{module}.weight"] - whole[f"{module}.weight"]
+                assert (change - truth).abs().max() <= 2e-6 < truth.abs().max(), (family, method)
+            result.save_pretrained(folder / f"{family} {method}")
+            result.revert()
+            assert equal(before, parts(divided))
+            expected.revert()
+            saved = EditResult.from_pretrained(folder / f"{family} {method}")
+            with saved.apply(divided):
+                assert equal(made, gathered(divided))
+            assert equal(before, parts(divided))
+            with EditResult.from_pretrained(folder / f"{family} {method}").apply(plain):
+                assert equal({name: made[name] for name in whole}, weights(plain))
+
+
+@case
+def tensor_parallel_covariances_are_those_of_one_device(folder):
+    divided, plain = tensor_parallel(folder, "llama")
+    moments = []
+    for name, network in (("parts 2", divided), ("whole 2", plain)):
+        editor = small_editor(model=network, cache_dir=folder / name, tokens=500)
+        editor.covariance(1)
+        (path,) = (folder / name / "moments").glob("*.safetensors")
+        moments.append((path.name, load_file(path)["moment"]))
+    (mine, found), (theirs, expected) = moments
+    assert mine == theirs and (found - expected).norm() <= 1e-6 * expected.norm()
+
+
+@case
+def a_cache_of_one_part_alone_is_no_trap(folder):
+    divided, _ = tensor_parallel(folder, "llama")
+    for lucky in (0, 1):
+        name = "parts 2" if dist.get_rank() == lucky else f"nothing {lucky} {dist.get_rank()}"
+        editor = small_editor(model=divided, cache_dir=folder / name, tokens=500)
+        assert same_everywhere(tensor_checksum(editor.covariance(1).inverse()))
+
+
+@case
+def a_run_of_parts_goes_on_from_a_journal(folder):
+    divided, _ = tensor_parallel(folder, "llama")
+    made = []
+    for _ in range(2):
+        editor = small_editor(model=divided, value=FEW, contexts=((4, 1),), cache_dir=folder / "parts")
+        with editor.edit(many()[:6], layers=[1, 2], method="memit", directory=folder / "journal") as result:
+            made.append([module.edited_checksum for module in result.edited_modules])
+        # Each rank has lost something else.
+        kind = "values" if dist.get_rank() else "writes"
+        dist.barrier()
+        next((folder / "journal" / kind).glob("*.safetensors")).unlink()
+        dist.barrier()
+    assert made[0] == made[1] and same_everywhere(str(made))
+
+
+@case
+def tensor_parallel_traces_are_those_of_one_device(folder):
+    divided, plain = tensor_parallel(folder, "llama")
+    tokenizer = model_zoo.byte_level_tokenizer()
+    for kind in ("hidden", "mlp", "attention"):
+        found, expected = (
+            trace(network, tokenizer, EDIT.prompt, EDIT.subject, kind, samples=2)
+            for network in (divided, plain)
+        )
+        torch.testing.assert_close(found.effects, expected.effects, rtol=1e-4, atol=1e-6)
+
+
+@case
+def tensor_parallel_models_are_saved_whole(folder):
+    divided, plain = tensor_parallel(folder, "qwen3")
+    save_model(divided, model_zoo.byte_level_tokenizer(), folder / "joined")
+    assert not changed(weights(plain), load_model(folder / "joined")[0])
+    # It still is what transformers takes for divided.
+    assert divided.config.distributed_config is not None
+
+
+def fully_sharded(after):
+    """The small model divided by FSDP2, fresh or with a backward pass behind it."""
+    own = copy.deepcopy(model())
+    mesh = init_device_mesh("cpu", (2,))
+    for layer in own.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(own, mesh=mesh)
+    if after:
+        ids = torch.tensor([[1, 2, 3, 4 + dist.get_rank()]])
+        loss = own(input_ids=ids, labels=ids).loss
+        if after == "a backward pass":
+            loss.backward()
+    return own
+
+
+@case
+def models_in_shards_take_edits_and_grafts(folder):
+    result, made = edited(folder)
+    graft = graft_of_two_layers()
+    grafted = copy.deepcopy(model())
+    graft.apply(grafted)
+    for after in ("", "a forward pass", "a backward pass"):
+        for change, expected in ((result, made), (graft, weights(grafted))):
+            own = fully_sharded(after)
+            applied = change.apply(own)
+            assert equal(expected, {name: expected[name] for name in gathered(own)})
+            assert equal(gathered(own), {name: expected[name] for name in gathered(own)})
+            # Also where the passes between gathered them.
+            ids = torch.tensor([[1, 2, 3]])
+            whole = copy.deepcopy(model())
+            whole.load_state_dict(expected)
+            logits = own(input_ids=ids).logits
+            torch.testing.assert_close(logits, whole(input_ids=ids).logits)
+            applied.revert()
+            assert equal(gathered(own), {name: weights(model())[name] for name in gathered(own)})
+
+
+@case
+def a_model_in_shards_of_which_one_is_whole_is_written_where_it_is_kept(folder):
+    """Divided as one, its weights stay whole between a forward and a backward pass."""
+    result, made = edited(folder)
+    own = copy.deepcopy(model())
+    fully_shard(own, mesh=init_device_mesh("cpu", (2,)), reshard_after_forward=False)
+    ids = torch.tensor([[1, 2, 3]])
+    own(input_ids=ids)
+    with result.apply(own):
+        assert equal(gathered(own), {name: made[name] for name in gathered(own)})
+        own(input_ids=ids)
+    assert equal(gathered(own), {name: weights(model())[name] for name in gathered(own)})
+
+
+@case
+def other_weights_in_shards_are_refused(folder):
+    result, _ = edited(folder)
+    own = fully_sharded("")
+    with torch.no_grad():
+        for parameter in own.parameters():
+            parameter.add_(1)
+    before = parts(own)
+    for change in (result, graft_of_two_layers()):
+        with pytest.raises(EngramError, match=r"^model: expected in .* the weights that the "):
+            change.apply(own)
+    assert equal(before, parts(own))
+
+
+@case
+def searches_in_shards_are_refused(folder):
+    own = fully_sharded("")
+    editor = small_editor(model=own, value=FEW, cache_dir=folder / "sharded")
+    with pytest.raises(
+        EngramError, match=r"^model: .* divided by FSDP2: make the edit on a model of that kind"
+    ):
+        editor.edit(EDIT, layers=1)
+    with pytest.raises(EngramError, match=r"^model: .* divided by FSDP2"):
+        editor.covariance(1)
+    with pytest.raises(EngramError, match=r"^model: expected whole weights, got a part of "):
+        localize(own, tuned(), list(batches()), sparsity=0.01, steps=5)
+
+
+@cache
+def graft_of_two_layers():
+    """Half of the fine-tuned weights at some places of matrices, norms among them."""
+    pre = {name: parameter.detach() for name, parameter in graftable_parameters(model()).items()}
+    ft = {name: tuned().get_parameter(name).detach() for name in pre}
+    generator = torch.Generator().manual_seed(2)
+    masks = {name: torch.zeros(-(-weight.numel() // 8), dtype=torch.uint8) for name, weight in pre.items()}
+    for name, mask in masks.items():
+        if ".1." in name or ".3." in name:
+            mask[torch.randperm(len(mask), generator=generator)[: 1 + len(mask) // 20]] = 5
+    return Graft.from_masks(pre, ft, masks)
 
 
 @cache
