@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from .._ranks import ALONE, Ranks
 from ..errors import EngramError
 from ..hf.hooks import Stop, capture, run_until
 from ..hf.layers import decoder_layers
@@ -33,6 +34,7 @@ def write_values(
     key: MeanKey | SpreadKey,
     edits: Sequence[int],
     bare_denominator: bool = False,
+    ranks: Ranks = ALONE,
 ) -> list[Write]:
     """Write the changes of some edits, layer after layer, each of which takes its share of what is missing.
 
@@ -51,6 +53,7 @@ def write_values(
         edits: the numbers of the edits, to be noted in the writes.
         bare_denominator: ROME as first published in code, for one layer: the answer to the bare prompt's key
             `B` is what changes, `W ← W + Eᵀ (B Rᵀ)⁻ᵀ R` with `R = K Q`.
+        ranks: share the passes, and do the same writes.
 
     Returns:
         One write a layer; they are done.
@@ -70,7 +73,7 @@ def write_values(
     check_additive(model, last, encoded[0])
     before, writes = None, []
     for number, projection in enumerate(projections):
-        own, above = subject_states(model, projection, last, encoded)
+        own, above = subject_states(model, projection, last, encoded, ranks)
         counts = [_counted(one, key) for one in encoded]
         keys, hidden = (
             torch.stack(
@@ -100,10 +103,10 @@ def _combined(states: Tensor, keys: Tensor, key: MeanKey | SpreadKey, operator: 
 
 def _write(projection: Projection, encoded, keys, bare_keys, residuals, operators, edits) -> Write:
     """One joint write that changes the answer to every key by its residual."""
-    operator = operators[projection.layer]
+    matrix, operator = projection.whole(), operators[projection.layer]
     try:
         if bare_keys is None:
-            solved = operator.factors(projection.matrix, keys, residuals)
+            solved = operator.factors(matrix, keys, residuals)
         else:
             right = operator.current.apply(keys.double()).float()
             solved = Solved(left_factor(bare_keys, right, residuals, 0.0), right, residuals, 0.0)
@@ -118,7 +121,7 @@ def _write(projection: Projection, encoded, keys, bare_keys, residuals, operator
     if not (write.left.isfinite().all() and write.right.isfinite().all()):
         raise EngramError(f"edits: expected finite factors for {projection.name!r}, got NaN or infinity")
     write.apply_(projection)
-    if not projection.matrix.isfinite().all():
+    if not projection.whole().isfinite().all():
         raise EngramError(f"edits: expected weights in the range of {projection.matrix.dtype}, got infinity")
     return write
 
@@ -136,9 +139,13 @@ def _dependent(encoded: Sequence[EncodedEdit], width: int) -> str:
 
 @torch.no_grad()
 def subject_states(
-    model: nn.Module, projection: Projection, last: Projection, encoded: Sequence[EncodedEdit]
+    model: nn.Module,
+    projection: Projection,
+    last: Projection,
+    encoded: Sequence[EncodedEdit],
+    ranks: Ranks = ALONE,
 ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-    """The states at the subjects' last tokens, in the model as it is now.
+    """The states at the subjects' last tokens, in the model as it is now; ranks share the passes.
 
     Returns:
         For each edit the projection's inputs `[texts, in]` and the output of the last layer `[texts, width]`,
@@ -148,28 +155,38 @@ def subject_states(
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
     device = input_device(model)
     found: dict[str, list[Tensor]] = {"keys": [], "hidden": []}
+    widths = {"keys": projection.matrix.shape[1], "hidden": last.matrix.shape[0]}
     seen: dict[str, Tensor] = {}
 
     def see_keys(_module, arguments, _keywords):
-        seen["keys"] = arguments[0]
+        seen["keys"] = projection.inputs(arguments[0])
 
     def see_hidden(_module, _arguments, output):
         seen["hidden"] = output[0] if isinstance(output, tuple) else output
         raise Stop
 
     layer = decoder_layers(model)[1][last.layer]
-    with capture(before={projection.module: see_keys}, after={layer: see_hidden}):
-        for start in range(0, len(order), ROWS):
+
+    def observe() -> None:
+        for number, start in enumerate(range(0, len(order), ROWS)):
             batch = order[start : start + ROWS]
+            if number % ranks.size != ranks.rank:
+                # The others' states are added to these.
+                for name, width in widths.items():
+                    found[name].append(torch.zeros(len(batch), width, device=projection.matrix.device))
+                continue
             ids, mask = pad_rows([rows[i].ids for i in batch], device)
             run_until(model, input_ids=ids, attention_mask=mask)
             places = torch.arange(len(batch)), torch.tensor([rows[i].subject for i in batch])
             for name, states in found.items():
                 # Some models (OPT) flatten [rows, longest, width] before their MLP.
                 states.append(seen[name].reshape(*ids.shape, -1)[places].float())
+
+    with capture(before={projection.module: see_keys}, after={layer: see_hidden}):
+        ranks.own(observe)
     # Back into the order of the rows.
     back, counts = torch.tensor(order).argsort(), [len(one.rows) for one in encoded]
-    keys, hidden = (torch.cat(states)[back].split(counts) for states in found.values())
+    keys, hidden = (ranks.sum_(torch.cat(states))[back].split(counts) for states in found.values())
     return keys, hidden
 
 
