@@ -39,7 +39,7 @@ class Method:
 
 METHODS = {
     # This package's own: ROME under a key that every text of the edit answers to.
-    "engram": Method(batch=1, key_ridge=10.0, texts=8, stop_probability=0.9),
+    "engram": Method(batch=1, key_ridge=10.0, texts=12, stop_probability=0.95),
     # Meng et al. 2022, arXiv 2202.05262.
     "rome": Method(batch=1),
     # Gupta et al. 2024, arXiv 2403.14236.

@@ -13,6 +13,7 @@ from torch import Tensor
 from .. import _checks as check
 from ..errors import EngramError
 from ..hf.hub import HubFolder
+from ..hf.layers import uncompiled
 from ..hf.projection import output_projection
 from .files import Content, load_edits, save_edits
 from .history import note
@@ -113,6 +114,7 @@ class EditResult(HubFolder):
             raise EngramError(
                 "model: expected one for a result that is not applied, got a result that is: revert it first"
             )
+        model = uncompiled(model)
         projections = {}
         for edited in self.edited_modules:
             projection = output_projection(model, edited.layer)
