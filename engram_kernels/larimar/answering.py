@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from ..hf.tokens import Tokenizer
 
 UNKNOWN = "I don't know."
-_TOLD = "You answer in one short sentence, only from what you were told."
-_ALONE = "You answer in one short sentence."
+TOLD = "You answer in one short sentence, only from what you were told."
+ALONE = "You answer in one short sentence."
 # Facts that the words of a question are compared with.
 _CANDIDATES = 8
 # The score from which on a fact answers a question; the hundred sentences it was chosen on: docs/larimar.md.
@@ -128,10 +128,10 @@ class Answerer:
         if not facts or facts[0].score < _ANSWERS or facts[0].recalled.score < self.absent():
             outside = not facts or max(fact.recalled.score for fact in facts) < PRIOR
             if outside and self.alone:
-                return Answer(self._say(_ALONE, question), "model", facts)
+                return Answer(self.say(ALONE, question), "model", facts)
             return Answer(UNKNOWN, "nothing", facts)
         told, question = facts[0].passage, question.strip()
-        said = grounded(self._say(_TOLD, f"{told}\n\n{question}"), f"{told} {question}")
+        said = grounded(self.say(TOLD, f"{told}\n\n{question}"), f"{told} {question}")
         return Answer(told, "quote", facts) if said is None else Answer(said, "memory", facts)
 
     def absent(self) -> float:
@@ -166,7 +166,7 @@ class Answerer:
         return [newest, *(fact for fact in facts if fact is not newest)]
 
     @torch.no_grad()
-    def _say(self, system: str, text: str) -> str:
+    def say(self, system: str, text: str) -> str:
         """The first sentence that the model says."""
         messages = [{"role": "system", "content": system}, {"role": "user", "content": text}]
         ids = chat_ids(self.tokenizer, messages)

@@ -25,7 +25,7 @@ FACTS = {
 def told(answerer, question, said):
     """An answer for which the model says something given; and what it was told."""
     heard = []
-    answerer._say = lambda system, text: heard.append(text) or said
+    answerer.say = lambda system, text: heard.append(text) or said
     return answerer(question), heard
 
 
@@ -176,4 +176,4 @@ def test_what_the_model_says_is_what_it_generates(answerer):
         0, ids.shape[1] :
     ]
     said = answerer.tokenizer.decode(written, skip_special_tokens=True)
-    assert answerer._say("Be short.", "Where is the tower?") == first_sentence(said)
+    assert answerer.say("Be short.", "Where is the tower?") == first_sentence(said)
