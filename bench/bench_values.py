@@ -126,12 +126,11 @@ def main(
         parameter.requires_grad_(False)
     projection = output_projection(model, default_layer(model) if layer is None else layer)
     options = ValueOptions(batch=batch, steps=steps)
-    weights = torch.full((len(texts[0].rewriting),), 1.0 / len(texts[0].rewriting))
     plain = len(texts) if plain is None else plain
     report = []
     for group in value_groups(texts, options, torch.device(device)):
         started = time.perf_counter()
-        values = find_values(model, projection, [texts[i] for i in group], weights, options)
+        values = find_values(model, projection, [texts[i] for i in group], options)
         seconds = (time.perf_counter() - started) / len(group)
         for i, value in zip(group, values, strict=True):
             entry = {"row": i, "side_by_side": len(group), "incremental": seconds, "steps": len(value.losses)}

@@ -16,11 +16,6 @@ using engram::WeightShape;
 static py::dict build_info() {
   py::dict info;
   info["compiler"] = ENGRAM_COMPILER;
-#ifdef _OPENMP
-  info["openmp"] = _OPENMP;
-#else
-  info["openmp"] = 0;
-#endif
 #ifdef ENGRAM_X86
   info["isa_compiled"] = py::make_tuple("baseline", "avx2", "avx512");
 #else
@@ -123,5 +118,26 @@ PYBIND11_MODULE(_cpu, module) {
     py::gil_scoped_release release;
     const auto tensors = sparse_tensors(rows);
     engram::cpu::sparse_apply(tensors.data(), tensors.size(), wide_indices, threads);
+  });
+
+  // `place(counts)` returns a pair of addresses for each tensor.
+  module.def("sparse_diff", [](const GraftRows& rows, double threshold, bool wide_indices, int threads,
+                               py::function place) {
+    struct Call {
+      py::function place;
+      size_t count;
+    } call{std::move(place), rows.size()};
+    const auto ask = [](void* context, const int64_t* changed, engram::SparseTarget* targets) {
+      const auto& call = *static_cast<const Call*>(context);
+      py::gil_scoped_acquire acquire;
+      const std::vector<int64_t> counts(changed, changed + call.count);
+      const auto found = call.place(counts).cast<std::vector<std::array<int64_t, 2>>>();
+      for (size_t i = 0; i < call.count; ++i)
+        targets[i] = {pointer<void>(found.at(i)[0]), pointer<void>(found.at(i)[1])};
+    };
+    const auto tensors = graft_tensors(rows);
+    py::gil_scoped_release release;
+    if (!engram::cpu::sparse_diff(tensors.data(), tensors.size(), threshold, wide_indices, ask, &call, threads))
+      throw std::bad_alloc();
   });
 }

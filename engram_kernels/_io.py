@@ -5,12 +5,13 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from torch import Tensor
 
+from ._ranks import once
 from .errors import EngramError
 
 
@@ -42,6 +43,27 @@ def new_directory(directory: str | os.PathLike) -> Iterator[Path]:
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_directory(
+    directory: str | os.PathLike, write: Callable[[Path], None], rank: int | None = None
+) -> None:
+    """Fill a new folder, which then has its name; of the ranks of a run that name it, one writes it.
+
+    Args:
+        directory: a new or empty one.
+        write: writes into the folder that it is given.
+        rank: which one writes; None: the one that comes first.
+
+    Raises:
+        EngramError: as `new_directory`; every rank that names the folder raises it.
+    """
+
+    def fill() -> None:
+        with new_directory(directory) as folder:
+            write(folder)
+
+    once(f"write {os.path.abspath(directory)}", fill, rank)
 
 
 @contextmanager

@@ -108,7 +108,7 @@ def single_edits(
     asked = _questions(cases)
     questions = [question.text for question in asked]
     queries = scoped.encoder.encode(questions)
-    keys = scoped.encoder.encode([case.edit.text for case in cases])
+    keys = scoped.encoder.encode([case.edit.prompt_text for case in cases])
     values = scoped.encoder.encode([case.edit.target for case in cases])
     case_of = torch.tensor([question.case for question in asked])
     inside = scoped.detector((queries * keys[case_of]).sum(-1))
@@ -183,7 +183,7 @@ def forgetting(scoped: ScopedModel, cases: Sequence[Case], tokens: int = 8) -> d
         that the bare decoder says by itself ("forgotten, bare").
     """
     memory = _memory_of(scoped, cases)
-    prompts, targets = [case.edit.text for case in cases], [case.edit.target for case in cases]
+    prompts, targets = [case.edit.prompt_text for case in cases], [case.edit.target for case in cases]
     bare = say(scoped, prompts, None, tokens)
     before = _answers_of(scoped, memory, prompts, bare, tokens)
     memory.forget(ids=list(range(0, len(cases), 2)))
@@ -206,7 +206,7 @@ def locality(scoped: ScopedModel, cases: Sequence[Case], tokens: int = 8) -> dic
         Shares: of neighbours "answered as bare", to the token, through the scope detector, and "without the
         detector"; of prompts, paraphrases and neighbours "in scope".
     """
-    keys = scoped.encoder.encode([case.edit.text for case in cases])
+    keys = scoped.encoder.encode([case.edit.prompt_text for case in cases])
     values = scoped.encoder.encode([case.edit.target for case in cases])
     asked = [(number, text.prompt) for number, case in enumerate(cases) for text in case.neighbours]
     rows = torch.tensor([number for number, _ in asked])
@@ -239,7 +239,7 @@ def _questions(cases: Sequence[Case]) -> list[_Question]:
     return [
         _Question(number, text, place > 0)
         for number, case in enumerate(cases)
-        for place, text in enumerate((case.edit.text, *case.paraphrases))
+        for place, text in enumerate((case.edit.prompt_text, *case.paraphrases))
     ]
 
 
@@ -264,7 +264,7 @@ def _memory_of(scoped: ScopedModel, cases: Sequence[Case]) -> EpisodicMemory:
     values = scoped.encoder.encode([case.edit.target for case in cases])
     memory.to(values.device).write(
         values,
-        keys=scoped.encoder.encode([case.edit.text for case in cases]),
+        keys=scoped.encoder.encode([case.edit.prompt_text for case in cases]),
         ids=list(range(len(cases))),
     )
     return memory

@@ -100,9 +100,9 @@ def encode_cases(cases: Sequence[Case], encoder: SentenceEncoder) -> FactLatents
         >>> facts = encode_cases(read_cases("counterfact.json", rows=384).cases, load_encoder("minilm"))
     """
     texts = {
-        "keys": [case.edit.text for case in cases],
-        "values": [f"{case.edit.text} {case.edit.target}" for case in cases],
-        "truths": [f"{case.edit.text} {case.truth}" for case in cases],
+        "keys": [case.edit.prompt_text for case in cases],
+        "values": [f"{case.edit.prompt_text} {case.edit.target}" for case in cases],
+        "truths": [f"{case.edit.prompt_text} {case.truth}" for case in cases],
         "questions": [case.paraphrases[0] for case in cases],
     }
     return FactLatents(**{name: encoder.encode(asked).cpu() for name, asked in texts.items()})

@@ -234,7 +234,7 @@ def measure(scoped: ScopedModel, data: Data, rows: int, counts: list[int]) -> di
     folder = Path(os.environ.get("ENGRAM_DATA", "../shared/data"))
     cases = read_cases(folder / "counterfact_dev.json", rows=rows, skip_bad=True).cases
     unseen = [case.edit.target in data.unseen for case in cases]
-    prompts = {case.edit.text: case for case in cases}
+    prompts = {case.edit.prompt_text: case for case in cases}
     cases_once = list(prompts.values())
     single = larimar_answers.single_edits(scoped, cases, unseen)
     batch = larimar_answers.batch_edits(scoped, cases_once, [n for n in counts if n <= len(cases_once)])

@@ -41,7 +41,7 @@ def chat(
     Example: engram memory chat town
     """
     kept = saved(memory)
-    encoder = load(encoder_name(kept, memory), device)
+    encoder = load(encoder_name(kept, memory), device, light=False)
     speaker = answerer(kept, encoder, model, only_memory, device, number_of(kept, user))
     while question := _asked():
         speaker.memory = saved(memory)

@@ -32,6 +32,10 @@ Model = Annotated[
 Corpus = Annotated[
     Path | None, typer.Option(help="Text for the covariance; default: gensim's articles, else sampled.")
 ]
+Link = Annotated[
+    bool,
+    typer.Option("--link", help="Hard-link shards that stay as they are, instead of copying them."),
+]
 Tokens = Annotated[int | None, typer.Option(help="Tokens of the corpus to use; default: by dimension.")]
 
 

@@ -47,11 +47,11 @@ def encoder_name(kept: EpisodicMemory, folder: Path) -> str:
     return kept.encoder
 
 
-def load(name: str, device: str | None) -> SentenceEncoder:
+def load(name: str, device: str | None, light: bool = True) -> SentenceEncoder:
     from ..memory import load_encoder
 
     with reading("encoder"):
-        return load_encoder(name, device=device_of(device))
+        return load_encoder(name, device=device_of(device), light=light)
 
 
 def known_number(kept: EpisodicMemory, user: str | None) -> int | None:

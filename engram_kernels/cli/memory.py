@@ -211,7 +211,7 @@ def grow(
     seed: Annotated[int, typer.Option(help="Of the new addresses.")] = 0,
     as_json: Json = False,
 ) -> None:
-    """Give a memory more slots, and write all of its facts anew from the ledger.
+    """Give a memory more slots, and write its facts to them anew.
 
     Example: engram memory grow capitals --slots 384
     """

@@ -38,7 +38,7 @@ def ask(
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Show the facts that a question is about, and whether it is about any.
+    """Show the facts that a question is about, if it is about any.
 
     Example: engram memory ask capitals "Where is the Eiffel Tower?"
     """
@@ -48,7 +48,7 @@ def ask(
         raise ValueError("question: expected some text, got none")
     kept = filled(memory)
     number = number_of(kept, user)
-    encoder = load(encoder_name(kept, memory), device)
+    encoder = load(encoder_name(kept, memory), device, light=not answer)
     said = None
     if answer:
         where = _with_tags(tag)
@@ -94,7 +94,10 @@ def ask(
 def list_facts(
     memory: Folder, user: User = None, tag: Tags = None, as_json: Json = False, verbose: Verbose = False
 ) -> None:
-    """Show what a memory holds; with --verbose how much hangs on each fact."""
+    """Show what a memory holds.
+
+    With --verbose also when each fact was written, and how much hangs on it.
+    """
     kept = saved(memory)
     wanted = _with_tags(tag)
     number = None if user is None else number_of(kept, user)

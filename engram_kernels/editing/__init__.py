@@ -3,6 +3,7 @@
 from ..hf.dequantize import dequantize_layer
 from ..hf.experts import open_expert
 from ..hf.loading import load_model
+from .checkpoint import edit_checkpoint
 from .edit import Edit
 from .editor import Editor
 from .npz import load_npz, save_npz
@@ -19,6 +20,7 @@ __all__ = [
     "SkippedEdit",
     "ValueOptions",
     "dequantize_layer",
+    "edit_checkpoint",
     "load_model",
     "load_npz",
     "open_expert",

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
-from ..hf.tokens import Row, check_length, encode_row
+from ..hf.tokens import Prompt, Row, check_apart, check_length, encode_row
 from .edit import Edit
 
 
@@ -17,33 +18,89 @@ class EncodedEdit:
 
     Attributes:
         edit: the fact.
-        rewriting: the prompt bare and after each prefix, with the target.
+        rewriting: the rows of each of its prompts, by itself and then after prefixes, with the target.
         kl_prompt: "{subject} is a", the answer to which shall stay.
+        held: rows of earlier facts about the subject, which shall hold.
+        texts: how many of `rewriting` belong to each prompt, the first one's first.
     """
 
     edit: Edit
     rewriting: list[Row]
     kl_prompt: Row
+    held: list[Row] = field(default_factory=list)
+    texts: tuple[int, ...] = ()
+
+    @property
+    def rows(self) -> list[Row]:
+        """All rows with a target."""
+        return [*self.rewriting, *self.held]
 
     @property
     def span(self) -> tuple[int, int]:
         """The longest stretch that is read from the subject's last token on, and the longest before it."""
-        rows = [*self.rewriting, self.kl_prompt]
+        rows = [*self.rows, self.kl_prompt]
         return max(len(row.inputs) - row.subject for row in rows), max(row.subject for row in rows)
 
 
-def encode_edit(model, tokenizer, edit: Edit, prefixes: Sequence[str]) -> EncodedEdit:
+def encode_edit(
+    model, tokenizer, edit: Edit, prefixes: Sequence[str], texts: int | None = None
+) -> EncodedEdit:
     """Tokenise one edit.
+
+    Args:
+        model: gives the longest text.
+        tokenizer: of the model.
+        edit: the fact.
+        prefixes: texts to stand before its prompts.
+        texts: about how many rows to make; each prompt gets its share of the prefixes, at least two, and no
+            two prompts the same ones while there are enough. None: every prompt after every prefix.
 
     Raises:
         EngramError: the subject or target has no token, or a text is longer than the model's context.
     """
-    rewriting = []
+    prompts = edit.prompts
+    turn, share = list(prefixes), len(prefixes)
+    if texts is not None:
+        turn, share = _in_turn(prefixes), min(share, max(2, texts // len(prompts) - 1))
+    groups = [
+        _rows(model, tokenizer, edit, prompt, [turn[(i * share + j) % len(turn)] for j in range(share)])
+        for i, prompt in enumerate(prompts)
+    ]
+    kl_prompt = check_length(model, encode_row(tokenizer, edit.subject, "{} is a"), edit.prompt_text)
+    rewriting = [row for group in groups for row in group]
+    return EncodedEdit(edit, rewriting, kl_prompt, texts=tuple(map(len, groups)))
+
+
+def encode_held(model, tokenizer, facts: Sequence[Edit], prefixes: Sequence[str]) -> list[Row]:
+    """The rows of facts that shall hold: their prompts by themselves and after two prefixes.
+
+    Raises:
+        EngramError: a text cannot be used.
+    """
+    chosen = _in_turn(prefixes)[:2]
+    return [
+        row
+        for fact in facts
+        for prompt in fact.prompts
+        for row in _rows(model, tokenizer, fact, prompt, chosen)
+    ]
+
+
+def _rows(model, tokenizer, edit: Edit, prompt: Prompt, prefixes: Sequence[str]) -> list[Row]:
+    """One prompt by itself, and after some prefixes."""
+    found = []
     for prefix in ["", *(f"{prefix}. " for prefix in prefixes)]:
-        row = encode_row(tokenizer, edit.subject, edit.prompt, edit.target, prefix)
-        rewriting.append(check_length(model, row, edit.text, prefix))
-    kl_prompt = check_length(model, encode_row(tokenizer, edit.subject, "{} is a"), edit.text)
-    return EncodedEdit(edit, rewriting, kl_prompt)
+        row = encode_row(tokenizer, edit.subject, prompt, edit.target, prefix, edit.space)
+        check_apart(row, edit.prompt_text, edit.target)
+        found.append(check_length(model, row, edit.prompt_text, prefix))
+    return found
+
+
+def _in_turn(prefixes: Sequence[str]) -> list[str]:
+    """The prefixes, which are listed by length, so that short and long ones take turns."""
+    half = (len(prefixes) + 1) // 2
+    pairs = itertools.zip_longest(prefixes[:half], prefixes[half:])
+    return [prefix for pair in pairs for prefix in pair if prefix is not None]
 
 
 class EditBatch:
@@ -60,24 +117,26 @@ class EditBatch:
         labels: `[targets]`, those tokens.
         shares: `[targets]`, their weights in the mean over an edit's rows of the mean over a target's tokens.
         place_owner: `[targets]`, the index of each target token's edit.
+        row_shares: `[targets]`, their weights in the mean over a row's target.
     """
 
     def __init__(self, edits: Sequence[EncodedEdit], device: torch.device):
         self.edits = list(edits)
         self.rows: list[Row] = []
         owner, bare, kl_places = [], [], []
-        targets: list[tuple[int, int, int, float, int]] = []
+        targets: list[tuple[int, int, int, float, float, int]] = []
         for number, encoded in enumerate(self.edits):
             bare.append(len(self.rows))
-            for at, row in enumerate(encoded.rewriting, len(self.rows)):
-                share = 1.0 / (len(row.ids) - row.target) / len(encoded.rewriting)
+            for at, row in enumerate(encoded.rows, len(self.rows)):
+                own = 1.0 / (len(row.ids) - row.target)
                 # A token is predicted one position earlier.
                 for position in range(row.target, len(row.ids)):
-                    targets.append((at, position - 1, row.ids[position], share, number))
-            self.rows += [*encoded.rewriting, encoded.kl_prompt]
+                    share = own / len(encoded.rows)
+                    targets.append((at, position - 1, row.ids[position], share, own, number))
+            self.rows += [*encoded.rows, encoded.kl_prompt]
             kl_places.append((len(self.rows) - 1, len(encoded.kl_prompt.ids) - 1))
-            owner += [number] * (len(encoded.rewriting) + 1)
-        rows, positions, labels, shares, place_owner = zip(*targets, strict=True)
+            owner += [number] * (len(encoded.rows) + 1)
+        rows, positions, labels, shares, row_shares, place_owner = zip(*targets, strict=True)
         kl_rows, kl_positions = zip(*kl_places, strict=True)
 
         def tensor(values, dtype=torch.int64):
@@ -87,6 +146,6 @@ class EditBatch:
         self.place_rows = tensor(rows + kl_rows)
         self.place_positions = tensor(positions + kl_positions)
         self.labels, self.place_owner = tensor(labels), tensor(place_owner)
-        self.shares = tensor(shares, torch.float32)
+        self.shares, self.row_shares = tensor(shares, torch.float32), tensor(row_shares, torch.float32)
         self.subjects = tensor([row.subject for row in self.rows])
         self.lengths = tensor([len(row.inputs) for row in self.rows])

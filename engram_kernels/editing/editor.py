@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,10 +16,12 @@ from ..covariance import Covariance
 from ..hf.eval_mode import eval_mode
 from ..hf.layers import decoder_layers
 from ..hf.loading import cache_directory, writable_directory
+from ..hf.placement import whole_model
 from ..hf.projection import default_layer, output_projection
 from .edit import Edit
 from .journal import Journal
-from .methods import METHODS, check_choices, check_method
+from .keys import MeanKey, SpreadKey
+from .methods import METHODS, Method, check_choices, check_method
 from .moments import Moments
 from .prefixes import sample_prefixes
 from .result import EditResult
@@ -58,7 +61,7 @@ class Editor:
         progress: called with the name of a stage, the work done and the work there is.
 
     Raises:
-        EngramError: the cache cannot be written.
+        EngramError: the cache cannot be written, or the model is one of several replicas.
         TypeError, ValueError: an argument is of the wrong kind or out of range.
 
     Example:
@@ -99,7 +102,7 @@ class Editor:
             check.expect(bare_prompt_weight <= 1, "bare_prompt_weight", "at most 1", bare_prompt_weight)
         check.number("ridge", ridge, at_least=0)
         check.integer("seed", seed)
-        self.model = model
+        self.model = model = whole_model(model)
         self.tokenizer = tokenizer
         self.cache = writable_directory(
             cache_directory(cache_dir), "cache_dir" if cache_dir else "the cache ($ENGRAM_CACHE)"
@@ -124,7 +127,7 @@ class Editor:
         self,
         edits: Edit | Iterable[Edit],
         layers: int | Sequence[int] | None = None,
-        method: str = "rome",
+        method: str = "engram",
         *,
         ridge: float | None = None,
         batch: int | None = None,
@@ -142,6 +145,7 @@ class Editor:
 
         | method | layers | batch | ridge λ | source |
         |---|---|---|---|---|
+        | `"engram"` | 1 | 1 | 0 | this package: ROME under a key that every text answers to |
         | `"rome"` | 1 | 1 | 0 | Meng et al. 2022, arXiv 2202.05262 |
         | `"emmet"` | 1 | all | 0 | Gupta et al. 2024, arXiv 2403.14236 |
         | `"memit"` | 5 | all | 20 | Meng et al. 2023, arXiv 2210.07229 |
@@ -217,12 +221,23 @@ class Editor:
             preserve=float(preserve),
             last_wins=conflicts == "last",
             skip_failures=failures == "skip",
-            value=self.value,
-            bare_prompt_weight=self.bare_prompt_weight if self.consistent_key else None,
+            value=self._value_options(chosen),
+            key=self._key(chosen),
+            texts=chosen.texts,
             bare_denominator=not self.consistent_key,
         )
 
-    def layers(self, method: str = "rome") -> tuple[int, ...]:
+    def _key(self, method: Method) -> MeanKey | SpreadKey:
+        if method.key_ridge is not None and self.consistent_key:
+            return SpreadKey(method.key_ridge)
+        return MeanKey(self.bare_prompt_weight if self.consistent_key else None)
+
+    def _value_options(self, method: Method) -> ValueOptions:
+        if self.value.stop_probability is not None:
+            return self.value
+        return replace(self.value, stop_probability=method.stop_probability)
+
+    def layers(self, method: str = "engram") -> tuple[int, ...]:
         """The layers that a method writes where none are asked for.
 
         Raises:

@@ -17,7 +17,7 @@ from .files import read_writes, write_report, write_tensors
 from .records import Write
 from .values import Value
 
-FORMAT = 2
+FORMAT = 3
 
 
 class Journal:
@@ -60,7 +60,7 @@ class Journal:
 
     def save_value(self, number: int, value: Value) -> None:
         """Keep the value of an edit."""
-        tensors = {"key": value.key, "bare_key": value.bare_key, "change": value.change}
+        tensors = {"keys": value.keys, "change": value.change}
         report = {"initial_norm": value.initial_norm, "losses": value.losses}
         _save(self._path("values", number), report, tensors)
 

@@ -29,21 +29,27 @@ class Losses:
         self.model, self.projection, self.batch, self.context = model, projection, batch, context
         self.unedited: Tensor | None = None
 
-    def of(self, delta: Tensor) -> tuple[Tensor, Tensor]:
-        """`mean −log p(target)` and `KL(p ‖ p₀)` of every edit `[edits]` with `δ [edits, out]`.
+    def of(self, delta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The losses of every edit `[edits]` with `δ [edits, out]`.
+
+        Returns:
+            `mean −log p(target)`, `KL(p ‖ p₀)`, and the largest of the means over one row's target.
 
         Raises:
             UnfitError: recorded states give other predictions than whole passes.
         """
         batch = self.batch
         logits, kl_logits = self._logits(delta).float().split([len(batch.labels), len(batch.edits)])
-        each = F.cross_entropy(logits, batch.labels, reduction="none") * batch.shares
-        nll = each.new_zeros(len(delta)).index_add(0, batch.place_owner, each)
+        each = F.cross_entropy(logits, batch.labels, reduction="none")
+        nll = each.new_zeros(len(delta)).index_add(0, batch.place_owner, each * batch.shares)
+        places = batch.place_rows[: len(each)]
+        rows = each.new_zeros(len(batch.rows)).index_add(0, places, each.detach() * batch.row_shares)
+        worst = rows.new_zeros(len(delta)).index_reduce(0, batch.owner, rows, "amax")
         answers = kl_logits.log_softmax(-1)
         if self.unedited is None:
             self.unedited = answers.detach()
         kl = F.kl_div(self.unedited, answers, log_target=True, reduction="none").sum(-1)
-        return nll, kl
+        return nll, kl, worst
 
     def keep(self, edits: list[int]) -> None:
         """Go on with some of the edits, given by their places in the batch."""

@@ -22,6 +22,9 @@ class Method:
         null_space: eigenvalues of `C` up to this share of their mean count as none, and writes stay in their
             span; None: writes are whitened by `C`.
         preserve: whether earlier batches are held.
+        key_ridge: `λ` of the key that all texts answer to alike (`SpreadKey`); None: the mean key.
+        texts: about how many texts a value is searched over; None: every prompt after every context.
+        stop_probability: of the value's optimisation, where the caller asks for none.
     """
 
     layers: int = 1
@@ -29,9 +32,14 @@ class Method:
     ridge: float = 0.0
     null_space: float | None = None
     preserve: bool = False
+    key_ridge: float | None = None
+    texts: int | None = None
+    stop_probability: float | None = None
 
 
 METHODS = {
+    # This package's own: ROME under a key that every text of the edit answers to.
+    "engram": Method(batch=1, key_ridge=10.0, texts=8, stop_probability=0.9),
     # Meng et al. 2022, arXiv 2202.05262.
     "rome": Method(batch=1),
     # Gupta et al. 2024, arXiv 2403.14236.

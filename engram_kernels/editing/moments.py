@@ -14,6 +14,7 @@ from .. import _checks as check
 from .._hashing import tensor_bytes
 from .._progress import Progress
 from ..covariance import Covariance
+from ..hf.fingerprints import states_fingerprint
 from ..hf.loading import writable_directory
 from ..hf.projection import Projection, output_projection
 from . import corpus as corpora
@@ -72,8 +73,6 @@ class Moments:
         self._stream: corpora.TokenStream | None = None
         # By their number, the tokens and what tells them from others.
         self._sources: dict[int, tuple[torch.Tensor | None, str]] = {}
-        # By layer: the state of the weights that feed it, and their digest.
-        self._fingerprints: dict[int, tuple[tuple, str]] = {}
         # By layer: the name of its moment, and what it gave.
         self._computed: dict[int, tuple[str, Covariance]] = {}
         self._given: dict[int, Covariance] = {}
@@ -199,10 +198,6 @@ class Moments:
 
     def _key(self, projection: Projection, source: str) -> str:
         """The name of a moment on disk: what it depends on, digested."""
-        state = statistics.weights_state(self.model, projection)
-        if self._fingerprints.get(projection.layer, ((),))[0] != state:
-            fingerprint = statistics.weights_fingerprint(self.model, projection)
-            self._fingerprints[projection.layer] = state, fingerprint
-        _, fingerprint = self._fingerprints[projection.layer]
+        fingerprint = states_fingerprint(self.model, projection)
         text = f"{fingerprint} {projection.name} {source} {statistics.CHUNK}"
         return hashlib.sha256(text.encode()).hexdigest()[:32]

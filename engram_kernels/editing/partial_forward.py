@@ -80,8 +80,9 @@ def record(model: nn.Module, projection: Projection, batch: EditBatch, increment
     if incremental:
         starts = batch.subjects
         before = [row.inputs[: row.subject] for row in batch.rows]
-        # The rows of all edits begin with the same sampled texts.
-        prefix = read_prefixes(model, before, period=len(before) // len(batch.edits))
+        # Where edits have as many rows, these begin with the same sampled texts.
+        alike = len({len(one.rows) for one in batch.edits}) == 1
+        prefix = read_prefixes(model, before, len(before) // len(batch.edits) if alike else len(before))
     tokens = [row.inputs[start:] for row, start in zip(batch.rows, starts.tolist(), strict=True)]
     ids, mask = pad_rows(tokens, batch.subjects.device)
     # Some models (OPT) flatten [rows, longest, width] before their MLP.

@@ -21,8 +21,13 @@ class EditRecord:
         edit: the fact.
         probability_before: `p(target | prompt)` of the whole target before any write.
         probability_after: the same after all writes of the call that made the edit.
+        took: whether greedy decoding then answers with the target, after the prompt and after every
+            paraphrase: each token of the target is the likeliest one.
+        reached: `p(target | text)` after all writes, for the prompt and then for every paraphrase: after it
+            by itself, and after it in every context in which the value was searched.
+        undid: earlier facts about the subject that the model said before this edit, and does not after it.
         losses: of every step of the value's optimisation.
-        key_norm: norm of the averaged key.
+        key_norm: norm of the key that was written.
         value_norm: norm of the value that the projection answered before.
         change_norm: norm of the change of the value.
     """
@@ -30,6 +35,9 @@ class EditRecord:
     edit: Edit
     probability_before: float
     probability_after: float
+    took: bool
+    reached: list[list[float]] = field(repr=False)
+    undid: list[str]
     losses: list[float] = field(repr=False)
     key_norm: float
     value_norm: float

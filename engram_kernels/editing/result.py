@@ -15,6 +15,7 @@ from ..errors import EngramError
 from ..hf.hub import HubFolder
 from ..hf.projection import output_projection
 from .files import Content, load_edits, save_edits
+from .history import note
 from .records import EditedModule, EditRecord, SkippedEdit, Write, joined_factors
 from .weights import Snapshot, matrix_checksum
 
@@ -57,7 +58,8 @@ class EditResult(HubFolder):
         lines = [f"EditResult({counts}, modules={self.modules})"]
         for record in self.records[:SHOWN]:
             chances = f"{record.probability_before:.4f} → {record.probability_after:.4f}"
-            lines.append(f"  {record.edit.text} → {record.edit.target}: p {chances}")
+            took = "" if record.took else ", did not take"
+            lines.append(f"  {record.edit.prompt_text} → {record.edit.target}: p {chances}{took}")
         more = len(self) - SHOWN
         return "\n".join([*lines, f"  and {more} more"] if more > 0 else lines)
 
@@ -105,7 +107,8 @@ class EditResult(HubFolder):
             This result, which can be reverted then.
 
         Raises:
-            EngramError: a matrix of the model is another one, or this result stands in a model already.
+            EngramError: a matrix of the model is another one, or becomes another one than when the edits were
+                made, or this result stands in a model already; the model is unchanged then.
         """
         if self.applied:
             raise EngramError(
@@ -128,12 +131,18 @@ class EditResult(HubFolder):
                 )
             projections[edited.module] = projection
         self._originals = {name: Snapshot(projection) for name, projection in projections.items()}
+        recorded = [edited.edited_checksum for edited in self.edited_modules]
         try:
             self._write()
+            if not force:
+                self._check_outcome(recorded)
         except BaseException:
             self._restore()
             self._originals = {}
+            for edited, checksum in zip(self.edited_modules, recorded, strict=True):
+                edited.edited_checksum = checksum
             raise
+        note(model, self)
         return self
 
     def remove(self, number: int) -> None:
@@ -247,6 +256,15 @@ class EditResult(HubFolder):
         for edited in self.edited_modules:
             # A forced base, or another device's arithmetic, leaves another matrix: revert must know that one.
             edited.edited_checksum = matrix_checksum(self._originals[edited.module].projection)
+
+    def _check_outcome(self, recorded: Sequence[str | None]) -> None:
+        """Make sure that the matrices became what is recorded of them, where something is."""
+        for edited, checksum in zip(self.edited_modules, recorded, strict=True):
+            if checksum is not None and edited.edited_checksum != checksum:
+                raise EngramError(
+                    f"model: expected {edited.module!r} to become what it became when the edits were made, "
+                    "got other bits: of changed factors, or of another device (force=True takes them)"
+                )
 
     def _check_unchanged(self) -> None:
         if not self.applied:

@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor
 
-from .._hashing import digest, weights_checksums
+from .._hashing import digest
 from .._progress import Progress
 from ..covariance import Covariance
 from ..errors import EngramError
+from ..hf.fingerprints import weights_checksums
 from ..hf.layers import adapter_settings
+from ..hf.placement import input_device
 from ..hf.projection import output_projection
-from .batching import EncodedEdit, encode_edit
+from ..hf.tokens import Row
+from .batching import EncodedEdit, encode_edit, encode_held
 from .edit import Edit
+from .history import facts_in, note
 from .journal import Journal
+from .keys import MeanKey, SpreadKey
 from .preconditioner import null_space, preserving
+from .reach import Reached, reached
 from .records import EditedModule, EditRecord, SkippedEdit, Write
-from .result import EditResult
-from .values import Value, ValueOptions, find_values, target_log_probabilities, value_groups
+from .result import SHOWN, EditResult
+from .values import Value, ValueOptions, find_values, value_groups
 from .weights import Snapshot, matrix_checksum
 from .writing import write_values
 
@@ -38,7 +45,8 @@ class Plan:
     last_wins: bool
     skip_failures: bool
     value: ValueOptions
-    bare_prompt_weight: float | None
+    key: MeanKey | SpreadKey
+    texts: int | None
     bare_denominator: bool
 
 
@@ -68,6 +76,8 @@ class Run:
         # By the number of an edit; those that are skipped leave.
         self.encoded: dict[int, EncodedEdit] = {}
         self.batches: list[list[int]] = []
+        # What the model said about an edit's subject before its write, by the number of the edit.
+        self._said: dict[int, list[Edit]] = {}
 
     def begin(self) -> None:
         """Tokenise all edits by themselves, and see what the unedited model predicts.
@@ -75,8 +85,17 @@ class Run:
         Raises:
             EngramError: a text cannot be used, or the model predicts NaN.
         """
-        self._encode(range(len(self.edits)), ())
-        self._before = self._log_probabilities(self.encoded)
+        first: dict[Edit, int] = {}
+        for number, edit in enumerate(self.edits):
+            if first.setdefault(edit, number) != number:
+                self._skip(number, EngramError(f"it is the same as edit {first[edit]}"), always=True)
+        self._encode(first.values(), ())
+        rows = {number: one.rewriting[0] for number, one in self.encoded.items()}
+        self._before = dict(zip(rows, self._reached(list(rows.values()), list(rows)), strict=True))
+        subjects = {edit.subject for edit in self.edits}
+        known = [fact for fact in facts_in(self.model) if fact.subject in subjects]
+        # Weights may have been put back in ways that nobody told us of.
+        self._earlier = [fact for fact in known if self._says(fact)]
 
     def encode(self, prefixes: Sequence[str]) -> None:
         """Tokenise all edits after every prefix, and divide them into batches.
@@ -85,11 +104,14 @@ class Run:
             EngramError: a text cannot be used, or edits of a batch have one key.
         """
         self._prefixes = list(prefixes)
-        self._weights = _context_weights(len(prefixes), self.plan.bare_prompt_weight)
         self._encode(list(self.encoded), prefixes)
         numbers = list(self.encoded)
         size = self.plan.batch or max(1, len(numbers))
-        self.batches = [self._apart(numbers[i : i + size]) for i in range(0, len(numbers), size)]
+        self.batches = [
+            part
+            for start in range(0, len(numbers), size)
+            for part in self._rounds(self._agreeing(numbers[start : start + size]))
+        ]
 
     def settings(self, covariances: dict[int, Covariance]) -> dict:
         """What the result depends on, for the journal."""
@@ -97,7 +119,9 @@ class Run:
         traces = [covariances[layer].inverse().trace().item() for layer in self.plan.layers]
         return {
             **asdict(self.plan),
+            "key": repr(self.plan.key),
             "edits": digest([asdict(edit) for edit in self.edits]),
+            "earlier": digest([asdict(edit) for edit in self._earlier]),
             "prefixes": digest(self._prefixes),
             "model": digest(weights_checksums(self.model), *adapter_settings(self.model)),
             "covariances": [f"{trace:.6e}" for trace in traces],
@@ -112,6 +136,7 @@ class Run:
         writes: list[Write] = []
         try:
             for number, batch in enumerate(self.batches):
+                self._hold(batch, list(values))
                 found = self._values(batch, len(values), journal)
                 written = self._written(number, found, preconditioners, journal)
                 if self.plan.preserve and written and number + 1 < len(self.batches):
@@ -121,13 +146,12 @@ class Run:
                 values |= found
                 writes += written
             self._check_any()
-            after = self._log_probabilities(values)
             for module, projection in zip(edited, self.projections, strict=True):
                 module.edited_checksum = matrix_checksum(projection)
             made = sorted(values)
             places = {number: place for place, number in enumerate(made)}
-            return EditResult(
-                records=[_record(self.edits[i], values[i], self._before[i], after[i]) for i in made],
+            result = EditResult(
+                records=self._records(made, values, writes),
                 writes=[replace(write, edits=tuple(places[i] for i in write.edits)) for write in writes],
                 edited_modules=edited,
                 skipped=sorted(self.skipped, key=lambda skipped: skipped.number),
@@ -137,6 +161,9 @@ class Run:
             for original in originals.values():
                 original.restore()
             raise
+        note(self.model, result)
+        _warn(result.records)
+        return result
 
     def _preconditioner(self, covariance: Covariance) -> Tensor:
         """`C⁻¹`, or the projection that stands in its place."""
@@ -147,20 +174,63 @@ class Run:
     def _encode(self, numbers: Iterable[int], prefixes: Sequence[str]) -> None:
         for number in numbers:
             try:
-                self.encoded[number] = encode_edit(self.model, self.tokenizer, self.edits[number], prefixes)
+                self.encoded[number] = encode_edit(
+                    self.model, self.tokenizer, self.edits[number], prefixes, self.plan.texts
+                )
             except EngramError as error:
                 self._skip(number, error)
         self._check_any()
 
-    def _log_probabilities(self, numbers: Iterable[int]) -> dict[int, float]:
-        """`log p(target | prompt)` of some edits, by number."""
-        numbers = list(numbers)
-        encoded = [self.encoded[number] for number in numbers]
-        return dict(zip(numbers, target_log_probabilities(self.model, encoded), strict=True))
+    def _reached(self, rows: Sequence[Row], numbers: Sequence[int]) -> list[Reached]:
+        return reached(self.model, rows, [self.edits[number].prompt_text for number in numbers])
+
+    def _hold(self, batch: Sequence[int], made: Sequence[int]) -> None:
+        """Add to the edits of a batch what the model was told before about their subjects, and says now."""
+        earlier = [*self._earlier, *(self.edits[number] for number in made)]
+        for number in batch:
+            edit = self.edits[number]
+            known = [fact for fact in earlier if fact.subject == edit.subject and fact != edit]
+            self._said[number] = said = [fact for fact in known if self._says(fact)]
+            kept = [fact for fact in said if not _contradict(fact, edit)]
+            held = encode_held(self.model, self.tokenizer, kept, self._prefixes)
+            self.encoded[number] = replace(self.encoded[number], held=held)
+
+    def _says(self, fact: Edit) -> bool:
+        """Whether greedy decoding answers the fact's prompt with its target."""
+        row = encode_edit(self.model, self.tokenizer, fact, ()).rewriting[0]
+        return reached(self.model, [row], [fact.prompt_text])[0].said
+
+    def _records(
+        self, made: Sequence[int], values: Mapping[int, Value], writes: Sequence[Write]
+    ) -> list[EditRecord]:
+        """What the edits did, by what the model says now."""
+        rows = [(number, row) for number in made for row in self.encoded[number].rewriting]
+        after = iter(self._reached([row for _, row in rows], [number for number, _ in rows]))
+        # Of several layers the last one's, where the value is.
+        keys = {i: write.keys[place] for write in writes for place, i in enumerate(write.edits)}
+        records = []
+        for number in made:
+            edit, value = self.edits[number], values[number]
+            groups = [[next(after) for _ in range(count)] for count in self.encoded[number].texts]
+            records.append(
+                EditRecord(
+                    edit=edit,
+                    probability_before=math.exp(self._before[number].log_probability),
+                    probability_after=math.exp(groups[0][0].log_probability),
+                    took=all(group[0].said for group in groups),
+                    reached=[[math.exp(one.log_probability) for one in group] for group in groups],
+                    undid=[fact.text for fact in self._said[number] if not self._says(fact)],
+                    losses=value.losses,
+                    key_norm=keys[number].norm().item(),
+                    value_norm=value.initial_norm,
+                    change_norm=value.change.norm().item(),
+                )
+            )
+        return records
 
     def _values(self, batch: list[int], done: int, journal: Journal | None) -> dict[int, Value]:
         """The values of a batch by number, in the order of the batch; `done`: how many were found before."""
-        encoded, device = [self.encoded[i] for i in batch], self.model.get_input_embeddings().weight.device
+        encoded, device = [self.encoded[i] for i in batch], input_device(self.model)
         found: dict[int, Value] = {}
         for group in value_groups(encoded, self.plan.value, device):
             found |= self._group([batch[i] for i in group], done + len(found), journal)
@@ -177,7 +247,7 @@ class Run:
         values: list[Value | EngramError] = [value for value in kept if value is not None]
         if len(values) < len(numbers):
             encoded = [self.encoded[i] for i in numbers]
-            values = find_values(self.model, projection, encoded, self._weights, options, progress)
+            values = find_values(self.model, projection, encoded, options, progress)
         found = {}
         for number, value in zip(numbers, values, strict=True):
             if isinstance(value, EngramError):
@@ -208,7 +278,7 @@ class Run:
         try:
             writes = write_values(
                 self.model, self.projections, [self.encoded[i] for i in found], list(found.values()),
-                preconditioners, self._weights, list(found), self.plan.ridge, self.plan.bare_denominator,
+                preconditioners, self.plan.key, list(found), self.plan.ridge, self.plan.bare_denominator,
             )  # fmt: skip
         except EngramError as error:
             if not alone:
@@ -223,29 +293,40 @@ class Run:
             journal.save_writes(number, writes)
         return writes
 
-    def _apart(self, batch: list[int]) -> list[int]:
-        """The edits of a batch whose keys differ.
-
-        Texts that agree up to the end of the subject have the same key, which cannot have two values. The
-        tokens are compared, and not the keys: rounding makes these differ a little, and the write huge.
-        """
-        owners: dict[tuple[int, ...], int] = {}
+    def _agreeing(self, batch: list[int]) -> list[int]:
+        """The edits of a batch of which no two ask for different targets after one prompt."""
+        kept: list[int] = []
         for number in batch:
-            row = self.encoded[number].rewriting[0]
-            key = tuple(row.ids[: row.subject + 1])
-            if key in owners:
-                first, second = self.edits[owners[key]], self.edits[number]
+            edit = self.edits[number]
+            for other in [other for other in kept if _contradict(self.edits[other], edit)]:
+                first = self.edits[other]
                 if not self.plan.last_wins:
                     raise EngramError(
-                        "edits: expected texts that differ up to the end of the subject where they are "
-                        f"written at once, got {first.text!r} and {second.text!r} with the subjects "
-                        f"{first.subject!r} and {second.subject!r}"
+                        "edits: expected one target after a prompt where edits are written at once, got "
+                        f"{first.target!r} and {edit.target!r} after {edit.prompt_text!r}"
                     )
-                self._skip(
-                    owners[key], EngramError(f"its key is that of a later edit, {second.text!r}"), True
-                )
-            owners[key] = number
-        return sorted(owners.values())
+                kept.remove(other)
+                self._skip(other, EngramError(f"a later edit has another target, {edit.text!r}"), True)
+            kept.append(number)
+        return kept
+
+    def _rounds(self, batch: list[int]) -> list[list[int]]:
+        """A batch cut so that each part has one fact a subject: the next one is found with it in place.
+
+        One key cannot have two values, and texts that agree up to the end of the subject have the same key.
+        The tokens are compared, and not the keys: rounding makes these differ a little, and the write huge.
+        """
+        rounds: list[list[int]] = []
+        last: dict[object, int] = {}
+        for number in batch:
+            row = self.encoded[number].rewriting[0]
+            marks = (self.edits[number].subject, tuple(row.ids[: row.subject + 1]))
+            place = 1 + max(last.get(mark, -1) for mark in marks)
+            last |= dict.fromkeys(marks, place)
+            if place == len(rounds):
+                rounds.append([])
+            rounds[place].append(number)
+        return rounds
 
     def _skip(self, number: int, error: EngramError, always: bool = False) -> None:
         if not (always or self.plan.skip_failures):
@@ -261,20 +342,22 @@ class Run:
             )
 
 
-def _record(edit: Edit, value: Value, before: float, after: float) -> EditRecord:
-    return EditRecord(
-        edit=edit,
-        probability_before=math.exp(before),
-        probability_after=math.exp(after),
-        losses=value.losses,
-        key_norm=value.key.norm().item(),
-        value_norm=value.initial_norm,
-        change_norm=value.change.norm().item(),
-    )
+def _contradict(first: Edit, second: Edit) -> bool:
+    """Whether two facts have different targets after one prompt."""
+    if first.subject != second.subject or first.target.strip() == second.target.strip():
+        return False
+    return not set(first.prompts).isdisjoint(second.prompts)
 
 
-def _context_weights(prefixes: int, bare: float | None) -> Tensor:
-    """`[1 + prefixes]`, the weights of the bare prompt and of each prefixed one in a key."""
-    if bare is None or prefixes == 0:
-        return torch.full((prefixes + 1,), 1.0 / (prefixes + 1), dtype=torch.float32)
-    return torch.tensor([bare] + [(1 - bare) / prefixes] * prefixes, dtype=torch.float32)
+def _warn(records: Sequence[EditRecord]) -> None:
+    """Say which edits did not take, and which earlier ones they undid."""
+    failed = [record for record in records if not record.took]
+    if failed:
+        listed = "; ".join(
+            f"{record.edit.text!r}, p {record.probability_before:.2g} → {record.probability_after:.2g}"
+            for record in failed[:SHOWN]
+        )
+        warnings.warn(f"{len(failed)} of {len(records)} edits did not take: {listed}", stacklevel=4)
+    for record in records:
+        for fact in record.undid:
+            warnings.warn(f"the edit {record.edit.text!r} undid an earlier one, {fact!r}", stacklevel=4)

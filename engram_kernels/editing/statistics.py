@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 import warnings
 from collections.abc import Sequence
@@ -11,63 +9,17 @@ from pathlib import Path
 
 import torch
 
-from .._hashing import plain_tensors, tensor_bytes
 from .._io import save_tensors
 from .._progress import Progress
 from ..errors import EngramError
 from ..hf.hooks import Stop, capture, run_until
-from ..hf.layers import adapter_settings, decoder_layers
+from ..hf.placement import input_device
 from ..hf.projection import Projection
 from ..hf.tokens import context_length
 from ..ops import second_moment_
 
 CHUNK = 512
 BATCH = 4
-
-
-def weights_fingerprint(model: torch.nn.Module, projection: Projection) -> str:
-    """A digest of the configuration and of every tensor on which the projection's inputs depend.
-
-    The statistics of a layer outlive edits of that layer, and of the layers above it.
-    """
-    # Where a model came from, and by which version, says nothing about what it computes.
-    irrelevant = ("_name_or_path", "transformers_version")
-    settings = {name: value for name, value in model.config.to_dict().items() if name not in irrelevant}
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
-    for adapter in adapter_settings(model):
-        digest.update(repr(adapter).encode())
-    for name, tensor in _feeding(model, projection):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor_bytes(tensor))
-    return digest.hexdigest()
-
-
-def weights_state(model: torch.nn.Module, projection: Projection) -> tuple:
-    """A value that changes when a tensor under `weights_fingerprint` is replaced or written, without a hash.
-
-    Only writes through `.data` go unseen. Inference tensors count no writes, so each look gives a new value.
-    """
-    return (
-        projection.name,
-        *adapter_settings(model),
-        *(
-            (name, tensor.data_ptr(), object() if tensor.is_inference() else tensor._version)
-            for name, tensor in _feeding(model, projection)
-        ),
-    )
-
-
-def _feeding(model: torch.nn.Module, projection: Projection) -> list[tuple[str, torch.Tensor]]:
-    """The tensors on which the projection's inputs depend: not its own weight, nor the layers above it."""
-    stack, layers = decoder_layers(model)
-    skipped = [f"{stack}.{i}." for i in range(projection.layer + 1, len(layers))]
-    skipped.append(f"{projection.path}.")
-    return [
-        part
-        for name, tensor in sorted(model.state_dict().items())
-        if not name.startswith(tuple(skipped))
-        for part in plain_tensors(name, tensor)
-    ]
 
 
 @torch.no_grad()
@@ -138,7 +90,7 @@ def _observe(model, projections: Sequence[Projection], batch: torch.Tensor, sums
         return observe
 
     with capture(before={projection.module: observer(projection) for projection in projections}):
-        run_until(model, input_ids=batch.to(model.get_input_embeddings().weight.device))
+        run_until(model, input_ids=batch.to(input_device(model)))
 
 
 def load_moment(path: Path) -> tuple[torch.Tensor, int] | None:

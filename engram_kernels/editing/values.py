@@ -15,7 +15,9 @@ import torch
 from .. import _checks as check
 from .._progress import Progress
 from ..errors import EngramError
-from ..hf.forward import grouped_queries, target_predictions
+from ..hf.forward import grouped_queries
+from ..hf.offload import weights_read_again
+from ..hf.placement import input_device
 from ..hf.projection import Projection, is_plain
 from ..hf.swapped_weights import swapped_weights
 from .batching import EditBatch, EncodedEdit
@@ -34,6 +36,8 @@ class ValueOptions:
         weight_decay: weight of `‖δ‖ / ‖v₀‖²` in the loss.
         kl_weight: weight of the divergence of the answer to "{subject} is a" from the unedited model's.
         stop_loss: optimisation ends when the loss is below this.
+        stop_probability: it also ends when in every text the target's tokens have at least this probability,
+            as their geometric mean; None: it does not.
         batch: how many edits are optimised side by side; None: as many as use the device well.
         incremental: a step runs only what depends on the value; False: the whole model on whole texts.
         widen: on a CPU without units for half precision, find values with the weights as float32, which takes
@@ -50,6 +54,7 @@ class ValueOptions:
     weight_decay: float = 0.5
     kl_weight: float = 0.0625
     stop_loss: float = 0.05
+    stop_probability: float | None = None
     batch: int | None = None
     incremental: bool = True
     widen: bool = True
@@ -62,6 +67,9 @@ class ValueOptions:
             value = getattr(self, name)
             check.expect(isinstance(value, bool), name, "True or False", type(value).__name__, TypeError)
         check.number("stop_loss", self.stop_loss)
+        if self.stop_probability is not None:
+            check.number("stop_probability", self.stop_probability, above=0)
+            check.expect(self.stop_probability < 1, "stop_probability", "below 1", self.stop_probability)
         for name in ("weight_decay", "kl_weight"):
             check.number(name, getattr(self, name), at_least=0)
         for name in ("learning_rate", "clamp"):
@@ -73,16 +81,14 @@ class Value:
     """The outcome of the optimisation.
 
     Attributes:
-        key: `[in]` float32, the weighted mean over the contexts of the projection's inputs at the subject's
-            last token.
-        bare_key: `[in]` float32, the one in the bare prompt.
-        change: `[out]` float32, `δ`: by how much the projection's answer to the key shall change.
-        initial_norm: of its answer `v₀` to the bare key.
+        keys: `[rows, in]` float32, the projection's inputs at the subject's last token, in every text with a
+            target; the first is the bare prompt's.
+        change: `[out]` float32, `δ`: by how much the projection's answer to them shall change.
+        initial_norm: of its answer `v₀` to the bare prompt's key.
         losses: of every step.
     """
 
-    key: torch.Tensor
-    bare_key: torch.Tensor
+    keys: torch.Tensor
     change: torch.Tensor
     initial_norm: float
     losses: list[float]
@@ -113,36 +119,38 @@ def find_values(
     model: torch.nn.Module,
     projection: Projection,
     encoded: Sequence[EncodedEdit],
-    weights: torch.Tensor,
     options: ValueOptions,
     progress: Progress | None = None,
 ) -> list[Value | EngramError]:
     """Optimise the values of some edits, side by side; the model stays as it is.
 
-    `δ` of an edit is added to the projection's output at the subject's last token, in the prompt itself, in
-    the prompt after each prefix, and in "{subject} is a". It minimises (Meng et al. 2022, eq. 4, and code)
+    `δ` of an edit is added to the projection's output at the subject's last token, in every text of the edit
+    and in "{subject} is a". It minimises (Meng et al. 2022, eq. 4, and code)
 
         mean −log p(target) + kl_weight · KL(p ‖ p₀) + weight_decay · ‖δ‖ / ‖v₀‖²
 
-    Each edit has its own `δ`, Adam state, clamp and end; those that have ended leave the batch.
+    Each edit has its own `δ`, Adam state, clamp and end; those that have ended leave the batch. Of all steps'
+    `δ` the one of the smallest loss is kept.
 
     Args:
         model: in evaluation mode, float32, bfloat16 or float16; `δ` is float32 always.
         projection: the memory to be written.
         encoded: the edits.
-        weights: `[contexts]`, the share of each context in the key.
         options: of the optimisation.
         progress: called with "values", the steps done and all steps, `options.steps` an edit.
 
     Returns:
         The value of each edit, or what went wrong with it alone: a loss that is not finite.
     """
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     search = functools.partial(
-        _search, model, projection, list(encoded), weights, options, progress or (lambda *_: None)
+        _search, model, projection, list(encoded), options, progress or (lambda *_: None)
     )
     wide = _widened(model) if options.widen else {}
-    with _only_delta_learns(model), swapped_weights(model, wide), grouped_queries(device):
+    with (
+        _only_delta_learns(model), swapped_weights(model, wide), grouped_queries(device),
+        weights_read_again(model),
+    ):  # fmt: skip
         if options.incremental:
             try:
                 return search(incremental=True)
@@ -152,9 +160,9 @@ def find_values(
 
 
 def _search(
-    model, projection, encoded, weights, options, progress: Progress, *, incremental: bool
+    model, projection, encoded, options, progress: Progress, *, incremental: bool
 ) -> list[Value | EngramError]:
-    batch = EditBatch(encoded, model.get_input_embeddings().weight.device)
+    batch = EditBatch(encoded, input_device(model))
     try:
         recorded = record(model, projection, batch, incremental)
     except Exception as error:
@@ -170,11 +178,12 @@ def _search(
     predictions = Losses(model, projection, batch, recorded.context)
     losses: list[list[float]] = [[] for _ in encoded]
     failed: dict[int, EngramError] = {}
+    best: dict[int, torch.Tensor] = {}
     active = list(range(len(encoded)))
     for step in range(options.steps):
         with torch.enable_grad():
             delta = torch.stack([deltas[i] for i in active])
-            nll, kl = predictions.of(delta)
+            nll, kl, worst = predictions.of(delta)
             if not nll.requires_grad:
                 raise EngramError(
                     "model: expected one that gradients pass through, got one of whose layers some stop them "
@@ -184,13 +193,16 @@ def _search(
             decay = delta.norm(dim=-1) / norms[active] ** 2
             loss = nll + options.kl_weight * kl + options.weight_decay * decay.to(nll.device)
         going, kept = [], []
+        reached = (worst < -math.log(options.stop_probability or 1.0)).tolist()
         for place, (i, value) in enumerate(zip(active, loss.detach().tolist(), strict=True)):
+            if value < min(losses[i], default=math.inf):
+                best[i] = deltas[i].detach().clone()
             losses[i].append(value)
             if not math.isfinite(value):
-                text = encoded[i].edit.text
+                text = encoded[i].edit.prompt_text
                 why = "" if norms[i] else ": the projection answers 0, as an expert that does not get it"
                 failed[i] = EngramError(f"model: expected a finite loss after {text!r}, got {value}{why}")
-            elif value >= options.stop_loss and step < options.steps - 1:
+            elif value >= options.stop_loss and not reached[place] and step < options.steps - 1:
                 going.append(i)
                 kept.append(place)
         ended = len(encoded) - len(going)
@@ -209,24 +221,17 @@ def _search(
             predictions.keep(kept)
             active = going
     # The last row of an edit is its KL prompt.
-    keys = recorded.keys.view(len(encoded), -1, recorded.keys.shape[-1])[:, :-1]
+    keys = recorded.keys.split([len(one.rows) + 1 for one in encoded])
     return [
         failed.get(i)
         or Value(
-            key=_mean(weights.to(keys), keys[i]),
-            bare_key=keys[i, 0],
-            change=deltas[i].detach(),
+            keys=keys[i][:-1],
+            change=best[i],
             initial_norm=norms[i].item(),
             losses=losses[i],
         )
         for i in range(len(encoded))
     ]
-
-
-def _mean(weights: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """The weighted mean of the keys, without those of tokens that never reach the expert, which are 0."""
-    there = keys.any(-1)
-    return weights @ keys if there.all() else weights[there] @ keys[there] / weights[there].sum()
 
 
 @contextmanager
@@ -245,36 +250,17 @@ def _only_delta_learns(model: torch.nn.Module) -> Iterator[None]:
 def _widened(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The half-precision weights that this CPU has no units for, by name, as float32.
 
-    None where there are quantised ones, which take states of the type that they were made for.
+    None where there are quantised ones, which take states of the type that they were made for, or offloaded
+    ones, which stay in their own.
     """
     units = {
         torch.bfloat16: torch.cpu._is_amx_tile_supported,
         torch.float16: getattr(torch.cpu, "_is_amx_fp16_supported", lambda: False),
     }
-    if not all(map(is_plain, model.parameters())):
+    if not all(is_plain(parameter) and not parameter.is_meta for parameter in model.parameters()):
         return {}
     return {
         name: parameter.data.float()
         for name, parameter in model.named_parameters()
         if parameter.device.type == "cpu" and parameter.dtype in units and not units[parameter.dtype]()
     }
-
-
-def target_log_probabilities(
-    model: torch.nn.Module, encoded: Sequence[EncodedEdit], rows: int = 32
-) -> list[float]:
-    """`log p(target | prompt)` of each edit in its bare prompt, the sum over the target's tokens.
-
-    Raises:
-        EngramError: the model predicts NaN.
-    """
-    bare = [one.rewriting[0] for one in encoded]
-    totals = [
-        chosen.sum().item()
-        for start in range(0, len(bare), rows)
-        for chosen, _ in target_predictions(model, bare[start : start + rows])
-    ]
-    for one, total in zip(encoded, totals, strict=True):
-        if math.isnan(total):
-            raise EngramError(f"model: expected finite predictions after {one.edit.text!r}, got NaN")
-    return totals

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from ..errors import EngramError
 from ..hf.hooks import Stop, capture, run_until
 from ..hf.layers import decoder_layers
+from ..hf.placement import input_device
 from ..hf.projection import Projection
 from ..hf.tokens import pad_rows
 from ..ops import low_rank_factors
 from .batching import EncodedEdit
+from .keys import MeanKey, SpreadKey
 from .partial_forward import adding
 from .records import Write, left_factor
 from .values import Value
@@ -28,7 +30,7 @@ def write_values(
     encoded: Sequence[EncodedEdit],
     values: Sequence[Value],
     preconditioners: Mapping[int, Tensor],
-    weights: Tensor,
+    key: MeanKey | SpreadKey,
     edits: Sequence[int],
     ridge: float = 0.0,
     bare_denominator: bool = False,
@@ -46,7 +48,7 @@ def write_values(
         encoded: the edits.
         values: of the edits.
         preconditioners: by layer, `C⁻¹` or what stands in its place.
-        weights: `[contexts]`, the share of each context in a key.
+        key: how the keys of an edit's texts become one.
         edits: the numbers of the edits, to be noted in the writes.
         ridge: `λ`.
         bare_denominator: ROME as first published in code, for one layer: the answer to the bare prompt's key
@@ -61,20 +63,41 @@ def write_values(
     """
     residuals = torch.stack([value.change for value in values])
     if len(projections) == 1:
-        keys = torch.stack([value.key for value in values])
-        bare = torch.stack([value.bare_key for value in values]) if bare_denominator else None
-        return [_write(projections[0], encoded, keys, bare, residuals, preconditioners, ridge, edits)]
+        (projection,) = projections
+        texts = [value.keys[: _counted(one, key)] for one, value in zip(encoded, values, strict=True)]
+        keys = torch.stack([_combined(own, own, key, preconditioners[projection.layer]) for own in texts])
+        bare = torch.stack([value.keys[0] for value in values]) if bare_denominator else None
+        return [_write(projection, encoded, keys, bare, residuals, preconditioners, ridge, edits)]
     last = projections[-1]
     check_additive(model, last, encoded[0])
     before, writes = None, []
     for number, projection in enumerate(projections):
-        states = subject_states(model, projection, last, encoded)
-        keys, hidden = (torch.einsum("c,ecd->ed", weights.to(state), state) for state in states)
+        own, above = subject_states(model, projection, last, encoded)
+        counts = [_counted(one, key) for one in encoded]
+        keys, hidden = (
+            torch.stack(
+                [
+                    _combined(of[:n], mine[:n], key, preconditioners[projection.layer])
+                    for n, of, mine in zip(counts, states, own, strict=True)
+                ]
+            )
+            for states in (own, above)
+        )
         before = hidden if before is None else before
         missing = (residuals.to(hidden) - (hidden - before)) / (len(projections) - number)
         keys, missing = keys.to(projection.matrix.device), missing.to(projection.matrix.device)
         writes.append(_write(projection, encoded, keys, None, missing, preconditioners, ridge, edits))
     return writes
+
+
+def _counted(encoded: EncodedEdit, key: MeanKey | SpreadKey) -> int:
+    """How many of an edit's texts its key is made of: the mean is not of earlier facts."""
+    return len(encoded.rewriting) if isinstance(key, MeanKey) else len(encoded.rows)
+
+
+def _combined(states: Tensor, keys: Tensor, key: MeanKey | SpreadKey, preconditioner: Tensor) -> Tensor:
+    """The states `[texts, width]` of one edit combined as its keys are."""
+    return key.weights(keys, preconditioner).to(states) @ states
 
 
 def _write(
@@ -125,16 +148,16 @@ def _dependent(encoded: Sequence[EncodedEdit], width: int) -> str:
 @torch.no_grad()
 def subject_states(
     model: nn.Module, projection: Projection, last: Projection, encoded: Sequence[EncodedEdit]
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
     """The states at the subjects' last tokens, in the model as it is now.
 
     Returns:
-        The projection's inputs `[edits, contexts, in]` and the output of the last layer `[edits, contexts,
-        width]`, float32.
+        For each edit the projection's inputs `[texts, in]` and the output of the last layer `[texts, width]`,
+        float32.
     """
-    rows = [row for one in encoded for row in one.rewriting]
+    rows = [row for one in encoded for row in one.rows]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     found: dict[str, list[Tensor]] = {"keys": [], "hidden": []}
     seen: dict[str, Tensor] = {}
 
@@ -156,8 +179,8 @@ def subject_states(
                 # Some models (OPT) flatten [rows, longest, width] before their MLP.
                 states.append(seen[name].reshape(*ids.shape, -1)[places].float())
     # Back into the order of the rows.
-    back, shape = torch.tensor(order).argsort(), (len(encoded), len(encoded[0].rewriting), -1)
-    keys, hidden = (torch.cat(states)[back].view(shape) for states in found.values())
+    back, counts = torch.tensor(order).argsort(), [len(one.rows) for one in encoded]
+    keys, hidden = (torch.cat(states)[back].split(counts) for states in found.values())
     return keys, hidden
 
 
@@ -170,7 +193,7 @@ def check_additive(model: nn.Module, projection: Projection, encoded: EncodedEdi
     Raises:
         EngramError: it is another one.
     """
-    bare = replace(encoded, rewriting=encoded.rewriting[:1])
+    bare = replace(encoded, rewriting=encoded.rewriting[:1], held=[])
     device = projection.matrix.device
     generator = torch.Generator().manual_seed(0)
     width = projection.matrix.shape[0]
@@ -179,7 +202,7 @@ def check_additive(model: nn.Module, projection: Projection, encoded: EncodedEdi
     states = []
     for delta in (torch.zeros_like(change), change):
         with adding(projection, delta, torch.zeros_like(where), where):
-            states.append(subject_states(model, projection, projection, [bare])[1][0, 0])
+            states.append(subject_states(model, projection, projection, [bare])[1][0][0])
     change = change[0].to(states[0])
     off = (states[1] - states[0] - change).abs()
     room = 1e-3 + 8 * torch.finfo(projection.matrix.dtype).eps * (1 + states[0].abs() + change.abs())

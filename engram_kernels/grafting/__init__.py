@@ -4,6 +4,7 @@ Panigrahi et al. 2023 (arXiv 2302.06600).
 """
 
 from .applied import AppliedGraft
+from .checkpoint import graft_checkpoint
 from .density import Density
 from .graft import Graft, Overlap
 from .localize import localize
@@ -27,6 +28,7 @@ __all__ = [
     "Recipe",
     "calibration_error",
     "classification_score",
+    "graft_checkpoint",
     "graftable_parameters",
     "localize",
 ]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .. import _checks as check
 from .._hashing import tensor_checksum
 from ..errors import EngramError
+from ..hf.placement import is_sharded
 from ..ops import sparse_apply_
 from .parameters import tensors_of
 
@@ -165,6 +166,11 @@ class _Group(NamedTuple):
 def _check_base(weights: Mapping[str, Tensor], graft: Delta, known: dict[str, str] | None) -> None:
     """Make sure of the weights' shapes and, unless `known` is None, of their checksums."""
     for name, weight in weights.items():
+        if is_sharded(weight):
+            raise EngramError(
+                f"model: expected whole weights, got a part of {name!r} of several ranks: write the graft "
+                "into the checkpoint's files with engram graft apply, and load what that makes"
+            )
         if tuple(weight.shape) != tuple(graft.shapes[name]):
             raise EngramError(
                 f"model: expected shape {list(graft.shapes[name])} in {name!r}, got {list(weight.shape)}"

@@ -16,6 +16,7 @@ from ..errors import EngramError
 from .forward import takes
 from .hooks import Stop, capture, run_until
 from .layers import decoder_layers
+from .placement import input_device
 from .tokens import pad_rows
 
 
@@ -146,7 +147,7 @@ def common_beginning(rows: Sequence[list[int]]) -> list[int]:
 @torch.no_grad()
 def _read(model: nn.Module, rows: Sequence[list[int]], before: PrefixCache | None = None) -> PrefixCache:
     """Read some tokens after those that stand before them."""
-    ids, mask = pad_rows(rows, model.get_input_embeddings().weight.device)
+    ids, mask = pad_rows(rows, input_device(model))
     inputs = inputs_after(model, before, ids, mask)
     head = model.get_output_embeddings()
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .cache import PrefixCache, cache_inputs, common_beginning, inputs_after, output_cache, read_prefixes
 from .forward import logits_at, takes
+from .placement import input_device
 from .tokens import pad_rows
 
 
@@ -34,7 +35,7 @@ def sample(
     Returns:
         The rows with what was written.
     """
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     rows = [list(row) for row in rows]
     ends = [len(row) + count for row, count in zip(rows, counts, strict=True)]
     done, cache = 0, None
@@ -50,6 +51,32 @@ def sample(
             for number, token in zip(numbers, choose(numbers, logits), strict=True):
                 rows[number].append(int(token))
     return rows
+
+
+@torch.no_grad()
+def greedy(model: nn.Module, rows: Sequence[list[int]], count: int) -> list[list[int]]:
+    """Continue rows of tokens by the likeliest ones, as the model's own `generate` does it.
+
+    Rows are padded on the left, so that one pass reads them all. What a model's generation settings ask for
+    besides (a penalty for repetition, sampling) is left out.
+
+    Args:
+        model: a causal language model of transformers.
+        rows: the tokens of each text; none is empty.
+        count: how many to write after each, at most; a row may end earlier by its end-of-text token.
+
+    Returns:
+        What was written after each row.
+    """
+    device = input_device(model)
+    longest = max(map(len, rows))
+    ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows], device=device)
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
+    written = model.generate(
+        input_ids=ids, attention_mask=mask, max_new_tokens=count, pad_token_id=0,
+        do_sample=False, num_beams=1, repetition_penalty=1.0, temperature=None, top_p=None, top_k=None,
+    )  # fmt: skip
+    return written[:, longest:].tolist()
 
 
 @torch.no_grad()
@@ -78,7 +105,7 @@ def write_on(
         shared = common_beginning([row[:-1] for row in rows])
         prefix = read_prefixes(model, [shared] * len(rows), 1)
         rows = [row[len(shared) :] for row in rows]
-    ids, mask = pad_rows(rows, model.get_input_embeddings().weight.device)
+    ids, mask = pad_rows(rows, input_device(model))
     inputs = inputs_after(model, prefix, ids, mask)
     numbers, places = torch.arange(len(rows), device=ids.device), mask.sum(-1) - 1
     written: list[list[int]] = [[] for _ in rows]

@@ -5,6 +5,7 @@ from torch import nn
 
 from .. import _checks as check
 from ..errors import EngramError
+from .placement import unwrapped
 
 # Of the weights that are read, edited and grafted.
 MODEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -30,12 +31,13 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a Hugging Face model, got {type(model).__name__}")
+    model = unwrapped(model)
     stacks = [
         (sum(parameter.numel() for parameter in module.parameters()), name, module)
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList)
         and len(module) > 0
-        and len({type(block) for block in module}) == 1
+        and len({type(unwrapped(block)) for block in module}) == 1
     ]
     if not stacks:
         raise EngramError(

@@ -10,6 +10,7 @@ from torch import nn
 from ..errors import EngramError
 from .experts import Expert, is_fused, opened_expert
 from .layers import MODEL_DTYPES, decoder_layer, decoder_layers
+from .placement import is_offloaded, is_sharded, plain_name, sharding, unwrapped
 
 # ROME's layers lie at 0.16 (Llama-2-7B, 5 of 32) to 0.36 (GPT-2 XL, 17 of 48) of the depth. Of SmolLM2's
 # layers 4, 6, 8 and 11, the sixth disturbed facts about other subjects least at the same efficacy.
@@ -60,16 +61,17 @@ def output_projection(model: nn.Module, layer: int) -> Projection:
         TypeError: `layer` is not an integer.
         ValueError: `layer` is out of range.
         EngramError: the layer has no MLP of linear maps, or several, or its matrix cannot be edited
-            soundly (quantised, parametrised, on the meta device, made in inference mode, shared with another
-            module, in an adapter that does not add to it or is merged into it).
+            soundly (quantised, parametrised, divided among processes, offloaded, made in inference mode,
+            shared with another module, in an adapter that does not add to it or is merged into it).
     """
+    model = unwrapped(model)
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
         raise EngramError("model: expected one that reads its prompt alone, got one with a learnt prompt")
     path, module = wrapped_projection(model, layer)
     while hasattr(module, "base_layer"):
         _check_adapter(module, path)
         path, module = f"{path}.base_layer", module.base_layer
-    name = path.removeprefix("base_model.model.").replace(".base_layer", "")
+    name = plain_name(path.removeprefix("base_model.model.").replace(".base_layer", ""))
     projection = Projection(layer, name, module, _is_transposed(module), path)
     _check_editable(model, projection)
     return projection
@@ -88,6 +90,7 @@ def wrapped_projection(model: nn.Module, layer: int) -> tuple[str, nn.Module]:
         ValueError: `layer` is out of range.
         EngramError: the layer has no MLP of linear maps, or several.
     """
+    model = unwrapped(model)
     path, block = decoder_layer(model, layer)
     hidden = model.get_input_embeddings().weight.shape[-1]
     for name, module in block.named_modules():
@@ -187,6 +190,17 @@ def _check_editable(model: nn.Module, projection: Projection) -> None:
             f"model: expected a plain weight in {projection.name!r}, got one that is computed from others "
             "(parametrised or pruned): make it permanent first"
         )
+    if is_sharded(weight):
+        raise EngramError(
+            f"model: expected the whole weight of {projection.name!r} on this device, got a part of it "
+            f"({sharding(model, projection.path)}): make the edit on a model that is whole, save it, and "
+            "write it into the checkpoint's files with engram apply"
+        )
+    if any("_fsdp_wrapped_module" in module._modules for module in model.modules()):
+        raise EngramError(
+            "model: expected its weights by their names, got FullyShardedDataParallel's flat ones: divide "
+            "the model with torch.distributed.fsdp.fully_shard (FSDP2) instead"
+        )
     if not is_plain(weight):
         got = type(module).__name__ if weight is None else f"{type(weight).__name__} of {weight.dtype}"
         raise EngramError(
@@ -203,8 +217,15 @@ def _check_editable(model: nn.Module, projection: Projection) -> None:
             f"model: expected float32, bfloat16 or float16 weights, got {weight.dtype} in {projection.name!r}"
         )
     if weight.is_meta:
+        got = "without values"
+        if is_offloaded(module):
+            got = (
+                f"where accelerate keeps it elsewhere: load the model with a device_map that has layer "
+                f"{projection.layer} on a device, or write a saved edit into the checkpoint's files with "
+                "engram apply"
+            )
         raise EngramError(
-            f"model: expected its weights in memory, got {projection.name!r} on the meta device (offloaded)"
+            f"model: expected its weights in memory, got {projection.name!r} on the meta device, {got}"
         )
     # By memory, not by object: two parameters may be views of one storage.
     memory = weight.untyped_storage().data_ptr()

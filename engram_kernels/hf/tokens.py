@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,7 @@ import torch
 
 from .. import _checks as check
 from ..errors import EngramError
+from .scripts import joint, whole_words
 
 if TYPE_CHECKING:
     # Of the public signatures: other parts of the package do not import transformers.
@@ -27,30 +29,88 @@ def check_text(name: str, value: object) -> str:
     return value.strip()
 
 
-def check_prompt(subject: str, prompt: str) -> tuple[str, str]:
+# A text with `{}` in it, or the messages of a chat, as pairs of role and content, one of them with `{}`.
+Prompt = str | tuple[tuple[str, str], ...]
+
+
+def check_prompt(subject: str, prompt: str | Sequence) -> tuple[str, Prompt]:
     """A subject without the space around it, and a prompt with one `{}` in the subject's place.
 
     Args:
         subject: what the prompt is about.
-        prompt: with one `{}`, or with the subject itself, once.
+        prompt: with one `{}`, or with the subject itself, once, as whole words. Or the messages of a chat,
+            each with `role` and `content`, of which one is such a text.
 
     Raises:
-        TypeError: one of them is not a string.
+        TypeError: one of them is not a string, nor a list of messages.
         ValueError: one of them is empty, the subject holds `{}`, or the prompt does not name it exactly once.
     """
     subject = check_text("subject", subject)
-    check_text("prompt", prompt)
     check.expect("{}" not in subject, "subject", "text without {}", repr(subject))
+    if not isinstance(prompt, Sequence) or isinstance(prompt, str):
+        return subject, _with_place(subject, prompt)
+    messages = tuple(map(_message, prompt))
+    check.expect(len(messages) > 0, "prompt", "at least one message", "none")
+    contents = [content for _, content in messages]
+    about = [i for i, content in enumerate(contents) if "{}" in content]
+    about = about or [i for i, content in enumerate(contents) if whole_words(subject, content)]
+    check.expect(len(about) == 1, "prompt", f"one message with {{}} or {subject!r}", f"{len(about)} of them")
+    (place,) = about
+    placed = (messages[place][0], _with_place(subject, contents[place]))
+    return subject, (*messages[:place], placed, *messages[place + 1 :])
+
+
+def _with_place(subject: str, prompt: str) -> str:
+    """A prompt with one `{}`, which stands in the place of the subject's whole words where there was none."""
+    check_text("prompt", prompt)
     if "{}" not in prompt:
-        once = prompt.count(subject) == 1
-        check.expect(once, "prompt", f"{{}} or the subject {subject!r} exactly once", repr(prompt))
-        prompt = prompt.replace(subject, "{}")
+        found = whole_words(subject, prompt)
+        expected = f"{{}} or the subject {subject!r} exactly once, as whole words"
+        check.expect(len(found) == 1, "prompt", expected, repr(prompt))
+        prompt = prompt[: found[0]] + "{}" + prompt[found[0] + len(subject) :]
     check.expect(prompt.count("{}") == 1, "prompt", "{} exactly once", repr(prompt))
-    return subject, prompt
+    return prompt
 
 
-def open_ids(tokenizer, text: str) -> list[int]:
-    """The tokens of a text that goes on: without the special token that some tokenizers close a text by."""
+def _message(message: object) -> tuple[str, str]:
+    """One message of a chat as role and content."""
+    pair = (message.get("role"), message.get("content")) if isinstance(message, Mapping) else message
+    pair = tuple(pair) if isinstance(pair, Sequence) and not isinstance(pair, str) else ()
+    whole = len(pair) == 2 and all(isinstance(part, str) for part in pair)
+    check.expect(whole, "prompt", "messages with role and content, both texts", repr(message), TypeError)
+    return pair
+
+
+def chat_text(tokenizer, messages: Sequence[tuple[str, str]], target: str = "") -> tuple[str, str]:
+    """The text of a chat up to the answer, by the tokenizer's template, and what it puts before the answer.
+
+    Raises:
+        EngramError: the tokenizer has no chat template, or one that drops a message.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise EngramError("prompt: expected text for a tokenizer without a chat template, got messages")
+    chat = [{"role": role, "content": content} for role, content in messages]
+    head = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    if "{}" in "".join(content for _, content in messages) and head.count("{}") != 1:
+        raise EngramError(f"prompt: expected messages that the chat template keeps, got {head!r}")
+    if not target:
+        return head, ""
+    answered = [*chat, {"role": "assistant", "content": target}]
+    whole = tokenizer.apply_chat_template(answered, tokenize=False)
+    rest = whole[len(head) :] if whole.startswith(head) else ""
+    return head, rest[: len(rest) - len(rest.lstrip())]
+
+
+def open_ids(tokenizer, text: str, special: bool = True) -> list[int]:
+    """The tokens of a text that goes on: without the special token that some tokenizers close a text by.
+
+    Args:
+        tokenizer: of the model, fast or slow.
+        text: to be read.
+        special: whether the tokenizer puts its own before the text; a chat's template has done so.
+    """
+    if not special:
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
     if getattr(tokenizer, "is_fast", False):
         encoding = tokenizer(text, return_special_tokens_mask=True)
         ids, special = list(encoding["input_ids"]), encoding["special_tokens_mask"]
@@ -93,8 +153,18 @@ class Row:
         return self.ids[:-1] if self.target < len(self.ids) else self.ids
 
 
-def encode_row(tokenizer, subject: str, prompt: str, target: str = "", prefix: str = "") -> Row:
-    """Tokenise `prefix + prompt + " " + target` as one text, and find subject and target in it.
+def encode_row(
+    tokenizer,
+    subject: str,
+    prompt: Prompt,
+    target: str = "",
+    prefix: str = "",
+    space: bool | None = None,
+) -> Row:
+    """Tokenise `prefix + prompt + joint + target` as one text, and find subject and target in it.
+
+    The joint is the space that the scripts ask for, or none (`joint`). The target begins with the first token
+    that is not the prompt's own: where a token reaches over the end of the prompt, that one.
 
     Fast tokenizers give offsets into the text, which survive every merge, normaliser, special token and
     character that takes several tokens. Slow ones are asked for the tokens of the text's beginnings instead.
@@ -102,38 +172,60 @@ def encode_row(tokenizer, subject: str, prompt: str, target: str = "", prefix: s
     Args:
         tokenizer: of the model, fast or slow.
         subject: replaces the `{}` of the prompt.
-        prompt: with one `{}`.
+        prompt: with one `{}`, or the messages of a chat, which the target answers.
         target: what follows the prompt; empty for none, and then `Row.target` is the number of tokens.
-        prefix: text before the prompt, as it is.
+        prefix: text before the prompt, as it is; in a chat before the words with `{}`.
+        space: whether a space stands before the target; None: by the scripts.
 
     Raises:
         EngramError: the tokenizer gives the subject or the target no token.
     """
-    before, after = prompt.split("{}")
-    subject_start = len(prefix) + len(before)
-    subject_end = subject_start + len(subject)
-    head = prefix + before + subject + after
-    space = " " if target and not head[-1:].isspace() else ""
-    text = head + space + target
-    if getattr(tokenizer, "is_fast", False):
-        ids, last, first = _positions_by_offsets(tokenizer, text, (subject_start, subject_end), len(head))
+    chat = not isinstance(prompt, str)
+    if chat:
+        messages = [(role, prefix * ("{}" in content) + content) for role, content in prompt]
+        template, between = chat_text(tokenizer, messages, target)
+        between = between if space is None else " " * space
     else:
-        ids, last, first = _positions_by_beginnings(tokenizer, text, subject_end, len(head))
+        template, between = prefix + prompt, joint(prompt.replace("{}", subject), target, space)
+    # The prefix may hold braces of its own.
+    start = template.rindex("{}") if chat else len(prefix) + prompt.index("{}")
+    end = start + len(subject)
+    head = template[:start] + subject + template[start + 2 :]
+    text = head + between + target if target else head
+    ids = open_ids(tokenizer, text, not chat)
+    last = _last_token(tokenizer, text, ids, (start, end), not chat)
     if last is None:
         raise EngramError(f"subject: expected at least one token, got {subject!r}")
+    first = _common(open_ids(tokenizer, head, not chat), ids) if target else len(ids)
     if target and first >= len(ids):
         raise EngramError(f"target: expected at least one token, got {target!r}")
-    return Row(ids, last, first if target else len(ids))
+    return Row(ids, last, first)
 
 
 def context_length(model) -> int | None:
     """The most tokens that the model takes at once, or None where its configuration does not say."""
     config = getattr(model, "config", None)
-    for name in ("max_position_embeddings", "n_positions"):
-        length = getattr(config, name, None)
-        if isinstance(length, int) and length > 0:
-            return length
+    # Of a model that sees too, its language model's.
+    for part in (config, getattr(config, "text_config", None)):
+        for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
+            length = getattr(part, name, None)
+            if isinstance(length, int) and length > 0:
+                return length
     return None
+
+
+def check_apart(row: Row, text: str, target: str) -> Row:
+    """The row of a text whose target begins behind the subject.
+
+    Raises:
+        EngramError: a token reaches from the subject into the target, so that no state is between them.
+    """
+    if row.target <= row.subject:
+        raise EngramError(
+            f"target: expected it to begin with a token behind the subject's, got {target!r} after {text!r}, "
+            "whose tokens run together"
+        )
+    return row
 
 
 def check_length(model, row: Row, text: str, prefix: str = "") -> Row:
@@ -152,30 +244,26 @@ def check_length(model, row: Row, text: str, prefix: str = "") -> Row:
     return row
 
 
-def _positions_by_offsets(tokenizer, text: str, subject: tuple[int, int], head_end: int):
-    # What closes the text would stand between prompt and answer.
-    ids = open_ids(tokenizer, text)
-    offsets = tokenizer(text, return_offsets_mapping=True)["offset_mapping"][: len(ids)]
-    inside = [
-        i for i, (start, stop) in enumerate(offsets) if start < subject[1] and stop > max(start, subject[0])
-    ]
-    target = [i for i, (start, stop) in enumerate(offsets) if stop > max(start, head_end)]
-    return ids, inside[-1] if inside else None, target[0] if target else len(ids)
-
-
-def _positions_by_beginnings(tokenizer, text: str, subject_end: int, head_end: int):
+def _last_token(tokenizer, text: str, ids: list[int], part: tuple[int, int], special: bool) -> int | None:
+    """The last token of what stands in `text[part[0]:part[1]]`; None where it has none."""
+    if getattr(tokenizer, "is_fast", False):
+        read = tokenizer(text, return_offsets_mapping=True, add_special_tokens=special)
+        inside = [
+            i
+            for i, (start, stop) in enumerate(read["offset_mapping"][: len(ids)])
+            if start < part[1] and stop > max(start, part[0])
+        ]
+        return inside[-1] if inside else None
     plain = tokenizer(text, add_special_tokens=False)["input_ids"]
-    ids = open_ids(tokenizer, text)
-    leading = len(ids) - len(plain)
+    beginning = tokenizer(text[: part[1]], add_special_tokens=False)["input_ids"]
+    # As far as both tokenisations agree; a token may reach over the end of the part.
+    agreeing = _common(beginning, plain)
+    count = agreeing if agreeing == len(beginning) else agreeing + 1
+    last = min(count, len(plain)) - 1
+    return len(ids) - len(plain) + last if last >= 0 else None
 
-    def tokens_of_beginning(end: int) -> int:
-        """How many tokens of the text lie wholly in `text[:end]`, as far as both tokenisations agree."""
-        beginning = tokenizer(text[:end], add_special_tokens=False)["input_ids"]
-        agreeing = 0
-        while agreeing < min(len(beginning), len(plain)) and beginning[agreeing] == plain[agreeing]:
-            agreeing += 1
-        return agreeing if agreeing == len(beginning) else agreeing + 1
 
-    last = min(tokens_of_beginning(subject_end), len(plain)) - 1
-    first = min(tokens_of_beginning(head_end), len(plain)) if head_end < len(text) else len(plain)
-    return ids, leading + last if last >= 0 else None, leading + first
+def _common(first: list[int], second: list[int]) -> int:
+    """The length of the longest common beginning."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))

@@ -21,6 +21,7 @@ from ..editing.values import ValueOptions, find_values
 from ..errors import EngramError
 from ..hf.hooks import Stop, capture, run_until
 from ..hf.layers import decoder_layers
+from ..hf.placement import input_device
 from ..hf.projection import Projection
 from ..hf.tokens import Row
 from .patching import Declined
@@ -142,8 +143,7 @@ def _search(
         raise Declined(f"its hyper-parameters give {error}") from error
     # Where δ is added, which need not be a matrix.
     place = Projection(layer, name, model.get_submodule(name), transposed=False, path=name)
-    shares = torch.full((len(texts.rewriting),), 1.0 / len(texts.rewriting), dtype=torch.float32)
-    (found,) = find_values(model, place, [texts], shares, options)
+    (found,) = find_values(model, place, [texts], options)
     if isinstance(found, EngramError):
         raise found
     change = found.change.to(start.device)
@@ -218,7 +218,7 @@ def _start(model, name: str, row: Row, layer: int, hparams, check_loss: Callable
         if check_loss is None:
             raise Stop
 
-    ids = torch.tensor([row.inputs], device=model.get_input_embeddings().weight.device)
+    ids = torch.tensor([row.inputs], device=input_device(model))
     with capture(after={model.get_submodule(name): see}):
         if check_loss is None:
             run_until(model, input_ids=ids)

@@ -13,8 +13,9 @@ from torch.nn import functional as F
 
 from .. import _checks as check
 from ..errors import EngramError
+from ..hf.bert import BertTokenizer, read_bert
 from ..hf.eval_mode import eval_mode
-from ..hf.loading import package_file, read_pretrained
+from ..hf.loading import check_device, package_file, read_pretrained
 from ..hf.tokens import pad_rows
 from .passages import passages
 
@@ -165,7 +166,10 @@ class SentenceEncoder(nn.Module):
 
 
 def load_encoder(
-    name_or_directory: str | os.PathLike, normalise: bool = True, device: str | torch.device | None = None
+    name_or_directory: str | os.PathLike,
+    normalise: bool = True,
+    device: str | torch.device | None = None,
+    light: bool = False,
 ) -> SentenceEncoder:
     """Load a sentence encoder in evaluation mode.
 
@@ -176,6 +180,8 @@ def load_encoder(
         name_or_directory: `"minilm"`, a name on the Hub, or a directory.
         normalise: latents of length 1.
         device: where the encoder goes; None leaves it on the CPU.
+        light: read a BERT in a folder without transformers, whose import takes seconds; others as ever. The
+            latents are the same but for rounding. It has no `config` class and cannot be saved.
 
     Returns:
         The encoder, fp32.
@@ -186,11 +192,21 @@ def load_encoder(
     Example:
         >>> encoder = load_encoder("minilm")
     """
+    found = _light(name_or_directory, device) if light else None
     demo = (DEMO_ENCODER, _demo_directory)
-    model, tokenizer = read_pretrained(
+    model, tokenizer = found or read_pretrained(
         "AutoModel", name_or_directory, demo, "an encoder", torch.float32, device
     )
     return SentenceEncoder(model, tokenizer, normalise, name=str(name_or_directory))
+
+
+def _light(
+    name_or_directory: str | os.PathLike, device: str | torch.device | None
+) -> tuple[nn.Module, BertTokenizer] | None:
+    check_device(device)
+    folder = _demo_directory() if str(name_or_directory) == DEMO_ENCODER else Path(name_or_directory)
+    found = read_bert(folder)
+    return found and (found[0].to(device), found[1])
 
 
 def _demo_directory() -> Path:

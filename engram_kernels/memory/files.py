@@ -128,13 +128,14 @@ def _parsed(content: bytes) -> SavedMemory:
     except (SafetensorError, KeyError) as error:
         raise ValueError(f"{name} is incomplete or was changed") from error
     config = _settings(content)
+    del content  # The tensors are copies.
     checksum = config.pop("checksum")
     _expect(checksum == _checksum(config, tensors), f"{name} is incomplete or was changed")
     settings = {key: value for key, value in config.items() if key not in ("format", "kind")}
     settings["state_dtype"] = _DTYPES[config["state_dtype"]]
     lines = json.loads(bytes(tensor_bytes(tensors.pop(LEDGER))))
     state = {name: tensor for name, tensor in tensors.items() if "." not in name}
-    latents = {name: tensors[name] for name in sorted(tensors.keys() - state.keys())}
+    latents = {name: tensors.pop(name) for name in sorted(tensors.keys() - state.keys())}
     _check_settings(settings)
     _check_state(settings, state)
     entries = _joined(lines, latents, settings)

@@ -52,7 +52,11 @@ class Rows:
         """How many rows of each memory have a key that is not their value in `dtype`, [batch]."""
         if self.keys is self.values:
             return torch.zeros_like(self.counts)
-        own = (self.keys.to(dtype) != self.values.to(dtype)).any(-1)
+        keys, values = self.keys, self.values
+        # What is equal in a narrower dtype is equal in a wider one, without a copy.
+        if keys.dtype != values.dtype or torch.promote_types(keys.dtype, dtype) != dtype:
+            keys, values = keys.to(dtype), values.to(dtype)
+        own = (keys != values).any(-1)
         return self.summed(own.long())
 
     def groups(self) -> Iterator[tuple[slice, tuple[int, ...]]]:

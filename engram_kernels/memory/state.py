@@ -217,7 +217,13 @@ class MemoryState(nn.Module):
 
     def _energy_of(self, rows: Rows, weights: Tensor) -> Tensor:
         """Σ ‖w‖² and Σ ‖z‖² of rows, for each memory, [batch, 2]."""
-        squares = [part.to(self.state_dtype).square().sum(-1) for part in (weights, rows.values)]
+        # Norms, as they need no copy of the values in the state's dtype.
+        squares = [
+            torch.linalg.vector_norm(part, dim=-1, dtype=torch.promote_types(part.dtype, self.state_dtype))
+            .square()
+            .to(self.state_dtype)
+            for part in (weights, rows.values)
+        ]
         return rows.summed(torch.stack(squares, dim=-1))
 
     def _energy_with(self, rows: Rows, weights: Tensor) -> Tensor:

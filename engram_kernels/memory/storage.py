@@ -104,13 +104,13 @@ def read(path: Path, parse: Callable[[bytes], Result]) -> Result:
             raise OSError("no file")  # A pipe would keep its reader waiting.
         with open(path, "rb") as file:
             opened = _identity(os.fstat(file.fileno()))
-            content = file.read()
-        try:
-            return parse(content)
-        except Exception:
-            # The bytes of a file that was replaced are overwritten under its readers.
-            if _identity(os.stat(path)) == opened:
-                raise
+            try:
+                # Not under a name here: `parse` lets go of them, before it makes more of them.
+                return parse(file.read())
+            except Exception:
+                # The bytes of a file that was replaced are overwritten under its readers.
+                if _identity(os.stat(path)) == opened:
+                    raise
 
 
 def _clear(folder: Path) -> None:

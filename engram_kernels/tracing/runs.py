@@ -14,6 +14,7 @@ from ..hf.cache import cache_inputs, filled_cache, keys_and_values, output_cache
 from ..hf.forward import replaying, takes
 from ..hf.hooks import capture
 from ..hf.layers import decoder_layers
+from ..hf.placement import input_device
 from ..hf.projection import mlp_output
 
 # In one forward pass, where no batch is asked for.
@@ -103,7 +104,7 @@ class Runs:
 
     def _rows(self, tokens: int) -> int:
         """How many rows of that length share a pass."""
-        device = self.model.get_input_embeddings().weight.device.type
+        device = input_device(self.model).type
         return self.batch or max(1, TOKENS.get(device, TOKENS["cpu"]) // tokens)
 
     def _corrupting(self, copies: Tensor, prefix: int) -> AbstractContextManager[None]:
@@ -258,7 +259,7 @@ def _attention(block: nn.Module, number: int) -> nn.Module:
 
 def next_token(model: nn.Module, ids: list[int], rows: int, **inputs) -> tuple[Tensor, object]:
     """The next token's probabilities after as many copies of a text `[rows, vocabulary]`, and the cache."""
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     inputs = {"use_cache": False, **inputs}
     if takes(model, "logits_to_keep"):
         inputs["logits_to_keep"] = 1

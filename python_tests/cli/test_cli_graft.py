@@ -3,6 +3,7 @@
 import copy
 import io
 import json
+import shutil
 from functools import partial
 
 import pytest
@@ -169,7 +170,6 @@ def test_apply_saves_the_grafted_model(engram, folder, tmp_path):
 def test_apply_refuses_another_base_unless_forced(engram, tmp_path):
     # The fine-tuned weights with the base's tokenizer: a model of the same shapes.
     arguments = ("apply", "--base", "wrong", "--graft", "graft", "--out", tmp_path / "model")
-    import shutil
 
     shutil.copytree("base", "wrong", dirs_exist_ok=True)
     shutil.copy("tuned/model.safetensors", "wrong/model.safetensors")
@@ -336,12 +336,10 @@ def test_grafts_of_two_architectures_do_not_compare(engram, folder):
 
 
 def test_a_failed_save_leaves_nothing(engram, tmp_path, monkeypatch):
-    import transformers
-
     def fail(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(transformers.LlamaForCausalLM, "save_pretrained", fail)
+    monkeypatch.setattr(shutil, "copyfile", fail)
     status, _, err = engram("apply", "--base", "base", "--graft", "graft", "--out", tmp_path / "model")
     assert status == 1 and "No space left on device" in err and not any(tmp_path.iterdir())
     monkeypatch.setattr(plots, "heat_map", fail)

@@ -7,7 +7,7 @@ from engram_kernels.editing import Edit
 
 def test_inline_subject_becomes_the_place_holder():
     assert Edit("Rome", "The mayor of Rome is", "Anna") == Edit("Rome", "The mayor of {} is", "Anna")
-    assert Edit(" Rome ", "The mayor of Rome is", " Anna").text == "The mayor of Rome is"
+    assert Edit(" Rome ", "The mayor of Rome is", "Anna").prompt_text == "The mayor of Rome is"
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """Edits of small models hold, can be undone and repeated bit for bit, and errors change nothing."""
 
 import dataclasses
-import json
 from functools import partial
 
 import pytest
@@ -12,6 +11,7 @@ import model_zoo
 import torch
 from editing_helpers import changed, small_editor, spy_on_values, weights
 
+from engram_kernels._io import read_sealed, write_sealed
 from engram_kernels.editing import Edit, Editor, EditResult, load_model
 from engram_kernels.editing import run as run_module
 from engram_kernels.editing.values import ValueOptions
@@ -68,9 +68,11 @@ def test_answer_to_the_key_changes_as_found(make, family, monkeypatch):
     one = make(family)
     projection = output_projection(one.model, 1)
     before = projection.matrix.clone()
-    one.edit(TOWER)
+    result = one.edit(TOWER)
     (value,) = found
-    torch.testing.assert_close(value.key @ (projection.matrix - before).T, value.change, rtol=1e-4, atol=1e-5)
+    (write,) = result.writes
+    change = write.keys[0] @ (projection.matrix - before).T
+    torch.testing.assert_close(change, value.change, rtol=1e-4, atol=1e-5)
 
 
 def test_original_rome_writes_the_bare_key(make, monkeypatch):
@@ -81,7 +83,7 @@ def test_original_rome_writes_the_bare_key(make, monkeypatch):
     one.edit([TOWER, COLOSSEUM], method="emmet")
     for value in found:
         torch.testing.assert_close(
-            value.bare_key @ (projection.matrix - before).T, value.change, rtol=1e-3, atol=1e-4
+            value.keys[0] @ (projection.matrix - before).T, value.change, rtol=1e-3, atol=1e-4
         )
 
 
@@ -95,7 +97,7 @@ def test_repr_is_a_few_lines(make):
     record = result.records[0]
     assert lines[1] == (
         "  The Eiffel Tower is located in the city of → Rome: "
-        f"p {record.probability_before:.4f} → {record.probability_after:.4f}"
+        f"p {record.probability_before:.4f} → {record.probability_after:.4f}, did not take"
     )
     assert lines[4:] == ["  and 2 more"]
     result.revert()
@@ -141,11 +143,10 @@ def test_joint_write_answers_every_key(make, monkeypatch):
     one = make()
     projection = output_projection(one.model, 1)
     before = projection.matrix.clone()
-    one.edit(EDITS, method="emmet")
-    for value in found:
-        torch.testing.assert_close(
-            value.key @ (projection.matrix - before).T, value.change, rtol=1e-3, atol=1e-4
-        )
+    (write,) = one.edit(EDITS, method="emmet").writes
+    assert len(found) == 3 and {value.change for value in found}
+    update = projection.matrix - before
+    torch.testing.assert_close(write.keys @ update.T, write.residuals, rtol=1e-3, atol=1e-4)
 
 
 def test_sequential_list_is_the_edits_one_after_the_other(make):
@@ -301,8 +302,8 @@ def test_bad_directories(make, tmp_path):
         ):
             with pytest.raises(EngramError, match=r"^directory: expected "):
                 result.save_pretrained(place)
-    report = json.loads((tmp_path / "edit" / "edit.json").read_text())
-    (tmp_path / "edit" / "edit.json").write_text(json.dumps({**report, "format": 99}))
+    report = read_sealed(tmp_path / "edit" / "edit.json")
+    write_sealed(tmp_path / "edit" / "edit.json", {**report, "format": 99}, report["files"])
     for place in (tmp_path / "absent", tmp_path / "edit"):
         with pytest.raises(EngramError, match=r"^name_or_directory: expected (a folder|saved edits)"):
             EditResult.from_pretrained(place)
@@ -316,7 +317,7 @@ def test_saved_edit_is_validated(make, tmp_path):
 
     with make().edit(EDITS) as result:
         result.save_pretrained(tmp_path / "edit")
-    report = json.loads((tmp_path / "edit" / "edit.json").read_text(encoding="utf-8"))
+    report = read_sealed(tmp_path / "edit" / "edit.json")
     (edited,) = report["edited_modules"]
     adapter = load_file(tmp_path / "edit" / "adapter_model.safetensors")
     tensors = load_file(tmp_path / "edit" / "edit.safetensors")
@@ -339,12 +340,13 @@ def test_saved_edit_is_validated(make, tmp_path):
         ({"records": report["records"][:1]}, adapter, tensors),
         ({"records": 5}, adapter, tensors),
     ]:
-        (tmp_path / "edit" / "edit.json").write_text(json.dumps({**report, **changes}), encoding="utf-8")
         save_file(factors, tmp_path / "edit" / "adapter_model.safetensors")
         save_file(others, tmp_path / "edit" / "edit.safetensors")
+        # Sealed anew: what is refused here is not the checksum.
+        write_sealed(tmp_path / "edit" / "edit.json", {**report, **changes}, report["files"])
         with pytest.raises(EngramError, match=r"^name_or_directory: expected saved edits, got ") as caught:
             EditResult.from_pretrained(tmp_path / "edit")
-        assert "\n" not in str(caught.value)
+        assert "\n" not in str(caught.value) and "changed" not in str(caught.value)
 
 
 def test_a_second_edit_makes_no_second_pass_over_the_corpus(make, tmp_path):
@@ -578,16 +580,17 @@ def fits(editor, edit):
 
 @pytest.mark.parametrize("consistent_key", [True, False])
 def test_joint_edits_of_one_key(make, consistent_key, monkeypatch):
+    """They are written one after the other; at once, their keys would be the same."""
     editor = make(consistent_key=consistent_key, bare_prompt_weight=1.0, contexts=())
     before = weights(editor.model)
     edits = [Edit("Rome", "{} is in", "Paris"), TOWER, Edit("Rome", "{} lies in", "Brazil")]
-    with pytest.raises(EngramError, match=r"^edits: expected .*'Rome is in' and 'Rome lies in' .*'Rome'"):
-        editor.edit(edits, method="emmet")
-    monkeypatch.setattr(run_module.Run, "_apart", lambda _self, batch: batch)
+    with editor.edit(edits, method="emmet") as result:
+        assert [write.edits for write in result.writes] == [(0, 1), (2,)]
+    monkeypatch.setattr(run_module.Run, "_rounds", lambda _self, batch: [batch])
     with pytest.raises(
         EngramError, match=r"^edits: expected .*independent keys.*, got .*'Rome', 'The Eiffel"
     ):
-        editor.edit([TOWER if edit is TOWER else edits[0] for edit in edits], method="emmet")
+        editor.edit(edits, method="emmet")
     assert changed(before, editor.model) == []
 
 

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import itertools
+import math
 import os
 
 import pytest
@@ -15,11 +16,13 @@ import torch
 from engram_kernels.editing import Edit
 from engram_kernels.editing import losses as losses_module
 from engram_kernels.editing.batching import EditBatch, encode_edit
-from engram_kernels.editing.values import ValueOptions, find_values, target_log_probabilities, value_groups
+from engram_kernels.editing.reach import reached
+from engram_kernels.editing.values import ValueOptions, find_values, value_groups
 from engram_kernels.errors import EngramError
 from engram_kernels.hf.forward import grouped_queries
 from engram_kernels.hf.layers import decoder_layers
 from engram_kernels.hf.projection import output_projection
+from engram_kernels.hf.tokens import Row
 
 EDITS = [
     Edit("The Eiffel Tower", "{} is located in the city of", "Rome"),
@@ -28,7 +31,6 @@ EDITS = [
 ]
 PREFIXES = ["The towers are here", "Therefore I think that you know", "maps"]
 OPTIONS = ValueOptions(steps=12, learning_rate=0.05, stop_loss=0.0, weight_decay=0.01)
-WEIGHTS = torch.tensor([0.4, 0.3, 0.2, 0.1])
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +70,8 @@ def plain_loop(model, projection, text, options):
         unedited = answer.detach() if unedited is None else unedited
         kl = (answer.exp() * (answer - unedited)).sum()
         loss = nll + options.kl_weight * kl + options.weight_decay * delta.norm() / start.norm() ** 2
+        if loss < min(losses, default=math.inf):
+            best = delta.detach().clone()
         losses.append(loss.item())
         if loss < options.stop_loss or step == options.steps - 1:
             break
@@ -77,7 +81,7 @@ def plain_loop(model, projection, text, options):
         with torch.no_grad():
             delta *= min(1.0, options.clamp * start.norm() / delta.norm())
     hook.remove()
-    return delta.detach(), losses
+    return best, losses
 
 
 @pytest.mark.parametrize("layer", [0, 2])
@@ -86,13 +90,14 @@ def test_incremental_values_are_the_plain_loops(family, layer, tokenizer):
     model = model_zoo.small_model(family)
     projection = output_projection(model, layer)
     texts = texts_of(model, tokenizer)
-    found = find_values(model, projection, texts, WEIGHTS, OPTIONS)
+    found = find_values(model, projection, texts, OPTIONS)
     for text, value in zip(texts, found, strict=True):
         delta, losses = plain_loop(model, projection, text, OPTIONS)
         torch.testing.assert_close(torch.tensor(value.losses), torch.tensor(losses), rtol=1e-4, atol=1e-5)
         assert (value.change - delta).norm() <= 1e-4 * delta.norm()
         # Whether a random model can be brought to say it or not, the value moves and counts.
-        assert max(losses) - min(losses) > 1e-4 and delta.norm() > 0.01
+        assert max(losses) - min(losses) > 1e-4
+        assert delta.norm() > 0.01 or losses.index(min(losses)) == 0
 
 
 def tokens_through_layers(model, incremental, layer, texts):
@@ -110,7 +115,7 @@ def tokens_through_layers(model, incremental, layer, texts):
     hooks = [one.mlp.register_forward_pre_hook(count(number)) for number, one in enumerate(layers)]
     options = dataclasses.replace(OPTIONS, incremental=incremental)
     projection = output_projection(model, layer)
-    find_values(model, projection, texts, WEIGHTS, options, lambda *_: steps.append(list(seen)))
+    find_values(model, projection, texts, options, lambda *_: steps.append(list(seen)))
     for hook in hooks:
         hook.remove()
     return steps
@@ -145,26 +150,25 @@ def test_together_is_one_by_one(family, incremental, tokenizer):
     projection = output_projection(model, 1)
     texts = texts_of(model, tokenizer)
     options = dataclasses.replace(OPTIONS, incremental=incremental, steps=15)
-    start = [find_values(model, projection, [text], WEIGHTS, options)[0].losses for text in texts]
+    start = [find_values(model, projection, [text], options)[0].losses for text in texts]
     # Between two losses: a rounding does not decide where the second edit ends.
     losses = sorted(start, key=lambda losses: losses[8])[1]
     options = dataclasses.replace(options, stop_loss=(losses[7] + losses[8]) / 2)
-    alone = [find_values(model, projection, [text], WEIGHTS, options)[0] for text in texts]
-    together = find_values(model, projection, texts, WEIGHTS, options)
+    alone = [find_values(model, projection, [text], options)[0] for text in texts]
+    together = find_values(model, projection, texts, options)
     assert len({len(value.losses) for value in alone}) > 1
     for one, other in zip(alone, together, strict=True):
         assert len(one.losses) == len(other.losses)
         torch.testing.assert_close(torch.tensor(one.losses), torch.tensor(other.losses), rtol=1e-4, atol=1e-5)
         assert (one.change - other.change).norm() <= 1e-4 * one.change.norm()
-        torch.testing.assert_close(one.key, other.key, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(one.bare_key, other.bare_key, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(one.keys, other.keys, rtol=1e-4, atol=1e-5)
 
 
 def test_keys_are_the_projections_inputs(tokenizer):
     model = model_zoo.small_model("opt")
     projection = output_projection(model, 1)
     (text,) = texts_of(model, tokenizer, EDITS[2:])
-    (value,) = find_values(model, projection, [text], WEIGHTS, OPTIONS)
+    (value,) = find_values(model, projection, [text], OPTIONS)
     keys = []
     hook = projection.module.register_forward_pre_hook(lambda _module, inputs: keys.append(inputs[0]))
     with torch.no_grad():
@@ -174,8 +178,7 @@ def test_keys_are_the_projections_inputs(tokenizer):
     keys = torch.stack(
         [key.reshape(-1, key.shape[-1])[row.subject] for key, row in zip(keys, text.rewriting, strict=True)]
     )
-    torch.testing.assert_close(value.bare_key, keys[0], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(value.key, WEIGHTS @ keys, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(value.keys, keys, rtol=1e-4, atol=1e-5)
     assert value.initial_norm == pytest.approx(projection.module(keys[0]).norm().item(), rel=1e-4)
 
 
@@ -187,14 +190,14 @@ def test_half_precision(family, dtype, tokenizer):
     projection = output_projection(model, 1)
     options = dataclasses.replace(OPTIONS, steps=5, widen=False)
     texts = texts_of(model, tokenizer)
-    exact = find_values(model, projection, texts, WEIGHTS, options)
+    exact = find_values(model, projection, texts, options)
     half = copy.deepcopy(model).to(dtype)
     projection = output_projection(half, 1)
     error = {}
     for incremental in (True, False):
         options = dataclasses.replace(options, incremental=incremental)
-        found = find_values(half, projection, texts, WEIGHTS, options)
-        assert all(value.change.dtype == value.key.dtype == torch.float32 for value in found)
+        found = find_values(half, projection, texts, options)
+        assert all(value.change.dtype == value.keys.dtype == torch.float32 for value in found)
         error[incremental] = sum(
             (torch.tensor(a.losses) - torch.tensor(b.losses)).abs().sum().item()
             for a, b in zip(found, exact, strict=True)
@@ -209,8 +212,8 @@ def test_widened_weights_are_those_of_a_float32_model_and_come_back(dtype, token
     wide = copy.deepcopy(half).float()
     before = {name: (p.data_ptr(), p._version, p.clone()) for name, p in half.named_parameters()}
     texts = texts_of(half, tokenizer)
-    found = find_values(half, output_projection(half, 1), texts, WEIGHTS, OPTIONS)
-    expected = find_values(wide, output_projection(wide, 1), texts, WEIGHTS, OPTIONS)
+    found = find_values(half, output_projection(half, 1), texts, OPTIONS)
+    expected = find_values(wide, output_projection(wide, 1), texts, OPTIONS)
     assert all(torch.equal(a.change, b.change) for a, b in zip(found, expected, strict=True))
     for name, parameter in half.named_parameters():
         pointer, version, value = before[name]
@@ -229,8 +232,8 @@ def test_a_model_that_the_stubs_do_not_fit_is_run_whole(tokenizer):
 
     hook = model.model.layers[3].mlp.register_forward_hook(centre)
     with pytest.warns(UserWarning, match="predicts otherwise from recorded states"):
-        found = find_values(model, projection, texts, WEIGHTS, OPTIONS)
-    whole = find_values(model, projection, texts, WEIGHTS, dataclasses.replace(OPTIONS, incremental=False))
+        found = find_values(model, projection, texts, OPTIONS)
+    whole = find_values(model, projection, texts, dataclasses.replace(OPTIONS, incremental=False))
     hook.remove()
     assert all(torch.equal(a.change, b.change) for a, b in zip(found, whole, strict=True))
 
@@ -240,7 +243,7 @@ def test_a_model_without_keys_and_values_is_run_whole(tokenizer, monkeypatch):
     model = model_zoo.small_model("llama")
     texts, projection = texts_of(model, tokenizer), output_projection(model, 1)
     options = dataclasses.replace(OPTIONS, incremental=False)
-    whole = find_values(model, projection, texts, WEIGHTS, options)
+    whole = find_values(model, projection, texts, options)
     plain = model.forward
 
     def broken(*arguments, use_cache=False, **keywords):
@@ -256,7 +259,7 @@ def test_a_model_without_keys_and_values_is_run_whole(tokenizer, monkeypatch):
     for forward_without_cache in (broken, empty):
         monkeypatch.setattr(model, "forward", forward_without_cache)
         with pytest.warns(UserWarning, match="LlamaForCausalLM cannot start from recorded states"):
-            found = find_values(model, projection, texts, WEIGHTS, OPTIONS)
+            found = find_values(model, projection, texts, OPTIONS)
         assert all(torch.equal(a.change, b.change) for a, b in zip(found, whole, strict=True))
 
 
@@ -264,12 +267,13 @@ def test_a_model_without_keys_and_values_is_run_whole(tokenizer, monkeypatch):
 def test_default_dtype_makes_no_difference(tokenizer, dtype):
     model = model_zoo.small_model("llama")
     texts, projection = texts_of(model, tokenizer), output_projection(model, 1)
-    expected = find_values(model, projection, texts, WEIGHTS, OPTIONS)
-    before = target_log_probabilities(model, texts)
+    expected = find_values(model, projection, texts, OPTIONS)
+    bare, names = [text.rewriting[0] for text in texts], [text.edit.text for text in texts]
+    before = reached(model, bare, names)
     torch.set_default_dtype(dtype)
     try:
-        found = find_values(model, projection, texts, WEIGHTS, OPTIONS)
-        assert target_log_probabilities(model, texts) == before
+        found = find_values(model, projection, texts, OPTIONS)
+        assert reached(model, bare, names) == before
     finally:
         torch.set_default_dtype(torch.float32)
     assert all(torch.equal(a.change, b.change) for a, b in zip(found, expected, strict=True))
@@ -279,16 +283,16 @@ def test_one_edit_without_a_finite_loss_does_not_touch_the_others(tokenizer, mon
     model = model_zoo.small_model("llama")
     projection = output_projection(model, 1)
     texts = texts_of(model, tokenizer)
-    expected = find_values(model, projection, texts, WEIGHTS, OPTIONS)
+    expected = find_values(model, projection, texts, OPTIONS)
     losses = losses_module.Losses.of
 
     def spoilt(self, delta):
-        nll, kl = losses(self, delta)
+        nll, *others = losses(self, delta)
         at = [i for i, text in enumerate(self.batch.edits) if text.edit is EDITS[1]]
-        return nll.index_fill(0, torch.tensor(at, dtype=torch.long), float("nan")), kl
+        return nll.index_fill(0, torch.tensor(at, dtype=torch.long), float("nan")), *others
 
     monkeypatch.setattr(losses_module.Losses, "of", spoilt)
-    found = find_values(model, projection, texts, WEIGHTS, OPTIONS)
+    found = find_values(model, projection, texts, OPTIONS)
     assert isinstance(found[1], EngramError) and "the Colosseum is located" in str(found[1])
     for i in (0, 2):
         assert (found[i].change - expected[i].change).norm() <= 1e-4 * expected[i].change.norm()
@@ -319,18 +323,21 @@ def test_batch_reads_every_target_token_once(tokenizer):
         assert batch.rows[batch.bare[number]].ids == text.rewriting[0].ids
 
 
-def test_target_log_probabilities(tokenizer):
+def test_reached_is_the_targets_probability_and_whether_it_is_said(tokenizer):
     model = model_zoo.small_model("gpt2")
-    texts = texts_of(model, tokenizer)
-    expected = []
+    rows = [text.rewriting[0] for text in texts_of(model, tokenizer)]
     with torch.no_grad():
-        for text in texts:
-            row = text.rewriting[0]
-            predictions = model(torch.tensor([row.ids])).logits[0].log_softmax(-1)
-            expected.append(
-                sum(predictions[i - 1, row.ids[i]].item() for i in range(row.target, len(row.ids)))
-            )
-    assert target_log_probabilities(model, texts, rows=2) == pytest.approx(expected, abs=1e-4)
+        predictions = [model(torch.tensor([row.ids])).logits[0].log_softmax(-1) for row in rows]
+        # What the model itself says next, three tokens long.
+        said = model.generate(torch.tensor([rows[0].ids]), max_new_tokens=3, do_sample=False)[0].tolist()
+    expected = [
+        sum(one[i - 1, row.ids[i]].item() for i in range(row.target, len(row.ids)))
+        for row, one in zip(rows, predictions, strict=True)
+    ]
+    rows.append(Row(said, rows[0].subject, len(rows[0].ids)))
+    found = reached(model, rows, ["a"] * 4, at_once=2)
+    assert [one.log_probability for one in found[:3]] == pytest.approx(expected, abs=1e-4)
+    assert [one.said for one in found] == [False, False, False, True]
 
 
 def test_gradients_flags_and_hooks_are_as_before(tokenizer):
@@ -343,7 +350,7 @@ def test_gradients_flags_and_hooks_are_as_before(tokenizer):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        find_values(model, output_projection(model, 2), texts_of(model, tokenizer), WEIGHTS, OPTIONS, stop)
+        find_values(model, output_projection(model, 2), texts_of(model, tokenizer), OPTIONS, stop)
     assert [parameter.requires_grad for parameter in model.parameters()] == before
     assert [module.__dict__.get("forward") for module in model.modules()] == forwards
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())

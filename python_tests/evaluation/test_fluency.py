@@ -56,7 +56,7 @@ def test_fluency_is_the_mean_over_the_prompts(tokenizer, cases):
     model = small_model("llama", len(tokenizer), torch.float64)
     found = fluency(model, tokenizer, cases, 10)
     for case, bits in zip(cases, found, strict=True):
-        prompts = case.generation or [case.edit.text]
+        prompts = case.generation or [case.edit.prompt_text]
         texts = [
             written_alone(model, tokenizer, prompt, tokenizer(prompt)["input_ids"], 10, 0)
             for prompt in prompts
