@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
 
 from .common import Device, console, device_of, reading
+from .kept import Folder, User, encoder_name, load, number_of, saved
 
 if TYPE_CHECKING:
     from ..larimar import Answer, Answerer
     from ..memory import EpisodicMemory, SentenceEncoder
+    from ..memory.ledger import Entry, Id
 
 Decoder = Annotated[str, typer.Option(help="Who answers: smollm2, a folder, or a Hub name of a chat model.")]
 OnlyMemory = Annotated[
@@ -25,9 +27,10 @@ _WIDTH = 120
 
 
 def chat(
-    memory: Annotated[Path, typer.Argument(help="The memory's folder.")],
+    memory: Folder,
     model: Decoder = "smollm2",
     only_memory: OnlyMemory = False,
+    user: User = None,
     device: Device = None,
 ) -> None:
     """Answer questions from a memory, a line each, until an empty line.
@@ -37,21 +40,22 @@ def chat(
 
     Example: engram memory chat town
     """
-    from ..memory import load_encoder
-
-    kept = _read(memory)
-    if kept.encoder is None:
-        raise ValueError(f"memory: expected one that names its encoder, got {str(memory)!r}")
-    with reading("encoder"):
-        encoder = load_encoder(kept.encoder, device=device_of(device))
-    speaker = answerer(kept, encoder, model, only_memory, device)
+    kept = saved(memory)
+    encoder = load(encoder_name(kept, memory), device, light=False)
+    speaker = answerer(kept, encoder, model, only_memory, device, number_of(kept, user))
     while question := _asked():
-        speaker.memory = _read(memory)
+        speaker.memory = saved(memory)
         show(speaker(question))
 
 
 def answerer(
-    memory: EpisodicMemory, encoder: SentenceEncoder, model: str, only_memory: bool, device: str | None
+    memory: EpisodicMemory,
+    encoder: SentenceEncoder,
+    model: str,
+    only_memory: bool,
+    device: str | None,
+    number: int = 0,
+    where: Callable[[Id, Entry], bool] | None = None,
 ) -> Answerer:
     """What answers from a memory, with its language model loaded."""
     from ..hf.loading import load_model
@@ -59,7 +63,7 @@ def answerer(
 
     with reading("model"):
         decoder, tokenizer = load_model(model, device=device_of(device))
-    return Answerer(memory, encoder, decoder, tokenizer, alone=not only_memory)
+    return Answerer(memory, encoder, decoder, tokenizer, not only_memory, number, where)
 
 
 def show(answer: Answer) -> None:
@@ -77,13 +81,6 @@ def show(answer: Answer) -> None:
 def _shortened(text: str) -> str:
     line = " ".join(text.split())
     return line if len(line) <= _WIDTH else f"{line[: _WIDTH - 1]}…"
-
-
-def _read(folder: Path) -> EpisodicMemory:
-    from ..memory import EpisodicMemory
-
-    with reading("memory"):
-        return EpisodicMemory.from_pretrained(folder)
 
 
 def _asked() -> str:

@@ -49,7 +49,10 @@ def ask(
     kept = filled(memory)
     number = number_of(kept, user)
     encoder = load(encoder_name(kept, memory), device, light=not answer)
-    said = answering.answerer(kept, encoder, model, only_memory, device)(question) if answer else None
+    said = None
+    if answer:
+        where = _with_tags(tag)
+        said = answering.answerer(kept, encoder, model, only_memory, device, number, where)(question)
     latent = encoder.encode([question]).cpu()
     threshold = kept.threshold(memory=number)
     (found,) = kept.recall(latent, top, memory=number, where=_with_tags(tag))

@@ -126,7 +126,7 @@ def read_prefixes(model: nn.Module, rows: Sequence[list[int]], period: int) -> P
     Raises:
         EngramError: the model keeps something else than keys and values of every token.
     """
-    shared = [_shared(rows[place::period]) for place in range(period)]
+    shared = [common_beginning(rows[place::period]) for place in range(period)]
     prefix = None
     if any(shared):
         prefix = _read(model, shared)
@@ -135,7 +135,7 @@ def read_prefixes(model: nn.Module, rows: Sequence[list[int]], period: int) -> P
     return _read(model, rest, prefix) if any(rest) else prefix
 
 
-def _shared(rows: Sequence[list[int]]) -> list[int]:
+def common_beginning(rows: Sequence[list[int]]) -> list[int]:
     """The longest common beginning."""
     first = rows[0]
     for length, tokens in enumerate(zip(*rows, strict=False)):

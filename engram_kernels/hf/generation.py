@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from .cache import PrefixCache, cache_inputs, inputs_after, output_cache
+from .cache import PrefixCache, cache_inputs, common_beginning, inputs_after, output_cache, read_prefixes
 from .forward import logits_at, takes
 from .placement import input_device
 from .tokens import pad_rows
@@ -94,11 +94,17 @@ def write_on(
         rows: the tokens of each text; none is empty.
         tokens: how many at most to write after each.
         ends: whether what was written after a row is all that is wanted.
-        prefix: what the model has read before each row; None: nothing.
+        prefix: what the model has read before each row; None: nothing, and what all rows begin with, such as
+            a system's message, is read once.
 
     Returns:
         What was written after each row.
     """
+    if prefix is None and len(rows) > 1:
+        # Each row keeps a token of its own, whose prediction is wanted.
+        shared = common_beginning([row[:-1] for row in rows])
+        prefix = read_prefixes(model, [shared] * len(rows), 1)
+        rows = [row[len(shared) :] for row in rows]
     ids, mask = pad_rows(rows, input_device(model))
     inputs = inputs_after(model, prefix, ids, mask)
     numbers, places = torch.arange(len(rows), device=ids.device), mask.sum(-1) - 1

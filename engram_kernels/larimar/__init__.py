@@ -11,6 +11,7 @@ from .long_context import read_recursively
 from .objective import Objective
 from .scope import ScopeDetector, key_scores, stored_keys
 from .scoped_model import ScopedModel
+from .token_values import ReadAloud, TokenValues, row_weights
 from .warm_start import warm_start
 
 if TYPE_CHECKING:
@@ -26,10 +27,13 @@ __all__ = [
     "LarimarConfig",
     "LarimarModel",
     "Objective",
+    "ReadAloud",
     "ScopeDetector",
     "ScopedModel",
+    "TokenValues",
     "key_scores",
     "read_recursively",
+    "row_weights",
     "stored_keys",
     "warm_start",
 ]

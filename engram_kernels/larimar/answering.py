@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
@@ -13,16 +13,17 @@ from ..hf.chat import chat_ids
 from ..hf.generation import write_on
 from ..memory.encoder import SentenceEncoder
 from ..memory.episodic import EpisodicMemory
+from ..memory.ledger import Entry, Id
 from ..memory.recall import PRIOR, STEP, Recalled
-from .coverage import coverage, passages
+from .coverage import coverage, excerpts
 from .grounding import first_sentence, grounded, has_sentence
 
 if TYPE_CHECKING:
     from ..hf.tokens import Tokenizer
 
 UNKNOWN = "I don't know."
-_TOLD = "You answer in one short sentence, only from what you were told."
-_ALONE = "You answer in one short sentence."
+TOLD = "You answer in one short sentence, only from what you were told."
+ALONE = "You answer in one short sentence."
 # Facts that the words of a question are compared with.
 _CANDIDATES = 8
 # The score from which on a fact answers a question; the hundred sentences it was chosen on: docs/larimar.md.
@@ -34,7 +35,7 @@ class Told(NamedTuple):
 
     Attributes:
         recalled: what the memory says of it.
-        passage: the part of its text that the question is about.
+        passage: the part of it that the question is about; of a fact with a key, of its value.
         coverage: how near it comes to the question's least covered word.
     """
 
@@ -81,6 +82,8 @@ class Answerer:
         decoder: a causal language model that was taught to converse.
         tokenizer: the decoder's.
         alone: whether the model answers by itself what the memory has nothing near to.
+        number: of several memories, the one that is asked.
+        where: which facts may be told, by id and entry; None: all.
         max_new_tokens: of an answer.
 
     Example:
@@ -98,6 +101,8 @@ class Answerer:
         decoder: nn.Module,
         tokenizer: Tokenizer,
         alone: bool = True,
+        number: int = 0,
+        where: Callable[[Id, Entry], bool] | None = None,
         max_new_tokens: int = 48,
     ):
         check.integer("max_new_tokens", max_new_tokens, at_least=1)
@@ -106,6 +111,8 @@ class Answerer:
         self.decoder = decoder
         self.tokenizer = tokenizer
         self.alone = alone
+        self.number = number
+        self.where = where
         self.max_new_tokens = max_new_tokens
 
     def __repr__(self) -> str:
@@ -121,30 +128,33 @@ class Answerer:
         if not facts or facts[0].score < _ANSWERS or facts[0].recalled.score < self.absent():
             outside = not facts or max(fact.recalled.score for fact in facts) < PRIOR
             if outside and self.alone:
-                return Answer(self._say(_ALONE, question), "model", facts)
+                return Answer(self.say(ALONE, question), "model", facts)
             return Answer(UNKNOWN, "nothing", facts)
         told, question = facts[0].passage, question.strip()
-        said = grounded(self._say(_TOLD, f"{told}\n\n{question}"), f"{told} {question}")
+        said = grounded(self.say(TOLD, f"{told}\n\n{question}"), f"{told} {question}")
         return Answer(told, "quote", facts) if said is None else Answer(said, "memory", facts)
 
     def absent(self) -> float:
         """The cosine of a question that no fact answers, by leave-one-out of the memory's own keys."""
-        return (self.memory.threshold() - STEP) / (1 - STEP)
+        return (self.memory.threshold(memory=self.number) - STEP) / (1 - STEP)
 
     def recall(self, question: str, top: int = _CANDIDATES) -> list[Told]:
         """The facts that a question may be about, the best first."""
         check.expect(bool(question.strip()), "question", "some text", "none")
         latent = self.encoder.encode([question]).cpu()
-        # A fact without a text has nothing that could be told.
-        found = self.memory.recall(latent, top, where=lambda _, entry: bool(entry.text))[0]
         facts = []
-        for recalled in found:
-            parts = passages(recalled.entry.text)
-            covered = coverage(self.encoder, question, parts)
+        for recalled in self.memory.recall(latent, top, memory=self.number, where=self._may_be_told)[0]:
+            key, value = _key_and_value(recalled.entry)
+            parts = excerpts(value)
+            covered = coverage(self.encoder, question, [f"{key} {part}" for part in parts] if key else parts)
             best = max(range(len(parts)), key=covered.__getitem__)
             facts.append(Told(recalled, parts[best], covered[best]))
         facts.sort(key=lambda fact: fact.score, reverse=True)
         return self._newest_first(facts)
+
+    def _may_be_told(self, name: Id, entry: Entry) -> bool:
+        """A fact without a text has nothing that could be told."""
+        return bool(entry.text) and (self.where is None or self.where(name, entry))
 
     def _newest_first(self, facts: list[Told]) -> list[Told]:
         """Put the newest of those that begin as the best one does before it."""
@@ -156,7 +166,7 @@ class Answerer:
         return [newest, *(fact for fact in facts if fact is not newest)]
 
     @torch.no_grad()
-    def _say(self, system: str, text: str) -> str:
+    def say(self, system: str, text: str) -> str:
         """The first sentence that the model says."""
         messages = [{"role": "system", "content": system}, {"role": "user", "content": text}]
         ids = chat_ids(self.tokenizer, messages)
@@ -172,6 +182,13 @@ class Answerer:
     def _closing(self) -> Sequence[int]:
         ids = self.decoder.generation_config.eos_token_id
         return ids if isinstance(ids, list) else [ids]
+
+
+def _key_and_value(entry: Entry) -> tuple[str, str]:
+    """What a fact answers, if that was written with it, and what it says."""
+    known = entry.metadata or {}
+    key, value = known.get("key"), known.get("value")
+    return (key, value) if isinstance(key, str) and isinstance(value, str) else ("", entry.text or "")
 
 
 def begin_alike(one: str, other: str) -> bool:

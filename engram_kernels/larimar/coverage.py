@@ -44,7 +44,7 @@ def coverage(encoder: SentenceEncoder, question: str, texts: Sequence[str]) -> l
     return [float((asked @ states.mT).amax(-1).min()) for states in told]
 
 
-def passages(text: str) -> list[str]:
+def excerpts(text: str) -> list[str]:
     """A text as a whole, or, where it is long, each two neighbouring sentences of it."""
     sentences = [part for part in _BETWEEN.split(text.strip()) if part]
     if len(text) <= _LONG or len(sentences) < 3:

@@ -173,17 +173,20 @@ class ReadAloud:
         return self.say(prompts, self.read(prompts), max_new_tokens)
 
     def say(self, prompts: Sequence[str], words: Sequence[str], max_new_tokens: int = 12) -> list[str]:
-        """Continue prompts with given words before the decoder; where they are empty it is the bare decoder."""
+        """Continue prompts with given words before the decoder; where they are empty, by itself."""
         rows = [
             self._row(" ".join(prompt.split()), text) for prompt, text in zip(prompts, words, strict=True)
         ]
+        return self.written(rows, max_new_tokens) if rows else []
+
+    def written(self, rows: Sequence[list[int]], max_new_tokens: int) -> list[str]:
+        """What the decoder writes after rows of tokens, up to the next punctuation."""
         closing = set(self.tokenizer.all_special_ids)
 
         def ends(written: list[int]) -> bool:
             return written[-1] in closing or _cut(self._text(written)) is not None
 
-        written = write_on(self.decoder, rows, max_new_tokens, ends) if rows else []
-        texts = [self._text(tokens) for tokens in written]
+        texts = [self._text(tokens) for tokens in write_on(self.decoder, rows, max_new_tokens, ends)]
         return [text.strip() if (cut := _cut(text)) is None else cut for text in texts]
 
     def _row(self, prompt: str, words: str) -> list[int]:

@@ -83,3 +83,12 @@ def test_rows_are_written_on_together_as_alone(family):
     assert write_on(model, rows, 6, lambda written: written == expected[1], prefix) == expected
     whole = [prefix + row for prefix, row in zip(prefixes, rows, strict=True)]
     assert write_on(model, whole, 6, lambda written: written == expected[1]) == expected
+    # What all rows begin with is read once, but for their last tokens.
+    alike = [prefixes[0] + row for row in (prefixes[0], [7], [])]
+    alone = [write_on(model, [row], 4, lambda _: False)[0] for row in alike]
+    sizes = []
+    with capture(
+        before={model: lambda _module, _given, named: sizes.append(tuple(named["input_ids"].shape))}
+    ):
+        assert write_on(model, alike, 4, lambda _: False) == alone
+    assert sizes[:2] == [(1, 3), (3, 5)]

@@ -7,7 +7,7 @@ from model_zoo import byte_level_tokenizer, small_model
 
 from engram_kernels.larimar import Answerer
 from engram_kernels.larimar.answering import UNKNOWN, begin_alike
-from engram_kernels.larimar.coverage import coverage, passages
+from engram_kernels.larimar.coverage import coverage, excerpts
 from engram_kernels.larimar.grounding import first_sentence, grounded, has_sentence
 from engram_kernels.memory import EpisodicMemory
 from engram_kernels.memory.recall import STEP
@@ -25,7 +25,7 @@ FACTS = {
 def told(answerer, question, said):
     """An answer for which the model says something given; and what it was told."""
     heard = []
-    answerer._say = lambda system, text: heard.append(text) or said
+    answerer.say = lambda system, text: heard.append(text) or said
     return answerer(question), heard
 
 
@@ -80,10 +80,10 @@ def test_a_question_is_covered_as_far_as_its_least_word():
     assert coverage(encoder, "What is it?", ["A tower."]) == [1.0] and coverage(encoder, question, []) == []
 
 
-def test_a_long_text_is_looked_at_in_passages():
+def test_a_long_text_is_told_in_excerpts():
     sentences = [f"Sentence number {i} of a story that is long enough to be cut." for i in range(8)]
-    assert passages(" ".join(sentences)) == [" ".join(sentences[i : i + 2]) for i in range(7)]
-    assert passages("Short. It is. Really.") == ["Short. It is. Really."] and passages("x" * 500) == [
+    assert excerpts(" ".join(sentences)) == [" ".join(sentences[i : i + 2]) for i in range(7)]
+    assert excerpts("Short. It is. Really.") == ["Short. It is. Really."] and excerpts("x" * 500) == [
         "x" * 500
     ]
 
@@ -140,6 +140,30 @@ def test_the_model_answers_alone_only_if_it_may(answerer):
     assert (answer.text, answer.source, heard) == (UNKNOWN, "nothing", [])
 
 
+def test_of_a_fact_with_a_key_the_value_is_told(answerer):
+    key, value = "Where is the Louvre?", "In Paris."
+    latents = answerer.encoder.encode([value, key])
+    known = [{"key": key, "value": value}]
+    answerer.memory.write(latents[:1], latents[1:], ["keyed"], [f"{key} → {value}"], known)
+    answer, heard = told(answerer, key, "In Paris, France.")
+    assert (answer.text, answer.source, heard) == ("In Paris.", "memory", [f"{value}\n\n{key}"])
+
+
+def test_each_user_has_answers_of_their_own():
+    encoder = sentence_encoder()
+    memory = EpisodicMemory(LATENT, LATENT, batch=2)
+    for number, fact in enumerate(("The tower is in Rome.", "The tower is in Oslo.")):
+        memory.write(encoder.encode([fact]), ids=[number], texts=[fact], memory=number)
+    for number, city in enumerate(("Rome", "Oslo")):
+        mine = Answerer(memory, encoder, small_model("llama"), byte_level_tokenizer(), number=number)
+        answer, _ = told(mine, f"The tower is in {city}.", "Madrid.")
+        assert answer.text == f"The tower is in {city}." and len(answer.facts) == 1
+    none = Answerer(
+        memory, encoder, small_model("llama"), byte_level_tokenizer(), where=lambda *_: False, number=0
+    )
+    assert told(none, "The tower is in Rome.", "So.")[0].source == "model"
+
+
 def test_an_empty_question_is_refused(answerer):
     with pytest.raises(ValueError, match="question: expected some text"):
         answerer("  ")
@@ -152,4 +176,4 @@ def test_what_the_model_says_is_what_it_generates(answerer):
         0, ids.shape[1] :
     ]
     said = answerer.tokenizer.decode(written, skip_special_tokens=True)
-    assert answerer._say("Be short.", "Where is the tower?") == first_sentence(said)
+    assert answerer.say("Be short.", "Where is the tower?") == first_sentence(said)
