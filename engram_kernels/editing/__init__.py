@@ -10,6 +10,7 @@ from .npz import load_npz, save_npz
 from .records import EditRecord, SkippedEdit
 from .result import EditResult
 from .routing import routed_expert
+from .store import EditStore, StoredEdit
 from .values import ValueOptions
 
 __all__ = [
@@ -17,9 +18,11 @@ __all__ = [
     "Edit",
     "EditRecord",
     "EditResult",
+    "EditStore",
     "Editor",
     "Method",
     "SkippedEdit",
+    "StoredEdit",
     "ValueOptions",
     "dequantize_layer",
     "load_model",

@@ -30,8 +30,8 @@ def weights_fingerprint(model: torch.nn.Module, projection: Projection) -> str:
 
     The statistics of a layer outlive edits of that layer, and of the layers above it.
     """
-    # Where a model came from, and by which version, says nothing about what it computes.
-    irrelevant = ("_name_or_path", "transformers_version")
+    # Where a model came from, by which version and which class, says nothing about what a layer computes.
+    irrelevant = ("_name_or_path", "transformers_version", "architectures", "use_cache")
     settings = {name: value for name, value in model.config.to_dict().items() if name not in irrelevant}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for adapter in adapter_settings(model):
