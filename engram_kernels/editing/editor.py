@@ -15,7 +15,7 @@ from .. import tracing
 from .._progress import Progress
 from ..covariance import Covariance
 from ..hf.eval_mode import eval_mode
-from ..hf.layers import decoder_layers
+from ..hf.layers import decoder_layers, uncompiled
 from ..hf.loading import cache_directory, writable_directory
 from ..hf.projection import default_layer, output_projection
 from .edit import Edit
@@ -61,7 +61,7 @@ class Editor:
         progress: called with the name of a stage, the work done and the work there is.
 
     Raises:
-        EngramError: the cache cannot be written.
+        EngramError: the model is not a causal language model, or the cache cannot be written.
         TypeError, ValueError: an argument is of the wrong kind or out of range.
 
     Example:
@@ -102,7 +102,9 @@ class Editor:
             check.expect(bare_prompt_weight <= 1, "bare_prompt_weight", "at most 1", bare_prompt_weight)
         check.number("ridge", ridge, at_least=0)
         check.integer("seed", seed)
-        self.model = model
+        # Compiled code does not call hooks; it reads the weights that are edited.
+        self.model = model = uncompiled(model)
+        decoder_layers(model)
         self.tokenizer = tokenizer
         self.cache = writable_directory(
             cache_directory(cache_dir), "cache_dir" if cache_dir else "the cache ($ENGRAM_CACHE)"

@@ -70,7 +70,7 @@ class Method:
 # it weighs 20 throughout, as SmolLM2 asks for, and what is in its unit is scaled with it.
 METHODS = {
     "engram": Method(
-        batch=1, key_ridge=10.0, texts=8, stop_probability=0.9,
+        batch=1, key_ridge=10.0, texts=12, stop_probability=0.95,
         source="this package: ROME under a key that every text answers to",
     ),
     "rome": Method(batch=1, source="Meng et al. 2022, arXiv 2202.05262"),

@@ -42,7 +42,7 @@ class StoreFolder:
     @property
     def entries(self) -> list[dict]:
         """Of each call that is kept: its folder, and the numbers of its edits."""
-        return self.manifest["entries"]
+        return self.manifest["entries"] if self.manifest else []
 
     @property
     def ids(self) -> list[int]:
@@ -115,7 +115,7 @@ class StoreFolder:
         """Save a result, then name it behind some entries: from that moment on these count, and no others."""
         (self.path / "edits").mkdir(exist_ok=True)
         self._sweep()
-        manifest = {**self.manifest, "entries": list(before)}
+        manifest = {**(self.manifest or {}), "entries": list(before)}
         if result is not None:
             manifest["folders"] += 1
             manifest["next"] = max(manifest["next"], 1 + max(ids))

@@ -26,10 +26,15 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
     Raises:
         TypeError: `model` is not a module.
-        EngramError: the model has no such list.
+        EngramError: the model has no such list, or two stacks, an encoder and a decoder.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a Hugging Face model, got {type(model).__name__}")
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise EngramError(
+            "model: expected a causal language model, which reads and writes in one stack of layers, got "
+            f"{type(model).__name__}, an encoder and a decoder"
+        )
     stacks = [
         (sum(parameter.numel() for parameter in module.parameters()), name, module)
         for name, module in model.named_modules()
@@ -43,6 +48,11 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
         )
     _, name, layers = max(stacks, key=lambda stack: stack[0])
     return name, layers
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The model inside of what `torch.compile` made of it: the same weights, and hooks that are called."""
+    return getattr(model, "_orig_mod", model)
 
 
 def decoder_layer(model: nn.Module, layer: int) -> tuple[str, nn.Module]:

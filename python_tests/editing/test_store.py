@@ -276,6 +276,7 @@ for _ in sys.stdin:
 """
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments(tmp_path):
     """kill -9 ten times: what was said to be done is there, whole, and nothing else but what was in hand."""
     here = os.path.dirname(__file__)
