@@ -1,4 +1,4 @@
-"""The command line: `engram doctor`, `edit`, `apply`, `eval`, `graft`, `memory` and `trace`."""
+"""The command line: `engram doctor`, `edit`, `apply`, `eval`, `graft`, `memory`, `store`, `trace`."""
 
 import logging
 import warnings
@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from . import apply, doctor, edit, evaluate, graft, memory, trace
+from . import apply, doctor, edit, evaluate, graft, memory, store, trace
 from .common import App, console, errors
 
 app = App(
@@ -26,6 +26,7 @@ app.command()(apply.apply)
 app.command("eval")(evaluate.evaluate)
 app.add_typer(graft.app, name="graft")
 app.add_typer(memory.app, name="memory")
+app.add_typer(store.app, name="store")
 app.command()(trace.trace)
 
 PACKAGE = Path(__file__).parents[1]

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 
 import torch
 
-from .._hashing import digest
+from .._hashing import digest, tensor_checksum
 from .._progress import Progress
 from .._ranks import ALONE, Ranks
 from ..covariance import Covariance
@@ -58,6 +58,7 @@ class Run:
         plan: how to write them.
         progress: called with the name of a stage, the work done and the work there is.
         ranks: share the values, and make the same writes.
+        after: the writes that stand in the model already, whose keys the method holds.
     """
 
     def __init__(
@@ -68,9 +69,11 @@ class Run:
         plan: Plan,
         progress: Progress | None = None,
         ranks: Ranks = ALONE,
+        after: Sequence[Write] = (),
     ):
         self.ranks = ranks
         self.model, self.tokenizer, self.edits, self.plan = model, tokenizer, list(edits), plan
+        self.after = list(after)
         self.progress = progress or (lambda *_: None)
         self.projections = [searched_projection(model, layer) for layer in plan.layers]
         self.skipped: list[SkippedEdit] = []
@@ -130,6 +133,7 @@ class Run:
             "key": repr(self.plan.key),
             "edits": digest([asdict(edit) for edit in self.edits]),
             "earlier": digest([asdict(edit) for edit in self._earlier]),
+            "after": digest([(write.module, tensor_checksum(write.keys)) for write in self.after]),
             "prefixes": digest(self._prefixes),
             "model": digest(weights_checksums(self.model), *adapter_settings(self.model)),
             "covariances": [f"{trace:.6e}" for trace in traces],
@@ -139,6 +143,10 @@ class Run:
         """Find and write everything; if anything fails, the weights are put back."""
         method = self.plan.method
         operators = {layer: LayerOperator(method, covariances[layer]) for layer in self.plan.layers}
+        layers = {projection.name: projection.layer for projection in self.projections}
+        for write in self.after:
+            if write.module in layers:
+                operators[layers[write.module]].remember(write.keys)
         edited = [EditedModule.of(projection) for projection in self.projections]
         originals = {projection.name: Snapshot(projection) for projection in self.projections}
         values: dict[int, Value] = {}
