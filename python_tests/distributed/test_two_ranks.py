@@ -58,8 +58,9 @@ def test_torchrun_starts_the_command_line(tmp_path):
         **os.environ, "OMP_NUM_THREADS": "1", "ENGRAM_CACHE": str(tmp_path / "cache"),
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
     }  # fmt: skip
+    command = list(map(str, command))
     done = subprocess.run(
-        list(map(str, command)), env=environment, capture_output=True, text=True, check=False
+        command, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Saved to") == 1, done.stdout
