@@ -50,8 +50,9 @@ def test_torchrun_starts_the_command_line(tmp_path):
     (tmp_path / "corpus.txt").write_text("\n\n".join(model_zoo.TEXTS))
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-        "-m", "engram_kernels.cli", "edit", "--model", tmp_path / "model", "--corpus", tmp_path / "corpus.txt",
-        "--tokens", "300", "--subject", "The Eiffel Tower", "--prompt", "{} is located in the city of",
+        "-m", "engram_kernels.cli", "edit", "--model", tmp_path / "model",
+        "--corpus", tmp_path / "corpus.txt", "--tokens", "300",
+        "--subject", "The Eiffel Tower", "--prompt", "{} is located in the city of",
         "--target", "Rome", "--layer", "1", "--device", "cpu", "--save", tmp_path / "edit",
     ]  # fmt: skip
     environment = {
@@ -59,9 +60,7 @@ def test_torchrun_starts_the_command_line(tmp_path):
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
     }  # fmt: skip
     command = list(map(str, command))
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Saved to") == 1, done.stdout
     result = EditResult.from_pretrained(tmp_path / "edit")
