@@ -23,6 +23,7 @@ from .common import (
     console,
     data_file,
     device_of,
+    group_of_ranks,
     load,
     versions,
 )
@@ -243,7 +244,7 @@ def evaluate(
         editor = Editor(
             network, tokenizer, corpus=corpus, tokens=tokens, seed=seed,
             bare_prompt_weight=bare_prompt_weight, consistent_key=not original_key,
-            value=value, progress=progress, **pairs,
+            value=value, progress=progress, group=group_of_ranks(), **pairs,
         )  # fmt: skip
         outcomes, retained, summary = evaluate_by(editor, report, options, settings, mode)
         compared = {f"{method}, {mode}": summary}

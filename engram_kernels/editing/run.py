@@ -29,6 +29,7 @@ from .preconditioner import LayerOperator
 from .reach import Reached, reached
 from .records import EditedModule, EditRecord, SkippedEdit, Write
 from .result import SHOWN, EditResult
+from .room import edits_that_fit, out_of_memory
 from .values import Value, ValueOptions, find_values, value_groups
 from .weights import Snapshot, matrix_checksum
 from .writing import write_values
@@ -242,17 +243,18 @@ class Run:
     def _values(self, batch: list[int], done: int, journal: Journal | None) -> dict[int, Value]:
         """The values of a batch by number, in the order of the batch; `done`: how many were found before."""
         encoded, device = [self.encoded[i] for i in batch], input_device(self.model)
-        groups = value_groups(encoded, self.plan.value, device)
+        # Ranks divide the edits alike, by the one that has least room.
+        fitting = self.ranks.everyone.each(
+            lambda: edits_that_fit(self.model, self.projections[-1], encoded, device)
+        )
+        groups = value_groups(encoded, self.plan.value, device, min(filter(None, fitting), default=None))
         costs = [len(group) * max(encoded[i].span[0] for i in group) for group in groups]
 
         def own() -> dict[int, Value | EngramError]:
             found: dict[int, Value | EngramError] = {}
             for task in sorted(self.ranks.mine(costs)):
                 found |= self._group([batch[i] for i in groups[task]], done + len(found), journal)
-            if self.ranks.size == 1:
-                return found
-            # The others may have no such device.
-            return {i: one if isinstance(one, EngramError) else one.to("cpu") for i, one in found.items()}
+            return {i: one if isinstance(one, EngramError) else self._light(one) for i, one in found.items()}
 
         found = {}
         for part in self.ranks.each(own):
@@ -265,6 +267,13 @@ class Run:
             else:
                 made[number] = value.to(self.projections[-1].matrix.device)
         return made
+
+    def _light(self, value: Value) -> Value:
+        """What a write asks of a value: over several layers only one of its keys."""
+        if len(self.projections) > 1:
+            value = replace(value, keys=value.keys[:1].clone())
+        # Other ranks may have no such device.
+        return value if self.ranks.size == 1 else value.to("cpu")
 
     def _group(
         self, numbers: list[int], done: int, journal: Journal | None
@@ -279,10 +288,21 @@ class Run:
         kept = self.ranks.mirror.decided(
             lambda: [journal.load_value(number, device) for number in numbers] if journal else []
         )
-        values: list[Value | EngramError] = [value for value in kept if value is not None]
+        values: list[Value | EngramError] | None = [value for value in kept if value is not None]
         if len(values) < len(numbers):
             encoded = [self.encoded[i] for i in numbers]
-            values = find_values(self.model, projection, encoded, options, progress)
+            try:
+                values = find_values(self.model, projection, encoded, options, progress)
+            except (RuntimeError, MemoryError) as error:
+                if len(numbers) == 1 or not out_of_memory(error):
+                    raise
+                values = None
+            if values is None:
+                # Outside of the handler, whose traceback holds on to what the search took.
+                torch.cuda.empty_cache()
+                half = len(numbers) // 2
+                first = self._group(numbers[:half], done, journal)
+                return first | self._group(numbers[half:], done + half, journal)
         for number, value in zip(numbers, values, strict=True):
             if isinstance(value, EngramError):
                 if not self.plan.skip_failures:
