@@ -61,7 +61,7 @@ def edit(
             "--space/--no-space", help="Whether a space stands before the target; default: by script."
         ),
     ] = None,
-    method: Annotated[str, typer.Option(help="engram, rome, memit, encore, …: docs/methods.md.")] = "engram",
+    method: Annotated[str, typer.Option(help="engram, rome, memit and others: docs/methods.md.")] = "engram",
     layer: Annotated[int | None, typer.Option(help="The decoder layer to write; default: by depth.")] = None,
     weight_decay: Annotated[
         float | None, typer.Option(help="Of the value's optimisation; larger ones change less.")
