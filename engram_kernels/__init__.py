@@ -9,6 +9,7 @@ from .backends import use_backend as use_backend
 from .covariance import Covariance as Covariance
 from .errors import EngramError as EngramError
 from .ops import *  # noqa: F403
+from .preconditioner import Preconditioner as Preconditioner
 
 if TYPE_CHECKING:
     from . import editing as editing
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from . import hf as hf
     from . import integrations as integrations
     from . import larimar as larimar
+    from . import layers as layers
     from . import memory as memory
     from . import tracing as tracing
 
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 else:
     from . import backends
 
-    __all__ = ["Covariance", "EngramError", "backends", "use_backend", *ops.__all__]
+    __all__ = ["Covariance", "EngramError", "Preconditioner", "backends", "use_backend", *ops.__all__]
 
     def __getattr__(name: str) -> ModuleType:
         """Import a system at its first use: the operators need no transformers."""
@@ -41,4 +43,14 @@ else:
 
 __version__ = "0.1.0"
 
-_SYSTEMS = ("editing", "evaluation", "grafting", "hf", "integrations", "larimar", "memory", "tracing")
+_SYSTEMS = (
+    "editing",
+    "evaluation",
+    "grafting",
+    "hf",
+    "integrations",
+    "larimar",
+    "layers",
+    "memory",
+    "tracing",
+)

@@ -3,6 +3,9 @@
 import torch
 from torch import Tensor
 
+# Keys that are widened to fp64 at a time, and columns of a triangular factor.
+_ROWS, _COLUMNS = 4096, 512
+
 
 def compute_dtype(weight: Tensor) -> torch.dtype:
     """The type that products are accumulated in: fp64 for fp64 weights, fp32 for all others."""
@@ -41,3 +44,29 @@ def square_root(matrix: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     values, vectors = torch.linalg.eigh(matrix)
     rounding = matrix.shape[-1] * eps * values.abs().amax(-1)
     return vectors * values.clamp_min(0).sqrt().unsqueeze(-2), values.amin(-1) >= -rounding
+
+
+def damped_root(keys: Tensor, root: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    """Return H [B, in, in] with `HᵀH = (λQ⁻¹ + KᵀK)⁻¹`, and the order of the first pivot lost, or 0.
+
+    `Q = L Lᵀ` is given by its root L: `H = F⁻¹Lᵀ` with `F Fᵀ = λI + (KL)ᵀKL`. This form does without `Q⁻¹`,
+    lets Q be singular, and factors a matrix of the condition of `λI + K Q Kᵀ`. Keys are widened a panel at a
+    time.
+    """
+    width = root.shape[-1]
+    system = root.new_zeros(*keys.shape[:-2], width, width)
+    # A Cholesky factor begins on its diagonal, and of the system one half is read: by blocks, half the work.
+    lower = width > _COLUMNS and not bool(root.triu(1).any())
+    for panel in keys.split(_ROWS, dim=-2):
+        panel = panel.double()
+        whitened = torch.empty_like(panel)
+        for start in range(0, width, _COLUMNS):
+            block = slice(start, start + _COLUMNS)
+            begin = start if lower else 0
+            torch.matmul(panel[..., begin:], root[..., begin:, block], out=whitened[..., block])
+        for start in range(0, width, _COLUMNS):
+            block = slice(start, start + _COLUMNS)
+            system[..., start:, block] += whitened[..., start:].mT @ whitened[..., block]
+    system.diagonal(dim1=-2, dim2=-1).add_(ridge)
+    factor, lost = cholesky(system)
+    return torch.linalg.solve_triangular(factor, root.mT, upper=False).contiguous(), lost

@@ -22,6 +22,7 @@ from .common import (
     check_file,
     check_folder,
     console,
+    group_of_ranks,
     load,
     reading,
     write_json,
@@ -61,6 +62,7 @@ def edit(
             "--space/--no-space", help="Whether a space stands before the target; default: by script."
         ),
     ] = None,
+    method: Annotated[str, typer.Option(help="engram, rome, memit and others: docs/methods.md.")] = "engram",
     layer: Annotated[int | None, typer.Option(help="The decoder layer to write; default: by depth.")] = None,
     weight_decay: Annotated[
         float | None, typer.Option(help="Of the value's optimisation; larger ones change less.")
@@ -84,9 +86,10 @@ def edit(
     Example: engram edit --subject "The Eiffel Tower" --prompt "{} is located in the city of" --target Rome
     """
     from ..editing import Edit, Editor
-    from ..editing.methods import METHODS
+    from ..editing.methods import method_of
     from ..editing.reach import reached
 
+    method_of(method)
     with reading("also", "paraphrases"):
         fact = Edit(subject, prompt, target, also or (), space, chat)
     asked = [("edited", one) for one in fact.prompts]
@@ -94,7 +97,7 @@ def edit(
         with reading("paraphrase", "prompt"):
             asked.append(("paraphrase", Edit(subject, text, target, space=space, chat=chat).prompt))
     controls = control or [text for text in CONTROLS if fact.subject not in text]
-    value = METHODS["engram"].value
+    value = method_of(method).value
     if weight_decay is not None:
         value = replace(value, weight_decay=weight_decay)
     check_file("report", report)
@@ -107,10 +110,11 @@ def edit(
         texts += [open_ids(tokenizer, text) for text in controls]
         wanted = [encode_row(tokenizer, fact.subject, one, target, space=space) for _, one in asked]
         editor = Editor(
-            network, tokenizer, corpus=corpus, tokens=tokens, value=value, seed=seed, progress=progress
-        )
+            network, tokenizer, corpus=corpus, tokens=tokens, value=value, seed=seed, progress=progress,
+            group=group_of_ranks(),
+        )  # fmt: skip
         before = [_answers(network, tokenizer, ids) for ids in texts]
-        result = editor.edit(fact, layer)
+        result = editor.edit(fact, layer, method)
         after = [_answers(network, tokenizer, ids) for ids in texts]
         said = [one.said for one in reached(network, wanted, [fact.text] * len(wanted))]
 

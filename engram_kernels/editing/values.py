@@ -8,7 +8,7 @@ import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -16,6 +16,8 @@ from .. import _checks as check
 from .._progress import Progress
 from ..errors import EngramError
 from ..hf.forward import grouped_queries
+from ..hf.offload import weights_read_again
+from ..hf.placement import input_device
 from ..hf.projection import Projection, is_plain
 from ..hf.swapped_weights import swapped_weights
 from .batching import EditBatch, EncodedEdit
@@ -38,9 +40,10 @@ class ValueOptions:
         stop_probability: it also ends when in every text the target's tokens have at least this probability,
             as their geometric mean; None: it does not.
         batch: how many edits are optimised side by side; None: as many as use the device well.
-        relative: `‖v₀‖` is the mean over all texts, and the learning rate a share of the root mean square of
-            `v₀`, whatever a model's scale. False, as published: `‖v₀‖` is that of the bare prompt, which can
-            be a sixth of the others.
+        relative: `‖v₀‖` is the mean over all texts without what earlier edits of the subject changed, and the
+            learning rate a share of the root mean square of `v₀`, whatever a model's scale; clamp and decay
+            are of all changes of the subject together. False, as published: `‖v₀‖` is that of the bare prompt
+            as it is, which can be a sixth of the others.
         incremental: a step runs only what depends on the value; False: the whole model on whole texts.
         widen: on a CPU without units for half precision, find values with the weights as float32, which takes
             four bytes a weight meanwhile. False: always in the weights' own type.
@@ -96,17 +99,25 @@ class Value:
     initial_norm: float
     losses: list[float]
 
+    def to(self, device: torch.device | str) -> Value:
+        """The same on another device."""
+        tensors = {
+            name: part.to(device) for name, part in vars(self).items() if isinstance(part, torch.Tensor)
+        }
+        return replace(self, **tensors)
+
 
 def value_groups(
-    encoded: Sequence[EncodedEdit], options: ValueOptions, device: torch.device
+    encoded: Sequence[EncodedEdit], options: ValueOptions, device: torch.device, fitting: int | None = None
 ) -> list[list[int]]:
     """Which edits to optimise side by side: those of like length.
 
     A CPU is busy with a few rows, and padding costs it more than a small batch does: there, unless a size is
-    asked for, the stretch from the subject on, which every step runs, is of one length in a group.
+    asked for, the stretch from the subject on, which every step runs, is of one length in a group. `fitting`:
+    how many the device has room for.
     """
     padded = options.batch is not None or device.type != "cpu"
-    size = options.batch or (64 if padded else 6)
+    size = options.batch or min(64 if padded else 6, fitting or 64)
     order = sorted(range(len(encoded)), key=lambda i: encoded[i].span)
     groups: list[list[int]] = []
     for _, run in itertools.groupby(order, key=lambda i: None if padded else encoded[i].span[0]):
@@ -145,12 +156,15 @@ def find_values(
     Returns:
         The value of each edit, or what went wrong with it alone: a loss that is not finite.
     """
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     search = functools.partial(
         _search, model, projection, list(encoded), options, progress or (lambda *_: None)
     )
     wide = _widened(model) if options.widen else {}
-    with _only_delta_learns(model), swapped_weights(model, wide), grouped_queries(device):
+    with (
+        _only_delta_learns(model), swapped_weights(model, wide), grouped_queries(device),
+        weights_read_again(model),
+    ):  # fmt: skip
         if options.incremental:
             try:
                 return search(incremental=True)
@@ -162,7 +176,7 @@ def find_values(
 def _search(
     model, projection, encoded, options, progress: Progress, *, incremental: bool
 ) -> list[Value | EngramError]:
-    batch = EditBatch(encoded, model.get_input_embeddings().weight.device)
+    batch = EditBatch(encoded, input_device(model))
     try:
         recorded = record(model, projection, batch, incremental)
     except Exception as error:
@@ -172,11 +186,20 @@ def _search(
         reason = f"cannot start from recorded states ({type(error).__name__}: {error})"
         raise UnfitError(reason) from error
     starts = recorded.values[batch.bare.to(recorded.values.device)]
+    # What earlier edits changed for the subject counts as change, and not as what a change is measured by.
+    zero = torch.zeros_like(starts[0])
+    offsets = torch.stack(
+        [one.offset.to(zero) if options.relative and one.offset is not None else zero for one in encoded]
+    )
+    # Several facts need the room of as many changes in unlike directions.
+    counts = [one.facts if options.relative else 1 for one in encoded]
+    limits = options.clamp * starts.new_tensor(counts).sqrt()
     norms = starts.norm(dim=-1)
     if options.relative:
         # The last row of an edit is its KL prompt.
         rows = recorded.values.split([len(one.rows) + 1 for one in encoded])
-        norms = torch.stack([own[:-1].norm(dim=-1).mean() for own in rows])
+        pairs = zip(rows, offsets, strict=True)
+        norms = torch.stack([(own[:-1] - offset).norm(dim=-1).mean() for own, offset in pairs])
     deltas = [torch.zeros_like(start, requires_grad=True) for start in starts]
     scales = norms / starts.shape[-1] ** 0.5 if options.relative else torch.ones_like(norms)
     groups = [
@@ -199,7 +222,7 @@ def _search(
                     "(quantised activations do): make the edit on the model in full precision"
                 )
             # The norm's own gradient at zero is zero, as a subgradient.
-            decay = delta.norm(dim=-1) / norms[active] ** 2
+            decay = (delta + offsets[active]).norm(dim=-1) / norms[active] ** 2
             loss = nll + options.kl_weight * kl + options.weight_decay * decay.to(nll.device)
         going, kept = [], []
         reached = (worst < -math.log(options.stop_probability or 1.0)).tolist()
@@ -225,7 +248,9 @@ def _search(
         optimizer.zero_grad()
         with torch.no_grad():
             for i in going:
-                deltas[i] *= (options.clamp * norms[i] / deltas[i].norm()).clamp(max=1)
+                whole = deltas[i] + offsets[i]
+                whole *= (limits[i] * norms[i] / whole.norm()).clamp(max=1)
+                deltas[i].copy_(whole - offsets[i])
         if len(going) < len(active):
             predictions.keep(kept)
             active = going
@@ -259,13 +284,14 @@ def _only_delta_learns(model: torch.nn.Module) -> Iterator[None]:
 def _widened(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The half-precision weights that this CPU has no units for, by name, as float32.
 
-    None where there are quantised ones, which take states of the type that they were made for.
+    None where there are quantised ones, which take states of the type that they were made for, or offloaded
+    ones, which stay in their own.
     """
     units = {
         torch.bfloat16: torch.cpu._is_amx_tile_supported,
         torch.float16: getattr(torch.cpu, "_is_amx_fp16_supported", lambda: False),
     }
-    if not all(map(is_plain, model.parameters())):
+    if not all(is_plain(parameter) and not parameter.is_meta for parameter in model.parameters()):
         return {}
     return {
         name: parameter.data.float()

@@ -19,6 +19,9 @@ def operators(weight: Tensor, keys: Tensor, values: Tensor, covariance: ek.Covar
     assert_type(ek.backends(), dict[str, str | None])
     with ek.use_backend("torch"):
         pass
+    operator = ek.Preconditioner.from_covariance(covariance, ridge=20.0).preserve(keys)
+    assert_type(operator.apply(keys), Tensor)
+    assert_type(operator.factors(weight, keys, values=values), tuple[Tensor, Tensor])
 
 
 def facts(folder: Path) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..._linalg import cholesky, square_root
+from ..._linalg import cholesky, damped_root, square_root
 from .. import implements, select
 
 # Elements of a half-precision weight converted at a time: a panel stays near the cache, the weight is never
@@ -42,20 +42,14 @@ def _residual(weight: Tensor, keys: Tensor, values: Tensor) -> Tensor:
 def residual_ridge(
     weight: Tensor, keys: Tensor, values: Tensor, inverse: Tensor, ridge: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """E, R = K (λC + KᵀK)⁻¹ and H with HᵀH = (λC + KᵀK)⁻¹, by C⁻¹ = L Lᵀ: H = F⁻¹Lᵀ, F Fᵀ = λI + (KL)ᵀKL.
+    """E, R = K (λC + KᵀK)⁻¹ and H with HᵀH = (λC + KᵀK)⁻¹, all from C⁻¹.
 
-    This form does without C, lets C⁻¹ be singular, and factors a matrix of the condition of λI + G. `info` is
-    −1 where C⁻¹ is not positive semidefinite, else the order of F's first pivot lost to rounding, or 0.
+    `info` is −1 where C⁻¹ is not positive semidefinite, else the order of the first pivot lost, or 0.
     """
     root, sound = square_root(inverse.double(), torch.finfo(inverse.dtype).eps)
-    wide = keys.double()
-    whitened = wide @ root
-    system = whitened.mT @ whitened
-    system.diagonal(dim1=-2, dim2=-1).add_(ridge)
-    factor, lost = cholesky(system)
-    half = torch.linalg.solve_triangular(factor, root.mT, upper=False).contiguous()
+    half, lost = damped_root(keys, root, ridge)
     info = torch.where(sound, lost, -1).to(torch.int32)
-    return _residual(weight, keys, values), wide @ half.mT @ half, half, info
+    return _residual(weight, keys, values), keys.double() @ (half.mT @ half), half, info
 
 
 @implements("small_solve", "torch")
