@@ -159,7 +159,7 @@ class Run:
             for original in originals.values():
                 original.restore()
             raise
-        note(self.model, result)
+        result._standing = note(self.model, (record.edit for record in result.records))
         _warn(result.records)
         return result
 

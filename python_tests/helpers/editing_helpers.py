@@ -17,7 +17,7 @@ def small_editor(family="llama", dtype=torch.float32, *, model=None, **arguments
         "value": ValueOptions(steps=10, learning_rate=0.02, weight_decay=0.0),
     }
     return Editor(
-        model or model_zoo.small_model(family, dtype=dtype),
+        model_zoo.small_model(family, dtype=dtype) if model is None else model,
         model_zoo.byte_level_tokenizer(),
         **{**settings, **arguments},
     )
