@@ -1,5 +1,6 @@
 """`engram edit`: one fact, before and after."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -82,7 +83,8 @@ def edit(
 
     Example: engram edit --subject "The Eiffel Tower" --prompt "{} is located in the city of" --target Rome
     """
-    from ..editing import Edit, Editor, ValueOptions
+    from ..editing import Edit, Editor
+    from ..editing.methods import METHODS
     from ..editing.reach import reached
 
     with reading("also", "paraphrases"):
@@ -92,7 +94,9 @@ def edit(
         with reading("paraphrase", "prompt"):
             asked.append(("paraphrase", Edit(subject, text, target, space=space, chat=chat).prompt))
     controls = control or [text for text in CONTROLS if fact.subject not in text]
-    value = ValueOptions() if weight_decay is None else ValueOptions(weight_decay=weight_decay)
+    value = METHODS["engram"].value
+    if weight_decay is not None:
+        value = replace(value, weight_decay=weight_decay)
     check_file("report", report)
     if save is not None:
         check_folder("save", save)

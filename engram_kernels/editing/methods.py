@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from .. import _checks as check
+from .values import ValueOptions
 
 CONFLICTS = ("refuse", "last")
 FAILURES = ("raise", "skip")
@@ -24,7 +25,7 @@ class Method:
         preserve: whether earlier batches are held.
         key_ridge: `λ` of the key that all texts answer to alike (`SpreadKey`); None: the mean key.
         texts: about how many texts a value is searched over; None: every prompt after every context.
-        stop_probability: of the value's optimisation, where the caller asks for none.
+        value: options of the value's optimisation, where the caller gives none.
     """
 
     layers: int = 1
@@ -34,12 +35,17 @@ class Method:
     preserve: bool = False
     key_ridge: float | None = None
     texts: int | None = None
-    stop_probability: float | None = None
+    value: ValueOptions = field(default_factory=ValueOptions)
 
 
 METHODS = {
     # This package's own: ROME under a key that every text of the edit answers to.
-    "engram": Method(batch=1, key_ridge=10.0, texts=12, stop_probability=0.95),
+    "engram": Method(
+        batch=1,
+        key_ridge=10.0,
+        texts=8,
+        value=ValueOptions(learning_rate=0.8, stop_probability=0.9, relative=True),
+    ),
     # Meng et al. 2022, arXiv 2202.05262.
     "rome": Method(batch=1),
     # Gupta et al. 2024, arXiv 2403.14236.
