@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-# Keys that are widened to fp64 at a time.
-_ROWS = 4096
+# Keys that are widened to fp64 at a time, and columns of a triangular factor.
+_ROWS, _COLUMNS = 4096, 512
 
 
 def compute_dtype(weight: Tensor) -> torch.dtype:
@@ -53,10 +53,20 @@ def damped_root(keys: Tensor, root: Tensor, ridge: float) -> tuple[Tensor, Tenso
     lets Q be singular, and factors a matrix of the condition of `λI + K Q Kᵀ`. Keys are widened a panel at a
     time.
     """
-    system = root.new_zeros(*keys.shape[:-2], *root.shape[-2:])
+    width = root.shape[-1]
+    system = root.new_zeros(*keys.shape[:-2], width, width)
+    # A Cholesky factor begins on its diagonal, and of the system one half is read: by blocks, half the work.
+    lower = width > _COLUMNS and not bool(root.triu(1).any())
     for panel in keys.split(_ROWS, dim=-2):
-        whitened = panel.double() @ root
-        system += whitened.mT @ whitened
+        panel = panel.double()
+        whitened = torch.empty_like(panel)
+        for start in range(0, width, _COLUMNS):
+            block = slice(start, start + _COLUMNS)
+            begin = start if lower else 0
+            torch.matmul(panel[..., begin:], root[..., begin:, block], out=whitened[..., block])
+        for start in range(0, width, _COLUMNS):
+            block = slice(start, start + _COLUMNS)
+            system[..., start:, block] += whitened[..., start:].mT @ whitened[..., block]
     system.diagonal(dim1=-2, dim2=-1).add_(ridge)
     factor, lost = cholesky(system)
     return torch.linalg.solve_triangular(factor, root.mT, upper=False).contiguous(), lost

@@ -280,7 +280,7 @@ class Preconditioner:
                     )
                 else:
                     half = self._damped(keys, ridge, "ridge")
-                    right = keys.double() @ half.T @ half
+                    right = keys.double() @ (half.T @ half)
                 return given.T.contiguous(), self._multiplied(right).to(dtype)
             wide = keys.double()
             if values is not None:

@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..errors import EngramError
-from ..hf.tokens import open_ids
+from ..hf.tokens import encode_row, open_ids, prompt_words
 from .common import (
     Corpus,
     Device,
@@ -40,13 +40,31 @@ def edit(
     prompt: Annotated[str, typer.Option(help="The text before the answer, with {} for the subject.")],
     target: Annotated[str, typer.Option(help="What the model shall say instead.")],
     model: Model = "smollm2",
+    also: Annotated[
+        list[str] | None,
+        typer.Option(help="The fact in other words, with {}, to be taught too; may be repeated."),
+    ] = None,
     paraphrase: Annotated[
-        list[str] | None, typer.Option(help="The same question in other words, with {}; may be repeated.")
+        list[str] | None,
+        typer.Option(help="The fact in other words, with {}, to be asked only; may be repeated."),
     ] = None,
     control: Annotated[
         list[str] | None, typer.Option(help="A prompt whose answer shall stay; may be repeated.")
     ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="The prompts are what a user says in a chat; the model answers.")
+    ] = False,
+    space: Annotated[
+        bool | None,
+        typer.Option(
+            "--space/--no-space", help="Whether a space stands before the target; default: by script."
+        ),
+    ] = None,
+    method: Annotated[str, typer.Option(help="engram, rome, memit, encore, …: docs/methods.md.")] = "engram",
     layer: Annotated[int | None, typer.Option(help="The decoder layer to write; default: by depth.")] = None,
+    weight_decay: Annotated[
+        float | None, typer.Option(help="Of the value's optimisation; larger ones change less.")
+    ] = None,
     corpus: Corpus = None,
     tokens: Tokens = None,
     dtype: Dtype = "float32",
@@ -55,61 +73,91 @@ def edit(
     save: Annotated[Path | None, typer.Option(help="Folder to save the edit to.")] = None,
     report: Annotated[Path | None, typer.Option(help="JSON file to write the answers to.")] = None,
     strict: Annotated[
-        bool, typer.Option("--strict", help="Exit with status 1 unless every answer is as wanted.")
+        bool,
+        typer.Option(
+            "--strict", help="Exit with status 1 unless the edit took and every answer is as wanted."
+        ),
     ] = False,
 ) -> None:
     """Rewrite a fact in a model, and show answers before and after.
 
     Example: engram edit --subject "The Eiffel Tower" --prompt "{} is located in the city of" --target Rome
     """
-    from ..editing import Edit, Editor
+    from ..editing import Edit, Editor, ValueOptions
+    from ..editing.methods import method_of
+    from ..editing.reach import reached
 
-    fact = Edit(subject, prompt, target)
-    prompts = [("edited", fact.text)]
-    for text in paraphrase or [frame.format(prompt) for frame in FRAMES]:
+    method_of(method)
+    with reading("also", "paraphrases"):
+        fact = Edit(subject, prompt, target, also or (), space, chat)
+    asked = [("edited", one) for one in fact.prompts]
+    for text in paraphrase or ([] if also or chat else [frame.format(prompt) for frame in FRAMES]):
         with reading("paraphrase", "prompt"):
-            prompts.append(("paraphrase", Edit(subject, text, target).text))
-    defaults = [text for text in CONTROLS if fact.subject not in text]
-    prompts += [("control", text) for text in control or defaults]
+            asked.append(("paraphrase", Edit(subject, text, target, space=space, chat=chat).prompt))
+    controls = control or [text for text in CONTROLS if fact.subject not in text]
+    value = ValueOptions() if weight_decay is None else ValueOptions(weight_decay=weight_decay)
     check_file("report", report)
     if save is not None:
         check_folder("save", save)
 
     with bars() as progress:
         network, tokenizer = load(progress, model, dtype, device)
-        editor = Editor(network, tokenizer, corpus=corpus, tokens=tokens, seed=seed, progress=progress)
-        before = [_answers(network, tokenizer, text) for _, text in prompts]
-        result = editor.edit(fact, layer)
-        after = [_answers(network, tokenizer, text) for _, text in prompts]
+        texts = [encode_row(tokenizer, fact.subject, one).ids for _, one in asked]
+        texts += [open_ids(tokenizer, text) for text in controls]
+        wanted = [encode_row(tokenizer, fact.subject, one, target, space=space) for _, one in asked]
+        editor = Editor(
+            network, tokenizer, corpus=corpus, tokens=tokens, value=value, seed=seed, progress=progress
+        )
+        before = [_answers(network, tokenizer, ids) for ids in texts]
+        result = editor.edit(fact, layer, method)
+        after = [_answers(network, tokenizer, ids) for ids in texts]
+        said = [one.said for one in reached(network, wanted, [fact.text] * len(wanted))]
 
     record = result.records[0]
     change = f"{record.probability_before:.4f} → {record.probability_after:.4f}"
-    table = Table("prompt", "before", "after", "", title=escape(f"{fact.text} → {fact.target}"))
-    table.caption = escape(f"{model}, {result.modules[0]}: p({fact.target}) on the edited prompt {change}")
+    table = Table("prompt", "before", "after", "", title=escape(fact.text))
+    table.caption = escape(
+        f"{model}, {result.modules[0]}: p({fact.target}) on the edited prompt {change}"
+        + ("" if record.took else "; the edit did not take")
+    )
     rows = []
-    for (kind, text), old, new in zip(prompts, before, after, strict=True):
-        first = new[0][0]
-        # The target may take several tokens: its first will do, but not the nothing that a line break leaves.
-        good = first == old[0][0] if kind == "control" else first != "" and fact.target.startswith(first)
-        mark = "[green]✓[/green]" if good else "[red]✗[/red]"
+    kinds = [*(kind for kind, _ in asked), *("control" for _ in controls)]
+    named = [*(prompt_words(one).replace("{}", fact.subject) for _, one in asked), *controls]
+    # The whole target, as greedy decoding gives it; of a control the first token, which stays.
+    stays = [old[0][0] == new[0][0] for old, new in zip(before, after, strict=True)]
+    good = [*said, *stays[len(said) :]]
+    for kind, text, old, new, wanted_so in zip(kinds, named, before, after, good, strict=True):
+        mark = "[green]✓[/green]" if wanted_so else "[red]✗[/red]"
         table.add_row(f"[dim]{kind}[/dim]\n{escape(text)}", _lines(old), _lines(new), mark)
-        rows.append({"kind": kind, "prompt": text, "before": old, "after": new, "as_wanted": good})
+        rows.append({"kind": kind, "prompt": text, "before": old, "after": new, "as_wanted": wanted_so})
     console.print(table)
     if save is not None:
         result.save_pretrained(save)
         console.print(f"Saved to {escape(str(save))}.")
     if report is not None:
         probability = {"before": record.probability_before, "after": record.probability_after}
-        write_json(report, {"module": result.modules[0], "probability": probability, "answers": rows})
-    if strict and not all(row["as_wanted"] for row in rows):
-        raise EngramError("strict: expected every answer as wanted, got those marked with ✗")
+        write_json(
+            report,
+            {
+                "module": result.modules[0],
+                "text": fact.text,
+                "took": record.took,
+                "probability": probability,
+                "reached": record.reached,
+                "answers": rows,
+            },
+        )
+    if strict and not (record.took and all(good)):
+        raise EngramError(
+            "strict: expected an edit that took and every answer as wanted, got those marked with ✗"
+        )
 
 
-def _answers(model, tokenizer, text: str, count: int = 3) -> list[tuple[str, float]]:
+def _answers(model, tokenizer, ids: list[int], count: int = 3) -> list[tuple[str, float]]:
     """The likeliest next tokens with their probabilities."""
-    ids = torch.tensor([open_ids(tokenizer, text)], device=model.device)
+    read = torch.tensor([ids], device=model.device)
     with torch.no_grad():
-        likely = model(input_ids=ids).logits[0, -1].float().softmax(-1).topk(count)
+        likely = model(input_ids=read).logits[0, -1].float().softmax(-1).topk(count)
     return [
         (tokenizer.decode([token]).strip(), probability)
         for token, probability in zip(likely.indices.tolist(), likely.values.tolist(), strict=True)

@@ -72,7 +72,7 @@ def evaluate(
     give: Annotated[
         int, typer.Option(help="So many of a row's paraphrases go into the edit, and are not asked.")
     ] = 0,
-    method: Annotated[str, typer.Option(help="rome, emmet, memit or alphaedit.")] = "rome",
+    method: Annotated[str, typer.Option(help="engram, rome, memit, encore, …: docs/methods.md.")] = "engram",
     mode: Annotated[
         str,
         typer.Option(

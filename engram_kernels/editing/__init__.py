@@ -1,4 +1,4 @@
-"""Edit facts in Hugging Face language models by low-rank writes (ROME, EMMET, MEMIT, AlphaEdit)."""
+"""Edit facts in Hugging Face language models by low-rank writes (ROME, MEMIT, AlphaEdit and their kin)."""
 
 from ..hf.dequantize import dequantize_layer
 from ..hf.experts import open_expert
@@ -6,6 +6,7 @@ from ..hf.loading import load_model
 from .checkpoint import edit_checkpoint
 from .edit import Edit
 from .editor import Editor
+from .methods import METHODS, Method
 from .npz import load_npz, save_npz
 from .records import EditRecord, SkippedEdit
 from .result import EditResult
@@ -13,10 +14,12 @@ from .routing import routed_expert
 from .values import ValueOptions
 
 __all__ = [
+    "METHODS",
     "Edit",
     "EditRecord",
     "EditResult",
     "Editor",
+    "Method",
     "SkippedEdit",
     "ValueOptions",
     "dequantize_layer",

@@ -7,7 +7,7 @@ from dataclasses import InitVar, dataclass, field
 
 from .. import _checks as check
 from ..hf.scripts import joint
-from ..hf.tokens import Prompt, check_prompt
+from ..hf.tokens import Prompt, check_prompt, prompt_words
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Edit:
     @property
     def prompt_text(self) -> str:
         """The prompt with its subject; of a chat the last message."""
-        return _words(self.prompt).replace("{}", self.subject)
+        return prompt_words(self.prompt).replace("{}", self.subject)
 
     @property
     def text(self) -> str:
@@ -92,8 +92,3 @@ class Edit:
 
 def _said(prompt: object, chat: bool) -> object:
     return [("user", prompt)] if chat and isinstance(prompt, str) else prompt
-
-
-def _words(prompt: Prompt) -> str:
-    """A text, or the last message of a chat."""
-    return prompt if isinstance(prompt, str) else prompt[-1][1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -12,16 +13,17 @@ import torch
 from .. import _checks as check
 from .. import tracing
 from .._progress import Progress
+from .._ranks import Ranks
 from ..covariance import Covariance
 from ..hf.eval_mode import eval_mode
 from ..hf.layers import decoder_layers
 from ..hf.loading import cache_directory, writable_directory
-from ..hf.placement import whole_model
-from ..hf.projection import default_layer, output_projection
+from ..hf.placement import mirrors, unwrapped, whole_model
+from ..hf.projection import default_layer, searched_projection
 from .edit import Edit
 from .journal import Journal
 from .keys import MeanKey, SpreadKey
-from .methods import METHODS, Method, check_choices, check_method
+from .methods import Method, check_choices, method_of
 from .moments import Moments
 from .prefixes import sample_prefixes
 from .result import EditResult
@@ -29,6 +31,8 @@ from .run import Plan, Run
 from .values import ValueOptions
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
     from ..hf.tokens import Tokenizer
 
 
@@ -59,9 +63,12 @@ class Editor:
         value: options of the value's optimisation.
         seed: of everything that is sampled; the global random state is neither used nor changed.
         progress: called with the name of a stage, the work done and the work there is.
+        group: of torch.distributed: its ranks, each with a replica of the model, share the corpus and the
+            values, and all make the same edits. Every rank makes the same calls. None: this process alone.
 
     Raises:
-        EngramError: the cache cannot be written, or the model is one of several replicas.
+        EngramError: the model is not a causal language model, or is one of several replicas; or the cache
+            cannot be written.
         TypeError, ValueError: an argument is of the wrong kind or out of range.
 
     Example:
@@ -85,6 +92,7 @@ class Editor:
         value: ValueOptions | None = None,
         seed: int = 0,
         progress: Progress | None = None,
+        group: ProcessGroup | None = None,
     ):
         _expect("model", model, "a Hugging Face causal language model", torch.nn.Module)
         _expect("cache_dir", cache_dir, "a path or None", str, os.PathLike, type(None))
@@ -102,7 +110,10 @@ class Editor:
             check.expect(bare_prompt_weight <= 1, "bare_prompt_weight", "at most 1", bare_prompt_weight)
         check.number("ridge", ridge, at_least=0)
         check.integer("seed", seed)
-        self.model = model = whole_model(model)
+        # Compiled code does not call hooks; it reads the weights that are edited.
+        self.model = model = whole_model(model) if group is None else unwrapped(model)
+        decoder_layers(model)
+        self.ranks = Ranks(group, mirrors(model))
         self.tokenizer = tokenizer
         self.cache = writable_directory(
             cache_directory(cache_dir), "cache_dir" if cache_dir else "the cache ($ENGRAM_CACHE)"
@@ -117,8 +128,9 @@ class Editor:
         self.progress = progress
         self._prefixes: list[str] | None = None
         self._moments = Moments(
-            model, tokenizer, corpus, self.cache, tokens=tokens, ridge=ridge, seed=seed, progress=progress
-        )
+            model, tokenizer, corpus, self.cache, tokens=tokens, ridge=ridge, seed=seed, progress=progress,
+            ranks=self.ranks,
+        )  # fmt: skip
 
     def __repr__(self) -> str:
         return f"Editor({type(self.model).__name__}, contexts={self.contexts}, ridge={self.ridge:g})"
@@ -127,7 +139,7 @@ class Editor:
         self,
         edits: Edit | Iterable[Edit],
         layers: int | Sequence[int] | None = None,
-        method: str = "engram",
+        method: str | Method = "engram",
         *,
         ridge: float | None = None,
         batch: int | None = None,
@@ -151,16 +163,20 @@ class Editor:
         | `"memit"` | 5 | all | 20 | Meng et al. 2023, arXiv 2210.07229 |
         | `"alphaedit"` | 5 | 100 | 10, in the null space of `C` | Fang et al. 2024, arXiv 2410.02355 |
 
+        docs/methods.md has them all: `"r-rome"`, `"encore"`, `"rlsedit"`, `"evoedit"`, `"betaedit"`, `"nse"`,
+        `"sphere"`, `"simie"`.
+
         Args:
             edits: the facts.
             layers: indices of the decoder layers, lowest first; None: the one at 0.2 of the depth, and those
                 around it over which the method spreads.
-            method: as in the table.
+            method: one of these, or settings of your own, such as
+                `replace(METHODS["encore"], moment=100.0)`.
             ridge: `λ`: how much of each change is given up for smaller writes; None: the method's.
             batch: how many edits are written at once; None: as many as the method does.
             preserve: how much later batches respect the keys of earlier ones: each key counts as much as
                 this many samples of the statistics. True: `1/λ`, as in MEMIT's objective, or 1 without a
-                ridge. None: the method's own choice; only AlphaEdit preserves.
+                ridge; `math.inf`: their answers stay exactly. None: the method's own choice.
             null_space: write only in directions in which the eigenvalue of `C` is at most this share of the
                 mean. None: the method's, 0.02 for AlphaEdit, whose own code takes an absolute number. Some
                 models have no such directions.
@@ -185,28 +201,33 @@ class Editor:
         plan = self._plan(layers, method, ridge, batch, preserve, null_space, conflicts, failures)
         edits = _edits(edits)
         for layer in plan.layers:
-            output_projection(self.model, layer)
-        with eval_mode(self.model):
-            run = Run(self.model, self.tokenizer, edits, plan, self.progress)
+            searched_projection(self.model, layer)
+        with eval_mode(self.model), self.ranks.failing_together():
+            run = Run(self.model, self.tokenizer, edits, plan, self.progress, self.ranks)
             run.begin()
             run.encode(self.prefixes())
             covariances = self.covariances(plan.layers)
-            journal = None if directory is None else Journal(directory, run.settings(covariances))
+            journal = None
+            if directory is not None:
+                settings = run.settings(covariances)
+                # The first rank makes the folder that the others find.
+                self.ranks.everyone.decided(lambda: Journal(directory, settings) and None)
+                journal = Journal(directory, settings)
             return run.result(covariances, journal)
 
     def _plan(self, layers, method, ridge, batch, preserve, null_space, conflicts, failures) -> Plan:
         """The method's settings and the caller's, checked."""
         check_choices(method, batch, conflicts, failures)
-        chosen = METHODS[method]
+        chosen = method_of(method)
         _expect("ridge", ridge, "a number or None", int, float, type(None))
         _expect("preserve", preserve, "True, False, a number or None", bool, int, float, type(None))
         _expect("null_space", null_space, "a number or None", int, float, type(None))
         ridge = chosen.ridge if ridge is None else ridge
         check.number("ridge", ridge, at_least=0)
-        preserve = chosen.preserve if preserve is None else preserve
-        if preserve is True:
-            preserve = 1.0 / ridge if ridge > 0 else 1.0
-        check.number("preserve", float(preserve), at_least=0)
+        if preserve is not None and preserve != math.inf:
+            check.number("preserve", float(preserve), at_least=0)
+        asked = {"ridge": float(ridge), "preserve": preserve, "null_space": null_space, "batch": batch}
+        chosen = replace(chosen, **{name: value for name, value in asked.items() if value is not None})
         layers = self.layers(method) if layers is None else _asked_layers(layers)
         if (len(layers) > 1 or ridge > 0) and not self.consistent_key:
             raise ValueError(
@@ -215,10 +236,7 @@ class Editor:
             )
         return Plan(
             layers=layers,
-            batch=chosen.batch if batch is None else batch,
-            ridge=float(ridge),
-            null_space=chosen.null_space if null_space is None else float(null_space),
-            preserve=float(preserve),
+            method=chosen,
             last_wins=conflicts == "last",
             skip_failures=failures == "skip",
             value=self._value_options(chosen),
@@ -237,14 +255,13 @@ class Editor:
             return self.value
         return replace(self.value, stop_probability=method.stop_probability)
 
-    def layers(self, method: str = "engram") -> tuple[int, ...]:
+    def layers(self, method: str | Method = "engram") -> tuple[int, ...]:
         """The layers that a method writes where none are asked for.
 
         Raises:
             ValueError: there is no such method.
         """
-        check_method(method)
-        count = METHODS[method].layers
+        count = method_of(method).layers
         first = max(0, default_layer(self.model) - count // 2)
         return tuple(range(len(decoder_layers(self.model)[1])))[first : first + count]
 
@@ -269,7 +286,7 @@ class Editor:
         Raises:
             EngramError: the corpus is empty or too small for the dimension of the key.
         """
-        with eval_mode(self.model):
+        with eval_mode(self.model), self.ranks.failing_together():
             return self._moments.covariances(layers)
 
     def use_covariance(self, layer: int, covariance: Covariance | None) -> None:

@@ -9,6 +9,7 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
+from ..hf.placement import unwrapped
 from .edit import Edit
 
 if TYPE_CHECKING:
@@ -39,9 +40,9 @@ def note(model: nn.Module, result: EditResult) -> None:
     """Remember that the edits of a result stand in a model now."""
     module = next(iter(result._originals.values())).projection.module
     facts = [record.edit for record in result.records]
-    _MADE.setdefault(model, []).append(_Entry(facts, weakref.ref(result), module))
+    _MADE.setdefault(unwrapped(model), []).append(_Entry(facts, weakref.ref(result), module))
 
 
 def facts_in(model: nn.Module) -> list[Edit]:
     """The facts that were written into a model and not taken back, the oldest first."""
-    return [fact for entry in _MADE.get(model, []) for fact in entry.now()]
+    return [fact for entry in _MADE.get(unwrapped(model), []) for fact in entry.now()]

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..preconditioner import Preconditioner
+
 
 @dataclass(frozen=True)
 class MeanKey:
@@ -18,12 +20,12 @@ class MeanKey:
 
     bare: float | None = None
 
-    def weights(self, keys: Tensor, preconditioner: Tensor) -> Tensor:
+    def weights(self, keys: Tensor, preconditioner: Preconditioner) -> Tensor:
         """`[texts]`, the share of each key; one that is 0, of a token that misses the expert, has none.
 
         Args:
             keys: `[texts, in]`, the bare prompt's first.
-            preconditioner: `[in, in]`, not asked here.
+            preconditioner: not asked here.
         """
         there = keys.any(-1).to(keys.dtype)
         others = len(keys) - 1
@@ -49,16 +51,16 @@ class SpreadKey:
 
     ridge: float
 
-    def weights(self, keys: Tensor, preconditioner: Tensor) -> Tensor:
+    def weights(self, keys: Tensor, preconditioner: Preconditioner) -> Tensor:
         """`[texts]`, the share of each key; they sum to 1, and a share may be negative.
 
         Args:
             keys: `[texts, in]`.
-            preconditioner: `[in, in]`, `C⁻¹` or what stands in its place.
+            preconditioner: `C⁻¹`, or what stands in its place.
         """
         there = keys.any(-1)
-        whitened = keys[there].to(preconditioner)
-        gram = whitened @ preconditioner @ whitened.T
+        wide = keys[there].double()
+        gram = preconditioner.apply(wide) @ wide.T
         gram.diagonal().add_(self.ridge)
         found = torch.linalg.solve((gram + gram.T) / 2, torch.ones_like(gram[:, 0]))
         weights = torch.zeros_like(keys[:, 0])

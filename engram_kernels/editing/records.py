@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from ..errors import EngramError
 from ..hf.projection import Projection
 from .edit import Edit
 from .weights import add_, matrix_checksum
@@ -99,10 +100,13 @@ class Write:
         if torch.equal(self.left.T, self.residuals):
             # `K rightᵀ = I − λS`, and the inverse of a part of a matrix comes from blocks of its inverse.
             whole = self.right.double()
-            leverage = self.keys.double() @ whole[gone].T
+            leverage = self.keys.double() @ whole.T
+            _check_joint(leverage, leverage.T)
+            leverage = leverage[:, gone]
             own = torch.linalg.solve(torch.eye(len(gone)).to(whole) - leverage[gone], whole[gone])
             left, right = residuals.T, (whole[kept] + leverage[kept] @ own).float()
         else:
+            _check_joint(left_factor(self.keys, self.right, self.residuals, self.ridge), self.left)
             right = self.right[kept]
             left = left_factor(keys, right, residuals, self.ridge)
         return Write(self.module, left, right, keys, residuals, self.ridge, edits)
@@ -143,6 +147,46 @@ class EditedModule:
             experts=getattr(projection.module, "count", None),
             dtype=str(projection.module.weight.dtype).removeprefix("torch."),
         )
+
+
+def _check_joint(found: Tensor, expected: Tensor) -> None:
+    """Raise unless keys, residuals and ridge determine a write: some methods multiply it afterwards."""
+    if (found - expected).norm() > 1e-2 * expected.norm():
+        raise EngramError(
+            "number: expected an edit of a write that its keys and residuals determine, got one whose method "
+            "multiplies updates afterwards; revert it, and edit without that one"
+        )
+
+
+def joint_write(writes: Sequence[Write]) -> Write:
+    """One write of all keys and residuals of several writes of a matrix, made for the same weights and `C`.
+
+    Each holds `P = K C⁻¹`, or `S P` with `S = (λI + P Kᵀ)⁻¹ = (I − K (S P)ᵀ) / λ`, from which `P` comes back.
+
+    Raises:
+        LinAlgError: the keys of all are dependent, and there is no ridge.
+    """
+    first = writes[0]
+    keys = torch.cat([write.keys for write in writes])
+    residuals = torch.cat([write.residuals for write in writes])
+    right = torch.cat([_preconditioned(write) for write in writes])
+    edits = tuple(edit for write in writes for edit in write.edits)
+    left = left_factor(keys, right, residuals, first.ridge)
+    return Write(first.module, left, right.float(), keys, residuals, first.ridge, edits)
+
+
+def _preconditioned(write: Write) -> Tensor:
+    """`K C⁻¹ [n, in]`, float64."""
+    right = write.right.double()
+    if not _carries_residuals(write):
+        return right
+    system = torch.eye(len(right), dtype=right.dtype) - write.keys.double() @ right.T
+    return torch.linalg.solve(system / write.ridge, right)
+
+
+def _carries_residuals(write: Write) -> bool:
+    """Whether the left factor is the residuals alone, and the right one is solved for."""
+    return write.ridge > 0 and torch.equal(write.left.T, write.residuals)
 
 
 def left_factor(keys: Tensor, right: Tensor, residuals: Tensor, ridge: float) -> Tensor:

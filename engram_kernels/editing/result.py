@@ -13,10 +13,11 @@ from torch import Tensor
 from .. import _checks as check
 from ..errors import EngramError
 from ..hf.hub import HubFolder
+from ..hf.placement import unwrapped
 from ..hf.projection import output_projection
 from .files import Content, load_edits, save_edits
 from .history import note
-from .records import EditedModule, EditRecord, SkippedEdit, Write, joined_factors
+from .records import EditedModule, EditRecord, SkippedEdit, Write, joined_factors, joint_write
 from .weights import Snapshot, matrix_checksum
 
 SHOWN = 3
@@ -114,6 +115,7 @@ class EditResult(HubFolder):
             raise EngramError(
                 "model: expected one for a result that is not applied, got a result that is: revert it first"
             )
+        model = unwrapped(model)
         projections = {}
         for edited in self.edited_modules:
             projection = output_projection(model, edited.layer)
@@ -233,6 +235,55 @@ class EditResult(HubFolder):
             for edited in result.edited_modules:
                 if edited.module not in merged.modules:
                     merged.edited_modules.append(replace(edited, edited_checksum=None))
+        return merged
+
+    @classmethod
+    def join(cls, results: Sequence[EditResult]) -> EditResult:
+        """Several results as one joint write, which is not applied: as if their edits had been made at once.
+
+        For jobs without a connection: each finds the values of its share of the edits in the same model with
+        the same covariance, and saves its result. For one layer the joint write of all is exact, where
+        `merge` adds what each wrote by itself. Over several layers the keys of the upper ones, and what
+        remains to be written there, are those that each job saw with its own edits below.
+
+        Args:
+            results: at least one, with one write a matrix each, in the order of the edits.
+
+        Raises:
+            TypeError: `results` holds something else.
+            ValueError: it is empty.
+            EngramError: the results were made for other weights, for other matrices or with another ridge,
+                wrote a matrix more than once, or have dependent keys.
+
+        Example:
+            >>> shares = [EditResult.from_pretrained(f"share-{number}") for number in range(8)]
+            >>> EditResult.join(shares).apply(model)
+        """
+        results = list(results)
+        merged = cls.merge(results)
+        modules = {edited.module: edited.base_checksum for edited in results[0].edited_modules}
+        for number, result in enumerate(results):
+            bases = {edited.module: edited.base_checksum for edited in result.edited_modules}
+            if bases != modules:
+                raise EngramError(
+                    f"results: expected edits of the same matrices, made for the same weights, got others in "
+                    f"number {number}"
+                )
+            if len(result.writes) > len(modules):
+                raise EngramError(
+                    f"results: expected one write a matrix, got {len(result.writes)} of {len(modules)} in "
+                    f"number {number}: batches that were found one on top of the other"
+                )
+        ridges = {write.ridge for write in merged.writes}
+        if len(ridges) > 1:
+            raise EngramError(f"results: expected one ridge, got {', '.join(f'{one:g}' for one in ridges)}")
+        try:
+            merged.writes = [
+                joint_write([write for write in merged.writes if write.module == module])
+                for module in modules
+            ]
+        except torch.linalg.LinAlgError as error:
+            raise EngramError("results: expected independent keys, or a ridge, got dependent ones") from error
         return merged
 
     def _save_pretrained(self, save_directory: Path) -> None:

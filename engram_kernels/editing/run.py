@@ -8,23 +8,24 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import torch
-from torch import Tensor
 
 from .._hashing import digest
 from .._progress import Progress
+from .._ranks import ALONE, Ranks
 from ..covariance import Covariance
 from ..errors import EngramError
 from ..hf.fingerprints import weights_checksums
 from ..hf.layers import adapter_settings
 from ..hf.placement import input_device
-from ..hf.projection import output_projection
+from ..hf.projection import searched_projection
 from ..hf.tokens import Row
 from .batching import EncodedEdit, encode_edit, encode_held
 from .edit import Edit
 from .history import facts_in, note
 from .journal import Journal
 from .keys import MeanKey, SpreadKey
-from .preconditioner import null_space, preserving
+from .methods import Method
+from .preconditioner import LayerOperator
 from .reach import Reached, reached
 from .records import EditedModule, EditRecord, SkippedEdit, Write
 from .result import SHOWN, EditResult
@@ -38,10 +39,7 @@ class Plan:
     """The settings of a run; `Editor.edit` has their meaning."""
 
     layers: tuple[int, ...]
-    batch: int | None
-    ridge: float
-    null_space: float | None
-    preserve: float
+    method: Method
     last_wins: bool
     skip_failures: bool
     value: ValueOptions
@@ -59,6 +57,7 @@ class Run:
         edits: the facts.
         plan: how to write them.
         progress: called with the name of a stage, the work done and the work there is.
+        ranks: share the values, and make the same writes.
     """
 
     def __init__(
@@ -68,10 +67,12 @@ class Run:
         edits: Sequence[Edit],
         plan: Plan,
         progress: Progress | None = None,
+        ranks: Ranks = ALONE,
     ):
+        self.ranks = ranks
         self.model, self.tokenizer, self.edits, self.plan = model, tokenizer, list(edits), plan
         self.progress = progress or (lambda *_: None)
-        self.projections = [output_projection(model, layer) for layer in plan.layers]
+        self.projections = [searched_projection(model, layer) for layer in plan.layers]
         self.skipped: list[SkippedEdit] = []
         # By the number of an edit; those that are skipped leave.
         self.encoded: dict[int, EncodedEdit] = {}
@@ -85,6 +86,9 @@ class Run:
         Raises:
             EngramError: a text cannot be used, or the model predicts NaN.
         """
+        plan = repr(self.plan)
+        self.ranks.check_same("edits", digest(plan, [asdict(edit) for edit in self.edits]))
+        self.ranks.check_same("model", [matrix_checksum(projection) for projection in self.projections])
         first: dict[Edit, int] = {}
         for number, edit in enumerate(self.edits):
             if first.setdefault(edit, number) != number:
@@ -96,6 +100,7 @@ class Run:
         known = [fact for fact in facts_in(self.model) if fact.subject in subjects]
         # Weights may have been put back in ways that nobody told us of.
         self._earlier = [fact for fact in known if self._says(fact)]
+        self.ranks.check_same("model", digest([asdict(fact) for fact in self._earlier]))
 
     def encode(self, prefixes: Sequence[str]) -> None:
         """Tokenise all edits after every prefix, and divide them into batches.
@@ -106,7 +111,7 @@ class Run:
         self._prefixes = list(prefixes)
         self._encode(list(self.encoded), prefixes)
         numbers = list(self.encoded)
-        size = self.plan.batch or max(1, len(numbers))
+        size = self.plan.method.batch or max(1, len(numbers))
         self.batches = [
             part
             for start in range(0, len(numbers), size)
@@ -117,8 +122,11 @@ class Run:
         """What the result depends on, for the journal."""
         # Not all bits of them, which depend on the number of threads that inverted them.
         traces = [covariances[layer].inverse().trace().item() for layer in self.plan.layers]
+        settings = asdict(self.plan)
         return {
-            **asdict(self.plan),
+            **settings.pop("method"),
+            "preserve": repr(self.plan.method.held),  # which may be infinite
+            **settings,
             "key": repr(self.plan.key),
             "edits": digest([asdict(edit) for edit in self.edits]),
             "earlier": digest([asdict(edit) for edit in self._earlier]),
@@ -129,7 +137,8 @@ class Run:
 
     def result(self, covariances: dict[int, Covariance], journal: Journal | None) -> EditResult:
         """Find and write everything; if anything fails, the weights are put back."""
-        preconditioners = {layer: self._preconditioner(covariances[layer]) for layer in self.plan.layers}
+        method = self.plan.method
+        operators = {layer: LayerOperator(method, covariances[layer]) for layer in self.plan.layers}
         edited = [EditedModule.of(projection) for projection in self.projections]
         originals = {projection.name: Snapshot(projection) for projection in self.projections}
         values: dict[int, Value] = {}
@@ -138,16 +147,16 @@ class Run:
             for number, batch in enumerate(self.batches):
                 self._hold(batch, list(values))
                 found = self._values(batch, len(values), journal)
-                written = self._written(number, found, preconditioners, journal)
-                if self.plan.preserve and written and number + 1 < len(self.batches):
+                written = self._written(number, found, operators, journal)
+                if written and number + 1 < len(self.batches):
                     for layer, write in zip(self.plan.layers, written, strict=True):
-                        held = preserving(preconditioners[layer], write.keys, self.plan.preserve)
-                        preconditioners[layer] = held
+                        operators[layer].remember(write.keys)
                 values |= found
                 writes += written
             self._check_any()
             for module, projection in zip(edited, self.projections, strict=True):
                 module.edited_checksum = matrix_checksum(projection)
+            self.ranks.check_same("model", [module.edited_checksum for module in edited])
             made = sorted(values)
             places = {number: place for place, number in enumerate(made)}
             result = EditResult(
@@ -164,12 +173,6 @@ class Run:
         note(self.model, result)
         _warn(result.records)
         return result
-
-    def _preconditioner(self, covariance: Covariance) -> Tensor:
-        """`C⁻¹`, or the projection that stands in its place."""
-        if self.plan.null_space is None:
-            return covariance.inverse()
-        return null_space(covariance, self.plan.null_space)
 
     def _encode(self, numbers: Iterable[int], prefixes: Sequence[str]) -> None:
         for number in numbers:
@@ -231,42 +234,64 @@ class Run:
     def _values(self, batch: list[int], done: int, journal: Journal | None) -> dict[int, Value]:
         """The values of a batch by number, in the order of the batch; `done`: how many were found before."""
         encoded, device = [self.encoded[i] for i in batch], input_device(self.model)
-        found: dict[int, Value] = {}
-        for group in value_groups(encoded, self.plan.value, device):
-            found |= self._group([batch[i] for i in group], done + len(found), journal)
-        return {number: found[number] for number in batch if number in found}
+        groups = value_groups(encoded, self.plan.value, device)
+        costs = [len(group) * max(encoded[i].span[0] for i in group) for group in groups]
 
-    def _group(self, numbers: list[int], done: int, journal: Journal | None) -> dict[int, Value]:
-        """The values of edits that are optimised side by side; those without one are skipped."""
+        def own() -> dict[int, Value | EngramError]:
+            found: dict[int, Value | EngramError] = {}
+            for task in sorted(self.ranks.mine(costs)):
+                found |= self._group([batch[i] for i in groups[task]], done + len(found), journal)
+            if self.ranks.size == 1:
+                return found
+            # The others may have no such device.
+            return {i: one if isinstance(one, EngramError) else one.to("cpu") for i, one in found.items()}
+
+        found = {}
+        for part in self.ranks.each(own):
+            found |= part
+        made = {}
+        for number in batch:
+            value = found[number]
+            if isinstance(value, EngramError):
+                self._skip(number, value)
+            else:
+                made[number] = value.to(self.projections[-1].matrix.device)
+        return made
+
+    def _group(
+        self, numbers: list[int], done: int, journal: Journal | None
+    ) -> dict[int, Value | EngramError]:
+        """The values of edits that are optimised side by side, or why there is none."""
         projection, options = self.projections[-1], self.plan.value
 
         def progress(stage: str, steps: int, _total: int) -> None:
             self.progress(stage, done * options.steps + steps, len(self.encoded) * options.steps)
 
-        kept = [journal.load_value(number, projection.matrix.device) for number in numbers] if journal else []
+        device = torch.device("cpu") if self.ranks.mirror.size > 1 else projection.matrix.device
+        kept = self.ranks.mirror.decided(
+            lambda: [journal.load_value(number, device) for number in numbers] if journal else []
+        )
         values: list[Value | EngramError] = [value for value in kept if value is not None]
         if len(values) < len(numbers):
             encoded = [self.encoded[i] for i in numbers]
             values = find_values(self.model, projection, encoded, options, progress)
-        found = {}
         for number, value in zip(numbers, values, strict=True):
             if isinstance(value, EngramError):
-                self._skip(number, value)
-                continue
-            if journal:
+                if not self.plan.skip_failures:
+                    raise value
+            elif journal:
                 journal.save_value(number, value)
-            found[number] = value
-        return found
+        return dict(zip(numbers, values, strict=True))
 
     def _written(
         self,
         number: int,
         found: dict[int, Value],
-        preconditioners: dict[int, Tensor],
+        operators: dict[int, LayerOperator],
         journal: Journal | None,
     ) -> list[Write]:
         """The writes of a batch, one a layer; they are done. An edit whose write fails leaves `found`."""
-        kept = journal.load_writes(number) if journal else None
+        kept = self.ranks.everyone.decided(lambda: journal.load_writes(number)) if journal else None
         if kept is not None:
             for projection, write in zip(self.projections, kept, strict=True):
                 write.apply_(projection)
@@ -278,7 +303,7 @@ class Run:
         try:
             writes = write_values(
                 self.model, self.projections, [self.encoded[i] for i in found], list(found.values()),
-                preconditioners, self.plan.key, list(found), self.plan.ridge, self.plan.bare_denominator,
+                operators, self.plan.key, list(found), self.plan.bare_denominator, self.ranks,
             )  # fmt: skip
         except EngramError as error:
             if not alone:
@@ -290,7 +315,7 @@ class Run:
             self._skip(failed, error)
             return []
         if journal:
-            journal.save_writes(number, writes)
+            self.ranks.decided(lambda: journal.save_writes(number, writes))
         return writes
 
     def _agreeing(self, batch: list[int]) -> list[int]:

@@ -11,6 +11,7 @@ import torch
 
 from .._io import save_tensors
 from .._progress import Progress
+from .._ranks import ALONE, Ranks
 from ..errors import EngramError
 from ..hf.hooks import Stop, capture, run_until
 from ..hf.placement import input_device
@@ -30,6 +31,7 @@ def second_moments(
     progress: Progress | None = None,
     sums: dict[int, torch.Tensor] | None = None,
     start: int = 0,
+    ranks: Ranks = ALONE,
 ) -> dict[int, torch.Tensor]:
     """`Σ kᵀk` over the inputs `k [in]` of each projection at every token of `ids`, in float64, in one pass.
 
@@ -41,6 +43,7 @@ def second_moments(
         sums: by layer, what is added to in place; None: zeros.
         start: the tokens at the beginning of `ids` that `sums` holds already, a number of those that
             `progress` was called with.
+        ranks: of which this one sees every `size`-th batch; the sums are its own.
 
     Returns:
         The sums: by layer, `[in, in]` float64 on the projection's device.
@@ -53,9 +56,9 @@ def second_moments(
     end = len(ids) // context * context
     whole, rest = ids[:end].view(-1, context), ids[end:].view(1, -1)
     seen = 0
-    for batch in (*whole.split(BATCH), rest):
+    for number, batch in enumerate((*whole.split(BATCH), rest)):
         seen += batch.numel()
-        if batch.numel() and seen > start:
+        if batch.numel() and seen > start and number % ranks.size == ranks.rank:
             _observe(model, projections, batch, sums)
             if progress:
                 progress("statistics", seen, len(ids))
@@ -78,7 +81,7 @@ def _observe(model, projections: Sequence[Projection], batch: torch.Tensor, sums
     def observer(projection: Projection):
         def observe(_module, arguments, _keywords):
             try:
-                second_moment_(sums[projection.layer], arguments[0])
+                second_moment_(sums[projection.layer], projection.inputs(arguments[0]))
             except ValueError as error:
                 # Everything else about the inputs is right by construction.
                 raise EngramError(

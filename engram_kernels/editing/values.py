@@ -8,7 +8,7 @@ import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -92,6 +92,13 @@ class Value:
     change: torch.Tensor
     initial_norm: float
     losses: list[float]
+
+    def to(self, device: torch.device | str) -> Value:
+        """The same on another device."""
+        tensors = {
+            name: part.to(device) for name, part in vars(self).items() if isinstance(part, torch.Tensor)
+        }
+        return replace(self, **tensors)
 
 
 def value_groups(

@@ -8,16 +8,17 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from .._ranks import ALONE, Ranks
 from ..errors import EngramError
 from ..hf.hooks import Stop, capture, run_until
 from ..hf.layers import decoder_layers
 from ..hf.placement import input_device
 from ..hf.projection import Projection
 from ..hf.tokens import pad_rows
-from ..ops import low_rank_factors
 from .batching import EncodedEdit
 from .keys import MeanKey, SpreadKey
 from .partial_forward import adding
+from .preconditioner import LayerOperator, Solved
 from .records import Write, left_factor
 from .values import Value
 
@@ -29,30 +30,30 @@ def write_values(
     projections: Sequence[Projection],
     encoded: Sequence[EncodedEdit],
     values: Sequence[Value],
-    preconditioners: Mapping[int, Tensor],
+    operators: Mapping[int, LayerOperator],
     key: MeanKey | SpreadKey,
     edits: Sequence[int],
-    ridge: float = 0.0,
     bare_denominator: bool = False,
+    ranks: Ranks = ALONE,
 ) -> list[Write]:
     """Write the changes of some edits, layer after layer, each of which takes its share of what is missing.
 
     For one layer the keys are those that the values were found with. For several, from the first to the last,
 
         R = (δ − what the last layer's output has changed by) / (layers that remain)
-        W ← W + Rᵀ (λI + K C⁻¹ Kᵀ)⁻¹ K C⁻¹
+        W ← W + Rᵀ (λI + K Q Kᵀ)⁻¹ K Q
 
     Args:
         model: as it was when the values were found.
         projections: of the layers, the first one first; the values belong to the last.
         encoded: the edits.
         values: of the edits.
-        preconditioners: by layer, `C⁻¹` or what stands in its place.
+        operators: by layer, `Q` as the method has it after the batches before.
         key: how the keys of an edit's texts become one.
         edits: the numbers of the edits, to be noted in the writes.
-        ridge: `λ`.
         bare_denominator: ROME as first published in code, for one layer: the answer to the bare prompt's key
-            `B` is what changes, `W ← W + Eᵀ (B Rᵀ)⁻ᵀ R` with `R = K C⁻¹`.
+            `B` is what changes, `W ← W + Eᵀ (B Rᵀ)⁻ᵀ R` with `R = K Q`.
+        ranks: share the passes, and do the same writes.
 
     Returns:
         One write a layer; they are done.
@@ -65,19 +66,19 @@ def write_values(
     if len(projections) == 1:
         (projection,) = projections
         texts = [value.keys[: _counted(one, key)] for one, value in zip(encoded, values, strict=True)]
-        keys = torch.stack([_combined(own, own, key, preconditioners[projection.layer]) for own in texts])
+        keys = torch.stack([_combined(own, own, key, operators[projection.layer]) for own in texts])
         bare = torch.stack([value.keys[0] for value in values]) if bare_denominator else None
-        return [_write(projection, encoded, keys, bare, residuals, preconditioners, ridge, edits)]
+        return [_write(projection, encoded, keys, bare, residuals, operators, edits)]
     last = projections[-1]
     check_additive(model, last, encoded[0])
     before, writes = None, []
     for number, projection in enumerate(projections):
-        own, above = subject_states(model, projection, last, encoded)
+        own, above = subject_states(model, projection, last, encoded, ranks)
         counts = [_counted(one, key) for one in encoded]
         keys, hidden = (
             torch.stack(
                 [
-                    _combined(of[:n], mine[:n], key, preconditioners[projection.layer])
+                    _combined(of[:n], mine[:n], key, operators[projection.layer])
                     for n, of, mine in zip(counts, states, own, strict=True)
                 ]
             )
@@ -86,7 +87,7 @@ def write_values(
         before = hidden if before is None else before
         missing = (residuals.to(hidden) - (hidden - before)) / (len(projections) - number)
         keys, missing = keys.to(projection.matrix.device), missing.to(projection.matrix.device)
-        writes.append(_write(projection, encoded, keys, None, missing, preconditioners, ridge, edits))
+        writes.append(_write(projection, encoded, keys, None, missing, operators, edits))
     return writes
 
 
@@ -95,41 +96,32 @@ def _counted(encoded: EncodedEdit, key: MeanKey | SpreadKey) -> int:
     return len(encoded.rewriting) if isinstance(key, MeanKey) else len(encoded.rows)
 
 
-def _combined(states: Tensor, keys: Tensor, key: MeanKey | SpreadKey, preconditioner: Tensor) -> Tensor:
+def _combined(states: Tensor, keys: Tensor, key: MeanKey | SpreadKey, operator: LayerOperator) -> Tensor:
     """The states `[texts, width]` of one edit combined as its keys are."""
-    return key.weights(keys, preconditioner).to(states) @ states
+    return key.weights(keys, operator.current).to(states) @ states
 
 
-def _write(
-    projection: Projection, encoded, keys, bare_keys, residuals, preconditioners, ridge: float, edits
-) -> Write:
+def _write(projection: Projection, encoded, keys, bare_keys, residuals, operators, edits) -> Write:
     """One joint write that changes the answer to every key by its residual."""
-    matrix, preconditioner = projection.matrix, preconditioners[projection.layer]
+    matrix, operator = projection.whole(), operators[projection.layer]
     try:
         if bare_keys is None:
-            # The bias, which stays, is in neither side of the constraint.
-            wanted = keys @ matrix.float().T + residuals
-            left, right = low_rank_factors(
-                matrix, keys, wanted, inverse_covariance=preconditioner, ridge=ridge
-            )
-            if ridge > 0 and 2 * len(keys) >= keys.shape[1]:
-                # The left factor is then the residuals as the op makes them out of the values.
-                left = residuals.T
+            solved = operator.factors(matrix, keys, residuals)
         else:
-            right = (keys.double() @ preconditioner).float()
-            left = left_factor(bare_keys, right, residuals, 0.0)
+            right = operator.current.apply(keys.double()).float()
+            solved = Solved(left_factor(bare_keys, right, residuals, 0.0), right, residuals, 0.0)
     except (EngramError, torch.linalg.LinAlgError) as error:
         if isinstance(error, EngramError) and not str(error).startswith("keys:"):
             raise
         raise EngramError(_dependent(encoded, keys.shape[1])) from error
     constrained = keys if bare_keys is None else bare_keys
     # In main memory, wherever the weights are: thousands of edits would fill a device.
-    left, right, constrained, residuals = (one.cpu() for one in (left, right, constrained, residuals))
-    write = Write(projection.name, left, right, constrained, residuals, ridge, tuple(edits))
+    left, right, wanted = (one.float().cpu() for one in (solved.left, solved.right, solved.residuals))
+    write = Write(projection.name, left, right, constrained.cpu(), wanted, solved.ridge, tuple(edits))
     if not (write.left.isfinite().all() and write.right.isfinite().all()):
         raise EngramError(f"edits: expected finite factors for {projection.name!r}, got NaN or infinity")
     write.apply_(projection)
-    if not projection.matrix.isfinite().all():
+    if not projection.whole().isfinite().all():
         raise EngramError(f"edits: expected weights in the range of {projection.matrix.dtype}, got infinity")
     return write
 
@@ -147,9 +139,13 @@ def _dependent(encoded: Sequence[EncodedEdit], width: int) -> str:
 
 @torch.no_grad()
 def subject_states(
-    model: nn.Module, projection: Projection, last: Projection, encoded: Sequence[EncodedEdit]
+    model: nn.Module,
+    projection: Projection,
+    last: Projection,
+    encoded: Sequence[EncodedEdit],
+    ranks: Ranks = ALONE,
 ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-    """The states at the subjects' last tokens, in the model as it is now.
+    """The states at the subjects' last tokens, in the model as it is now; ranks share the passes.
 
     Returns:
         For each edit the projection's inputs `[texts, in]` and the output of the last layer `[texts, width]`,
@@ -159,28 +155,38 @@ def subject_states(
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
     device = input_device(model)
     found: dict[str, list[Tensor]] = {"keys": [], "hidden": []}
+    widths = {"keys": projection.matrix.shape[1], "hidden": last.matrix.shape[0]}
     seen: dict[str, Tensor] = {}
 
     def see_keys(_module, arguments, _keywords):
-        seen["keys"] = arguments[0]
+        seen["keys"] = projection.inputs(arguments[0])
 
     def see_hidden(_module, _arguments, output):
         seen["hidden"] = output[0] if isinstance(output, tuple) else output
         raise Stop
 
     layer = decoder_layers(model)[1][last.layer]
-    with capture(before={projection.module: see_keys}, after={layer: see_hidden}):
-        for start in range(0, len(order), ROWS):
+
+    def observe() -> None:
+        for number, start in enumerate(range(0, len(order), ROWS)):
             batch = order[start : start + ROWS]
+            if number % ranks.size != ranks.rank:
+                # The others' states are added to these.
+                for name, width in widths.items():
+                    found[name].append(torch.zeros(len(batch), width, device=projection.matrix.device))
+                continue
             ids, mask = pad_rows([rows[i].ids for i in batch], device)
             run_until(model, input_ids=ids, attention_mask=mask)
             places = torch.arange(len(batch)), torch.tensor([rows[i].subject for i in batch])
             for name, states in found.items():
                 # Some models (OPT) flatten [rows, longest, width] before their MLP.
                 states.append(seen[name].reshape(*ids.shape, -1)[places].float())
+
+    with capture(before={projection.module: see_keys}, after={layer: see_hidden}):
+        ranks.own(observe)
     # Back into the order of the rows.
     back, counts = torch.tensor(order).argsort(), [len(one.rows) for one in encoded]
-    keys, hidden = (torch.cat(states)[back].split(counts) for states in found.values())
+    keys, hidden = (ranks.sum_(torch.cat(states))[back].split(counts) for states in found.values())
     return keys, hidden
 
 

@@ -26,6 +26,7 @@ class Outcome:
         seconds: the edit took, or had its share of edits done together; None of a run that was cut off.
         probability: of the whole target on the edited prompt when all writes were done; None where the
             editor does not tell.
+        took: whether the editor's own record says that it took; None likewise.
         steps, loss: of the value's optimisation, the number and the last one; None likewise.
         reverted_exactly: whether what was written is as it was, bit for bit, after this case or all of them.
     """
@@ -37,6 +38,7 @@ class Outcome:
     skipped: str | None = None
     seconds: float | None = None
     probability: float | None = None
+    took: bool | None = None
     steps: int | None = None
     loss: float | None = None
     reverted_exactly: bool | None = None

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from ..editing.edit import Edit
+from ..hf.scripts import whole_words
 from .cases import Question
 from .fields import Fields
 
@@ -239,8 +240,9 @@ def edit(subject: str | None, prompt: str, target: str) -> Edit:
     if subject is None:
         start = prompt.rstrip().rfind(" ") + 1
         return Edit(prompt[start:], prompt[:start] + "{}", target)
-    if "{}" not in prompt and subject in prompt:
-        prompt = prompt.replace(subject, "{}", 1)
+    places = [] if "{}" in prompt else whole_words(subject, prompt)
+    if places:
+        prompt = f"{prompt[: places[0]]}{{}}{prompt[places[0] + len(subject) :]}"
     return Edit(subject, prompt, target)
 
 

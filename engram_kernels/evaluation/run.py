@@ -299,6 +299,7 @@ def _finished(outcome: Outcome, after: Figures, record, seconds: float | None, e
         after=after,
         seconds=seconds,
         probability=getattr(record, "probability_after", None),
+        took=getattr(record, "took", None),
         steps=len(losses) if losses else None,
         loss=losses[-1] if losses else None,
         reverted_exactly=exact,

@@ -7,6 +7,7 @@ from .applied import AppliedGraft
 from .checkpoint import graft_checkpoint
 from .density import Density
 from .graft import Graft, Overlap
+from .joining import METHODS, join_state_dicts, trim
 from .localize import localize
 from .mask import GraftMask
 from .parameters import graftable_parameters
@@ -16,6 +17,7 @@ from .switch import GraftSwitch
 from .tasks import PromptTask
 
 __all__ = [
+    "METHODS",
     "RECIPES",
     "AppliedGraft",
     "ClassificationScore",
@@ -30,5 +32,7 @@ __all__ = [
     "classification_score",
     "graft_checkpoint",
     "graftable_parameters",
+    "join_state_dicts",
     "localize",
+    "trim",
 ]

@@ -120,7 +120,7 @@ def tensors_of(source: object, names: Sequence[str], argument: str) -> dict[str,
     elif isinstance(source, Mapping):
         found = source
     elif isinstance(source, (str, os.PathLike)):
-        found = _mapped(Path(source), names, argument)
+        found = mapped_tensors(Path(source), names, argument)
     else:
         raise TypeError(f"{argument}: expected a model, a mapping or a path, got {type(source).__name__}")
     missing = [name for name in names if name not in found]
@@ -129,8 +129,8 @@ def tensors_of(source: object, names: Sequence[str], argument: str) -> dict[str,
     return {name: found[name].detach() for name in names}
 
 
-def _mapped(path: Path, names: Sequence[str], argument: str) -> dict[str, Tensor]:
-    """Tensors of a safetensors file, or of a folder's shards; their pages are read when they are used."""
+def mapped_tensors(path: Path, names: Sequence[str], argument: str) -> dict[str, Tensor]:
+    """Those of the names that a safetensors file has, or a folder's shards; pages are read when used."""
     from safetensors import SafetensorError, safe_open
 
     try:

@@ -13,7 +13,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .._hashing import plain_tensors, tensor_checksum
 from .layers import adapter_settings, decoder_layers
-from .placement import is_sharded, named_tensors, plain_name, stored, unwrapped
+from .placement import is_sharded, local, named_tensors, plain_name, stored, unwrapped
 from .projection import Projection
 
 # Where a model came from and what it returns beside its states say nothing about the states.
@@ -79,7 +79,7 @@ def _state(tensor: Tensor) -> tuple:
     """A value that changes when a tensor is replaced or written; inference tensors count no writes."""
     return tuple(
         (part, inner.data_ptr(), object() if inner.is_inference() else inner._version)
-        for part, inner in plain_tensors("", tensor)
+        for part, inner in plain_tensors("", local(tensor))
     )
 
 

@@ -27,11 +27,16 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
     Raises:
         TypeError: `model` is not a module.
-        EngramError: the model has no such list.
+        EngramError: the model has no such list, or two stacks, an encoder and a decoder.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a Hugging Face model, got {type(model).__name__}")
     model = unwrapped(model)
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise EngramError(
+            "model: expected a causal language model, which reads and writes in one stack of layers, got "
+            f"{type(model).__name__}, an encoder and a decoder"
+        )
     stacks = [
         (sum(parameter.numel() for parameter in module.parameters()), name, module)
         for name, module in model.named_modules()

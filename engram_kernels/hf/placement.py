@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
 from .._ranks import together
 from ..errors import EngramError
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -30,7 +35,7 @@ def whole_model(model: nn.Module) -> nn.Module:
     if isinstance(model, nn.parallel.DistributedDataParallel) and together():
         raise EngramError(
             "model: expected the model itself, got it in DistributedDataParallel, where an edit of one rank "
-            "alone leaves the replicas different: give model.module, and make the same edits on every rank"
+            "alone leaves the replicas different: give the group of the ranks too, so that all make one edit"
         )
     return unwrapped(model)
 
@@ -54,11 +59,46 @@ def is_sharded(weight: object) -> bool:
     return hasattr(weight, "placements") and hasattr(weight, "to_local")
 
 
-def sharding(model: nn.Module, path: str) -> str:
-    """What divided the weights of a module among processes, in words."""
-    parts = path.split(".")
-    above = [model.get_submodule(".".join(parts[:count])) for count in range(len(parts) + 1)]
-    return "FSDP2" if any(hasattr(module, "unshard") for module in above) else "tensor parallelism"
+def whole(weight: Tensor) -> Tensor:
+    """A weight with the parts of all ranks, every one of which makes this call; one by itself as it is."""
+    weight = weight.detach()
+    return weight.full_tensor() if is_sharded(weight) else weight
+
+
+@torch.no_grad()
+def keep_part_(weight: Tensor, full: Tensor) -> None:
+    """Write a whole tensor into a weight that is divided: this rank's part of it, without communication."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = weight.device_mesh
+    copies = DTensor.from_local(full, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    weight.detach().to_local().copy_(copies.redistribute(placements=weight.placements).to_local())
+
+
+def local(weight: Tensor) -> Tensor:
+    """This rank's part of a weight, in its memory."""
+    return weight.detach().to_local() if is_sharded(weight) else weight
+
+
+def mirrors(model: nn.Module) -> ProcessGroup | None:
+    """The group of the ranks that divide a model among them; None where it is whole."""
+    for parameter in unwrapped(model).parameters():
+        if is_sharded(parameter):
+            mesh = parameter.device_mesh
+            return mesh.get_group() if mesh.ndim == 1 else torch.distributed.group.WORLD
+    return None
+
+
+def divide_again(model: nn.Module) -> None:
+    """Have FSDP2 give up the whole weights that it keeps after some passes: writes to them would be lost."""
+    for module in model.modules() if isinstance(model, nn.Module) else ():
+        if is_fsdp(module):
+            module.reshard()
+
+
+def is_fsdp(module: nn.Module) -> bool:
+    """Whether FSDP2 (`fully_shard`) divides a module's weights."""
+    return hasattr(module, "reshard") and hasattr(module, "unshard")
 
 
 def is_offloaded(module: nn.Module) -> bool:

@@ -60,6 +60,11 @@ def check_prompt(subject: str, prompt: str | Sequence) -> tuple[str, Prompt]:
     return subject, (*messages[:place], placed, *messages[place + 1 :])
 
 
+def prompt_words(prompt: Prompt) -> str:
+    """A text, or the last message of a chat."""
+    return prompt if isinstance(prompt, str) else prompt[-1][1]
+
+
 def _with_place(subject: str, prompt: str) -> str:
     """A prompt with one `{}`, which stands in the place of the subject's whole words where there was none."""
     check_text("prompt", prompt)

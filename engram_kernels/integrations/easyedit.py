@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
+import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -269,7 +270,7 @@ def _grace(editor: EasyEdit, requests: list[dict]) -> Callable[[], None]:
     owner = editor.model.get_submodule(parent)
     original = getattr(owner, last)
     settings = {"model_name": "engram", "device": editor.settings()["device"], "alg_name": "GRACE", **GRACE}
-    hyper = main.GraceHyperParams(**settings, inner_params=[f"{path}.weight"])
+    hyper = main.GraceHyperParams(**settings, inner_params=[re.sub(r"\.(\d+)", r"[\1]", path) + ".weight"])
 
     def undo() -> None:
         setattr(owner, last, original)

@@ -88,7 +88,7 @@ def sparse_diff(
     """
     old, new = as_lists(old=old, new=new)
     if index_dtype is None:
-        largest = max((tensor.numel() for tensor in old), default=0)
+        largest = max([0, *(tensor.numel() for tensor in old)])
         index_dtype = torch.int32 if largest <= NARROW else torch.int64
     known = index_dtype in (torch.int32, torch.int64)
     check.expect(known, "index_dtype", "torch.int32 or torch.int64", index_dtype, TypeError)

@@ -12,9 +12,22 @@ from .. import _checks as check
 from .._progress import Progress
 from ..errors import EngramError
 from ..hf.eval_mode import eval_mode
-from ..hf.tokens import check_length, check_prompt, check_text, encode_row, open_ids
+from ..hf.forward import target_predictions
+from ..hf.placement import unwrapped
+from ..hf.tokens import (
+    Prompt,
+    Row,
+    chat_text,
+    check_apart,
+    check_length,
+    check_prompt,
+    check_text,
+    encode_row,
+    open_ids,
+    prompt_words,
+)
 from .result import Trace
-from .runs import Runs, next_token
+from .runs import Runs
 
 if TYPE_CHECKING:
     from ..hf.tokens import Tokenizer
@@ -27,7 +40,7 @@ EMBEDDINGS = 4096
 def trace(
     model: nn.Module,
     tokenizer: Tokenizer,
-    prompt: str,
+    prompt: Prompt,
     subject: str,
     kind: str = "hidden",
     *,
@@ -54,14 +67,16 @@ def trace(
     Args:
         model: a Hugging Face causal language model.
         tokenizer: its tokenizer.
-        prompt: the text before the answer, with one `{}` for the subject, or the subject itself, once.
+        prompt: the text before the answer, with one `{}` for the subject, or the subject itself, once. Or the
+            messages of a chat, one of which is such a text.
         subject: what the fact is about.
         kind: what is restored: `"hidden"`, a decoder layer's output; `"mlp"` or `"attention"`, the outputs of
             these modules in the layers of a window.
         window: how many layers it has, `window // 2` of them below its cell; it ends where the model does.
         noise: in multiples of `sigma`.
         samples: corrupted copies.
-        target: the first token of this text is `o`; None: the token that the model predicts.
+        target: the answer `o`, to the letter, of which `p(o)` is the probability of all its tokens; None: the
+            token that the model predicts.
         sigma: standard deviation of the embeddings; None: of the whole vocabulary's. The paper takes it over
             the tokens of many subjects: `embedding_std`.
         seed: of the noise; the global random state is neither used nor changed.
@@ -89,7 +104,9 @@ def trace(
     check.number("noise", noise, at_least=0)
     if sigma is not None:
         check.number("sigma", sigma, at_least=0)
-    ids, span, label = _encode(model, tokenizer, prompt, subject, target)
+    row, first = _encode(model, tokenizer, prompt, subject, target)
+    ids, answer, span = row.ids[: row.target], row.ids[row.target :], (first, row.subject + 1)
+    model = unwrapped(model)
     with eval_mode(model), torch.no_grad():
         embedding = model.get_input_embeddings()
         if sigma is None:
@@ -97,23 +114,21 @@ def trace(
         generator = torch.Generator().manual_seed(seed)
         shape = (samples, span[1] - span[0], embedding.weight.shape[-1])
         drawn = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
-        runs = Runs(model, kind, ids, span[0], noise * sigma * drawn, batch)
-        chances = runs.clean()
-        label = int(chances.argmax()) if label is None else label
-        corrupted = runs.corrupted(label)
-        if not (check.is_finite(chances) and check.is_finite(corrupted)):
+        runs = Runs(model, kind, ids, answer, span[0], noise * sigma * drawn, batch)
+        clean, corrupted = runs.clean(), runs.corrupted()
+        if not (check.is_finite(clean) and check.is_finite(corrupted)):
             raise EngramError(f"model: expected finite predictions after {tokenizer.decode(ids)!r}, got NaN")
-        restored = runs.restored(label, 1 if kind == "hidden" else window, progress)
+        restored = runs.restored(1 if kind == "hidden" else window, progress)
     effects = corrupted.mean().repeat(len(ids), len(runs.layers))
     effects[span[0] :] = restored
-    answer = tokenizer.decode([label])
+    said = tokenizer.decode(runs.answer)
     return Trace(
         tokens=tuple(tokenizer.decode([token]) for token in ids),
         subject=span,
         kind=kind,
         window=1 if kind == "hidden" else window,
-        answer=answer.strip() or answer,
-        clean=chances[label].item(),
+        answer=said.strip() or said,
+        clean=clean.item(),
         corrupted=corrupted.mean().item(),
         effects=effects,
     )
@@ -138,7 +153,7 @@ def embedding_std(model: nn.Module, tokenizer: Tokenizer, subjects: Iterable[str
 
 
 def known(model: nn.Module, tokenizer: Tokenizer, row: Mapping[str, str]) -> bool:
-    """Whether the model's next token after `row["prompt"]` is the first one of `row["attribute"]`.
+    """Whether the model's answer to `row["prompt"]` begins with `row["attribute"]`, by greedy decoding.
 
     Args:
         model: a causal language model.
@@ -151,30 +166,32 @@ def known(model: nn.Module, tokenizer: Tokenizer, row: Mapping[str, str]) -> boo
     """
     missing = [name for name in ("prompt", "subject", "attribute") if name not in row]
     check.expect(not missing, "row", "prompt, subject and attribute", f"none of the name {missing}")
-    ids, _, label = _encode(model, tokenizer, row["prompt"], row["subject"], row["attribute"])
-    with eval_mode(model), torch.no_grad():
-        return int(next_token(model, ids, 1)[0][0].argmax()) == label
+    asked, _ = _encode(model, tokenizer, row["prompt"], row["subject"], row["attribute"])
+    model = unwrapped(model)
+    with eval_mode(model):
+        ((_, likeliest),) = target_predictions(model, [asked])
+    return likeliest == asked.ids[asked.target :]
 
 
-def _encode(
-    model: nn.Module, tokenizer, prompt: str, subject: str, target: str | None
-) -> tuple[list[int], tuple[int, int], int | None]:
-    """The prompt's tokens, the first of the subject and the one after its last, and the target's first."""
+def _encode(model: nn.Module, tokenizer, prompt: Prompt, subject: str, target: str | None) -> tuple[Row, int]:
+    """The tokens of prompt and target, and the first one of the subject."""
     subject, prompt = check_prompt(subject, prompt)
-    target = None if target is None else check_text("target", target)
+    if target is not None:
+        check_text("target", target)
     row = encode_row(tokenizer, subject, prompt, target or "")
-    text = prompt.replace("{}", subject)
-    check_length(model, row, text)
-    first = _first_token(tokenizer, text, prompt.index("{}"))
-    label = None if target is None else row.ids[row.target]
-    return row.ids[: row.target], (min(first, row.subject), row.subject + 1), label
+    text = prompt_words(prompt).replace("{}", subject)
+    check_length(model, check_apart(row, text, target or ""), text)
+    return row, min(_first_token(tokenizer, subject, prompt), row.subject)
 
 
-def _first_token(tokenizer, text: str, start: int) -> int:
-    """The index of the first token of what begins at `text[start]`."""
+def _first_token(tokenizer, subject: str, prompt: Prompt) -> int:
+    """The index of the subject's first token."""
+    special = isinstance(prompt, str)
+    template = prompt if special else chat_text(tokenizer, prompt)[0]
+    start, text = template.index("{}"), template.replace("{}", subject)
     if getattr(tokenizer, "is_fast", False):
-        offsets = tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
-        return next(i for i, (begin, end) in enumerate(offsets) if end > max(begin, start))
+        read = tokenizer(text, return_offsets_mapping=True, add_special_tokens=special)
+        return next(i for i, (begin, end) in enumerate(read["offset_mapping"]) if end > max(begin, start))
     before = text[:start].rstrip()
     if before:
         return encode_row(tokenizer, before, "{}" + text[len(before) :]).subject + 1

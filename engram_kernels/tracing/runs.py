@@ -28,15 +28,25 @@ class Runs:
         model: in evaluation mode, under `no_grad`.
         kind: what is restored.
         ids: the prompt's tokens.
+        answer: the tokens whose probability is measured; none: the one that the clean run predicts.
         first: the subject's first token.
         noise: `[samples, subject tokens, width]`.
         batch: the most rows in one forward pass; None: by the number of tokens.
     """
 
     def __init__(
-        self, model: nn.Module, kind: str, ids: list[int], first: int, noise: Tensor, batch: int | None
+        self,
+        model: nn.Module,
+        kind: str,
+        ids: list[int],
+        answer: list[int],
+        first: int,
+        noise: Tensor,
+        batch: int | None,
     ):
-        self.model, self.kind, self.ids, self.first, self.batch = model, kind, ids, first, batch
+        self.model, self.kind, self.first, self.batch = model, kind, first, batch
+        # All but the answer's last token are read, and each of its tokens is predicted one position earlier.
+        self.answer, self.prompt, self.ids = answer, len(ids), ids + answer[:-1]
         self.layers = decoder_layers(model)[1]
         self.modules = _modules(model, kind)
         self.noise = noise
@@ -46,20 +56,21 @@ class Runs:
         self.cached: list[tuple[Tensor, Tensor]] | None = None
 
     def clean(self) -> Tensor:
-        """The probability of every next token `[vocabulary]`; keeps the modules' outputs."""
+        """The answer's probability; keeps the modules' outputs."""
         with _recording(self.modules) as seen:
-            chances, _ = next_token(self.model, self.ids, 1)
+            found, _ = next_tokens(self.model, self.ids, 1, max(1, len(self.answer)))
+        self.answer = self.answer or [int(found[0, -1].argmax())]
         self.clean_states = [_states(output).reshape(len(self.ids), -1) for (output,) in seen]
-        return chances[0]
+        return self._chance(found)[0]
 
-    def corrupted(self, label: int) -> Tensor:
-        """The label's probability in every copy `[samples]`; keeps the layers' outputs, keys and values."""
+    def corrupted(self) -> Tensor:
+        """The answer's probability in every copy `[samples]`; keeps the layers' outputs, keys and values."""
         chances, caches = [], []
         with _recording(self.layers) as seen:
             for copies in torch.arange(len(self.noise), device="cpu").split(self._rows(len(self.ids))):
                 with self._corrupting(copies, 0):
-                    found, cache = next_token(self.model, self.ids, len(copies), use_cache=True)
-                chances.append(found[:, label].cpu())
+                    found, cache = self._answer(self.ids, len(copies), use_cache=True)
+                chances.append(found)
                 caches.append(keys_and_values(cache, len(self.layers), len(copies), len(self.ids)))
         self.corrupted_states = [torch.cat([_states(output) for output in outputs]) for outputs in seen]
         self.rest = [outputs[0][1:] if isinstance(outputs[0], tuple) else None for outputs in seen]
@@ -68,29 +79,37 @@ class Runs:
             self.cached = [tuple(map(torch.cat, zip(*layer, strict=True))) for layer in by_layer]
         return torch.cat(chances)
 
-    def restored(self, label: int, window: int, progress: Progress | None = None) -> Tensor:
-        """The label's mean probability with each cell restored `[tokens from the subject on, layers]`."""
+    def restored(self, window: int, progress: Progress | None = None) -> Tensor:
+        """The answer's mean probability with each cell restored `[tokens from the subject on, layers]`."""
         samples, depth = len(self.noise), len(self.layers)
-        effects = torch.empty(len(self.ids) - self.first, depth, dtype=torch.float32, device="cpu")
+        effects = torch.empty(self.prompt - self.first, depth, dtype=torch.float32, device="cpu")
         done = 0
-        for token in range(self.first, len(self.ids)):
+        for token in range(self.first, self.prompt):
             prefix = 0 if self.cached is None else token
             batch = self._rows(len(self.ids) - prefix)
             for layers in torch.arange(depth, device="cpu").split(max(1, batch // samples)):
                 chances = []
                 for rows in torch.arange(len(layers) * samples, device="cpu").split(batch):
                     layer, copies = layers[rows // samples], rows % samples
-                    chances.append(self._chances(label, token, layer, copies, window, prefix))
+                    chances.append(self._chances(token, layer, copies, window, prefix))
                     done += len(rows)
                     if progress:
                         progress(f"trace {self.kind}", done // samples, effects.numel())
                 effects[token - self.first, layers] = torch.cat(chances).view(-1, samples).mean(-1)
         return effects
 
-    def _chances(
-        self, label: int, token: int, layer: Tensor, copies: Tensor, window: int, prefix: int
-    ) -> Tensor:
-        """The label's probability in each of some rows, in one pass over what follows the prefix `[rows]`."""
+    def _answer(self, ids: list[int], rows: int, **inputs) -> tuple[Tensor, object]:
+        """The answer's probability after copies of a text that ends before its last token `[rows]`."""
+        found, cache = next_tokens(self.model, ids, rows, len(self.answer), **inputs)
+        return self._chance(found), cache
+
+    def _chance(self, found: Tensor) -> Tensor:
+        """The answer's probability `[rows]` by those of all tokens in its places."""
+        answer = torch.tensor(self.answer, device=found.device)[None, :, None]
+        return found.gather(-1, answer.expand(len(found), -1, 1))[..., 0].prod(-1).cpu()
+
+    def _chances(self, token: int, layer: Tensor, copies: Tensor, window: int, prefix: int) -> Tensor:
+        """The answer's probability in each row, in one pass over what follows the prefix `[rows]`."""
         # The first layer that each must run: those below give what they gave in the corrupted run.
         start = layer + 1 if self.kind == "hidden" else (layer - window // 2).clamp(min=0)
         with (
@@ -99,8 +118,7 @@ class Runs:
             self._restoring(token, layer, start, window, prefix),
         ):
             inputs = self._cache(start, copies, prefix)
-            found, _ = next_token(self.model, self.ids[prefix:], len(copies), **inputs)
-        return found[:, label].cpu()
+            return self._answer(self.ids[prefix:], len(copies), **inputs)[0]
 
     def _rows(self, tokens: int) -> int:
         """How many rows of that length share a pass."""
@@ -257,11 +275,13 @@ def _attention(block: nn.Module, number: int) -> nn.Module:
     return module
 
 
-def next_token(model: nn.Module, ids: list[int], rows: int, **inputs) -> tuple[Tensor, object]:
-    """The next token's probabilities after as many copies of a text `[rows, vocabulary]`, and the cache."""
+def next_tokens(
+    model: nn.Module, ids: list[int], rows: int, count: int = 1, **inputs
+) -> tuple[Tensor, object]:
+    """The probabilities at the last places of copies of a text `[rows, count, vocabulary]`, and the cache."""
     device = input_device(model)
     inputs = {"use_cache": False, **inputs}
     if takes(model, "logits_to_keep"):
-        inputs["logits_to_keep"] = 1
+        inputs["logits_to_keep"] = count
     output = model(input_ids=torch.tensor([ids], device=device).expand(rows, -1), **inputs)
-    return output.logits[:, -1].float().softmax(-1), output_cache(output)
+    return output.logits[:, -count:].float().softmax(-1), output_cache(output)

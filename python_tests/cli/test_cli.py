@@ -48,7 +48,7 @@ def test_edit_reports_and_saves(engram, folder, tmp_path):
         "--save", tmp_path / "edit", "--report", report, "--device", "cpu",
     )  # fmt: skip
     assert status == 0, err
-    assert "The Louvre is located in" in out and "→ Rome" in out
+    assert "The Louvre is located in" in out and "located in the city of Rome" in out
     content = json.loads(report.read_text())
     assert [row["kind"] for row in content["answers"]] == ["edited", "paraphrase", "control"]
     # A random model has no fact to win; the probability must be measured on both sides of the write.

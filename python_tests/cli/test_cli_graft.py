@@ -74,6 +74,7 @@ def test_localize_learns_tests_and_saves(engram, tmp_path):
         "--heat-map", picture, "--exclude", "*norm*",
     )  # fmt: skip
     assert (status, err) == (0, "")
+    assert "The fine-tuned model also changed 'model.embed_tokens.weight'" in " ".join(printed.split())
     for word in ("learn", "loss", "fine-tuned", "accuracy", "ECE", "Saved"):
         assert word in printed
     graft = Graft.from_pretrained(out)
@@ -116,7 +117,7 @@ def test_localize_on_documents(engram, tmp_path, recipe):
     )  # fmt: skip
     assert (status, err) == (0, "")
     graft = Graft.from_pretrained(tmp_path / "skill")
-    assert graft.size and graft.metrics.keys() == {"first_loss", "last_loss"}
+    assert graft.size and graft.metrics.keys() == {"first_loss", "last_loss", "changed_outside"}
     assert graft.recipe["steps"] == 5 and graft.recipe["accumulate"] == 2
     # The fine-tuned folder is float32: it is read in the base's dtype.
     assert {values.dtype for values in graft.values.values()} == {torch.bfloat16}

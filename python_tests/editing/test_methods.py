@@ -1,5 +1,6 @@
 """Batches of edits: one layer or several, a ridge or none, conflicts, failures, earlier edits kept."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -14,7 +15,8 @@ from engram_kernels.covariance import Covariance
 from engram_kernels.editing import Edit
 from engram_kernels.editing import run as run_module
 from engram_kernels.editing.batching import encode_edit
-from engram_kernels.editing.preconditioner import null_space, preserving
+from engram_kernels.editing.methods import METHODS
+from engram_kernels.editing.preconditioner import principal_directions
 from engram_kernels.editing.values import ValueOptions
 from engram_kernels.editing.writing import check_additive, subject_states
 from engram_kernels.errors import EngramError
@@ -186,35 +188,76 @@ def test_alphaedit_holds_earlier_batches_by_itself(make):
     threshold = float(moments.median() / moments.mean())
     options = {"layers": 1, "method": "alphaedit", "ridge": ridge, "batch": 2, "null_space": threshold}
     first, second = editor.edit(EDITS, **options).writes
-    projection = null_space(covariance, threshold)
+    principal = principal_directions(covariance, threshold)
+    projection = torch.eye(64).double() - principal.T @ principal
     old, new = first.keys.double(), second.keys.double()
     system = projection @ (old.T @ old + new.T @ new) + ridge * torch.eye(64).double()
     expected = torch.linalg.solve(system, projection @ new.T @ second.residuals.double()).T
     torch.testing.assert_close(second.left.double() @ second.right.double(), expected, rtol=1e-3, atol=1e-6)
 
 
-def test_preserving_operator():
-    generator = torch.Generator().manual_seed(0)
-    factor = torch.randn(12, 12, generator=generator, dtype=torch.float64)
-    covariance, keys = factor @ factor.T, torch.randn(3, 12, generator=generator, dtype=torch.float64)
-    expected = torch.linalg.inv(covariance + 7.0 * keys.T @ keys)
-    actual = preserving(torch.linalg.inv(covariance), keys, 7.0)
-    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(actual, actual.T)
-
-
-def test_null_space_operator():
+def test_principal_directions():
     generator = torch.Generator().manual_seed(0)
     basis, _ = torch.linalg.qr(torch.randn(6, 6, generator=generator, dtype=torch.float64))
     moments = torch.tensor([1e-4, 1e-3, 0.1, 1.0, 2.0, 3.0]).double()
-    inverse = basis @ torch.diag(1 / moments) @ basis.T
-    covariance = Covariance.from_second_moment(torch.linalg.inv(inverse), 1)
-    projection = null_space(covariance, 0.01)
-    torch.testing.assert_close(projection, basis[:, :2] @ basis[:, :2].T)
-    assert null_space(covariance, 0.01) is projection
+    covariance = Covariance.from_second_moment(basis @ torch.diag(moments) @ basis.T, 1)
+    principal = principal_directions(covariance, 0.01)
+    torch.testing.assert_close(principal.T @ principal, basis[:, 2:] @ basis[:, 2:].T)
+    assert principal_directions(covariance, 0.01) is principal
+    assert principal_directions(covariance, None) is None
     for threshold in (1e-9, 1e9):
         with pytest.raises(EngramError, match=r"^null_space: expected a threshold between .*, got "):
-            null_space(covariance, threshold)
+            principal_directions(covariance, threshold)
+
+
+MANY = [Edit(f"Tower {letter}", "{} is located in the city of", "Rome") for letter in "abcdef"]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_edits_and_reverts(make, name):
+    """Two batches, so that the second meets the keys of the first; a span that this random model has."""
+    editor = make()
+    moments = torch.linalg.eigvalsh(torch.linalg.inv(editor.covariance(1).inverse()))
+    method = replace(METHODS[name], layers=1, batch=min(3, METHODS[name].batch or 3))
+    if method.null_space is not None:
+        method = replace(method, null_space=float(moments[40] / moments.mean()), renew=method.renew and 3)
+    before = weights(editor.model)
+    result = editor.edit(MANY, layers=1, method=method)
+    assert len(result) == 6 and len(result.writes) == 6 // method.batch
+    assert changed(before, editor.model) == [f"{result.modules[0]}.weight"]
+    again = make()
+    again.edit(MANY, layers=1, method=method)
+    assert changed(weights(again.model), editor.model) == []
+    result.revert()
+    assert changed(before, editor.model) == []
+
+
+@pytest.mark.parametrize("count", [3, 40])
+def test_remove_refuses_what_keys_and_residuals_do_not_determine(make, count):
+    """SPHERE multiplies the update behind the solve, so that the rest of a write is another one."""
+    editor = make(value=ValueOptions(steps=2, learning_rate=0.02), contexts=())
+    edits = [Edit(f"Tower {chr(97 + i // 10)}{i % 10}", "{} is in", "Rome") for i in range(count)]
+    method = replace(METHODS["memit"], suppress=(0.5, 0.5), ridge=0.1)
+    with editor.edit(edits, layers=1, method=method) as result:
+        before = weights(editor.model)
+        with pytest.raises(EngramError, match=r"^number: expected an edit of a write that its keys"):
+            result.remove(1)
+        assert changed(before, editor.model) == [] and len(result) == count
+
+
+def test_evoedit_keeps_the_answers_to_earlier_keys(make):
+    """To rounding, where AlphaEdit's ridge gives some of them up."""
+    editor, answers = make(), {}
+    moments = torch.linalg.eigvalsh(torch.linalg.inv(editor.covariance(1).inverse()))
+    for name in ("alphaedit", "evoedit"):
+        projection = output_projection(editor.model, 1)
+        method = replace(METHODS[name], null_space=float(moments[40] / moments.mean()), ridge=0.1)
+        with editor.edit(MANY, layers=1, method=method, batch=3) as result:
+            first, second = result.writes
+            moved = first.keys @ (second.left @ second.right).T
+            answers[name] = float(moved.norm() / second.residuals.norm())
+        assert projection.matrix.isfinite().all()
+    assert answers["evoedit"] < 1e-5 < answers["alphaedit"]
 
 
 @pytest.mark.parametrize("family", ["gemma2", "granite"])

@@ -30,7 +30,9 @@ def test_easy_edit_s_counterfact(tmp_path):
 def test_rome_s_counterfact(tmp_path):
     (case,) = written(tmp_path / "a.json", [ROME])
     assert (case.name, case.kind, case.truth) == ("3", "counterfact", "Paris")
-    assert case.edit == Edit("The Eiffel Tower", "{} is located in the city of", "Rome")
+    assert (
+        case.edit.prompt_text == "The Eiffel Tower is located in the city of" and case.edit.target == "Rome"
+    )
     assert case.paraphrases == tuple(ROME["paraphrase_prompts"])
     assert case.neighbours == tuple(Question(prompt, "Paris") for prompt in ROME["neighborhood_prompts"])
     assert case.generation == tuple(ROME["generation_prompts"])
@@ -238,7 +240,7 @@ def test_cknowedit(tmp_path):
         "locality": [{}],
     }
     (case,) = written(tmp_path / "a.json", [row])
-    assert (case.edit.text, case.edit.target, case.truth) == (row["prompt"], "多此一举", "错误")
+    assert (case.edit.prompt_text, case.edit.target, case.truth) == (row["prompt"], "多此一举", "错误")
     assert case.paraphrases == ("画蛇添足是什么意思？",) and case.neighbours == ()
     assert case.portability == (Question("用画蛇添足造句", "他画蛇添足。"),)
 

@@ -141,7 +141,7 @@ def test_each_call_has_its_folder(tokenizer, cases, tmp_path):
 def test_the_editor_itself(tokenizer, cases, tmp_path, method):
     model = small_model("llama", len(tokenizer))
     before = checksums(model)
-    options = {"steps": 2, "learning_rate": 0.5}
+    options = {"steps": 2, "learning_rate": 0.02, "weight_decay": 0.0}
     editor = Editor(
         model, tokenizer, corpus=TEXTS * 4, cache_dir=tmp_path / "cache", contexts=((3, 2),),
         value=ValueOptions(**options),

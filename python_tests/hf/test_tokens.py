@@ -92,7 +92,7 @@ def prefixes_read(model, tokenizer, text):
 
 
 def answers_read(model, tokenizer, text):
-    _answers(model, tokenizer, text)
+    _answers(model, tokenizer, open_ids(tokenizer, text))
 
 
 def task_reads(model, tokenizer, text):

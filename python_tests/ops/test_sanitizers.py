@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 CPU = ROOT / "csrc" / "cpu"
 NATIVE = Path(__file__).parents[1] / "native"
-FAMILIES = ("low_rank", "graft", "memory")
+FAMILIES = ("low_rank", "graft", "memory", "ridge")
 COMPILER = shutil.which(os.environ.get("CXX", "c++"))
 X86 = platform.machine() in ("x86_64", "AMD64")
 # As in CMakeLists.txt.

@@ -88,18 +88,20 @@ def restored_module(model, family, kind, layer):
 
 
 @torch.no_grad()
-def one_at_a_time(model, family, found, ids, noise, label, kind, window):
-    """The probability of the label with each cell restored, by full passes with nothing shared."""
+def one_at_a_time(model, family, found, prompt, noise, answer, kind, window):
+    """The probability of the answer with each cell restored, by full passes with nothing shared."""
     first, end = found.subject
     depth = len(decoder_layers(model)[1])
     clean = {}
+    ids, wanted = prompt + answer[:-1], torch.tensor(answer)[None, :, None].expand(len(noise), -1, 1)
 
     def chances(hooks):
         with ExitStack() as stack:
             for module, hook in hooks:
                 stack.callback(module.register_forward_hook(hook).remove)
             logits = model(input_ids=torch.tensor([ids]).expand(len(noise), -1), use_cache=False).logits
-        return logits[:, -1].double().softmax(-1)[:, label].mean().item()
+        predicted = logits[:, -len(answer) :].double().softmax(-1)
+        return predicted.gather(-1, wanted)[..., 0].prod(-1).mean().item()
 
     def keep(layer):
         def hook(_module, _inputs, output):
@@ -123,9 +125,9 @@ def one_at_a_time(model, family, found, ids, noise, label, kind, window):
         return output
 
     corrupting = (model.get_input_embeddings(), corrupt)
-    truth = torch.empty(len(ids), depth, dtype=torch.float64)
+    truth = torch.empty(len(prompt), depth, dtype=torch.float64)
     unharmed = chances([keep(layer) for layer in range(depth)])
-    for token in range(len(ids)):
+    for token in range(len(prompt)):
         for layer in range(depth):
             below = layer - window // 2
             reached = range(max(0, below), min(depth, below + window))
@@ -156,7 +158,7 @@ def test_equal_to_one_cell_at_a_time(tokenizer, family, kind):
     noise = 0.9 * torch.randn(3, end - first, 32, generator=torch.Generator().manual_seed(5))
     window = 1 if kind == "hidden" else 3
     assert found.window == window
-    clean, corrupted, truth = one_at_a_time(model, family, found, ids, noise, label, kind, window)
+    clean, corrupted, truth = one_at_a_time(model, family, found, ids, noise, [label], kind, window)
     # The comparison means something only where restoring does something.
     effect = (truth - corrupted).abs().max().item()
     assert effect > (2e-4 if family in ("bloom", "gemma2") else 0.02)
@@ -302,15 +304,61 @@ def test_half_precision(tokenizer, kind, dtype):
     assert (found.effects - exact.effects).abs().max() < 0.1 * max(exact.clean, 0.1)
 
 
-def test_target(tokenizer):
-    model = small()
-    found = trace(model, tokenizer, PROMPT, SUBJECT, target="Rome and more", **SHORT)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_whole_answer_is_measured(tokenizer, kind):
+    model = sharp()
     row = encode_row(tokenizer, SUBJECT, PROMPT, "Rome and more")
-    with torch.no_grad():
-        chances = model(input_ids=torch.tensor([row.ids[: row.target]])).logits[0, -1].softmax(-1)
-    assert found.clean == pytest.approx(chances[row.ids[row.target]].item(), abs=1e-6)
-    assert found.answer == tokenizer.decode([row.ids[row.target]]).strip()
-    assert len(found.tokens) == row.target
+    prompt, answer = row.ids[: row.target], row.ids[row.target :]
+    found = trace(
+        model,
+        tokenizer,
+        PROMPT,
+        SUBJECT,
+        kind,
+        target="Rome and more",
+        samples=3,
+        window=3,
+        sigma=0.3,
+        seed=5,
+    )
+    assert len(answer) > 2 and len(found.tokens) == len(prompt) and found.answer == "Rome and more"
+    noise = 0.9 * torch.randn(
+        3, found.subject[1] - found.subject[0], 32, generator=torch.Generator().manual_seed(5)
+    )
+    window = 1 if kind == "hidden" else 3
+    clean, corrupted, truth = one_at_a_time(model, "llama", found, prompt, noise, answer, kind, window)
+    assert (truth / corrupted - 1).abs().max() > 0.02
+    assert found.clean == pytest.approx(clean, rel=1e-3)
+    assert found.corrupted == pytest.approx(corrupted, rel=1e-3)
+    torch.testing.assert_close(found.effects.double(), truth, rtol=1e-3, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "prompt, subject, target",
+    [
+        ("{}的首都是", "中国", "纽约"),
+        ('{} is in the city of "', "The Tower", "Rome"),
+        ("เมืองหลวงของ{}คือ", "ไทย", "โรม"),
+    ],
+)
+def test_any_script_is_traced_as_it_is_written(tokenizer, prompt, subject, target):
+    found = trace(small(), tokenizer, prompt, subject, target=target, **SHORT)
+    row = encode_row(tokenizer, subject, prompt, target)
+    assert tokenizer.decode(row.ids) == prompt.replace("{}", subject) + target
+    assert found.answer == target
+
+
+def test_a_chat_is_traced(tokenizer):
+    tokenizer.chat_template = CHAT
+    try:
+        found = trace(
+            small(), tokenizer, [{"role": "user", "content": "Where is {}?"}], SUBJECT, target="Rome", **SHORT
+        )
+    finally:
+        tokenizer.chat_template = None
+    assert "".join(found.tokens) == f"[user]Where is {SUBJECT}?[assistant]"
+    first, end = found.subject
+    assert "".join(found.tokens[first:end]).strip() == SUBJECT
 
 
 def test_progress_counts_cells(tokenizer):
@@ -336,6 +384,10 @@ def test_the_editor_traces_the_model_as_it_is_now(tokenizer, tmp_path):
     assert not torch.equal(editor.trace(PROMPT, SUBJECT, "mlp", **SHORT).effects, found.effects)
 
 
+CHAT = (
+    "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
 BAD = {
     "kind": ({"kind": "neuron"}, ValueError, "kind: expected 'hidden', 'mlp' or 'attention', got 'neuron'"),
     "window 0": ({"window": 0}, ValueError, "window: expected at least 1, got 0"),

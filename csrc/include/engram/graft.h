@@ -78,8 +78,8 @@ int64_t sparse_faults(const SparseTensor* tensors, int64_t count, bool wide_indi
 void sparse_apply(const SparseTensor* tensors, int64_t count, bool wide_indices, int threads);
 
 // Positions, ascending, and values in `ft` of the entries whose bits differ from those in `pre`; with a
-// threshold that is not negative, of these the ones whose difference, in float (double of f64), is above it or
-// NaN. f64 too. Reads once, and allocates a small multiple of what changed; false where there is no memory
+// threshold that is not negative, of these the ones whose difference, in float (double of f64), is above it
+// or NaN. f64 too. Reads once, and allocates a small multiple of what changed; false where there is no memory
 // for that.
 bool sparse_diff(const GraftTensor* tensors, int64_t count, double threshold, bool wide_indices, Place place,
                  void* context, int threads);

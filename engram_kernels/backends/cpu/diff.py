@@ -17,7 +17,9 @@ def sparse_diff(
 
     def place(counts: list[int]) -> list[tuple[int, int]]:
         index = torch.int64 if wide else torch.int32
-        indices.extend(x.new_empty(count, dtype=index) for x, count in zip(new, counts, strict=True))
+        indices.extend(
+            tensor.new_empty(count, dtype=index) for tensor, count in zip(new, counts, strict=True)
+        )
         values.extend(tensor.new_empty(count) for tensor, count in zip(new, counts, strict=True))
         return [(at.data_ptr(), value.data_ptr()) for at, value in zip(indices, values, strict=True)]
 

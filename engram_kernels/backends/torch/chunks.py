@@ -13,7 +13,7 @@ class Chunks:
     of one step depend on those of the step before, and not on each other.
     """
 
-    def __init__(self, tokens: Tensor, cu_seqlens: Tensor | None):
+    def __init__(self, tokens: Tensor, cu_seqlens: Tensor | None, size: int | None = None):
         batch, length = tokens.shape[:2]
         device = tokens.device
         if cu_seqlens is None:
@@ -22,7 +22,7 @@ class Chunks:
             ends = cu_seqlens.cpu().long()
         lengths = ends.diff()
         self.shape = (batch, length)
-        self.size = max(1, min(SIZE, int(lengths.max())))
+        self.size = max(1, min(size or SIZE, int(lengths.max())))
         counts = -(-lengths // self.size)
         sequence = torch.repeat_interleave(torch.arange(len(lengths)), counts)
         step = torch.arange(len(sequence)) - (counts.cumsum(0) - counts)[sequence]

@@ -49,7 +49,7 @@ def residual_ridge(
     root, sound = square_root(inverse.double(), torch.finfo(inverse.dtype).eps)
     half, lost = damped_root(keys, root, ridge)
     info = torch.where(sound, lost, -1).to(torch.int32)
-    return _residual(weight, keys, values), keys.double() @ half.mT @ half, half, info
+    return _residual(weight, keys, values), keys.double() @ (half.mT @ half), half, info
 
 
 @implements("small_solve", "torch")

@@ -69,7 +69,7 @@ class _Problem(NamedTuple):
 _SLICED = ("q", "k", "v", "beta", "log_decay", "pairwise", "ridge", "gram", "cross")
 
 
-def _prepare(
+def prepare(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -81,8 +81,10 @@ def _prepare(
     log_decay: Tensor,
     cu_seqlens: Tensor | None,
     ridge_decays: bool,
+    size: int | None = None,
 ) -> _Problem:
-    chunks = Chunks(q, cu_seqlens)
+    """Cut into chunks, and sum what each of them meets."""
+    chunks = Chunks(q, cu_seqlens, size)
     q, k, v, beta = map(chunks.split, (q, k, v, beta))
     g = None if decay is None else chunks.split(decay).cumsum(-1)
     total = None if g is None else g[..., -1]
@@ -106,42 +108,38 @@ def _cholesky(system: Tensor) -> Tensor:
     return factor.masked_fill_((info > 0)[..., None, None], torch.nan)
 
 
-class _Whitened(NamedTuple):
-    """R, and in its coordinates: queries Y, memory N, the chunk's directions A and innovations E."""
-
-    factor: Tensor
-    queries: Tensor
-    memory: Tensor
-    directions: Tensor
-    innovations: Tensor
-
-
-def _whiten(p: _Problem) -> _Whitened:
-    count, width = p.q.shape[-2:]
+def whiten(p: _Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """R; in its coordinates the queries Y and keys X, [chunks, H, C, K], and the memory N, [..., K, V]."""
+    count = p.q.shape[-2]
     factor = _cholesky(p.gram + torch.diag_embed(p.ridge))
-    root = p.beta.sqrt().unsqueeze(-1)
     # LAPACK takes columns: rows that are stacked and turned are solved for without a copy.
-    rows = torch.cat([p.q, p.k * root, p.cross.mT], -2)
+    rows = torch.cat([p.q, p.k * p.beta.sqrt().unsqueeze(-1), p.cross.mT], -2)
     rows = torch.linalg.solve_triangular(factor, rows.mT, upper=False).mT
     y, x, memory = rows.split([count, count, p.v.shape[-1]], -2)
+    return factor, y, x, memory.mT
+
+
+def _within(p: _Problem, x: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
+    """The chunk's directions A and innovations E."""
     system = x @ x.mT
     diagonal = system.diagonal(dim1=-2, dim2=-1)
     diagonal += 1.0 if p.log_decay is None else p.log_decay.exp()
-    rows = torch.cat([x.mT, (p.v * root - x @ memory.mT).mT], -2)
+    rows = torch.cat([x.mT, (p.v * p.beta.sqrt().unsqueeze(-1) - x @ memory).mT], -2)
     rows = torch.linalg.solve_triangular(_cholesky(system), rows.mT, upper=False).mT
-    directions, innovations = rows.split([width, p.v.shape[-1]], -2)
-    return _Whitened(factor, y, memory.mT, directions.mT, innovations.mT)
+    directions, innovations = rows.split([x.shape[-1], p.v.shape[-1]], -2)
+    return directions.mT, innovations.mT
 
 
 def _solve_rank_one(p: _Problem, d_out: Tensor) -> tuple[Tensor, Tensor]:
     """qᵢ Sᵢ⁻¹ and Sᵢ⁻¹ Gᵢ doᵢ."""
-    w = _whiten(p)
-    x = w.queries - (w.queries @ w.directions.mT).tril_() @ w.directions
+    factor, queries, keys, memory = whiten(p)
+    directions, innovations = _within(p, keys, memory)
+    x = queries - (queries @ directions.mT).tril_() @ directions
     if p.log_decay is not None:
         x = x * (-p.log_decay).exp().unsqueeze(-1)
-    y = d_out @ w.memory.mT + (d_out @ w.innovations.mT).tril_() @ w.directions
+    y = d_out @ memory.mT + (d_out @ innovations.mT).tril_() @ directions
     rows = torch.cat([x, y], -2).mT
-    return torch.linalg.solve_triangular(w.factor.mT, rows, upper=True).mT.chunk(2, -2)
+    return torch.linalg.solve_triangular(factor.mT, rows, upper=True).mT.chunk(2, -2)
 
 
 def _solve_each(p: _Problem, *rows: Tensor) -> list[Tensor]:
@@ -182,13 +180,13 @@ def ridge_memory(
     ridge_decays: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """oᵢ = qᵢ (Hᵢ + Λᵢ)⁻¹ Gᵢ, and H, G and the logarithm of all decay after the last token."""
-    p = _prepare(q, k, v, beta, decay, ridge, gram, cross, log_decay, cu_seqlens, ridge_decays)
+    p = prepare(q, k, v, beta, decay, ridge, gram, cross, log_decay, cu_seqlens, ridge_decays)
     if _is_rank_one(decay, ridge_decays):
         out = torch.empty_like(p.v)
         for part, some in p.parts():
-            w = _whiten(some)
-            read = (w.queries @ w.directions.mT).tril_() @ w.innovations
-            out[part] = read.add_(w.queries @ w.memory)
+            _, queries, keys, memory = whiten(some)
+            directions, innovations = _within(some, keys, memory)
+            out[part] = ((queries @ directions.mT).tril_() @ innovations).add_(queries @ memory)
     else:
         out = _read(p, *_solve_each(p, p.q))
     return p.chunks.join(out).to(v.dtype), *p.after
@@ -213,7 +211,7 @@ def ridge_memory_gradient(
     ridge_decays: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """With xᵢ = qᵢ Sᵢ⁻¹, yᵢ = Sᵢ⁻¹ Gᵢ doᵢ: dGᵢ = xᵢᵀ doᵢ, dSᵢ = −xᵢᵀ yᵢ; then the sums G and H backwards."""
-    p = _prepare(q, k, v, beta, decay, ridge, gram, cross, log_decay, cu_seqlens, ridge_decays)
+    p = prepare(q, k, v, beta, decay, ridge, gram, cross, log_decay, cu_seqlens, ridge_decays)
     d_out = p.chunks.split(d_out)
     if _is_rank_one(decay, ridge_decays):
         x, y = torch.empty_like(p.q), torch.empty_like(p.q)

@@ -1,6 +1,6 @@
-"""Sparse differences on GPUs, in Triton: two launches a dtype, and one wait for the number of changes."""
+"""Sparse differences on GPUs, in Triton: for each dtype two launches, and a wait for the counts between."""
 
-import itertools
+from itertools import pairwise
 
 import torch
 import triton.language as tl
@@ -56,7 +56,7 @@ def _diff(
         )  # fmt: skip
     ends = found.cumsum(0, dtype=torch.int64)
     sums = [0, *ends[torch.tensor(firsts[1:], device=device) - 1].tolist()]
-    counts = [after - before for before, after in itertools.pairwise(sums)]
+    counts = [after - before for before, after in pairwise(sums)]
     indices = [tensor.new_empty(count, dtype=index) for tensor, count in zip(new, counts, strict=True)]
     values = [tensor.new_empty(count) for tensor, count in zip(new, counts, strict=True)]
     if any(counts):
