@@ -82,9 +82,8 @@ def aloud(answerer: Cached, questions: Sequence[dict]) -> list[str]:
     told = values.decode(weights.float() @ values.encode(texts))
     answers = []
     for text, question in zip(told, questions, strict=True):
-        said = grounded(
-            answerer.say(TOLD, f"{text}\n\n{question['question']}"), f"{text} {question['question']}"
-        )
+        asked = question["question"]
+        said = grounded(answerer.say(TOLD, f"{text}\n\n{asked}"), text, asked)
         answers.append(text if said is None else said)
     return answers
 

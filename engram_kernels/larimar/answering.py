@@ -26,7 +26,7 @@ TOLD = "You answer in one short sentence, only from what you were told."
 ALONE = "You answer in one short sentence."
 # Facts that the words of a question are compared with.
 _CANDIDATES = 8
-# The score from which on a fact answers a question; the hundred sentences it was chosen on: docs/larimar.md.
+# The score from which on a fact answers a question; what it was chosen on: docs/larimar.md.
 _ANSWERS = 0.45
 
 
@@ -65,14 +65,14 @@ class Answer(NamedTuple):
 
 
 class Answerer:
-    """A language model that answers from a memory, says where it does not know, and makes nothing up.
+    """A language model that answers from a memory, in words that stand there, and says what it does not know.
 
     A question goes to the memory first. Its nearest facts are ranked by the mean of cosine and `coverage`; of
     facts that begin alike, and so speak of one thing, the newest comes first. Then
 
     - where the best fact is nearer than the memory's facts are to each other, and covers the question, it is
-      told to the model, whose first sentence is the answer, up to what was not told; where nothing is left of
-      it, the fact is quoted;
+      told to the model, whose first sentence is the answer, up to what was not told; where that leaves
+      nothing, the fact is quoted;
     - where all facts are as far as those of another subject, the model answers alone, if it may;
     - else nothing is known.
 
@@ -131,7 +131,7 @@ class Answerer:
                 return Answer(self.say(ALONE, question), "model", facts)
             return Answer(UNKNOWN, "nothing", facts)
         told, question = facts[0].passage, question.strip()
-        said = grounded(self.say(TOLD, f"{told}\n\n{question}"), f"{told} {question}")
+        said = grounded(self.say(TOLD, f"{told}\n\n{question}"), told, question)
         return Answer(told, "quote", facts) if said is None else Answer(said, "memory", facts)
 
     def absent(self) -> float:
@@ -167,7 +167,12 @@ class Answerer:
 
     @torch.no_grad()
     def say(self, system: str, text: str) -> str:
-        """The first sentence that the model says."""
+        """The first sentence that the model says to a text.
+
+        Args:
+            system: how it is to answer.
+            text: what the user says.
+        """
         messages = [{"role": "system", "content": system}, {"role": "user", "content": text}]
         ids = chat_ids(self.tokenizer, messages)
 
