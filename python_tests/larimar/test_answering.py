@@ -25,7 +25,7 @@ FACTS = {
 def told(answerer, question, said):
     """An answer for which the model says something given; and what it was told."""
     heard = []
-    answerer.say = lambda system, text: heard.append(text) or said
+    answerer.say = lambda prompts: [heard.append(text) or said for _, text in prompts]
     return answerer(question), heard
 
 
@@ -182,4 +182,13 @@ def test_what_the_model_says_is_what_it_generates(answerer):
         0, ids.shape[1] :
     ]
     said = answerer.tokenizer.decode(written, skip_special_tokens=True)
-    assert answerer.say("Be short.", "Where is the tower?") == first_sentence(said)
+    # Beside another, longer prompt too.
+    prompts = [("Be short.", "Where is the tower?"), ("Be long.", "Where is the tower of Rome? In Paris?")]
+    assert answerer.say(prompts)[0] == answerer.say(prompts[:1])[0] == first_sentence(said)
+
+
+def test_questions_are_answered_together_as_alone(answerer):
+    answerer.alone = False
+    questions = ["The Eiffel Tower is in", "The museum closes at", "Why?"]
+    answerer.say = lambda prompts: [text for _, text in prompts]
+    assert answerer.answer(questions) == [answerer(question) for question in questions]
