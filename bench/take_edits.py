@@ -38,9 +38,8 @@ Factors = dict[str, torch.Tensor]
 GIVEN = {
     "plain": lambda row: {},
     "three given": lambda row: {"paraphrases": list(row.given)},
-    # A statement, a question and a chat.
     "question and chat given": lambda row: {
-        "paraphrases": [row.given[0], row.given_question, [{"role": "user", "content": row.given_chat}]]
+        "paraphrases": [*row.given, row.given_question, [{"role": "user", "content": row.given_chat}]]
     },
 }
 

@@ -146,3 +146,48 @@ def accuracy(model: Mixer, pairs: int, words: int = 64, batch: int = 256, seed: 
     """The share of queries whose value is the most likely token."""
     tokens, answers = queries(pairs, words, batch, torch.Generator().manual_seed(seed))
     return float((model(tokens)[:, -answers.shape[1] :].argmax(-1) == answers).float().mean())
+
+
+def continual(rule: str, tasks: int = 8, pairs: int = 8, keys: int = 64, seed: int = 0) -> list[list[float]]:
+    """Tasks one after the other into one state: the squared error of each task's values after each task.
+
+    Over that of 0, [after][task]. Keys and values are random, of length 1; nothing decays.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    batch = 64
+    k = F.normalize(torch.randn(batch, tasks, pairs, keys, generator=generator), dim=-1)
+    v = F.normalize(torch.randn(batch, tasks, pairs, keys, generator=generator), dim=-1)
+    found = []
+    for done in range(1, tasks + 1):
+        written = (x[:, :done].flatten(1, 2) for x in (k, v))
+        readouts = read(rule, k[:, :done].flatten(1, 2), *written)
+        errors = (readouts - v[:, :done].flatten(1, 2)).square().sum(-1)
+        found.append(errors.mean(0).view(done, pairs).mean(-1).tolist())
+    return found
+
+
+def unlearning(pairs: int = 48, keys: int = 64, seed: int = 0) -> dict[str, float]:
+    """One pair taken out of a ridge memory, beside the memory that never saw it."""
+    generator = torch.Generator().manual_seed(seed)
+    k = F.normalize(torch.randn(1, pairs, 1, keys, generator=generator), dim=-1)
+    v = F.normalize(torch.randn(1, pairs, 1, keys, generator=generator), dim=-1)
+    _, whole = ek.ridge_memory(k, k, v)
+    _, never = ek.ridge_memory(k[:, 1:], k[:, 1:], v[:, 1:])
+    forgotten = ek.ridge_forget(whole, k[:, :1], v[:, :1])
+
+    def readouts(state: ek.RidgeState) -> Tensor:
+        silent = torch.zeros(k.shape[:3])  # β = 0 reads without a write
+        return ek.ridge_memory(k, k, v, silent, initial_state=state)[0][0, :, 0]
+
+    def cosine(state: ek.RidgeState, pair: int) -> float:
+        return float(F.cosine_similarity(readouts(state)[pair], v[0, pair, 0], dim=0))
+
+    return {
+        "cosine of the pair before": cosine(whole, 0),
+        "cosine of the pair after": cosine(forgotten, 0),
+        "least cosine of the others after": min(cosine(forgotten, i) for i in range(1, pairs)),
+        "readouts' distance to the memory that never saw it": float(
+            (readouts(forgotten) - readouts(never)).norm() / readouts(never).norm()
+        ),
+        "state's distance": float((forgotten.cross - never.cross).norm() / never.cross.norm()),
+    }

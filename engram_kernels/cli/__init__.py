@@ -1,4 +1,4 @@
-"""The command line: `engram doctor`, `edit`, `apply`, `eval`, `graft`, `memory` and `trace`."""
+"""The command line: `engram doctor`, `edit`, `apply`, `eval`, `graft`, `memory`, `store`, `trace`."""
 
 import logging
 import warnings
@@ -10,8 +10,8 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from . import apply, doctor, edit, evaluate, graft, memory, trace
-from .common import App, console, errors
+from . import apply, doctor, edit, evaluate, graft, memory, store, trace
+from .common import App, console, errors, launched_ranks
 
 app = App(
     help="Find, rewrite and transplant the engrams of language models.",
@@ -26,6 +26,7 @@ app.command()(apply.apply)
 app.command("eval")(evaluate.evaluate)
 app.add_typer(graft.app, name="graft")
 app.add_typer(memory.app, name="memory")
+app.add_typer(store.app, name="store")
 app.command()(trace.trace)
 
 PACKAGE = Path(__file__).parents[1]
@@ -67,6 +68,10 @@ def quiet() -> Iterator[None]:
 
 
 def main() -> None:
-    """Run the command line; an expected error is one sentence and exit status 1."""
-    with quiet():
+    """Run the command line; an expected error is one sentence and exit status 1.
+
+    Under torchrun (`torchrun --nproc-per-node 8 -m engram_kernels.cli eval …`) the ranks share the work of
+    `edit`, `eval` and `graft localize`.
+    """
+    with quiet(), launched_ranks():
         app()

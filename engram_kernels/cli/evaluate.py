@@ -23,6 +23,7 @@ from .common import (
     console,
     data_file,
     device_of,
+    group_of_ranks,
     load,
     versions,
 )
@@ -72,7 +73,7 @@ def evaluate(
     give: Annotated[
         int, typer.Option(help="So many of a row's paraphrases go into the edit, and are not asked.")
     ] = 0,
-    method: Annotated[str, typer.Option(help="engram, rome, memit, encore, …: docs/methods.md.")] = "engram",
+    method: Annotated[str, typer.Option(help="engram, rome, memit and others: docs/methods.md.")] = "engram",
     mode: Annotated[
         str,
         typer.Option(
@@ -164,6 +165,7 @@ def evaluate(
     from ..evaluation.outcomes import summarise
     from ..evaluation.report import EvalReport
     from ..evaluation.run import CHECKPOINTS, Evaluation, peak_memory
+    from ..integrations.easyedit import check_baseline
 
     if mode not in MODES:
         raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
@@ -171,6 +173,8 @@ def evaluate(
     for name, count in (("fluency", fluency), ("drift_rows", drift_rows), ("give", give)):
         if count < 0:
             raise ValueError(f"{name}: expected at least 0, got {count}")
+    for name in baseline or ():
+        check_baseline(name)
     if lm_eval and mode == "each":
         raise ValueError("lm_eval: expected the mode together, whose edits stand at once, got each")
     check_picture("plot", plot)
@@ -240,7 +244,7 @@ def evaluate(
         editor = Editor(
             network, tokenizer, corpus=corpus, tokens=tokens, seed=seed,
             bare_prompt_weight=bare_prompt_weight, consistent_key=not original_key,
-            value=value, progress=progress, **pairs,
+            value=value, progress=progress, group=group_of_ranks(), **pairs,
         )  # fmt: skip
         outcomes, retained, summary = evaluate_by(editor, report, options, settings, mode)
         compared = {f"{method}, {mode}": summary}
@@ -272,13 +276,10 @@ def _tasks(network, tokenizer, tasks: list[str] | None, limit: int | None) -> di
 
 def _baseline(name: str, editor, report: Path | None, settings: dict, failures: str, evaluate_by) -> dict:
     """Another library's method on the same cases, one by one, in a report of its own."""
-    from ..integrations.easyedit import EasyEdit
+    from ..integrations.easyedit import EasyEdit, check_baseline
 
-    library, _, method = name.partition(":")
-    if library != "easyedit" or not method:
-        raise ValueError(f"baseline: expected a name such as easyedit:rome, got {name!r}")
-    kept_at = None if report is None else report.with_name(f"{report.stem}.{library}-{method}.json")
-    other = EasyEdit(method, editor)
+    kept_at = None if report is None else report.with_name(f"{report.stem}.{name.replace(':', '-')}.json")
+    other = EasyEdit(check_baseline(name), editor)
     said = settings | {"method": name, "mode": "each"}
     return evaluate_by(other, kept_at, {"failures": failures}, said, "each")[2]
 

@@ -47,7 +47,7 @@ def encoder_name(kept: EpisodicMemory, folder: Path) -> str:
     return kept.encoder
 
 
-def load(name: str, device: str | None, light: bool = True) -> SentenceEncoder:
+def load(name: str, device: str | None, light: bool = False) -> SentenceEncoder:
     from ..memory import load_encoder
 
     with reading("encoder"):

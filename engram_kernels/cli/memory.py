@@ -84,7 +84,7 @@ def write(
         if not memory.is_dir():
             check_folder("memory", memory)
         strength = _ridge(ridge or "loo")
-        sentence_encoder = load(encoder or "minilm", device)
+        sentence_encoder = load(encoder or "minilm", device, light=True)
         named = sentence_encoder.name
         first = EpisodicMemory(
             sentence_encoder.latent if slots is None else slots,
@@ -104,7 +104,7 @@ def write(
         named = encoder_name(first, memory)
         if encoder is not None and encoder != named:
             raise ValueError(f"encoder: expected {named!r}, which made {str(memory)!r}, got {encoder!r}")
-        sentence_encoder = load(named, device)
+        sentence_encoder = load(named, device, light=True)
     encoded = Encoded(sentence_encoder, wanted.facts.values(), silent=as_json)
     with reading("memory"), EpisodicMemory.open(memory, new=(lambda: first) if new else None) as kept:
         if kept.encoder != named:
@@ -156,7 +156,7 @@ def update(
     asked = ([] if id is None else [id]), ([] if text is None else [text])
     kept = filled(memory)
     find(kept, *asked, number_of(kept, user))
-    sentence_encoder = load(encoder_name(kept, memory), device)
+    sentence_encoder = load(encoder_name(kept, memory), device, light=True)
     with reading("memory"), EpisodicMemory.open(memory) as kept:
         number = number_of(kept, user)
         (name, *others) = find(kept, *asked, number)

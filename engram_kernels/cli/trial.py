@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .common import Report, reading
+from .common import Report, group_of_ranks, reading
 from .examples import Examples, document_batches
 
 if TYPE_CHECKING:
@@ -81,6 +81,7 @@ class Trial:
             sparsity=sparsity,
             seed=self.seed,
             progress=lambda _, done, total: progress(stage, done, total, note),
+            group=group_of_ranks(),
             base_model=self.base,  # as the user named it: smollm2 lies in a cache of this machine
             **options,
         )

@@ -11,6 +11,7 @@ from .npz import load_npz, save_npz
 from .records import EditRecord, SkippedEdit
 from .result import EditResult
 from .routing import routed_expert
+from .store import EditStore, StoredEdit
 from .values import ValueOptions
 
 __all__ = [
@@ -18,9 +19,11 @@ __all__ = [
     "Edit",
     "EditRecord",
     "EditResult",
+    "EditStore",
     "Editor",
     "Method",
     "SkippedEdit",
+    "StoredEdit",
     "ValueOptions",
     "dequantize_layer",
     "edit_checkpoint",

@@ -148,6 +148,7 @@ class Editor:
         conflicts: str = "refuse",
         failures: str = "raise",
         directory: str | os.PathLike | None = None,
+        after: EditResult | None = None,
     ) -> EditResult:
         """Write one fact or many. Whatever fails, the weights stay as they were, bit for bit.
 
@@ -186,6 +187,8 @@ class Editor:
                 result while the rest is done (`"skip"`).
             directory: keeps every value and every batch of this run. After a cut, the same call goes on
                 from there, to the same result.
+            after: edits that stand in the model already: their keys are preserved as earlier batches are, so
+                that a call goes on where another ended. An `EditStore` does this by itself.
 
         Returns:
             An `EditResult` with a record for each edit that was made, to revert, save or apply elsewhere.
@@ -198,12 +201,14 @@ class Editor:
                 the optimisation is not finite, or the directory is another run's.
         """
         _expect("directory", directory, "a path or None", str, os.PathLike, type(None))
+        _expect("after", after, "an EditResult or None", EditResult, type(None))
         plan = self._plan(layers, method, ridge, batch, preserve, null_space, conflicts, failures)
         edits = _edits(edits)
         for layer in plan.layers:
             searched_projection(self.model, layer)
+        held = after.writes if after else ()
         with eval_mode(self.model), self.ranks.failing_together():
-            run = Run(self.model, self.tokenizer, edits, plan, self.progress, self.ranks)
+            run = Run(self.model, self.tokenizer, edits, plan, self.progress, self.ranks, held)
             run.begin()
             run.encode(self.prefixes())
             covariances = self.covariances(plan.layers)

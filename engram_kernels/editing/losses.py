@@ -44,7 +44,7 @@ class Losses:
         nll = each.new_zeros(len(delta)).index_add(0, batch.place_owner, each * batch.shares)
         places = batch.place_rows[: len(each)]
         rows = each.new_zeros(len(batch.rows)).index_add(0, places, each.detach() * batch.row_shares)
-        worst = rows.new_zeros(len(delta)).index_reduce(0, batch.owner, rows, "amax")
+        worst = rows.new_zeros(len(delta)).scatter_reduce(0, batch.owner, rows, "amax")
         answers = kl_logits.log_softmax(-1)
         if self.unedited is None:
             self.unedited = answers.detach()

@@ -107,7 +107,7 @@ class Moments:
             )
             missing = [one for one in group if any(has.get(one.layer) != keys[one.layer] for has in known)]
             for layer, moment, seen in self._moments(missing, keys, ids, count):
-                covariance = Covariance.from_second_moment(moment, seen, ridge=self.ridge)
+                covariance = Covariance.from_second_moment(moment, seen, self.ridge, overwrite=True)
                 self._computed[layer] = keys[layer], covariance
         return {
             layer: self._placed(projection) if layer in self._given else self._computed[layer][1]

@@ -15,6 +15,7 @@ from ..errors import EngramError
 from ..hf.hub import HubFolder
 from ..hf.placement import unwrapped
 from ..hf.projection import output_projection
+from .edit import Edit
 from .files import Content, load_edits, save_edits
 from .history import note
 from .records import EditedModule, EditRecord, SkippedEdit, Write, joined_factors, joint_write
@@ -50,6 +51,8 @@ class EditResult(HubFolder):
     edited_modules: list[EditedModule]
     skipped: list[SkippedEdit] = field(default_factory=list)
     _originals: dict[str, Snapshot] = field(default_factory=dict, compare=False)
+    # What the model's history has of these edits, while they stand in it.
+    _standing: list[Edit] = field(default_factory=list, compare=False)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -96,6 +99,7 @@ class EditResult(HubFolder):
             self._check_unchanged()
         self._restore()
         self._originals = {}
+        self._standing.clear()
 
     def apply(self, model: torch.nn.Module, force: bool = False) -> EditResult:
         """Do the same writes on a model: on the weights they were made for, bit for bit.
@@ -144,7 +148,7 @@ class EditResult(HubFolder):
             for edited, checksum in zip(self.edited_modules, recorded, strict=True):
                 edited.edited_checksum = checksum
             raise
-        note(model, self)
+        self._standing = note(model, (record.edit for record in self.records))
         return self
 
     def remove(self, number: int) -> None:
@@ -182,6 +186,7 @@ class EditResult(HubFolder):
             self._write()
             raise
         del self.records[number]
+        del self._standing[number : number + 1]
         # A matrix that only this edit wrote is as it was.
         written = {write.module for write in self.writes}
         self.edited_modules = [edited for edited in self.edited_modules if edited.module in written]

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 
 import torch
 
-from .._hashing import digest
+from .._hashing import digest, tensor_checksum
 from .._progress import Progress
 from .._ranks import ALONE, Ranks
 from ..covariance import Covariance
@@ -29,6 +29,7 @@ from .preconditioner import LayerOperator
 from .reach import Reached, reached
 from .records import EditedModule, EditRecord, SkippedEdit, Write
 from .result import SHOWN, EditResult
+from .room import edits_that_fit, out_of_memory
 from .values import Value, ValueOptions, find_values, value_groups
 from .weights import Snapshot, matrix_checksum
 from .writing import write_values
@@ -58,6 +59,7 @@ class Run:
         plan: how to write them.
         progress: called with the name of a stage, the work done and the work there is.
         ranks: share the values, and make the same writes.
+        after: the writes that stand in the model already, whose keys the method holds.
     """
 
     def __init__(
@@ -68,9 +70,11 @@ class Run:
         plan: Plan,
         progress: Progress | None = None,
         ranks: Ranks = ALONE,
+        after: Sequence[Write] = (),
     ):
         self.ranks = ranks
         self.model, self.tokenizer, self.edits, self.plan = model, tokenizer, list(edits), plan
+        self.after = list(after)
         self.progress = progress or (lambda *_: None)
         self.projections = [searched_projection(model, layer) for layer in plan.layers]
         self.skipped: list[SkippedEdit] = []
@@ -130,6 +134,7 @@ class Run:
             "key": repr(self.plan.key),
             "edits": digest([asdict(edit) for edit in self.edits]),
             "earlier": digest([asdict(edit) for edit in self._earlier]),
+            "after": digest([(write.module, tensor_checksum(write.keys)) for write in self.after]),
             "prefixes": digest(self._prefixes),
             "model": digest(weights_checksums(self.model), *adapter_settings(self.model)),
             "covariances": [f"{trace:.6e}" for trace in traces],
@@ -139,6 +144,10 @@ class Run:
         """Find and write everything; if anything fails, the weights are put back."""
         method = self.plan.method
         operators = {layer: LayerOperator(method, covariances[layer]) for layer in self.plan.layers}
+        layers = {projection.name: projection.layer for projection in self.projections}
+        for write in self.after:
+            if write.module in layers:
+                operators[layers[write.module]].remember(write.keys)
         edited = [EditedModule.of(projection) for projection in self.projections]
         originals = {projection.name: Snapshot(projection) for projection in self.projections}
         values: dict[int, Value] = {}
@@ -170,7 +179,7 @@ class Run:
             for original in originals.values():
                 original.restore()
             raise
-        note(self.model, result)
+        result._standing = note(self.model, (record.edit for record in result.records))
         _warn(result.records)
         return result
 
@@ -234,17 +243,18 @@ class Run:
     def _values(self, batch: list[int], done: int, journal: Journal | None) -> dict[int, Value]:
         """The values of a batch by number, in the order of the batch; `done`: how many were found before."""
         encoded, device = [self.encoded[i] for i in batch], input_device(self.model)
-        groups = value_groups(encoded, self.plan.value, device)
+        # Ranks divide the edits alike, by the one that has least room.
+        fitting = self.ranks.everyone.each(
+            lambda: edits_that_fit(self.model, self.projections[-1], encoded, device)
+        )
+        groups = value_groups(encoded, self.plan.value, device, min(filter(None, fitting), default=None))
         costs = [len(group) * max(encoded[i].span[0] for i in group) for group in groups]
 
         def own() -> dict[int, Value | EngramError]:
             found: dict[int, Value | EngramError] = {}
             for task in sorted(self.ranks.mine(costs)):
                 found |= self._group([batch[i] for i in groups[task]], done + len(found), journal)
-            if self.ranks.size == 1:
-                return found
-            # The others may have no such device.
-            return {i: one if isinstance(one, EngramError) else one.to("cpu") for i, one in found.items()}
+            return {i: one if isinstance(one, EngramError) else self._light(one) for i, one in found.items()}
 
         found = {}
         for part in self.ranks.each(own):
@@ -257,6 +267,13 @@ class Run:
             else:
                 made[number] = value.to(self.projections[-1].matrix.device)
         return made
+
+    def _light(self, value: Value) -> Value:
+        """What a write asks of a value: over several layers only one of its keys."""
+        if len(self.projections) > 1:
+            value = replace(value, keys=value.keys[:1].clone())
+        # Other ranks may have no such device.
+        return value if self.ranks.size == 1 else value.to("cpu")
 
     def _group(
         self, numbers: list[int], done: int, journal: Journal | None
@@ -271,10 +288,21 @@ class Run:
         kept = self.ranks.mirror.decided(
             lambda: [journal.load_value(number, device) for number in numbers] if journal else []
         )
-        values: list[Value | EngramError] = [value for value in kept if value is not None]
+        values: list[Value | EngramError] | None = [value for value in kept if value is not None]
         if len(values) < len(numbers):
             encoded = [self.encoded[i] for i in numbers]
-            values = find_values(self.model, projection, encoded, options, progress)
+            try:
+                values = find_values(self.model, projection, encoded, options, progress)
+            except (RuntimeError, MemoryError) as error:
+                if len(numbers) == 1 or not out_of_memory(error):
+                    raise
+                values = None
+            if values is None:
+                # Outside of the handler, whose traceback holds on to what the search took.
+                torch.cuda.empty_cache()
+                half = len(numbers) // 2
+                first = self._group(numbers[:half], done, journal)
+                return first | self._group(numbers[half:], done + half, journal)
         for number, value in zip(numbers, values, strict=True):
             if isinstance(value, EngramError):
                 if not self.plan.skip_failures:

@@ -102,15 +102,16 @@ class Value:
 
 
 def value_groups(
-    encoded: Sequence[EncodedEdit], options: ValueOptions, device: torch.device
+    encoded: Sequence[EncodedEdit], options: ValueOptions, device: torch.device, fitting: int | None = None
 ) -> list[list[int]]:
     """Which edits to optimise side by side: those of like length.
 
     A CPU is busy with a few rows, and padding costs it more than a small batch does: there, unless a size is
-    asked for, the stretch from the subject on, which every step runs, is of one length in a group.
+    asked for, the stretch from the subject on, which every step runs, is of one length in a group. `fitting`:
+    how many the device has room for.
     """
     padded = options.batch is not None or device.type != "cpu"
-    size = options.batch or (64 if padded else 6)
+    size = options.batch or min(64 if padded else 6, fitting or 64)
     order = sorted(range(len(encoded)), key=lambda i: encoded[i].span)
     groups: list[list[int]] = []
     for _, run in itertools.groupby(order, key=lambda i: None if padded else encoded[i].span[0]):

@@ -22,7 +22,9 @@ from .preconditioner import LayerOperator, Solved
 from .records import Write, left_factor
 from .values import Value
 
+# Of a forward pass; and edits whose states are in memory at once.
 ROWS = 64
+EDITS = 256
 
 
 def write_values(
@@ -73,22 +75,31 @@ def write_values(
     check_additive(model, last, encoded[0])
     before, writes = None, []
     for number, projection in enumerate(projections):
-        own, above = subject_states(model, projection, last, encoded, ranks)
-        counts = [_counted(one, key) for one in encoded]
-        keys, hidden = (
-            torch.stack(
-                [
-                    _combined(of[:n], mine[:n], key, operators[projection.layer])
-                    for n, of, mine in zip(counts, states, own, strict=True)
-                ]
-            )
-            for states in (own, above)
-        )
+        keys, hidden = _combined_states(model, projection, last, encoded, key, operators, ranks)
         before = hidden if before is None else before
         missing = (residuals.to(hidden) - (hidden - before)) / (len(projections) - number)
         keys, missing = keys.to(projection.matrix.device), missing.to(projection.matrix.device)
         writes.append(_write(projection, encoded, keys, None, missing, operators, edits))
     return writes
+
+
+def _combined_states(
+    model: nn.Module, projection: Projection, last: Projection, encoded, key, operators, ranks: Ranks
+) -> tuple[Tensor, Tensor]:
+    """The edits' keys `[edits, in]` and their states above the last layer `[edits, width]`.
+
+    Those of all texts are many times as large, and are in memory for some edits at a time.
+    """
+    found: tuple[list[Tensor], list[Tensor]] = ([], [])
+    operator = operators[projection.layer]
+    for start in range(0, len(encoded), EDITS):
+        piece = encoded[start : start + EDITS]
+        own, above = subject_states(model, projection, last, piece, ranks)
+        for one, mine, over in zip(piece, own, above, strict=True):
+            count = _counted(one, key)
+            for combined, states in zip(found, (mine, over), strict=True):
+                combined.append(_combined(states[:count], mine[:count], key, operator))
+    return torch.stack(found[0]), torch.stack(found[1])
 
 
 def _counted(encoded: EncodedEdit, key: MeanKey | SpreadKey) -> int:

@@ -144,7 +144,7 @@ def mquake(fields: Fields) -> dict:
         question
         for each, made in zip(rest, edits[1:], strict=True)
         for question in (
-            Question(made.text, made.target, "further facts"),
+            Question(made.prompt_text, made.target, "further facts"),
             *(Question(text, made.target, "further facts") for text in each.texts("question")),
         )
     )

@@ -15,7 +15,7 @@ from .. import _checks as check
 from .._hashing import tensor_checksum
 from ..errors import EngramError
 from ..hf.hub import HubFolder
-from ..ops import pack_mask, unpack_mask
+from ..ops import pack_mask, sparse_diff, unpack_mask
 from .applied import AppliedGraft
 from .density import Density, layer_and_kind, percent
 from .files import read_files, write_files
@@ -118,9 +118,58 @@ class Graft(HubFolder):
             raise EngramError(
                 f"ft: expected values that differ from pre's, got the same at all {count} positions"
             )
+        return cls.from_entries(pre, indices, values, **attributes)
+
+    @classmethod
+    def from_entries(
+        cls,
+        pre: Mapping[str, Tensor],
+        indices: dict[str, Tensor],
+        values: dict[str, Tensor],
+        **attributes: Any,
+    ) -> Graft:
+        """Make a graft of positions and values for a base, whose shapes and checksums are taken.
+
+        Args:
+            pre: the base's tensors by name, of all names that are set.
+            indices, values, **attributes: of the graft.
+        """
         shapes = {name: tuple(weight.shape) for name, weight in pre.items()}
         checksums = {name: tensor_checksum(weight) for name, weight in pre.items()}
         return cls(indices, values, shapes, checksums, **attributes)
+
+    @classmethod
+    def from_difference(
+        cls,
+        pre: Mapping[str, Tensor],
+        ft: Mapping[str, Tensor],
+        threshold: float | None = None,
+        **attributes: Any,
+    ) -> Graft:
+        """Make a graft of all entries that differ, bit for bit or by more than a threshold.
+
+        Args:
+            pre, ft: tensors by name on one device, the base's and the fine-tuned ones, of one dtype each.
+            threshold: as for `ek.sparse_diff`.
+            **attributes: of the graft.
+
+        Raises:
+            EngramError: a tensor is missing, or nothing differs.
+
+        Example:
+            >>> graft = Graft.from_difference(base.state_dict(), tuned.state_dict())
+        """
+        missing = [name for name in pre if name not in ft]
+        if missing:
+            raise EngramError(f"ft: expected a tensor {missing[0]!r}, got none of that name")
+        found = sparse_diff([pre[name] for name in pre], [ft[name] for name in pre], threshold)
+        entries = {
+            name: (at.cpu(), value.cpu()) for name, at, value in zip(pre, *found, strict=True) if at.numel()
+        }
+        if not entries:
+            raise EngramError("ft: expected tensors that differ from pre's, got the same")
+        indices, values = ({name: entry[i] for name, entry in entries.items()} for i in range(2))
+        return cls.from_entries(pre, indices, values, **attributes)
 
     def masks(self) -> dict[str, Tensor]:
         """The packed masks of the graft's positions, by name of every graftable parameter.

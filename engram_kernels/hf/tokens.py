@@ -29,6 +29,8 @@ def check_text(name: str, value: object) -> str:
     return value.strip()
 
 
+# Where the subject stands in a chat, while it goes through the template; a private character.
+PLACE = "\ue000"
 # A text with `{}` in it, or the messages of a chat, as pairs of role and content, one of them with `{}`.
 Prompt = str | tuple[tuple[str, str], ...]
 
@@ -96,7 +98,7 @@ def chat_text(tokenizer, messages: Sequence[tuple[str, str]], target: str = "") 
         raise EngramError("prompt: expected text for a tokenizer without a chat template, got messages")
     chat = [{"role": role, "content": content} for role, content in messages]
     head = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    if "{}" in "".join(content for _, content in messages) and head.count("{}") != 1:
+    if not all(content.strip() in head for _, content in messages):
         raise EngramError(f"prompt: expected messages that the chat template keeps, got {head!r}")
     if not target:
         return head, ""
@@ -187,15 +189,19 @@ def encode_row(
     """
     chat = not isinstance(prompt, str)
     if chat:
-        messages = [(role, prefix * ("{}" in content) + content) for role, content in prompt]
+        messages = [
+            (role, prefix + content.replace("{}", PLACE) if "{}" in content else content)
+            for role, content in prompt
+        ]
         template, between = chat_text(tokenizer, messages, target)
         between = between if space is None else " " * space
+        start, place = template.index(PLACE), PLACE
     else:
         template, between = prefix + prompt, joint(prompt.replace("{}", subject), target, space)
-    # The prefix may hold braces of its own.
-    start = template.rindex("{}") if chat else len(prefix) + prompt.index("{}")
+        # The prefix may hold braces of its own.
+        start, place = len(prefix) + prompt.index("{}"), "{}"
     end = start + len(subject)
-    head = template[:start] + subject + template[start + 2 :]
+    head = template[:start] + subject + template[start + len(place) :]
     text = head + between + target if target else head
     ids = open_ids(tokenizer, text, not chat)
     last = _last_token(tokenizer, text, ids, (start, end), not chat)

@@ -84,12 +84,7 @@ class EasyEdit:
     """
 
     def __init__(self, method: str, editor: Editor):
-        if method in ABSENT:
-            raise ValueError(
-                f"baseline: expected one of {', '.join(_METHODS)}, got {method!r}: {ABSENT[method]}"
-            )
-        if method not in _METHODS:
-            raise ValueError(f"baseline: expected one of {', '.join(_METHODS)}, got {method!r}")
+        check_baseline(f"easyedit:{method}")
         self.method, self.model, self.tokenizer = method, editor.model, editor.tokenizer
         self._editor = editor
         self._folder: tempfile.TemporaryDirectory | None = None
@@ -214,6 +209,20 @@ class EasyEdit:
         finally:
             self.tokenizer.pad_token, self.tokenizer.padding_side = before.pad, before.side
             self.model.config._name_or_path = before.name
+
+
+def check_baseline(name: str) -> str:
+    """The method of a name such as "easyedit:rome".
+
+    Raises:
+        ValueError: it is none that can be measured; where there is a reason, the message has it.
+    """
+    library, _, method = name.partition(":")
+    if library != "easyedit" or method not in _METHODS:
+        known = ", ".join(f"easyedit:{each}" for each in _METHODS)
+        reason = f": {ABSENT[method]}" if library == "easyedit" and method in ABSENT else ""
+        raise ValueError(f"baseline: expected one of {known}, got {name!r}{reason}")
+    return method
 
 
 def _rome(editor: EasyEdit, requests: list[dict]) -> Callable[[], None]:

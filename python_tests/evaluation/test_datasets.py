@@ -30,9 +30,7 @@ def test_easy_edit_s_counterfact(tmp_path):
 def test_rome_s_counterfact(tmp_path):
     (case,) = written(tmp_path / "a.json", [ROME])
     assert (case.name, case.kind, case.truth) == ("3", "counterfact", "Paris")
-    assert (
-        case.edit.prompt_text == "The Eiffel Tower is located in the city of" and case.edit.target == "Rome"
-    )
+    assert case.edit == Edit("The Eiffel Tower", "{} is located in the city of", "Rome")
     assert case.paraphrases == tuple(ROME["paraphrase_prompts"])
     assert case.neighbours == tuple(Question(prompt, "Paris") for prompt in ROME["neighborhood_prompts"])
     assert case.generation == tuple(ROME["generation_prompts"])

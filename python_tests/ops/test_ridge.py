@@ -169,6 +169,15 @@ def test_no_tokens_leave_the_state(device):
     assert out.shape == (2, 0, 3, 3) and all(map(torch.allclose, after, state))
 
 
+@pytest.mark.parametrize("function", [ek.ridge_memory, ek.delta_memory, ek.hebbian_memory])
+def test_no_sequences_have_no_readouts(device, function):
+    q, k, v, beta, decay = to(device, *problem(5, 4, 3, True, batch=1))
+    assert function(q[:0], k[:0], v[:0], beta[:0], decay[:0])[0].shape == (0, 5, 3, 3)
+    none = torch.zeros(1, dtype=torch.int64, device=device)
+    empty = [x[:, :0] for x in (q, k, v, beta, decay)]
+    assert function(*empty, cu_seqlens=none)[0].shape == (1, 0, 3, 3)
+
+
 def test_a_forgotten_pair_was_never_written(device):
     q, k, v, beta, decay = to(device, *problem(60, 8, 6, True, dtype=torch.float64))
     _, state = ek.ridge_memory(q, k, v, beta, decay)

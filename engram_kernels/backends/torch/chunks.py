@@ -22,17 +22,19 @@ class Chunks:
             ends = cu_seqlens.cpu().long()
         lengths = ends.diff()
         self.shape = (batch, length)
-        self.size = max(1, min(size or SIZE, int(lengths.max())))
+        self.size = max(1, min(size or SIZE, max(lengths.tolist(), default=0)))
         counts = -(-lengths // self.size)
         sequence = torch.repeat_interleave(torch.arange(len(lengths)), counts)
         step = torch.arange(len(sequence)) - (counts.cumsum(0) - counts)[sequence]
-        rows = (ends[sequence] + step * self.size)[:, None] + torch.arange(self.size)
-        inside = rows < ends[sequence + 1][:, None]
-        # Behind the end of a sequence stands the row of zeros behind all tokens.
-        self._rows = rows.masked_fill(~inside, batch * length).flatten().to(device)
-        self._places = inside.flatten().nonzero().squeeze(1).to(device)
-        self._whole = bool(inside.all())
-        count = int(counts.max())
+        # Whole chunks need no index, and on a GPU no copy of one.
+        self._whole = bool((lengths % self.size == 0).all())
+        if not self._whole:
+            rows = (ends[sequence] + step * self.size)[:, None] + torch.arange(self.size)
+            inside = rows < ends[sequence + 1][:, None]
+            # Behind the end of a sequence stands the row of zeros behind all tokens.
+            self._rows = rows.masked_fill(~inside, batch * length).flatten().to(device)
+            self._places = inside.flatten().nonzero().squeeze(1).to(device)
+        count = max(counts.tolist(), default=0)
         if bool((counts == count).all()):
             self.steps = [(slice(i, None, count), slice(None)) for i in range(count)]
         else:

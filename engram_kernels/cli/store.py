@@ -1,0 +1,184 @@
+"""`engram store`: edits in a folder, which later calls add to and take from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+
+from .common import App, Corpus, Device, Dtype, Model, Seed, Tokens, bars, check_folder, console, load
+
+if TYPE_CHECKING:
+    from ..editing import Edit, EditStore
+
+app = App(help="Keep the edits of one model in a folder, for later ones to spare.", no_args_is_help=True)
+
+Folder = Annotated[Path, typer.Argument(help="The store's folder.")]
+
+
+@app.command()
+def add(
+    store: Annotated[Path, typer.Argument(help="The store's folder, or a new one.")],
+    subject: Annotated[
+        str | None, typer.Option(help="What the fact is about, as it stands in the text.")
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="The text before the answer, with {} for the subject.")
+    ] = None,
+    target: Annotated[str | None, typer.Option(help="What the model shall say instead.")] = None,
+    facts: Annotated[
+        Path | None,
+        typer.Option(help='Or many: JSON lines with "subject", "prompt", "target", perhaps "paraphrases".'),
+    ] = None,
+    model: Model = "smollm2",
+    method: Annotated[
+        str | None, typer.Option(help="Of a new store: engram, rome, memit and others: docs/methods.md.")
+    ] = None,
+    layer: Annotated[
+        list[int] | None, typer.Option(help="Of a new store; may be repeated; default: by method.")
+    ] = None,
+    corpus: Corpus = None,
+    tokens: Tokens = None,
+    dtype: Dtype = "float32",
+    device: Device = None,
+    seed: Seed = 0,
+) -> None:
+    """Make edits in the model as edited so far, and keep them.
+
+    Example: engram store add facts --subject "The Eiffel Tower" --prompt "{} is in the city of" --target Rome
+    """
+    edits = _edits(subject, prompt, target, facts)
+    with bars() as progress:
+        network, tokenizer = load(progress, model, dtype, device)
+        options = {"corpus": corpus, "tokens": tokens, "seed": seed, "progress": progress}
+        with _opened(store, network, tokenizer, method=method, layers=layer or None, **options) as kept:
+            made = kept.add(edits)
+            count = len(kept)
+    console.print(_table(made))
+    console.print(f"{store}: {count:,} edits of {model}.", markup=False, highlight=False)
+
+
+@app.command("list")
+def list_(store: Folder) -> None:
+    """Show the edits of a store.
+
+    Example: engram store list facts
+    """
+    kept = _opened(store)
+    console.print(_table(kept))
+    layers = ", ".join(map(str, kept.layers))
+    console.print(f"{len(kept):,} edits of layers {layers}.", markup=False, highlight=False)
+
+
+@app.command()
+def remove(
+    store: Folder,
+    id: Annotated[
+        list[int], typer.Option(help="The number of an edit, as `list` shows it; may be repeated.")
+    ],
+    model: Model = "smollm2",
+    corpus: Corpus = None,
+    tokens: Tokens = None,
+    dtype: Dtype = "float32",
+    device: Device = None,
+    seed: Seed = 0,
+) -> None:
+    """Take edits out; the others are written anew, as if these had never been made.
+
+    Example: engram store remove facts --id 3
+    """
+    with bars() as progress:
+        network, tokenizer = load(progress, model, dtype, device)
+        options = {"corpus": corpus, "tokens": tokens, "seed": seed, "progress": progress}
+        with _opened(store, network, tokenizer, **options) as kept:
+            for number in id:
+                kept.remove(number)
+            count = len(kept)
+    console.print(f"{store}: {count:,} edits of {model}.", markup=False, highlight=False)
+
+
+@app.command()
+def export(
+    store: Folder,
+    out: Annotated[Path, typer.Option(help="New folder for the adapter.")],
+) -> None:
+    """Write all edits as one LoRA adapter, which PEFT and `engram apply` load.
+
+    Example: engram store export facts --out facts-adapter
+    """
+    check_folder("out", out)
+    kept = _opened(store)
+    kept.export(out)
+    console.print(f"Saved {len(kept):,} edits to {out}.", markup=False, highlight=False)
+
+
+@app.command()
+def verify(
+    store: Folder,
+    model: Annotated[
+        str | None, typer.Option(help="Its base model: then the edited weights are rebuilt and compared.")
+    ] = None,
+    corpus: Corpus = None,
+    tokens: Tokens = None,
+    dtype: Dtype = "float32",
+    device: Device = None,
+    seed: Seed = 0,
+) -> None:
+    """Read everything in a store, and with a model rebuild its weights, to the bit.
+
+    Example: engram store verify facts --model smollm2
+    """
+    if model is None:
+        count, what = _opened(store).verify(), "can be read"
+    else:
+        with bars() as progress:
+            network, tokenizer = load(progress, model, dtype, device)
+            options = {"corpus": corpus, "tokens": tokens, "seed": seed, "progress": progress}
+            with _opened(store, network, tokenizer, **options) as kept:
+                count, what = kept.verify(), f"give the weights that they gave in {model}, bit for bit"
+    console.print(f"{store}: {count:,} edits, which {what}.", markup=False, highlight=False)
+
+
+def _opened(store: Path, *model, **options) -> EditStore:
+    from ..editing import EditStore
+
+    return EditStore(store, *model, **options)
+
+
+def _edits(subject: str | None, prompt: str | None, target: str | None, facts: Path | None) -> list[Edit]:
+    from ..editing import Edit
+
+    one = [subject, prompt, target]
+    if facts is None:
+        if None in one:
+            raise ValueError("facts: expected a file, or a subject, a prompt and a target, got neither")
+        return [Edit(*one)]
+    if any(part is not None for part in one):
+        raise ValueError("facts: expected a file or one fact, got both")
+    edits = []
+    for number, line in enumerate(facts.read_text(encoding="utf-8").splitlines(), 1):
+        if line.strip():
+            try:
+                edits.append(Edit(**json.loads(line)))
+            except (TypeError, ValueError) as error:
+                raise ValueError(
+                    f"facts: expected a fact in line {number}, got {line[:60]!r} ({error})"
+                ) from None
+    if not edits:
+        raise ValueError(f"facts: expected a fact a line, got none in {str(facts)!r}")
+    return edits
+
+
+def _table(stored) -> Table:
+    table = Table("id", "fact", "p before", "p after", "", box=box.SIMPLE)
+    for one in stored:
+        record = one.record
+        mark = "[green]✓[/green]" if record.took else "[red]✗[/red]"
+        chances = f"{record.probability_before:.4f}", f"{record.probability_after:.4f}"
+        table.add_row(str(one.id), escape(record.edit.text), *chances, mark)
+    return table
