@@ -2,6 +2,7 @@
 
 import hashlib
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -56,7 +57,7 @@ def evaluate(
     rows: Annotated[int | None, typer.Option(help="How many rows; default: all from --start on.")] = None,
     start: Annotated[int, typer.Option(help="The first row, counted from 0.")] = 0,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out rows that cannot be read.")] = False,
-    method: Annotated[str, typer.Option(help="rome, memit, alphaedit, encore, …: docs/methods.md.")] = "rome",
+    method: Annotated[str, typer.Option(help="engram, rome, memit, encore, …: docs/methods.md.")] = "engram",
     mode: Annotated[
         str,
         typer.Option(
@@ -97,6 +98,7 @@ def evaluate(
     learning_rate: Annotated[float | None, typer.Option(help="Of the value's optimisation.")] = None,
     clamp: Annotated[float | None, typer.Option(help="Largest change of a value, in its norms.")] = None,
     stop_loss: Annotated[float | None, typer.Option(help="The optimisation ends below this loss.")] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="Of the value's optimisation.")] = None,
     original_key: Annotated[
         bool, typer.Option("--original-key", help="ROME as first published, not R-ROME.")
     ] = False,
@@ -119,8 +121,7 @@ def evaluate(
     Example: engram eval --data counterfact.json --rows 20 --method rome --report out.json --plot out.png
     """
     from ..editing import Editor
-    from ..editing.methods import check_choices
-    from ..editing.values import ValueOptions
+    from ..editing.methods import METHODS, check_choices
     from ..evaluation.datasets import COUNTERFACT, read_cases
     from ..evaluation.outcomes import summarise
     from ..evaluation.report import EvalReport
@@ -136,7 +137,9 @@ def evaluate(
     path = data_file(data)
     cases, refused = read_cases(path, start, rows, skip_bad)
     given = {"steps": steps, "learning_rate": learning_rate, "clamp": clamp, "stop_loss": stop_loss}
-    value = ValueOptions(**{name: option for name, option in given.items() if option is not None})
+    given["weight_decay"] = weight_decay
+    asked = {name: option for name, option in given.items() if option is not None}
+    value = replace(METHODS[method].value, **asked)
     options = {"layers": layer or None, "method": method, "ridge": ridge, "batch": batch}
     options |= {"preserve": preserve, "null_space": null_space, "conflicts": conflicts, "failures": failures}
     checkpoints = tuple(checkpoint or CHECKPOINTS)

@@ -30,13 +30,17 @@ class ValueOptions:
     Args:
         steps: evaluations of the loss, at most; each but the last is followed by a step of Adam.
         learning_rate: of Adam.
-        clamp: the change of the value is kept within `clamp` times the norm of the value it starts from.
+        clamp: the change of the value is kept within `clamp` times `‖v₀‖`, the norm of the value it starts
+            from.
         weight_decay: weight of `‖δ‖ / ‖v₀‖²` in the loss.
         kl_weight: weight of the divergence of the answer to "{subject} is a" from the unedited model's.
         stop_loss: optimisation ends when the loss is below this.
         stop_probability: it also ends when in every text the target's tokens have at least this probability,
             as their geometric mean; None: it does not.
         batch: how many edits are optimised side by side; None: as many as use the device well.
+        relative: `‖v₀‖` is the mean over all texts, and the learning rate a share of the root mean square of
+            `v₀`, whatever a model's scale. False, as published: `‖v₀‖` is that of the bare prompt, which can
+            be a sixth of the others.
         incremental: a step runs only what depends on the value; False: the whole model on whole texts.
         widen: on a CPU without units for half precision, find values with the weights as float32, which takes
             four bytes a weight meanwhile. False: always in the weights' own type.
@@ -54,6 +58,7 @@ class ValueOptions:
     stop_loss: float = 0.05
     stop_probability: float | None = None
     batch: int | None = None
+    relative: bool = False
     incremental: bool = True
     widen: bool = True
 
@@ -61,7 +66,7 @@ class ValueOptions:
         check.integer("steps", self.steps, at_least=1)
         if self.batch is not None:
             check.integer("batch", self.batch, at_least=1)
-        for name in ("incremental", "widen"):
+        for name in ("relative", "incremental", "widen"):
             value = getattr(self, name)
             check.expect(isinstance(value, bool), name, "True or False", type(value).__name__, TypeError)
         check.number("stop_loss", self.stop_loss)
@@ -82,7 +87,7 @@ class Value:
         keys: `[rows, in]` float32, the projection's inputs at the subject's last token, in every text with a
             target; the first is the bare prompt's.
         change: `[out]` float32, `δ`: by how much the projection's answer to them shall change.
-        initial_norm: of its answer `v₀` to the bare prompt's key.
+        initial_norm: `‖v₀‖`, of its answer to the bare prompt's key, or the mean over all keys.
         losses: of every step.
     """
 
@@ -168,8 +173,17 @@ def _search(
         raise UnfitError(reason) from error
     starts = recorded.values[batch.bare.to(recorded.values.device)]
     norms = starts.norm(dim=-1)
+    if options.relative:
+        # The last row of an edit is its KL prompt.
+        rows = recorded.values.split([len(one.rows) + 1 for one in encoded])
+        norms = torch.stack([own[:-1].norm(dim=-1).mean() for own in rows])
     deltas = [torch.zeros_like(start, requires_grad=True) for start in starts]
-    optimizer = torch.optim.Adam(deltas, lr=options.learning_rate)
+    scales = norms / starts.shape[-1] ** 0.5 if options.relative else torch.ones_like(norms)
+    groups = [
+        {"params": [delta], "lr": options.learning_rate * scale}
+        for delta, scale in zip(deltas, scales.tolist(), strict=True)
+    ]
+    optimizer = torch.optim.Adam(groups)
     predictions = Losses(model, projection, batch, recorded.context)
     losses: list[list[float]] = [[] for _ in encoded]
     failed: dict[int, EngramError] = {}

@@ -11,7 +11,7 @@ import torch
 from editing_helpers import changed, small_editor, weights
 
 from engram_kernels import EngramError
-from engram_kernels.editing import Edit, EditResult, Editor
+from engram_kernels.editing import Edit, Editor, EditResult
 from engram_kernels.hf.eval_mode import eval_mode
 from engram_kernels.hf.tokens import context_length
 from engram_kernels.tracing import known, trace
