@@ -153,6 +153,25 @@ def pseudo_inverse(slots: int, width: int, dtype: torch.dtype) -> Cost:
     return Cost(2 * slots * width * dtype.itemsize, {torch.float64: 4 * small * small * large + small**3 / 3})
 
 
+# -- memories of sequences -----------------------------------------------------------------------------------
+
+
+def ridge_memory(
+    length: int, heads: int, keys: int, values: int, dtype: torch.dtype, factorisations: int = 0
+) -> Cost:
+    """q, k, v and β read, readouts and the fp64 state written; P, M and the sums changed at every token."""
+    traffic = heads * (length * (2 * keys + 2 * values + 1) * dtype.itemsize + FP64 * keys * (keys + values))
+    # P's product and update, M's two products and update, H and G; a factorisation a token in place of P's.
+    token = 6 * keys * values + 2 * keys * (keys + values) + (0 if factorisations else 4 * keys * keys)
+    return Cost(traffic, {torch.float64: heads * (length * token + factorisations * keys**3 / 3)})
+
+
+def delta_memory(length: int, heads: int, keys: int, values: int, dtype: torch.dtype) -> Cost:
+    """q, k, v and β read, readouts and the state written; a read at the key, a write, a read at the query."""
+    traffic = heads * (length * (2 * keys + 2 * values + 1) * dtype.itemsize + FP32 * keys * values)
+    return Cost(traffic, {dtype: 6 * heads * length * keys * values})
+
+
 def real_cases() -> dict[str, Cost]:
     """Operations at the shapes of real models, by name."""
     bf16, found = torch.bfloat16, {}
@@ -170,6 +189,10 @@ def real_cases() -> dict[str, Cost]:
         name = f"memory {slots}×{width}"
         found[f"{name}: 1,024 writes"] = stream(1, slots, width, 1024, torch.float32)
         found[f"{name}: pseudo-inverse"] = pseudo_inverse(slots, width, torch.float32)
+    for length, heads, width in ((2048, 4, 64), (8192, 16, 128)):
+        found[f"ridge memory, {length} tokens, {heads} heads of {width}"] = ridge_memory(
+            length, heads, width, width, bf16
+        )
     return found
 
 

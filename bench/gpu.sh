@@ -198,7 +198,7 @@ on_gpu() {
 
   stage rates 40 "$python" "$bench/machine.py" rates "$results"
   local family
-  for family in low_rank graft memory; do
+  for family in low_rank graft memory ridge; do
     # A case that takes longer than a minute is given up, and the next one begins.
     stage $family 100 "${measure[@]}" $(limit 60) -k cuda "$bench/bench_$family.py"
   done
@@ -235,7 +235,7 @@ without_gpu() {
   if [[ -s $work/aot.log ]]; then "$python" "$bench/report.py" resources "$results" "$work/aot.log"; fi
   stage rates 120 "$python" "$bench/machine.py" rates "$results"
   local family
-  for family in low_rank graft memory; do
+  for family in low_rank graft memory ridge; do
     stage $family 900 "${measure[@]}" $(limit 300) -k "cpu and not cuda" --smallest "$bench/bench_$family.py"
   done
 }

@@ -53,6 +53,10 @@ def larger_calls() -> list[tuple[str, tuple]]:
                 (*state, torch.randn(3, 35, 37, dtype=dtype), torch.randn(3, 35, 75, dtype=dtype)),
             )
         )
+    q, k, v = torch.randn(2, 41, 3, 37), torch.randn(2, 41, 3, 37), torch.randn(2, 41, 3, 75)
+    state = [torch.zeros(2, 3, *shape, dtype=torch.float64) for shape in ((37, 37), (37, 75), ())]
+    arguments = q, k, v, torch.rand(2, 41, 3), None, torch.ones(3, 37), *state, None, False
+    found.append(("ridge_memory", arguments))
     return found
 
 

@@ -7,20 +7,17 @@
 #include "engram/low_rank.h"
 #include "engram/memory.h"
 #include "engram/pages.h"
+#include "engram/ridge.h"
 
 namespace py = pybind11;
 using engram::DType;
+using engram::RidgeShape;
 using engram::StreamShape;
 using engram::WeightShape;
 
 static py::dict build_info() {
   py::dict info;
   info["compiler"] = ENGRAM_COMPILER;
-#ifdef _OPENMP
-  info["openmp"] = _OPENMP;
-#else
-  info["openmp"] = 0;
-#endif
 #ifdef ENGRAM_X86
   info["isa_compiled"] = py::make_tuple("baseline", "avx2", "avx512");
 #else
@@ -69,6 +66,17 @@ PYBIND11_MODULE(_cpu, module) {
                                static_cast<DType>(dtype), StreamShape{batch, slots, width, count},
                                pointer<void>(new_precision_inverse), pointer<void>(new_memory),
                                pointer<void>(readouts), pointer<void>(leverages), threads);
+  });
+
+  module.def("ridge_memory", [](uintptr_t q, uintptr_t k, uintptr_t v, int dtype, uintptr_t beta,
+                                uintptr_t ends, int64_t sequences, int64_t heads, int64_t keys,
+                                int64_t values, uintptr_t precision_inverse, uintptr_t memory, uintptr_t out,
+                                int threads) {
+    py::gil_scoped_release release;
+    engram::cpu::ridge_memory(
+        pointer<const void>(q), pointer<const void>(k), pointer<const void>(v), static_cast<DType>(dtype),
+        pointer<const double>(beta), pointer<const int64_t>(ends), RidgeShape{sequences, heads, keys, values},
+        pointer<double>(precision_inverse), pointer<double>(memory), pointer<void>(out), threads);
   });
 
   module.def("graft_blend", [](const GraftRows& rows, double bias, int threads) {
@@ -124,4 +132,26 @@ PYBIND11_MODULE(_cpu, module) {
     const auto tensors = sparse_tensors(rows);
     engram::cpu::sparse_apply(tensors.data(), tensors.size(), wide_indices, threads);
   });
+
+  // `place(counts)` returns a pair of addresses for each tensor.
+  module.def("sparse_diff",
+             [](const GraftRows& rows, double threshold, bool wide_indices, int threads, py::function place) {
+               struct Call {
+                 py::function place;
+                 size_t count;
+               } call{std::move(place), rows.size()};
+               const auto ask = [](void* context, const int64_t* changed, engram::SparseTarget* targets) {
+                 const auto& call = *static_cast<const Call*>(context);
+                 py::gil_scoped_acquire acquire;
+                 const std::vector<int64_t> counts(changed, changed + call.count);
+                 const auto found = call.place(counts).cast<std::vector<std::array<int64_t, 2>>>();
+                 for (size_t i = 0; i < call.count; ++i)
+                   targets[i] = {pointer<void>(found.at(i)[0]), pointer<void>(found.at(i)[1])};
+               };
+               const auto tensors = graft_tensors(rows);
+               py::gil_scoped_release release;
+               if (!engram::cpu::sparse_diff(tensors.data(), tensors.size(), threshold, wide_indices, ask,
+                                             &call, threads))
+                 throw std::bad_alloc();
+             });
 }

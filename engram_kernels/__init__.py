@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from . import hf as hf
     from . import integrations as integrations
     from . import larimar as larimar
+    from . import layers as layers
     from . import memory as memory
     from . import tracing as tracing
 
@@ -42,4 +43,14 @@ else:
 
 __version__ = "0.1.0"
 
-_SYSTEMS = ("editing", "evaluation", "grafting", "hf", "integrations", "larimar", "memory", "tracing")
+_SYSTEMS = (
+    "editing",
+    "evaluation",
+    "grafting",
+    "hf",
+    "integrations",
+    "larimar",
+    "layers",
+    "memory",
+    "tracing",
+)

@@ -2,9 +2,10 @@
 
 import hashlib
 import json
+from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
@@ -14,8 +15,14 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
 
 def tensor_checksum(tensor: Tensor) -> str:
     """A digest of a tensor's dtype, shape and bits."""
-    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-    digest.update(tensor_bytes(tensor))
+    return checksum_of(tensor.dtype, tensor.shape, [tensor_bytes(tensor)])
+
+
+def checksum_of(dtype: torch.dtype, shape: Iterable[int], pieces: Iterable[bytes | memoryview]) -> str:
+    """The same of a tensor whose bytes come in pieces, in row-major order."""
+    digest = hashlib.sha256(f"{dtype} {tuple(shape)}".encode())
+    for piece in pieces:
+        digest.update(piece)
     return digest.hexdigest()
 
 
@@ -25,15 +32,6 @@ def plain_tensors(name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
         return [(name, tensor)]
     parts, _ = tensor.__tensor_flatten__()
     return [inner for part in parts for inner in plain_tensors(f"{name}.{part}", getattr(tensor, part))]
-
-
-def weights_checksums(model: nn.Module) -> dict[str, str]:
-    """The checksum of every tensor of a model, by name."""
-    return {
-        part: tensor_checksum(inner)
-        for name, tensor in sorted(model.state_dict().items())
-        for part, inner in plain_tensors(name, tensor)
-    }
 
 
 def digest(*contents: object) -> str:

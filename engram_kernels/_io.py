@@ -1,15 +1,17 @@
 """Files and folders that are written whole or not at all."""
 
+import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from torch import Tensor
 
+from ._ranks import once
 from .errors import EngramError
 
 
@@ -41,6 +43,27 @@ def new_directory(directory: str | os.PathLike) -> Iterator[Path]:
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_directory(
+    directory: str | os.PathLike, write: Callable[[Path], None], rank: int | None = None
+) -> None:
+    """Fill a new folder, which then has its name; of the ranks of a run that name it, one writes it.
+
+    Args:
+        directory: a new or empty one.
+        write: writes into the folder that it is given.
+        rank: which one writes; None: the one that comes first.
+
+    Raises:
+        EngramError: as `new_directory`; every rank that names the folder raises it.
+    """
+
+    def fill() -> None:
+        with new_directory(directory) as folder:
+            write(folder)
+
+    once(f"write {os.path.abspath(directory)}", fill, rank)
 
 
 @contextmanager
@@ -80,10 +103,7 @@ def write_json(path: str | os.PathLike, content: object) -> None:
     Raises:
         ValueError: the content has something that JSON has not, such as NaN.
     """
-    try:
-        text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"content: expected finite numbers, texts, lists and mappings ({error})") from error
+    text = _json(content)
     with new_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
@@ -99,3 +119,70 @@ def read_json(path: str | os.PathLike) -> object:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except RecursionError as error:
         raise ValueError(f"{os.fspath(path)!r} is nested too deeply") from error
+
+
+def write_sealed(path: str | os.PathLike, content: Mapping[str, object], files: Iterable[str] = ()) -> None:
+    """Write a JSON file with checksums of itself and of files beside it, whole or not at all.
+
+    Args:
+        path: of the JSON file.
+        content: anything but the names `files` and `checksum`, which are added.
+        files: names of files in the same folder; they are there already.
+
+    Raises:
+        OSError: a file cannot be read, or the JSON file not written.
+        ValueError: the content has something that JSON has not, such as NaN.
+    """
+    folder = Path(path).parent
+    sealed = {**content, "files": {name: file_checksum(folder / name) for name in files}}
+    write_json(path, {**sealed, "checksum": _checksum(sealed)})
+
+
+def read_sealed(path: str | os.PathLike) -> dict:
+    """Read what `write_sealed` wrote: not a byte of the JSON file or of those that it lists has changed.
+
+    Returns:
+        The content, and `files`, the checksums by name.
+
+    Raises:
+        OSError: a file cannot be read.
+        ValueError: a file is incomplete or was changed; the message names it.
+    """
+    path = Path(path)
+    content = read_json(path)
+    # The text too: with two entries of one name, JSON's reader would take the second and say nothing.
+    if (
+        not isinstance(content, dict)
+        or not isinstance(content.get("files"), dict)
+        or path.read_bytes() != _json(content).encode()
+        or content.pop("checksum", None) != _checksum(content)
+    ):
+        raise ValueError(f"{path.name} is incomplete or was changed: its checksum is another")
+    for name, checksum in content["files"].items():
+        if Path(name).name != name:
+            raise ValueError(f"{path.name} lists {name!r}, which is not in its folder")
+        if file_checksum(path.parent / name) != checksum:
+            raise ValueError(
+                f"{name} is incomplete or was changed: its checksum is not the one in {path.name}"
+            )
+    return content
+
+
+def file_checksum(path: str | os.PathLike) -> str:
+    """The SHA-256 of a file's bytes, read piece by piece."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _json(content: object) -> str:
+    try:
+        return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"content: expected finite numbers, texts, lists and mappings ({error})") from error
+
+
+def _checksum(content: Mapping[str, object]) -> str:
+    return hashlib.sha256(_json(content).encode()).hexdigest()

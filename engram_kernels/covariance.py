@@ -17,6 +17,7 @@ _FORMAT = "engram_kernels.covariance"
 
 # Each is a pass over the matrix; 20 come within a few percent on spectra that fall off slowly.
 _POWER_STEPS = 20
+_BLOCK = 1024
 
 
 class Covariance:
@@ -40,13 +41,17 @@ class Covariance:
         self.ridge = ridge
 
     @classmethod
-    def from_second_moment(cls, moment: Tensor, count: int, ridge: float = 0.0) -> "Covariance":
+    def from_second_moment(
+        cls, moment: Tensor, count: int, ridge: float = 0.0, *, overwrite: bool = False
+    ) -> "Covariance":
         """Invert a second moment.
 
         Args:
             moment: Σ xᵀx as `second_moment_` accumulates it, [in, in] or [B, in, in], fp32 or fp64.
             count: the number of rows that went into it.
             ridge: added to the diagonal, in units of its mean.
+            overwrite: let the inverse take the moment's memory, where that is fp64 and contiguous: two
+                matrices are in memory at the most, and not three. The moment is lost, after errors too.
 
         Returns:
             The covariance, on the moment's device.
@@ -68,11 +73,14 @@ class Covariance:
         check.expect(count > 0, "count", "at least one sample", count)
         check.number("ridge", ridge, at_least=0)
         check.finite("moment", moment)
-        matrix = moment.double() / count
-        matrix = (matrix + matrix.mT) / 2
+        own = overwrite and moment.is_contiguous()
+        matrix = moment.to(torch.float64, copy=not own, memory_format=torch.contiguous_format)
+        matrix /= count
+        _symmetrise_(matrix)
         diagonal = matrix.diagonal(dim1=-2, dim2=-1)
         mean = diagonal.mean(-1, keepdim=True)
         diagonal += ridge * mean
+        largest = _largest_eigenvalue(matrix)
         # A moment summed in fp32 is singular as far as fp32 can tell.
         factor, lost = cholesky(matrix, torch.finfo(moment.dtype).eps)
         if bool(lost.any()):
@@ -84,7 +92,9 @@ class Covariance:
                 f"for {width} dimensions with ridge {ridge:g}; give more samples, or a ridge of {enough:.0e} "
                 "or more"
             )
-        return cls(torch.cholesky_inverse(factor).mT.contiguous(), _largest_eigenvalue(matrix), count, ridge)
+        # LAPACK works in columns: in a transposed view it needs no memory of its own.
+        torch.cholesky_inverse(factor, out=matrix.mT)
+        return cls(matrix, largest, count, ridge)
 
     @property
     def dim(self) -> int:
@@ -183,6 +193,18 @@ class Covariance:
     def __repr__(self) -> str:
         device = self._inverse.device
         return f"Covariance(in={self.dim}, count={self.count}, ridge={self.ridge:g}, device={device})"
+
+
+def _symmetrise_(matrix: Tensor) -> None:
+    """`M ← (M + Mᵀ) / 2`, block by block."""
+    starts = range(0, matrix.shape[-1], _BLOCK)
+    for i in starts:
+        rows = slice(i, i + _BLOCK)
+        for j in range(i, matrix.shape[-1], _BLOCK):
+            columns = slice(j, j + _BLOCK)
+            mean = (matrix[..., rows, columns] + matrix[..., columns, rows].mT) / 2
+            matrix[..., rows, columns] = mean
+            matrix[..., columns, rows] = mean.mT
 
 
 def _largest_eigenvalue(matrix: Tensor) -> Tensor:

@@ -239,7 +239,7 @@ def _questions(cases: Sequence[Case]) -> list[_Question]:
     return [
         _Question(number, text, place > 0)
         for number, case in enumerate(cases)
-        for place, text in enumerate((case.edit.prompt_text, *case.paraphrases))
+        for place, text in enumerate((case.edit.prompt_text, *(case.paraphrases or case.generation)))
     ]
 
 

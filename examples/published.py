@@ -4,7 +4,8 @@
     python examples/published.py out.json   and the report's row
 
 They are context, not a comparison: other models, other samples, other numbers of edits. Shares are those of
-efficacy, paraphrase and neighbourhood success (ES, PS, NS); fluency is the papers' generation entropy (GE)
+efficacy, paraphrase and neighbourhood success (ES, PS, NS): in how many cases the right answer is likelier
+than the other one, which says little of what a model writes. Fluency is the papers' generation entropy (GE)
 over a hundred, in bits.
 
 Sources:
@@ -22,7 +23,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-MEASURES = ("efficacy", "paraphrase", "locality", "fluency")
+# The papers' names, and whose answers `engram eval` compares by probability for them.
+MEASURES = {
+    "efficacy": ("prompt",),
+    "paraphrase": ("paraphrase", "generation prompt"),
+    "locality": ("locality",),
+    "fluency": (),
+}
 # Method, model and edits; the measures in percent, as the papers print them.
 PUBLISHED = (
     ("ROME, GPT-2 XL, 1 at a time", 100.0, 96.4, 75.4, 621.9),
@@ -30,6 +37,12 @@ PUBLISHED = (
     ("MEMIT, GPT-J 6B, 10,000", 98.9, 88.6, 73.7, 619.9),
     ("AlphaEdit, Llama-3 8B, 2,000", 98.90, 94.22, 67.88, 622.49),
 )
+
+
+def likelier(aspects: dict, names: tuple[str, ...]) -> float | None:
+    """The share of the first aspect that the report has."""
+    found = next((aspects[name] for name in names if name in aspects), {})
+    return found["likelier"]["edited"] if "likelier" in found else None
 
 
 def main(
@@ -43,10 +56,13 @@ def main(
         table.add_row(label, *(f"{value / 100:.3f}" for value in percent))
     if report is not None:
         content = json.loads(report.read_text(encoding="utf-8"))
-        settings, edited = content["settings"], content["summary"]["edited"]
+        settings, summary = content["settings"], content["summary"]
         table.add_section()
-        label = f"{settings['method']}, {settings['model']}, {content['summary']['rows']:,}"
-        table.add_row(label, *(f"{edited[name]:.3f}" if name in edited else "" for name in MEASURES))
+        label = f"{settings['method']}, {settings['model']}, {summary['rows']:,}"
+        shown = [likelier(summary["aspects"], aspects) for aspects in MEASURES.values()]
+        if summary["fluency"] is not None:
+            shown[-1] = summary["fluency"]["edited"]
+        table.add_row(label, *("" if share is None else f"{share:.3f}" for share in shown))
     Console().print(table)
 
 

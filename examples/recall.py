@@ -103,7 +103,7 @@ def encode_cases(cases: Sequence[Case], encoder: SentenceEncoder) -> FactLatents
         "keys": [case.edit.prompt_text for case in cases],
         "values": [f"{case.edit.prompt_text} {case.edit.target}" for case in cases],
         "truths": [f"{case.edit.prompt_text} {case.truth}" for case in cases],
-        "questions": [case.paraphrases[0] for case in cases],
+        "questions": [(case.paraphrases or case.generation)[0] for case in cases],
     }
     return FactLatents(**{name: encoder.encode(asked).cpu() for name, asked in texts.items()})
 

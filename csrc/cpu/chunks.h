@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "parallel.h"
 #include "scratch.h"
 
 namespace engram::cpu::ENGRAM_ISA {
@@ -38,8 +39,7 @@ class Chunks {
   template <class Function>
   void for_each(int threads, const Function& function) const {
     const int64_t useful = smaller(threads, count() / 2);
-#pragma omp parallel for num_threads(useful < 1 ? 1 : static_cast<int>(useful))
-    for (int64_t chunk = 0; chunk < count(); ++chunk) visit(chunk, function);
+    parallel_for(useful < 1 ? 1 : useful, count(), [&](int64_t chunk) { visit(chunk, function); });
   }
 
  private:

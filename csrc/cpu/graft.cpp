@@ -13,6 +13,7 @@ ENGRAM_DECLARE_LEVELS(graft_blend_packed)
 ENGRAM_DECLARE_LEVELS(top_k_mask)
 ENGRAM_DECLARE_LEVELS(sparse_faults)
 ENGRAM_DECLARE_LEVELS(sparse_apply)
+ENGRAM_DECLARE_LEVELS(sparse_diff)
 
 void graft_blend(const GraftTensor* tensors, int64_t count, double bias, int threads) {
   ENGRAM_DISPATCH(graft_blend)(tensors, count, bias, threads);
@@ -50,6 +51,11 @@ int64_t sparse_faults(const SparseTensor* tensors, int64_t count, bool wide_indi
 
 void sparse_apply(const SparseTensor* tensors, int64_t count, bool wide_indices, int threads) {
   ENGRAM_DISPATCH(sparse_apply)(tensors, count, wide_indices, threads);
+}
+
+bool sparse_diff(const GraftTensor* tensors, int64_t count, double threshold, bool wide_indices, Place place,
+                 void* context, int threads) {
+  return ENGRAM_DISPATCH(sparse_diff)(tensors, count, threshold, wide_indices, place, context, threads);
 }
 
 }  // namespace engram::cpu

@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "engram/low_rank.h"
+#include "parallel.h"
 #include "scratch.h"
 #include "simd.h"
 
@@ -127,8 +128,7 @@ void apply(typename Type::Element* weight, WeightShape shape, const typename Typ
   threads = threads_for(threads, shape.batch * shape.rows * shape.cols * rank);
   Scratch<T> scratch(threads * width * rank);
 
-#pragma omp parallel for num_threads(threads) schedule(static, 1)
-  for (int thread = 0; thread < threads; ++thread) {
+  parallel(threads, [&](int thread) {
     T* panel = scratch.data() + thread * width * rank;
     int64_t packed = -1;
     for (int64_t unit = units * thread / threads; unit < units * (thread + 1) / threads; ++unit) {
@@ -149,7 +149,7 @@ void apply(typename Type::Element* weight, WeightShape shape, const typename Typ
         row += step;
       }
     }
-  }
+  });
 }
 
 // ---- residual = values - keys @ weight^T, gram = keys @ preconditioned^T
@@ -256,8 +256,7 @@ void residual_and_gram(const typename Type::Element* weight, WeightShape shape,
   const int64_t sums_bytes = count * kPanelRows * kVectorBytes;
   Scratch<char> scratch(threads * sums_bytes);
 
-#pragma omp parallel for num_threads(threads) schedule(static, 1)
-  for (int thread = 0; thread < threads; ++thread) {
+  parallel(threads, [&](int thread) {
     void* sums = scratch.data() + thread * sums_bytes;
     for (int64_t unit = weight_panels * thread / threads; unit < weight_panels * (thread + 1) / threads;
          ++unit) {
@@ -279,7 +278,7 @@ void residual_and_gram(const typename Type::Element* weight, WeightShape shape,
                     preconditioned + b * count * cols, count, cols, static_cast<double*>(sums),
                     [&](int64_t i, int64_t j, double product) { to[i * count + j] = product; });
     }
-  }
+  });
 }
 
 }  // namespace

@@ -2,20 +2,11 @@
 // instruction set (isa.h).
 #include "chunks.h"
 #include "engram/graft.h"
-#include "simd.h"
+#include "packed.h"
 
 namespace engram::cpu::ENGRAM_ISA {
 
 namespace {
-
-// Eight bytes of 0 or 1 are one byte of bits, and back: each product moves every bit to its place.
-inline uint8_t pack_eight(const uint8_t* mask) {
-  return static_cast<uint8_t>((load<uint64_t>(mask) * 0x0102040810204080u) >> 56);
-}
-inline uint64_t unpack_eight(uint8_t byte) {
-  const uint64_t bits = (byte * 0x0101010101010101u) & 0x8040201008040201u;
-  return ((bits + 0x7f7f7f7f7f7f7f7fu) >> 7) & 0x0101010101010101u;
-}
 
 struct Flat {
   int64_t size;
@@ -92,7 +83,7 @@ struct Tally {
 class Selection {
  public:
   Selection(const GraftTensor* tensors, int64_t count, int64_t k, int threads)
-      : chunks_(tensors, count, &GraftTensor::size), remaining_(k), threads_(threads) {}
+      : chunks_(tensors, count, &GraftTensor::size), remaining_(k), threads_(threads), tallies_(threads) {}
 
   // Eleven, eleven and ten bits at a time, from the top: which keys have the prefix of the k-th largest?
   int64_t find_threshold() {
@@ -102,16 +93,14 @@ class Selection {
       const int shift = 32 - known_ - width;
       const uint32_t bins = 1u << width;
       int64_t histogram[kMaxBins] = {};
-#pragma omp parallel num_threads(threads_)
-      {
-        Tally tally;
-#pragma omp for schedule(static)
-        for (int64_t chunk = 0; chunk < chunks_.count(); ++chunk) count(chunk, shift, bins, tally);
-#pragma omp critical
-        {
-          invalid += tally.invalid;
-          for (uint32_t bin = 0; bin < bins; ++bin) histogram[bin] += tally.histogram[bin];
-        }
+      parallel(threads_, [&](int part) {
+        Tally& tally = *new (tallies_.data() + part) Tally;
+        for_part(part, [&](int64_t chunk) { count(chunk, shift, bins, tally); });
+      });
+      for (int part = 0; part < threads_; ++part) {
+        const Tally& tally = tallies_.data()[part];
+        invalid += tally.invalid;
+        for (uint32_t bin = 0; bin < bins; ++bin) histogram[bin] += tally.histogram[bin];
       }
       if (invalid) return invalid;
       uint32_t bin = bins - 1;
@@ -125,34 +114,38 @@ class Selection {
   // The threshold is known: the keys above it, and the first of its equals.
   void write_masks() {
     Scratch<int64_t> equal(chunks_.count());
-#pragma omp parallel num_threads(threads_)
-    {
-      Tally tally;
-#pragma omp for schedule(static)
-      for (int64_t chunk = 0; chunk < chunks_.count(); ++chunk) {
-        const int64_t size = fill(chunk, tally.keys);
+    parallel(threads_, [&](int part) {
+      uint32_t* keys = tallies_.data()[part].keys;
+      for_part(part, [&](int64_t chunk) {
+        const int64_t size = fill(chunk, keys);
         int64_t ties = 0;
-        for (int64_t i = 0; i < size; ++i) ties += tally.keys[i] == prefix_;
+        for (int64_t i = 0; i < size; ++i) ties += keys[i] == prefix_;
         equal.data()[chunk] = ties;
-      }
-#pragma omp single
-      for (int64_t chunk = 0; chunk < chunks_.count(); ++chunk) {
-        equal.data()[chunk] = smaller(equal.data()[chunk], remaining_);
-        remaining_ -= equal.data()[chunk];
-      }
-#pragma omp for schedule(static)
-      for (int64_t chunk = 0; chunk < chunks_.count(); ++chunk) {
-        int64_t size = fill(chunk, tally.keys), ties = equal.data()[chunk];
+      });
+    });
+    for (int64_t chunk = 0; chunk < chunks_.count(); ++chunk) {
+      equal.data()[chunk] = smaller(equal.data()[chunk], remaining_);
+      remaining_ -= equal.data()[chunk];
+    }
+    parallel(threads_, [&](int part) {
+      uint32_t* keys = tallies_.data()[part].keys;
+      for_part(part, [&](int64_t chunk) {
+        int64_t size = fill(chunk, keys), ties = equal.data()[chunk];
         chunks_.visit(chunk, [&](const GraftTensor& tensor, int64_t begin, int64_t) {
           auto* mask = static_cast<uint8_t*>(tensor.out) + begin / 8;
-          for (int64_t i = 0; i < size; i += 8)
-            mask[i / 8] = byte(tally.keys + i, smaller(8, size - i), ties);
+          for (int64_t i = 0; i < size; i += 8) mask[i / 8] = byte(keys + i, smaller(8, size - i), ties);
         });
-      }
-    }
+      });
+    });
   }
 
  private:
+  template <class Body>
+  void for_part(int part, const Body& body) const {
+    const int64_t count = chunks_.count();
+    for (int64_t i = count * part / threads_; i < count * (part + 1) / threads_; ++i) body(i);
+  }
+
   int64_t fill(int64_t chunk, uint32_t* keys) const {
     int64_t size = 0;
     chunks_.visit(chunk, [&](const GraftTensor& tensor, int64_t begin, int64_t end) {
@@ -190,6 +183,7 @@ class Selection {
   Chunks<GraftTensor> chunks_;
   int64_t remaining_;  // how many keys with the present prefix are wanted
   int threads_;
+  Scratch<Tally> tallies_;  // one for each thread
   uint32_t prefix_ = 0;
   int known_ = 0;  // bits of the prefix
 };

@@ -4,6 +4,7 @@
 // stored, and multiplied while it is in a register. Each result is computed by one thread in one order that
 // depends on the shape alone: the results are the same bits for every number of threads.
 #include "engram/memory.h"
+#include "parallel.h"
 #include "scratch.h"
 #include "simd.h"
 
@@ -91,16 +92,10 @@ void pass(const Pass<T>& p, int part, int parts) {
 
 template <Do kDo, class T>
 void pass_both(const Pass<T>& first, const Pass<T>& second, int parts) {
-  if (parts == 1) {
-    pass<kDo>(first, 0, 1);
-    pass<kDo>(second, 0, 1);
-    return;
-  }
-#pragma omp parallel for num_threads(parts) schedule(static, 1)
-  for (int part = 0; part < parts; ++part) {
+  parallel(parts, [&](int part) {
     pass<kDo>(first, part, parts);
     pass<kDo>(second, part, parts);
-  }
+  });
 }
 
 template <class T>
@@ -181,14 +176,9 @@ void stream_all(const Memory<T>& all, const StreamShape& shape, int threads) {
         all.new_precision_inverse + p, all.new_memory + m, all.readouts + z, all.leverages + b * count};
     stream(memory, shape, scratch.data() + worker * elements, parts);
   };
-  if (workers == 1) {
-    for (int64_t b = 0; b < batch; ++b) one(b, 0);
-    return;
-  }
-#pragma omp parallel for num_threads(workers) schedule(static, 1)
-  for (int worker = 0; worker < workers; ++worker) {
+  parallel(workers, [&](int worker) {
     for (int64_t b = batch * worker / workers; b < batch * (worker + 1) / workers; ++b) one(b, worker);
-  }
+  });
 }
 
 }  // namespace

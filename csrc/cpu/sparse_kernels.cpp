@@ -9,13 +9,15 @@ namespace {
 
 template <class Element, class Index>
 void exchange(const SparseTensor& tensor, int64_t begin, int64_t end) {
-  constexpr int64_t kAhead = 16;  // entries whose cache lines are asked for before their turn
+  constexpr int64_t kAhead = 128;  // entries whose cache lines are asked for before their turn
   auto* weight = static_cast<Element*>(tensor.weight);
   const auto* indices = static_cast<const Index*>(tensor.indices);
+  const auto ask = [&](int64_t i) { __builtin_prefetch(weight + indices[i], 1); };
   const auto* values = static_cast<const Element*>(tensor.values);
   auto* overwritten = static_cast<Element*>(tensor.overwritten);
+  for (int64_t i = begin; i < smaller(begin + kAhead, end); ++i) ask(i);
   for (int64_t i = begin; i < end; ++i) {
-    if (i + kAhead < end) __builtin_prefetch(weight + indices[i + kAhead], 1);
+    if (i + kAhead < end) ask(i + kAhead);
     overwritten[i] = weight[indices[i]];
     weight[indices[i]] = values[i];
   }
@@ -28,23 +30,29 @@ void exchange(const SparseTensor& tensor, int64_t begin, int64_t end) {
   if (tensor.element_bytes == 8) exchange<uint64_t, Index>(tensor, begin, end);
 }
 
+// In the indices' own type, so that they are compared a vector at a time.
+template <class Index>
+int64_t faults_in(const SparseTensor& tensor, int64_t begin, int64_t end) {
+  const auto* indices = static_cast<const Index*>(tensor.indices);
+  const int64_t most = sizeof(Index) == 4 ? INT32_MAX : INT64_MAX;
+  const Index last = static_cast<Index>(smaller(tensor.size - 1, most));
+  Index faults = 0;  // at most a chunk
+  if (begin == 0) faults += (indices[0] < 0) | (indices[0] > last);
+  for (int64_t i = begin ? begin : 1; i < end; ++i)
+    faults += (indices[i] < 0) | (indices[i] > last) | (indices[i] <= indices[i - 1]);
+  return faults;
+}
+
 }  // namespace
 
 int64_t sparse_faults(const SparseTensor* tensors, int64_t count, bool wide_indices, int threads) {
-  int64_t faults = 0;
   const Chunks<SparseTensor> chunks(tensors, count, &SparseTensor::count);
-#pragma omp parallel for num_threads(threads) reduction(+ : faults)
-  for (int64_t chunk = 0; chunk < chunks.count(); ++chunk)
-    chunks.visit(chunk, [&](const SparseTensor& tensor, int64_t begin, int64_t end) {
-      const auto check = [&](const auto* indices) {
-        for (int64_t i = begin; i < end; ++i) {
-          const int64_t at = indices[i];
-          faults += at < 0 || at >= tensor.size || (i > 0 && at <= static_cast<int64_t>(indices[i - 1]));
-        }
-      };
-      wide_indices ? check(static_cast<const int64_t*>(tensor.indices))
-                   : check(static_cast<const int32_t*>(tensor.indices));
-    });
+  int64_t faults = 0;
+  chunks.for_each(threads, [&](const SparseTensor& tensor, int64_t begin, int64_t end) {
+    const int64_t found =
+        wide_indices ? faults_in<int64_t>(tensor, begin, end) : faults_in<int32_t>(tensor, begin, end);
+    if (found) __atomic_fetch_add(&faults, found, __ATOMIC_RELAXED);
+  });
   return faults;
 }
 

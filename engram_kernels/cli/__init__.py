@@ -11,7 +11,7 @@ import typer
 
 from .. import __version__
 from . import apply, doctor, edit, evaluate, graft, memory, store, trace
-from .common import App, console, errors
+from .common import App, console, errors, launched_ranks
 
 app = App(
     help="Find, rewrite and transplant the engrams of language models.",
@@ -68,6 +68,10 @@ def quiet() -> Iterator[None]:
 
 
 def main() -> None:
-    """Run the command line; an expected error is one sentence and exit status 1."""
-    with quiet():
+    """Run the command line; an expected error is one sentence and exit status 1.
+
+    Under torchrun (`torchrun --nproc-per-node 8 -m engram_kernels.cli eval …`) the ranks share the work of
+    `edit`, `eval` and `graft localize`.
+    """
+    with quiet(), launched_ranks():
         app()

@@ -2,13 +2,16 @@
 
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 import typer
 from rich.markup import escape
 
-from .common import Model, bars, check_folder, console, reading
+from .common import Link, Model, Report, bars, check_folder, console, reading
+
+if TYPE_CHECKING:
+    from ..editing import EditResult
 
 
 def apply(
@@ -21,14 +24,17 @@ def apply(
     force: Annotated[
         bool, typer.Option("--force", help="Edit even if the model's weights are others.")
     ] = False,
+    link: Link = False,
 ) -> None:
     """Write saved edits into their model, and save the model.
 
+    The model's files are copied and the edited matrices written into them, one at a time: a model larger than
+    the memory will do. Where its files do not hold the tensors that are edited, it is loaded.
+
     Example: engram apply --edit tower-in-rome --model smollm2 --out smollm2-in-rome
     """
-    from ..editing import EditResult, open_expert
-    from ..hf.checkpoints import save_model
-    from ..hf.loading import load_model
+    from ..editing import EditResult, edit_checkpoint
+    from ..hf.shards import OtherLayoutError
 
     check_folder("out", out)
     if len(set(edit)) < len(edit):
@@ -37,19 +43,11 @@ def apply(
         results = [EditResult.from_pretrained(folder) for folder in edit]
     edits = EditResult.merge(results, force)
     with bars() as progress:
-        progress("apply", 0, 3, f"load {escape(model)}")
-        # The checksums are of weights in the dtype that the edits were made in.
-        with reading("model"):
-            network, tokenizer = load_model(model, dtype=getattr(torch, edits.edited_modules[0].dtype))
-        progress("apply", 1, 3, "write")
-        with ExitStack() as opened:
-            for edited in edits.edited_modules:
-                if edited.experts is not None:
-                    number = int(edited.module.rpartition(".")[2])
-                    opened.enter_context(open_expert(network, edited.layer, number))
-            edits.apply(network, force)
-        progress("apply", 2, 3, "save")
-        save_model(network, tokenizer, out)
+        progress("apply", 0, 3, f"write into the files of {escape(model)}")
+        try:
+            edit_checkpoint(edits, model, out, force=force, link=link)
+        except OtherLayoutError:
+            _load_and_save(edits, model, out, force, progress)
         progress("apply", 3, 3)
     for folder, result in zip(edit, results, strict=True):
         first = result.records[0].edit
@@ -58,3 +56,24 @@ def apply(
     count = f"{len(edits):,} edit" + "s" * (len(edits) > 1)
     where = ", ".join(edits.modules)
     console.print(f"Saved {model} with {count} of {where} to {out}.", markup=False, highlight=False)
+
+
+def _load_and_save(edits: "EditResult", model: str, out: Path, force: bool, progress: Report) -> None:
+    """The same in memory, of a model whose files are laid out otherwise."""
+    from ..editing import open_expert
+    from ..hf.checkpoints import save_model
+    from ..hf.loading import load_model
+
+    progress("apply", 0, 3, f"load {escape(model)}")
+    # The checksums are of weights in the dtype that the edits were made in.
+    with reading("model"):
+        network, tokenizer = load_model(model, dtype=getattr(torch, edits.edited_modules[0].dtype))
+    progress("apply", 1, 3, "write")
+    with ExitStack() as opened:
+        for edited in edits.edited_modules:
+            if edited.experts is not None:
+                number = int(edited.module.rpartition(".")[2])
+                opened.enter_context(open_expert(network, edited.layer, number))
+        edits.apply(network, force)
+    progress("apply", 2, 3, "save")
+    save_model(network, tokenizer, out)

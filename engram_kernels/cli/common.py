@@ -18,6 +18,7 @@ from typer.core import TyperCommand
 
 from .. import __version__
 from .._io import write_json as write_json
+from .._ranks import together
 from ..errors import EngramError
 
 console, errors = Console(), Console(stderr=True)
@@ -31,6 +32,10 @@ Model = Annotated[
 ]
 Corpus = Annotated[
     Path | None, typer.Option(help="Text for the covariance; default: gensim's articles, else sampled.")
+]
+Link = Annotated[
+    bool,
+    typer.Option("--link", help="Hard-link shards that stay as they are, instead of copying them."),
 ]
 Tokens = Annotated[int | None, typer.Option(help="Tokens of the corpus to use; default: by dimension.")]
 
@@ -107,7 +112,31 @@ def load(progress: Report, model: str, dtype: str, device: str | None):
 
 
 def device_of(name: str | None) -> str:
-    return name or ("cuda" if torch.cuda.is_available() else "cpu")
+    # Of torchrun's processes on a machine each has a GPU of its own.
+    own = os.environ.get("LOCAL_RANK", "0")
+    return name or (f"cuda:{own}" if torch.cuda.is_available() else "cpu")
+
+
+@contextmanager
+def launched_ranks() -> Iterator[None]:
+    """Join the processes that torchrun started; of several, the first one speaks."""
+    if not torch.distributed.is_torchelastic_launched():
+        yield
+        return
+    gpus = torch.cuda.is_available()
+    if gpus:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
+    console.quiet = torch.distributed.get_rank() > 0
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def group_of_ranks():
+    """The group of all processes that torchrun started; None where there is one alone."""
+    return torch.distributed.group.WORLD if together() else None
 
 
 def check_file(name: str, path: Path | None) -> None:

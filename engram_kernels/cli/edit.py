@@ -22,6 +22,7 @@ from .common import (
     check_file,
     check_folder,
     console,
+    group_of_ranks,
     load,
     reading,
     write_json,
@@ -61,7 +62,7 @@ def edit(
             "--space/--no-space", help="Whether a space stands before the target; default: by script."
         ),
     ] = None,
-    method: Annotated[str, typer.Option(help="engram, rome, memit, encore, …: docs/methods.md.")] = "engram",
+    method: Annotated[str, typer.Option(help="engram, rome, memit and others: docs/methods.md.")] = "engram",
     layer: Annotated[int | None, typer.Option(help="The decoder layer to write; default: by depth.")] = None,
     weight_decay: Annotated[
         float | None, typer.Option(help="Of the value's optimisation; larger ones change less.")
@@ -108,8 +109,9 @@ def edit(
         texts += [open_ids(tokenizer, text) for text in controls]
         wanted = [encode_row(tokenizer, fact.subject, one, target, space=space) for _, one in asked]
         editor = Editor(
-            network, tokenizer, corpus=corpus, tokens=tokens, value=value, seed=seed, progress=progress
-        )
+            network, tokenizer, corpus=corpus, tokens=tokens, value=value, seed=seed, progress=progress,
+            group=group_of_ranks(),
+        )  # fmt: skip
         before = [_answers(network, tokenizer, ids) for ids in texts]
         result = editor.edit(fact, layer, method)
         after = [_answers(network, tokenizer, ids) for ids in texts]

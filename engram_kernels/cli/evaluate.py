@@ -10,6 +10,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from ..hf.placement import input_device
 from .common import (
     Corpus,
     Device,
@@ -23,6 +24,7 @@ from .common import (
     console,
     data_file,
     device_of,
+    group_of_ranks,
     load,
     versions,
 )
@@ -32,17 +34,25 @@ if TYPE_CHECKING:
     from ..evaluation.run import Evaluation
 
 MODES = ("each", "together")
-MEASURES = {
-    "efficacy": "efficacy",
-    "paraphrase": "paraphrase",
-    "locality": "locality",
-    "score": "score, their harmonic mean",
-    "efficacy_tokens": "efficacy, tokens right",
-    "paraphrase_tokens": "paraphrase, tokens right",
-    "locality_tokens": "locality, tokens right",
-    "locality_unchanged": "locality, tokens unchanged",
-    "score_tokens": "score, tokens right and unchanged",
-    "fluency": "fluency, bits",
+# Of a table: what is seen comes first, what compares probabilities last and named so.
+COLUMNS = {
+    "begins": "begins with",
+    "contains": "contains",
+    "exact": "is",
+    "judged": "judged",
+    "overlap": "words of it",
+    "argmax": "all tokens likeliest",
+    "likelier": "likelier than the other",
+}
+KEPT = {
+    "first_token_kept": "first token kept",
+    "text_kept": "text kept",
+    "tokens_kept": "answer's tokens kept",
+}
+DRIFT = {
+    "text_loss": "loss on a fixed text",
+    "perplexity": "its perplexity",
+    "known_facts": "known facts still answered",
 }
 
 
@@ -50,14 +60,21 @@ def evaluate(
     data: Annotated[
         Path,
         typer.Option(
-            help="Rows of CounterFact or zsRE, JSON or JSON lines; also looked for in $ENGRAM_DATA."
+            help="Rows of a published data set, JSON or JSON lines; also looked for in $ENGRAM_DATA."
         ),
     ],
     model: Model = "smollm2",
     rows: Annotated[int | None, typer.Option(help="How many rows; default: all from --start on.")] = None,
     start: Annotated[int, typer.Option(help="The first row, counted from 0.")] = 0,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out rows that cannot be read.")] = False,
-    method: Annotated[str, typer.Option(help="engram, rome, memit, encore, …: docs/methods.md.")] = "engram",
+    zsre: Annotated[str, typer.Option(help="zsRE by whose protocol: memit or easyedit.")] = "memit",
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Edit and ask by the tokenizer's chat template.")
+    ] = False,
+    give: Annotated[
+        int, typer.Option(help="So many of a row's paraphrases go into the edit, and are not asked.")
+    ] = 0,
+    method: Annotated[str, typer.Option(help="engram, rome, memit and others: docs/methods.md.")] = "engram",
     mode: Annotated[
         str,
         typer.Option(
@@ -90,7 +107,28 @@ def evaluate(
     checkpoint: Annotated[
         list[int] | None, typer.Option(help="With together, measure the first n edits; default: 10, 50, 100.")
     ] = None,
-    fluency: Annotated[int, typer.Option(help="Tokens to write for the fluency; 0: leave it out.")] = 100,
+    baseline: Annotated[
+        list[str] | None,
+        typer.Option(help="Also another library's method, such as easyedit:rome; may be repeated."),
+    ] = None,
+    judge: Annotated[
+        str | None,
+        typer.Option(help="A program that reads answers as JSON lines and writes a number a line."),
+    ] = None,
+    drift_text: Annotated[
+        Path | None, typer.Option(help="Text whose loss is taken; default: gensim's last articles.")
+    ] = None,
+    drift_rows: Annotated[int, typer.Option(help="Pieces of 128 tokens of it; 0: leave it out.")] = 4,
+    known: Annotated[
+        Path | None, typer.Option(help="Facts, as known_1000.json, of which those known are asked again.")
+    ] = None,
+    known_rows: Annotated[int, typer.Option(help="How many of them.")] = 50,
+    lm_eval: Annotated[
+        list[str] | None,
+        typer.Option(help="A task of lm-evaluation-harness, before and after all edits; may be repeated."),
+    ] = None,
+    lm_eval_limit: Annotated[int | None, typer.Option(help="Examples of each task; default: all.")] = None,
+    fluency: Annotated[int, typer.Option(help="Tokens to sample for the fluency; 0: leave it out.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Texts measured at a time.")] = 32,
     corpus: Corpus = None,
     tokens: Tokens = None,
@@ -122,20 +160,31 @@ def evaluate(
     """
     from ..editing import Editor
     from ..editing.methods import METHODS, check_choices
-    from ..evaluation.datasets import COUNTERFACT, read_cases
+    from ..evaluation.datasets import read_cases
+    from ..evaluation.drift import Drift, drift_rows_of, read_known
+    from ..evaluation.judge import command_judge
     from ..evaluation.outcomes import summarise
     from ..evaluation.report import EvalReport
     from ..evaluation.run import CHECKPOINTS, Evaluation, peak_memory
+    from ..integrations.easyedit import check_baseline
 
     if mode not in MODES:
         raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
     check_choices(method, batch, conflicts, failures)
-    if fluency < 0:
-        raise ValueError(f"fluency: expected at least 0, got {fluency}")
+    for name, count in (("fluency", fluency), ("drift_rows", drift_rows), ("give", give)):
+        if count < 0:
+            raise ValueError(f"{name}: expected at least 0, got {count}")
+    for name in baseline or ():
+        check_baseline(name)
+    if lm_eval and mode == "each":
+        raise ValueError("lm_eval: expected the mode together, whose edits stand at once, got each")
     check_picture("plot", plot)
     check_file("report", report)
     path = data_file(data)
-    cases, refused = read_cases(path, start, rows, skip_bad)
+    cases, refused = read_cases(path, start, rows, skip_bad, zsre)
+    cases = [case.told(give, chat) for case in cases]
+    facts = [] if known is None else read_known(data_file(known), known_rows)
+    asked_judge = None if judge is None else command_judge(judge)
     given = {"steps": steps, "learning_rate": learning_rate, "clamp": clamp, "stop_loss": stop_loss}
     given["weight_decay"] = weight_decay
     asked = {name: option for name, option in given.items() if option is not None}
@@ -146,49 +195,71 @@ def evaluate(
     pairs = {"contexts": _pairs(contexts)} if contexts else {}
     settings = {
         "model": model, "data": data.name, "sha256": _digest(path),
-        "start": start, "rows": rows, "skip_bad": skip_bad, "mode": mode, **options,
-        "checkpoints": checkpoints, "fluency": fluency, "batch_size": batch_size,
+        "start": start, "rows": rows, "skip_bad": skip_bad, "zsre": zsre, "chat": chat, "give": give,
+        "mode": mode, **options, "checkpoints": checkpoints,
+        "fluency": fluency, "batch_size": batch_size, "judge": judge,
+        "drift_text": None if drift_text is None else _digest(drift_text), "drift_rows": drift_rows,
+        "known": None if known is None else _digest(data_file(known)), "known_rows": known_rows,
         "corpus": None if corpus is None else _digest(corpus), "tokens": tokens, **given,
         "original_key": original_key, **pairs, "bare_prompt_weight": bare_prompt_weight,
         "dtype": dtype, "device": device_of(device), "seed": seed,
     }  # fmt: skip
-    run = None if report is None else report.with_name(f"{report.name}.run")
     with bars() as progress:
         network, tokenizer = load(progress, model, dtype, device)
-        editor = Editor(
-            network, tokenizer, corpus=corpus, tokens=tokens, seed=seed,
-            bare_prompt_weight=bare_prompt_weight, consistent_key=not original_key,
-            value=value, progress=progress, **pairs,
-        )  # fmt: skip
-        evaluation = Evaluation(
-            editor, options, fluency_tokens=fluency, batch_size=batch_size, seed=seed, progress=progress
-        )
-        settings["weights"] = evaluation.weights
-        kept = None if report is None else EvalReport(report, settings, versions())
-        if kept is not None and kept.complete:
-            outcomes, retained, summary = kept.outcomes, kept.retained, kept.summary
-            console.print(f"{escape(str(report))} is complete: nothing was measured again.")
-        else:
+        if chat and not tokenizer.chat_template:
+            raise ValueError("chat: expected a model whose tokenizer has a chat template, got one without")
+        texts = drift_rows_of(tokenizer, drift_text, drift_rows) if drift_rows else []
+        drift = Drift(network, tokenizer, texts, facts, batch_size) if texts or facts else None
+
+        def evaluate_by(editor, kept_at: Path | None, edit_options: dict, said: dict, how: str):
+            """One method on all cases: outcomes, retention and summary, from a report or measured now."""
+            evaluation = Evaluation(
+                editor, edit_options, fluency_tokens=fluency, batch_size=batch_size, seed=seed, chat=chat,
+                drift=drift, judge=asked_judge, progress=progress,
+            )  # fmt: skip
+            said = said | {"weights": evaluation.weights}
+            kept = None if kept_at is None else EvalReport(kept_at, said, versions())
+            if kept is not None and kept.complete:
+                console.print(f"{escape(str(kept_at))} is complete: nothing was measured again.")
+                return kept.outcomes, kept.retained, kept.summary
             evaluation.prepare()
-            if mode == "each":
+            tasks = {"unedited": _tasks(network, tokenizer, lm_eval, lm_eval_limit)}
+            if how == "each":
                 outcomes, retained = _each(evaluation, cases, start, kept), []
             else:
-                outcomes, retained = evaluation.together(cases, checkpoints, run)
+                run = None if kept_at is None else kept_at.with_name(f"{kept_at.name}.run")
+                outcomes, retained = evaluation.together(
+                    cases, checkpoints, run,
+                    standing=lambda: tasks.update(edited=_tasks(network, tokenizer, lm_eval, lm_eval_limit)),
+                )  # fmt: skip
             summary = summarise(outcomes) | {
                 "refused": refused,
                 "weights_as_before": evaluation.weights_as_before(),
-                "peak_memory": peak_memory(network.get_input_embeddings().weight.device),
+                "peak_memory": peak_memory(input_device(network)),
+                "lm_eval": tasks if lm_eval else None,
             }
             if kept is not None:
                 kept.write(outcomes, retained, summary)
-            if kept is not None and mode == "together":
-                shutil.rmtree(run, ignore_errors=True)
-    console.print(_table(summary, f"{data.name}, {model}, {method}, {mode}"))
-    if all(case.kind == COUNTERFACT for case in cases):
-        console.print("[dim]Published figures on CounterFact, for context: examples/published.py[/dim]")
+                if how == "together":
+                    shutil.rmtree(run, ignore_errors=True)
+            return outcomes, retained, summary
+
+        editor = Editor(
+            network, tokenizer, corpus=corpus, tokens=tokens, seed=seed,
+            bare_prompt_weight=bare_prompt_weight, consistent_key=not original_key,
+            value=value, progress=progress, group=group_of_ranks(), **pairs,
+        )  # fmt: skip
+        outcomes, retained, summary = evaluate_by(editor, report, options, settings, mode)
+        compared = {f"{method}, {mode}": summary}
+        for name in baseline or ():
+            compared[name] = _baseline(name, editor, report, settings, failures, evaluate_by)
+    console.print(_table(summary, f"{data.name}, {Path(model).name}, {method}, {mode}"))
+    if len(compared) > 1:
+        console.print(_comparison(compared))
     for item in retained:
         console.print(
-            f"first {item.first:,} of {item.edits:,} edits: efficacy {item.efficacy:.3f}", highlight=False
+            f"first {item.first:,} of {item.edits:,} edits: begins with the target {item.begins:.3f}",
+            highlight=False,
         )
     for line in [*refused, *_skipped(outcomes)]:
         console.print(f"Left out: {escape(line)}", highlight=False, soft_wrap=True)
@@ -196,7 +267,24 @@ def evaluate(
         from ..evaluation import plots
 
         title = f"{data.name}, {summary['rows']:,} rows, {Path(model).name}, {method}"
-        plots.draw_measures(summary["unedited"], summary["edited"], plot, retained, title)
+        plots.draw_measures(summary["aspects"], plot, retained, title)
+
+
+def _tasks(network, tokenizer, tasks: list[str] | None, limit: int | None) -> dict:
+    """Numbers of lm-evaluation-harness on the model as it stands; none where no task is asked."""
+    from ..evaluation.harness import run_tasks
+
+    return run_tasks(network, tokenizer, tasks, limit) if tasks else {}
+
+
+def _baseline(name: str, editor, report: Path | None, settings: dict, failures: str, evaluate_by) -> dict:
+    """Another library's method on the same cases, one by one, in a report of its own."""
+    from ..integrations.easyedit import EasyEdit, check_baseline
+
+    kept_at = None if report is None else report.with_name(f"{report.stem}.{name.replace(':', '-')}.json")
+    other = EasyEdit(check_baseline(name), editor)
+    said = settings | {"method": name, "mode": "each"}
+    return evaluate_by(other, kept_at, {"failures": failures}, said, "each")[2]
 
 
 def _each(evaluation: "Evaluation", cases, start: int, kept) -> list["Outcome"]:
@@ -228,11 +316,11 @@ def _digest(path: Path) -> str:
 
 
 def _line(number: int, outcome: "Outcome") -> str:
-    from ..evaluation.measures import ASPECTS
-
     if outcome.after is None:
         return escape(f"{number:5d}  skipped  {outcome.edit}")
-    marks = " ".join(f"{aspect} {outcome.after.successes(aspect):.2f}" for aspect in ASPECTS)
+    marks = "  ".join(
+        f"{aspect} {outcome.after.mean(aspect, 'begins'):.2f}" for aspect in outcome.after.aspects
+    )
     return escape(f"{number:5d}  {outcome.seconds:5.1f} s  {marks}  {outcome.edit}")
 
 
@@ -241,14 +329,27 @@ def _skipped(outcomes: list["Outcome"]) -> list[str]:
 
 
 def _table(summary: dict, title: str) -> Table:
-    table = Table(title=escape(title))
-    table.add_column("measure", no_wrap=True)
-    for name in ("unedited", "edited"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for name, label in MEASURES.items():
-        if name in summary["edited"]:
-            table.add_row(label, *(f"{summary[state][name]:.3f}" for state in ("unedited", "edited")))
+    """Of each aspect what was answered before → after the edit."""
+    table = Table(title=escape(title), caption="unedited → edited; means over cases")
+    columns = [name for name in COLUMNS if any(name in found for found in summary["aspects"].values())]
+    for name in ("asked", "questions", *(COLUMNS[name] for name in columns), "kept as before"):
+        table.add_column(name, justify="left" if name == "asked" else "right")
+    for aspect, found in summary["aspects"].items():
+        kept = [f"{label} {found[name]['edited']:.3f}" for name, label in KEPT.items() if name in found]
+        table.add_row(
+            escape(aspect),
+            f"{found['questions']:,}",
+            *(_change(found.get(name)) for name in columns),
+            "\n".join(kept),
+        )
     table.add_section()
+    for name, states in [*summary["drift"].items(), ("fluency, bits", summary["fluency"])]:
+        if states is not None:
+            table.add_row(DRIFT.get(name, name), "", _change(states))
+    for task, metrics in ((summary.get("lm_eval") or {}).get("edited") or {}).items():
+        for metric, value in metrics.items():
+            before = summary["lm_eval"]["unedited"][task].get(metric, float("nan"))
+            table.add_row(escape(f"{task}, {metric}"), "", _change({"unedited": before, "edited": value}))
     seconds, memory = summary["median_seconds"], summary["peak_memory"]
     for label, cell in (
         ("seconds an edit, median", "cut off" if seconds is None else f"{seconds:.1f}"),
@@ -259,3 +360,33 @@ def _table(summary: dict, title: str) -> Table:
     ):
         table.add_row(label, "", cell)
     return table
+
+
+def _comparison(compared: dict[str, dict]) -> Table:
+    """A row a method: answers that begin with the right one, and the locality's first tokens kept."""
+    aspects = list(dict.fromkeys(aspect for summary in compared.values() for aspect in summary["aspects"]))
+    table = Table(
+        title="methods", caption="answers that begin with the right one; locality: first token kept"
+    )
+    for name in ("method", "rows", *aspects, "text loss", "seconds an edit"):
+        table.add_column(escape(name), justify="left" if name == "method" else "right")
+    for method, summary in compared.items():
+        cells = []
+        for aspect in aspects:
+            found = summary["aspects"].get(aspect, {})
+            shown = found.get("first_token_kept" if aspect.startswith("locality") else "begins")
+            cells.append(f"{shown['edited']:.3f}" if shown else "")
+        loss = summary["drift"].get("text_loss")
+        seconds = summary["median_seconds"]
+        table.add_row(
+            escape(method),
+            str(summary["rows"]),
+            *cells,
+            f"{loss['edited'] - loss['unedited']:+.4f}" if loss else "",
+            "cut off" if seconds is None else f"{seconds:.1f}",
+        )
+    return table
+
+
+def _change(states: dict[str, float] | None) -> str:
+    return "" if states is None else f"{states['unedited']:.3f} → {states['edited']:.3f}"

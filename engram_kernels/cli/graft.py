@@ -11,7 +11,7 @@ from rich.table import Table
 
 from ..errors import EngramError
 from . import learn
-from .common import App, bars, check_folder, check_picture, console, reading
+from .common import App, Link, Report, bars, check_folder, check_picture, console, reading
 
 if TYPE_CHECKING:
     from ..grafting import Graft
@@ -33,16 +33,17 @@ def apply(
     force: Annotated[
         bool, typer.Option("--force", help="Graft even if the base's weights are others.")
     ] = False,
+    link: Link = False,
 ) -> None:
     """Write a graft into its base model, and save the model.
 
+    The base's files are copied and the graft written into them, one tensor at a time: a base larger than the
+    memory will do. Where its files do not hold the tensors that are grafted, it is loaded.
+
     Example: engram graft apply --base smollm2 --graft my-skill --out my-model
     """
-    import torch
-
-    from ..grafting import Graft
-    from ..hf.checkpoints import save_model
-    from ..hf.loading import load_model
+    from ..grafting import Graft, graft_checkpoint
+    from ..hf.shards import OtherLayoutError
 
     check_folder("out", out)
     with reading("graft"):
@@ -50,16 +51,13 @@ def apply(
     name = base or read.base_model
     if name is None:
         raise ValueError(f"base: expected a model, as {graft!r} does not name its own, got none")
-    # The base's checksums are those of this dtype.
-    dtype = next((values.dtype for values in read.values.values()), torch.float32)
     with bars() as progress:
-        progress("graft", 0, 3, f"load {escape(name)}")
-        with reading("base"):
-            model, tokenizer = load_model(name, dtype=dtype)
-        progress("graft", 1, 3, "apply")
-        read.merge_and_unload(model, force)
-        progress("graft", 2, 3, "save")
-        save_model(model, tokenizer, out)
+        progress("graft", 0, 3, f"write into the files of {escape(name)}")
+        with reading("base", "model"):
+            try:
+                graft_checkpoint(read, name, out, force=force, link=link)
+            except OtherLayoutError:
+                _load_and_save(read, name, out, force, progress)
         progress("graft", 3, 3)
     console.print(f"Saved {name} with {read.size:,} weights grafted to {out}.", markup=False, highlight=False)
 
@@ -121,6 +119,24 @@ def diff(first: Folder, second: Folder) -> None:
 
 
 app.command()(learn.curve)
+
+
+def _load_and_save(graft: "Graft", name: str, out: Path, force: bool, progress: Report) -> None:
+    """The same in memory, of a base whose files are laid out otherwise."""
+    import torch
+
+    from ..hf.checkpoints import save_model
+    from ..hf.loading import load_model
+
+    # The base's checksums are those of this dtype.
+    dtype = next((values.dtype for values in graft.values.values()), torch.float32)
+    progress("graft", 0, 3, f"load {escape(name)}")
+    with reading("base"):
+        model, tokenizer = load_model(name, dtype=dtype)
+    progress("graft", 1, 3, "apply")
+    graft.merge_and_unload(model, force)
+    progress("graft", 2, 3, "save")
+    save_model(model, tokenizer, out)
 
 
 def _shared(one: "Graft", two: "Graft") -> tuple["Graft", "Graft"]:

@@ -99,6 +99,11 @@ def localize(
         for name, result in results.items():
             table.add_row(name, *_cells(result))
         console.print(table)
+    if outside := graft.metrics.get("changed_outside"):
+        from ..grafting.tuned import listed
+
+        stays = f"The fine-tuned model also changed {listed(outside)}, which stay as the base has them."
+        console.print(stays, markup=False, highlight=False)
     console.print(f"Saved {graft.size:,} weights to {out}.", markup=False, highlight=False)
     if heat_map is not None:
         from ..grafting import plots

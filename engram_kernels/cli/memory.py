@@ -1,28 +1,42 @@
-"""`engram memory`: facts that are written in one step, asked for, and forgotten exactly."""
+"""`engram memory`: facts that are written in one step, asked for, changed, and forgotten exactly."""
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich import box
-from rich.markup import escape
-from rich.table import Table
 
-from .common import App, Device, bars, check_folder, console, device_of, reading
-from .facts import find, names_of, read_facts
+from . import answer as answering
+from . import recall
+from .common import App, Device, check_folder, console, reading
+from .facts import fact_of, find, read_facts
+from .kept import (
+    Encoded,
+    Folder,
+    Json,
+    User,
+    counted,
+    encoder_name,
+    filled,
+    known_number,
+    load,
+    number_of,
+    print_json,
+    saved,
+    shown,
+)
+from .revision import Policy, Revision, revise
 
 if TYPE_CHECKING:
-    from ..memory import EpisodicMemory, SentenceEncoder
+    from ..memory import EpisodicMemory
 
 app = App(
-    help="Write facts into an episodic memory, ask it, forget. "
+    help="Write facts into an episodic memory, ask it, change them, forget. "
     "How much one recalls: examples/measure_recall.py.",
     no_args_is_help=True,
 )
-
-Folder = Annotated[Path, typer.Argument(help="The memory's folder.")]
 
 
 @app.command()
@@ -30,8 +44,17 @@ def write(
     memory: Annotated[Path, typer.Argument(help="The memory's folder, or a new one.")],
     facts: Annotated[
         Path,
-        typer.Option(help='A fact a line: plain text, or JSON with "value" and perhaps "key" and "id".'),
+        typer.Option(help='A fact a line: plain text, or JSON with "value" and perhaps "key", "id", "tags".'),
     ],
+    user: User = None,
+    tag: Annotated[list[str] | None, typer.Option(help="Of all of these facts; may be repeated.")] = None,
+    on_conflict: Annotated[
+        Policy,
+        typer.Option(help="Where two facts of one key say otherwise: the newest stays, or both, or none."),
+    ] = "refuse",
+    skip_known: Annotated[
+        bool, typer.Option("--skip-known", help="Leave out what is known already.")
+    ] = False,
     encoder: Annotated[
         str | None,
         typer.Option(help="minilm, a folder, or a Hub name; default: the memory's own, or minilm."),
@@ -44,88 +67,111 @@ def write(
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Of a new memory's addresses; default: 0.")] = None,
     device: Device = None,
+    as_json: Json = False,
 ) -> None:
-    """Write facts into a memory, all of them or none.
+    """Write facts into a memory, all of them or none. Long ones take several rows.
 
     Example: engram memory write capitals --facts capitals.txt
     """
-    import torch
-
     from ..memory import EpisodicMemory
+    from ..memory.storage import is_new
 
-    new = not memory.exists() or (memory.is_dir() and not any(memory.iterdir()))
-    found = read_facts(facts)
+    found = [
+        fact._replace(tags=tuple(dict.fromkeys((*fact.tags, *(tag or ()))))) for fact in read_facts(facts)
+    ]
+    new = is_new(memory)
     if new:
-        check_folder("memory", memory)
+        if not memory.is_dir():
+            check_folder("memory", memory)
         strength = _ridge(ridge or "loo")
-        sentence_encoder = _encoder(encoder or "minilm", device)
-        settings = {"ridge": strength, "seed": seed or 0, "encoder": sentence_encoder.name}
-        kept = EpisodicMemory(
-            sentence_encoder.latent if slots is None else slots, sentence_encoder.latent, **settings
+        sentence_encoder = load(encoder or "minilm", device, light=True)
+        named = sentence_encoder.name
+        first = EpisodicMemory(
+            sentence_encoder.latent if slots is None else slots,
+            sentence_encoder.latent,
+            ridge=strength,
+            seed=seed or 0,
+            encoder=named,
+            labels=[user],
         )
+        wanted = revise(first, 0, found, on_conflict, skip_known)
     else:
         for name, value in (("slots", slots), ("ridge", ridge), ("seed", seed)):
             if value is not None:
                 raise ValueError(f"{name}: expected none, as {str(memory)!r} has its own, got {value!r}")
-        kept = _saved(memory)
-        names_of(found, kept)
-        if encoder is not None and encoder != kept.encoder:
-            raise ValueError(
-                f"encoder: expected {kept.encoder!r}, which made {str(memory)!r}, got {encoder!r}"
-            )
-        sentence_encoder = _encoder(_named(kept, memory), device)
-    names = names_of(found, kept)
-    # Once each: the key of a fact without one is its value, to the bit.
-    texts = list(dict.fromkeys(text for fact in found for text in (fact.value, fact.asked)))
-    with bars() as progress:
-        progress("encode", 0, len(texts))
-        latents = dict(zip(texts, sentence_encoder.encode(texts).cpu(), strict=True))
-        progress("encode", len(texts), len(texts))
-    values, keys = (
-        torch.stack([latents[getattr(fact, name)] for fact in found]) for name in ("value", "asked")
-    )
-    kept.write(values, keys=keys, ids=names, texts=[fact.text for fact in found])
-    kept.save_pretrained(memory, replace=True)
-    console.print(f"Wrote {_facts(len(found))} to {memory}, which holds {len(kept):,}.", markup=False)
+        first = saved(memory)
+        wanted = revise(first, known_number(first, user), found, on_conflict, skip_known)
+        named = encoder_name(first, memory)
+        if encoder is not None and encoder != named:
+            raise ValueError(f"encoder: expected {named!r}, which made {str(memory)!r}, got {encoder!r}")
+        sentence_encoder = load(named, device, light=True)
+    encoded = Encoded(sentence_encoder, wanted.facts.values(), silent=as_json)
+    with reading("memory"), EpisodicMemory.open(memory, new=(lambda: first) if new else None) as kept:
+        if kept.encoder != named:
+            raise ValueError(f"encoder: expected {kept.encoder!r}, which made {str(memory)!r}, got {named!r}")
+        number = number_of(kept, user, add=True)
+        revision = revise(kept, number, found, on_conflict, skip_known)
+        kept.forget(ids=revision.replaced)
+        encoded.write(kept, number, revision.facts)
+    _warn_if_full(kept, number, memory)
+    if as_json:
+        print_json(
+            {
+                "written": list(revision.facts),
+                "replaced": list(map(str, revision.replaced)),
+                "known_lines": revision.known,
+                "repeated_lines": revision.repeated,
+                "contradictions": [contradiction._asdict() for contradiction in revision.contradictions],
+                "facts": len(kept.ids),
+            }
+        )
+    else:
+        _tell(revision, memory, len(kept.ids))
+
+
+app.command()(recall.ask)
+app.command()(answering.chat)
 
 
 @app.command()
-def ask(
+def update(
     memory: Folder,
-    question: Annotated[str, typer.Argument(help="What to ask.")],
-    top: Annotated[int, typer.Option(help="How many facts to show.")] = 5,
+    fact: Annotated[str, typer.Argument(help="What the fact says now; of one with a key, its new value.")],
+    id: Annotated[str | None, typer.Option(help="The fact's id.")] = None,
+    text: Annotated[str | None, typer.Option(help="The fact as `list` shows it.")] = None,
+    user: User = None,
     device: Device = None,
+    as_json: Json = False,
 ) -> None:
-    """Show the facts that are nearest to what a memory answers.
+    """Let a fact say something else, under the same id, key and tags.
 
-    Example: engram memory ask capitals "Where is the Eiffel Tower?"
+    Example: engram memory update capitals --id 3 "The Louvre is in Lyon."
     """
-    import torch
-    from torch.nn.functional import normalize
+    from ..memory import EpisodicMemory
 
-    if top < 1:
-        raise ValueError(f"top: expected at least 1, got {top}")
-    if not question.strip():
-        raise ValueError("question: expected some text, got none")
-    kept = _filled(memory)
-    latent = _encoder(_named(kept, memory), device).encode([question]).cpu()
-    readout = kept.read(latent.double(), addressing="key")
-    entries = dict(kept.ledger.items())
-    values, keys = (
-        torch.stack([getattr(entry, name) for entry in entries.values()]) for name in ("value", "key")
-    )
-    cosines = normalize(values.double(), dim=-1) @ normalize(readout[0], dim=-1)
-    leverages = kept.leverage(keys).tolist()
-    table = Table(title=escape(question), box=box.SIMPLE_HEAD)
-    for name in ("id", "fact"):
-        table.add_column(name, overflow="fold")
-    for name in ("cosine", "leverage"):
-        table.add_column(name, justify="right")
-    names = list(entries)
-    for at in cosines.argsort(descending=True, stable=True)[:top].tolist():
-        text = entries[names[at]].text or ""
-        table.add_row(escape(str(names[at])), escape(text), f"{cosines[at]:.3f}", f"{leverages[at]:.3f}")
-    console.print(table)
+    if (id is None) == (text is None):
+        raise ValueError("id: expected an --id or a --text, got " + ("neither" if id is None else "both"))
+    if not fact.strip():
+        raise ValueError("fact: expected some text, got none")
+    asked = ([] if id is None else [id]), ([] if text is None else [text])
+    kept = filled(memory)
+    find(kept, *asked, number_of(kept, user))
+    sentence_encoder = load(encoder_name(kept, memory), device, light=True)
+    with reading("memory"), EpisodicMemory.open(memory) as kept:
+        number = number_of(kept, user)
+        (name, *others) = find(kept, *asked, number)
+        if others:
+            raise ValueError(f"text: expected one that names a single fact, got {text!r}; give its --id")
+        older = fact_of(kept.ledger[name])
+        newer = older._replace(value=fact)
+        kept.forget(ids=[name])
+        Encoded(sentence_encoder, [newer], silent=True).write(kept, number, {name: newer})
+    if as_json:
+        print_json({"updated": str(name), "older": older.text, "newer": newer.text, "facts": len(kept.ids)})
+    else:
+        console.print(
+            f"Updated {name} of {memory}: {shown(newer.text, False)}", markup=False, highlight=False
+        )
 
 
 @app.command()
@@ -135,77 +181,88 @@ def forget(
     text: Annotated[
         list[str] | None, typer.Option(help="A fact as `list` shows it; may be repeated.")
     ] = None,
+    user: User = None,
+    as_json: Json = False,
 ) -> None:
     """Forget facts exactly, all that are named or none.
 
-    The memory is as if they had never been written.
+    The memory is as if they had never been written, and so is its file.
 
     Example: engram memory forget capitals --id 3
     """
-    if not id and not text:
-        raise ValueError("id: expected an --id or a --text, got none")
-    kept = _filled(memory)
-    names = find(kept, id or [], text or [])
-    kept.forget(ids=names)
-    kept.save_pretrained(memory, replace=True)
-    console.print(f"Forgot {_facts(len(names))} of {memory}, which holds {len(kept):,}.", markup=False)
-
-
-@app.command("list")
-def list_facts(memory: Folder) -> None:
-    """Show what a memory holds, and how much hangs on each fact."""
-    import torch
-
-    kept = _saved(memory)
-    facts = Table(show_header=False, title=escape(str(memory)))
-    facts.add_row("facts", f"{len(kept):,}")
-    facts.add_row("slots, latent", f"{kept.slots:,}, {kept.latent:,}")
-    facts.add_row("encoder", escape(kept.encoder or "not named"))
-    condition = f"{kept.condition():.3g}"
-    chosen = ", ".join(f"{ridge:.3g}" for ridge in kept.ridges.tolist())
-    facts.add_row("ridge", f"{chosen} (leave-one-out)" if kept.ridge == "loo" else chosen)
-    facts.add_row("condition number", condition)
-    console.print(facts)
-    if not kept.ids:
-        return
-    table = Table("id", "fact", box=box.SIMPLE_HEAD)
-    table.add_column("leverage", justify="right")
-    entries = dict(kept.ledger.items())
-    leverages = kept.leverage(torch.stack([entry.key for entry in entries.values()])).tolist()
-    for (name, entry), leverage in zip(entries.items(), leverages, strict=True):
-        table.add_row(escape(str(name)), escape(entry.text or ""), f"{leverage:.3f}")
-    console.print(table)
-
-
-def _saved(folder: Path) -> EpisodicMemory:
     from ..memory import EpisodicMemory
 
-    with reading("memory"):
-        return EpisodicMemory.from_pretrained(folder)
+    if not id and not text:
+        raise ValueError("id: expected an --id or a --text, got none")
+    with reading("memory"), EpisodicMemory.open(memory) as kept:
+        names = find(kept, id or [], text or [], number_of(kept, user))
+        kept.forget(ids=names)
+    if as_json:
+        print_json({"forgotten": list(map(str, names)), "facts": len(kept.ids)})
+    else:
+        left = f"Forgot {counted(len(names))} of {memory}, which holds {len(kept.ids):,}."
+        console.print(left, markup=False)
 
 
-def _filled(folder: Path) -> EpisodicMemory:
-    kept = _saved(folder)
-    if not kept.ids:
-        raise ValueError(f"memory: expected one that holds facts, got {str(folder)!r}, which holds none")
-    return kept
+@app.command()
+def grow(
+    memory: Folder,
+    slots: Annotated[int, typer.Option(help="Slots from now on; more than a latent's size add nothing.")],
+    seed: Annotated[int, typer.Option(help="Of the new addresses.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Give a memory more slots, and write its facts to them anew.
+
+    Example: engram memory grow capitals --slots 384
+    """
+    from ..memory import EpisodicMemory
+
+    with reading("memory"), EpisodicMemory.open(memory) as kept:
+        before = kept.slots
+        if not before < slots <= kept.latent:
+            raise ValueError(
+                f"slots: expected {before + 1} to {kept.latent}, the size of a latent, got {slots}"
+            )
+        kept.grow(slots, seed=seed)
+    if as_json:
+        print_json({"slots": slots, "before": before, "facts": len(kept.ids)})
+    else:
+        console.print(f"{memory} has {slots:,} slots, and had {before:,}.", markup=False)
 
 
-def _named(kept: EpisodicMemory, folder: Path) -> str:
-    if kept.encoder is None:
-        raise ValueError(f"memory: expected one that names its encoder, got {str(folder)!r}")
-    return kept.encoder
+app.command("list")(recall.list_facts)
 
 
-def _encoder(name: str, device: str | None) -> SentenceEncoder:
-    from ..memory import load_encoder
+def _tell(revision: Revision, memory: Path, holds: int) -> None:
+    said = [f"Wrote {counted(len(revision.facts))} to {memory}, which holds {holds:,}."]
+    for lines, what in ((revision.known, "known already"), (revision.repeated, "said by other lines")):
+        if lines:
+            said.append(f"{counted(len(lines))} left out: {what}.")
+    console.print(" ".join(said), markup=False)
+    for newer in revision.contradictions:
+        older = "an earlier line" if newer.name is None else f"{newer.name}"
+        fate = "replaced" if newer.name in revision.replaced or newer.name is None else "contradicts"
+        console.print(
+            f"Line {newer.line} {fate} {older}: {shown(newer.newer, False)!r}, not "
+            f"{shown(newer.older, False)!r}.",
+            markup=False,
+            highlight=False,
+        )
 
-    with reading("encoder"):
-        return load_encoder(name, device=device_of(device))
 
-
-def _facts(count: int) -> str:
-    return "1 fact" if count == 1 else f"{count:,} facts"
+def _warn_if_full(kept: EpisodicMemory, number: int, folder: Path) -> None:
+    """Say when a memory has about as many rows as it can tell apart, and what can be done."""
+    rows, most = int(kept.count[number]), min(kept.slots, kept.latent)
+    if rows <= 0.9 * most:
+        return
+    way = f"engram memory grow {folder} --slots {kept.latent}"
+    if kept.slots >= kept.latent:
+        way = "a memory for each --user or subject keeps answers apart"
+    warnings.warn(
+        f"memory: {rows:,} rows in {most:,} slots: from about that many on, what is read from the memory is "
+        f"a mixture, though `ask` still finds facts by their keys; {way}",
+        stacklevel=1,
+    )
 
 
 def _ridge(text: str) -> float | str:

@@ -29,9 +29,7 @@ from .common import (
 if TYPE_CHECKING:
     from ..editing import Edit, EditStore
 
-app = App(
-    help="Keep edits of one model in a folder: add, list, remove, export, verify.", no_args_is_help=True
-)
+app = App(help="Keep the edits of one model in a folder, for later ones to spare.", no_args_is_help=True)
 
 Folder = Annotated[Path, typer.Argument(help="The store's folder.")]
 
@@ -52,7 +50,7 @@ def add(
     ] = None,
     model: Model = "smollm2",
     method: Annotated[
-        str | None, typer.Option(help="Of a new store: engram, rome, memit, encore, …: docs/methods.md.")
+        str | None, typer.Option(help="Of a new store: engram, rome, memit and others: docs/methods.md.")
     ] = None,
     layer: Annotated[
         list[int] | None, typer.Option(help="Of a new store; may be repeated; default: by method.")

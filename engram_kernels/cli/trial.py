@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .common import Report, reading
+from .common import Report, group_of_ranks, reading
 from .examples import Examples, document_batches
 
 if TYPE_CHECKING:
@@ -81,6 +81,7 @@ class Trial:
             sparsity=sparsity,
             seed=self.seed,
             progress=lambda _, done, total: progress(stage, done, total, note),
+            group=group_of_ranks(),
             base_model=self.base,  # as the user named it: smollm2 lies in a cache of this machine
             **options,
         )
@@ -110,15 +111,16 @@ class Trial:
 
 
 def tuned_tensors(name: str, model: torch.nn.Module, dtype: torch.dtype) -> Mapping[str, torch.Tensor]:
-    """The fine-tuned parameters under the base's names; a folder's files are mapped, not read."""
+    """The fine-tuned parameters under the base's names; a folder's files are mapped where they can be."""
     from ..errors import EngramError
-    from ..grafting.parameters import tensors_of
+    from ..grafting import tuned
     from ..hf.loading import load_model
 
-    local = any(Path(name).glob("*.safetensors")) if Path(name).is_dir() else False
+    path = Path(name)
+    local = path.exists() and (path.is_file() or any(path.glob("*.safetensors")) or any(path.glob("*.gguf")))
     with reading("tuned"):
         source = name if local else load_model(name, dtype=dtype)[0]
-    found = tensors_of(source, [key for key, _ in model.named_parameters()], "tuned")
+    found = tuned.tuned_tensors(source, model, [key for key, _ in model.named_parameters()], "tuned")
     for key, parameter in model.named_parameters():
         if found[key].shape != parameter.shape:
             raise EngramError(

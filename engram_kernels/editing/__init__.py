@@ -3,6 +3,7 @@
 from ..hf.dequantize import dequantize_layer
 from ..hf.experts import open_expert
 from ..hf.loading import load_model
+from .checkpoint import edit_checkpoint
 from .edit import Edit
 from .editor import Editor
 from .methods import METHODS, Method
@@ -25,6 +26,7 @@ __all__ = [
     "StoredEdit",
     "ValueOptions",
     "dequantize_layer",
+    "edit_checkpoint",
     "load_model",
     "load_npz",
     "open_expert",

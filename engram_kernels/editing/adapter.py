@@ -10,6 +10,7 @@ from torch import Tensor
 from .._io import save_tensors, write_json
 from .records import EditedModule
 
+CONFIG = "adapter_config.json"
 FILE = "adapter_model.safetensors"
 Factors = Mapping[str, tuple[Tensor, Tensor]]
 
@@ -22,7 +23,7 @@ def save_adapter(folder: Path, modules: Sequence[EditedModule], factors: Factors
         modules: the matrices.
         factors: by module, `left [out, n]` and `right [n, in]`.
     """
-    write_json(folder / "adapter_config.json", _config(modules, factors))
+    write_json(folder / CONFIG, _config(modules, factors))
     save_tensors(folder / FILE, _tensors(modules, factors), {"format": "pt"})
 
 

@@ -13,11 +13,13 @@ import torch
 from .. import _checks as check
 from .. import tracing
 from .._progress import Progress
+from .._ranks import Ranks
 from ..covariance import Covariance
 from ..hf.eval_mode import eval_mode
-from ..hf.layers import decoder_layers, uncompiled
+from ..hf.layers import decoder_layers
 from ..hf.loading import cache_directory, writable_directory
-from ..hf.projection import default_layer, output_projection
+from ..hf.placement import mirrors, unwrapped, whole_model
+from ..hf.projection import default_layer, searched_projection
 from .edit import Edit
 from .journal import Journal
 from .keys import MeanKey, SpreadKey
@@ -29,6 +31,8 @@ from .run import Plan, Run
 from .values import ValueOptions
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
     from ..hf.tokens import Tokenizer
 
 
@@ -59,9 +63,12 @@ class Editor:
         value: options of the value's optimisation; None: the method's.
         seed: of everything that is sampled; the global random state is neither used nor changed.
         progress: called with the name of a stage, the work done and the work there is.
+        group: of torch.distributed: its ranks, each with a replica of the model, share the corpus and the
+            values, and all make the same edits. Every rank makes the same calls. None: this process alone.
 
     Raises:
-        EngramError: the model is not a causal language model, or the cache cannot be written.
+        EngramError: the model is not a causal language model, or is one of several replicas; or the cache
+            cannot be written.
         TypeError, ValueError: an argument is of the wrong kind or out of range.
 
     Example:
@@ -85,6 +92,7 @@ class Editor:
         value: ValueOptions | None = None,
         seed: int = 0,
         progress: Progress | None = None,
+        group: ProcessGroup | None = None,
     ):
         _expect("model", model, "a Hugging Face causal language model", torch.nn.Module)
         _expect("cache_dir", cache_dir, "a path or None", str, os.PathLike, type(None))
@@ -103,8 +111,9 @@ class Editor:
         check.number("ridge", ridge, at_least=0)
         check.integer("seed", seed)
         # Compiled code does not call hooks; it reads the weights that are edited.
-        self.model = model = uncompiled(model)
+        self.model = model = whole_model(model) if group is None else unwrapped(model)
         decoder_layers(model)
+        self.ranks = Ranks(group, mirrors(model))
         self.tokenizer = tokenizer
         self.cache = writable_directory(
             cache_directory(cache_dir), "cache_dir" if cache_dir else "the cache ($ENGRAM_CACHE)"
@@ -119,8 +128,9 @@ class Editor:
         self.progress = progress
         self._prefixes: list[str] | None = None
         self._moments = Moments(
-            model, tokenizer, corpus, self.cache, tokens=tokens, ridge=ridge, seed=seed, progress=progress
-        )
+            model, tokenizer, corpus, self.cache, tokens=tokens, ridge=ridge, seed=seed, progress=progress,
+            ranks=self.ranks,
+        )  # fmt: skip
 
     def __repr__(self) -> str:
         return f"Editor({type(self.model).__name__}, contexts={self.contexts}, ridge={self.ridge:g})"
@@ -195,13 +205,19 @@ class Editor:
         plan = self._plan(layers, method, ridge, batch, preserve, null_space, conflicts, failures)
         edits = _edits(edits)
         for layer in plan.layers:
-            output_projection(self.model, layer)
-        with eval_mode(self.model):
-            run = Run(self.model, self.tokenizer, edits, plan, self.progress, after.writes if after else ())
+            searched_projection(self.model, layer)
+        held = after.writes if after else ()
+        with eval_mode(self.model), self.ranks.failing_together():
+            run = Run(self.model, self.tokenizer, edits, plan, self.progress, self.ranks, held)
             run.begin()
             run.encode(self.prefixes())
             covariances = self.covariances(plan.layers)
-            journal = None if directory is None else Journal(directory, run.settings(covariances))
+            journal = None
+            if directory is not None:
+                settings = run.settings(covariances)
+                # The first rank makes the folder that the others find.
+                self.ranks.everyone.decided(lambda: Journal(directory, settings) and None)
+                journal = Journal(directory, settings)
             return run.result(covariances, journal)
 
     def _plan(self, layers, method, ridge, batch, preserve, null_space, conflicts, failures) -> Plan:
@@ -270,7 +286,7 @@ class Editor:
         Raises:
             EngramError: the corpus is empty or too small for the dimension of the key.
         """
-        with eval_mode(self.model):
+        with eval_mode(self.model), self.ranks.failing_together():
             return self._moments.covariances(layers)
 
     def use_covariance(self, layer: int, covariance: Covariance | None) -> None:

@@ -10,13 +10,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._io import read_json, save_tensors, write_json
+from .._io import read_sealed, save_tensors, write_sealed
 from ..errors import EngramError
-from .adapter import load_adapter, save_adapter
+from .adapter import CONFIG, FILE, load_adapter, save_adapter
 from .edit import Edit
 from .records import EditedModule, EditRecord, SkippedEdit, Write, joined_factors
 
-FORMAT = 3
+FORMAT = 4
+REPORT = "edit.json"
+TENSORS = "edit.safetensors"
+SEALED = (CONFIG, FILE, TENSORS)
 
 
 class Content(NamedTuple):
@@ -29,34 +32,36 @@ class Content(NamedTuple):
 
 
 def save_edits(folder: Path, content: Content) -> None:
-    """Write the files of edits into a folder."""
+    """Write the files of edits into a folder; `edit.json` holds the checksums of all."""
     report = {"format": FORMAT, "writes": list(map(write_report, content.writes))}
     for name in ("edited_modules", "records", "skipped"):
         report[name] = list(map(asdict, getattr(content, name)))
-    write_json(folder / "edit.json", report)
-    save_tensors(folder / "edit.safetensors", write_tensors(content.writes, ("keys", "residuals")))
+    save_tensors(folder / TENSORS, write_tensors(content.writes, ("keys", "residuals")))
     factors = {
         edited.module: joined_factors(write for write in content.writes if write.module == edited.module)
         for edited in content.edited_modules
     }
     save_adapter(folder, content.edited_modules, factors)
+    write_sealed(folder / REPORT, report, SEALED)
 
 
 def load_edits(folder: Path) -> Content:
     """Read what `save_edits` wrote.
 
     Raises:
-        EngramError: the folder does not hold saved edits.
+        EngramError: the folder does not hold saved edits, or a byte of them was changed.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     faults = (OSError, AttributeError, LookupError, RuntimeError, TypeError, ValueError, SafetensorError)
     try:
-        report = read_json(folder / "edit.json")
+        report = read_sealed(folder / REPORT)
         if report["format"] != FORMAT:
             raise ValueError(f"format {report['format']}, not {FORMAT}")
-        tensors = load_file(folder / "edit.safetensors")
+        if missing := [name for name in SEALED if name not in report["files"]]:
+            raise ValueError(f"{REPORT} has no checksum of {missing[0]}")
+        tensors = load_file(folder / TENSORS)
         edited = [EditedModule(**entry) for entry in report["edited_modules"]]
         factors, used = load_adapter(folder, edited), dict.fromkeys((one.module for one in edited), 0)
         for number, entry in enumerate(report["writes"]):

@@ -13,9 +13,11 @@ import torch
 from .. import _checks as check
 from .._hashing import tensor_bytes
 from .._progress import Progress
+from .._ranks import ALONE, Ranks
 from ..covariance import Covariance
+from ..hf.fingerprints import states_fingerprint
 from ..hf.loading import writable_directory
-from ..hf.projection import Projection, output_projection
+from ..hf.projection import Projection, output_projection, searched_projection
 from . import corpus as corpora
 from . import statistics
 
@@ -41,6 +43,7 @@ class Moments:
         seed: of the sampled text.
         progress: called with "statistics", the tokens seen and their number.
         checkpoint_seconds: between two writes of the running sums.
+        ranks: each sees its part of the corpus; the first one's cache counts.
 
     Example:
         >>> moments = Moments(*load_model("smollm2"), None, Path("cache"))
@@ -59,6 +62,7 @@ class Moments:
         seed: int = 0,
         progress: Progress | None = None,
         checkpoint_seconds: float = CHECKPOINT_SECONDS,
+        ranks: Ranks = ALONE,
     ):
         self.model = model
         self.tokenizer = tokenizer
@@ -69,11 +73,10 @@ class Moments:
         self.seed = seed
         self.progress = progress
         self.checkpoint_seconds = checkpoint_seconds
+        self.ranks = ranks
         self._stream: corpora.TokenStream | None = None
         # By their number, the tokens and what tells them from others.
         self._sources: dict[int, tuple[torch.Tensor | None, str]] = {}
-        # By layer: the state of the weights that feed it, and their digest.
-        self._fingerprints: dict[int, tuple[tuple, str]] = {}
         # By layer: the name of its moment, and what it gave.
         self._computed: dict[int, tuple[str, Covariance]] = {}
         self._given: dict[int, Covariance] = {}
@@ -89,7 +92,7 @@ class Moments:
         """
         if not isinstance(layers, Iterable) or isinstance(layers, str):
             raise TypeError(f"layers: expected a sequence of integers, got {type(layers).__name__}")
-        projections = {layer: output_projection(self.model, layer) for layer in layers}
+        projections = {layer: searched_projection(self.model, layer) for layer in layers}
         groups: dict[int, list[Projection]] = {}
         for layer, projection in projections.items():
             if layer not in self._given:
@@ -98,9 +101,13 @@ class Moments:
         for count, group in groups.items():
             ids, source = self._source(count)
             keys = {projection.layer: self._key(projection, source) for projection in group}
-            missing = [one for one in group if self._computed.get(one.layer, ("",))[0] != keys[one.layer]]
+            self.ranks.check_same("model", keys)
+            known = self.ranks.everyone.each(
+                lambda: {layer: key for layer, (key, _) in self._computed.items()}
+            )
+            missing = [one for one in group if any(has.get(one.layer) != keys[one.layer] for has in known)]
             for layer, moment, seen in self._moments(missing, keys, ids, count):
-                covariance = Covariance.from_second_moment(moment, seen, ridge=self.ridge)
+                covariance = Covariance.from_second_moment(moment, seen, self.ridge, overwrite=True)
                 self._computed[layer] = keys[layer], covariance
         return {
             layer: self._placed(projection) if layer in self._given else self._computed[layer][1]
@@ -139,26 +146,48 @@ class Moments:
         files = {layer: self.folder / f"{key}.safetensors" for layer, key in keys.items()}
         missing = []
         for projection in projections:
-            cached = statistics.load_moment(files[projection.layer])
+            cached = self._cached(files[projection.layer], projection)
             if cached is None:
                 missing.append(projection)
             else:
-                yield projection.layer, cached[0].to(projection.matrix.device), cached[1]
+                yield projection.layer, *cached
         if not missing:
             return
-        writable_directory(self.folder, "cache_dir")
+        self.ranks.own(lambda: writable_directory(self.folder, "cache_dir"))
         # Named for all that were asked for: some may be finished when the next run comes.
         named = sorted(keys[projection.layer] for projection in projections)
-        joint = hashlib.sha256(" ".join([*named, str(statistics.BATCH)]).encode())
+        # Of several ranks each keeps the sums of its own part.
+        part = [f"{self.ranks.rank}/{self.ranks.size}"] if self.ranks.size > 1 else []
+        joint = hashlib.sha256(" ".join([*named, str(statistics.BATCH), *part]).encode())
         checkpoint = statistics.Checkpoint(
             self.folder / f"{joint.hexdigest()[:32]}.partial.safetensors", self.checkpoint_seconds
         )
-        sums, seen = self._pass(missing, ids, count, checkpoint)
-        for layer, moment in sums.items():
-            statistics.save_moment(files[layer], moment, seen)
+        sums, seen = self.ranks.own(lambda: self._pass(missing, ids, count, checkpoint))
+        for moment in sums.values():
+            self.ranks.sum_(moment)
+        self.ranks.decided(lambda: self._save(files, sums, seen))
         checkpoint.remove()
         for projection in missing:
             yield projection.layer, sums.pop(projection.layer), seen
+
+    def _cached(self, path: Path, projection: Projection) -> tuple[torch.Tensor, int] | None:
+        """What the first rank has on disk, on all of them."""
+        ranks = self.ranks.everyone
+        loaded = statistics.load_moment(path) if ranks.rank == 0 else None
+        count = ranks.decided(lambda: None if loaded is None else loaded[1])
+        if count is None:
+            return None
+        if loaded is None:
+            matrix = projection.matrix
+            moment = torch.empty((matrix.shape[1],) * 2, dtype=torch.float64, device=matrix.device)
+        else:
+            moment = loaded[0].to(projection.matrix.device)
+        return ranks.broadcast_(moment), count
+
+    @staticmethod
+    def _save(files: Mapping[int, Path], sums: Mapping[int, torch.Tensor], seen: int) -> None:
+        for layer, moment in sums.items():
+            statistics.save_moment(files[layer], moment, seen)
 
     def _pass(
         self,
@@ -169,7 +198,9 @@ class Moments:
     ) -> tuple[dict[int, torch.Tensor], int]:
         """The sums by layer and their number of tokens, from where an earlier pass was cut off."""
         begun = checkpoint.load(projections)
-        if begun is not None:
+        # Ranks that divide the model go on from one place.
+        places = self.ranks.mirror.each(lambda: begun and begun[1])
+        if begun is not None and len(set(places)) == 1:
             sums, seen, ids = begun
         else:
             sums, seen = statistics.zeros(projections), 0
@@ -181,7 +212,8 @@ class Moments:
             if self.progress:
                 self.progress(stage, done, total)
 
-        return statistics.second_moments(self.model, projections, ids, after, sums, seen), len(ids)
+        sums = statistics.second_moments(self.model, projections, ids, after, sums, seen, self.ranks)
+        return sums, len(ids)
 
     def _source(self, count: int) -> tuple[torch.Tensor | None, str]:
         """The tokens, or None where they are to be sampled, and what tells them from others."""
@@ -199,10 +231,6 @@ class Moments:
 
     def _key(self, projection: Projection, source: str) -> str:
         """The name of a moment on disk: what it depends on, digested."""
-        state = statistics.weights_state(self.model, projection)
-        if self._fingerprints.get(projection.layer, ((),))[0] != state:
-            fingerprint = statistics.weights_fingerprint(self.model, projection)
-            self._fingerprints[projection.layer] = state, fingerprint
-        _, fingerprint = self._fingerprints[projection.layer]
+        fingerprint = states_fingerprint(self.model, projection)
         text = f"{fingerprint} {projection.name} {source} {statistics.CHUNK}"
         return hashlib.sha256(text.encode()).hexdigest()[:32]

@@ -90,7 +90,7 @@ def record(model: nn.Module, projection: Projection, batch: EditBatch, increment
     seen: dict = {}
 
     def see_projection(_module, arguments, output):
-        for name, tensor in (("keys", arguments[0]), ("values", output)):
+        for name, tensor in (("keys", projection.inputs(arguments[0])), ("values", output)):
             states = tensor.reshape(-1, tensor.shape[-1])
             seen[name] = states[flat.to(states.device)].float()
         raise Stop

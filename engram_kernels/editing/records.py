@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -156,6 +156,37 @@ def _check_joint(found: Tensor, expected: Tensor) -> None:
             "number: expected an edit of a write that its keys and residuals determine, got one whose method "
             "multiplies updates afterwards; revert it, and edit without that one"
         )
+
+
+def joint_write(writes: Sequence[Write]) -> Write:
+    """One write of all keys and residuals of several writes of a matrix, made for the same weights and `C`.
+
+    Each holds `P = K C⁻¹`, or `S P` with `S = (λI + P Kᵀ)⁻¹ = (I − K (S P)ᵀ) / λ`, from which `P` comes back.
+
+    Raises:
+        LinAlgError: the keys of all are dependent, and there is no ridge.
+    """
+    first = writes[0]
+    keys = torch.cat([write.keys for write in writes])
+    residuals = torch.cat([write.residuals for write in writes])
+    right = torch.cat([_preconditioned(write) for write in writes])
+    edits = tuple(edit for write in writes for edit in write.edits)
+    left = left_factor(keys, right, residuals, first.ridge)
+    return Write(first.module, left, right.float(), keys, residuals, first.ridge, edits)
+
+
+def _preconditioned(write: Write) -> Tensor:
+    """`K C⁻¹ [n, in]`, float64."""
+    right = write.right.double()
+    if not _carries_residuals(write):
+        return right
+    system = torch.eye(len(right), dtype=right.dtype) - write.keys.double() @ right.T
+    return torch.linalg.solve(system / write.ridge, right)
+
+
+def _carries_residuals(write: Write) -> bool:
+    """Whether the left factor is the residuals alone, and the right one is solved for."""
+    return write.ridge > 0 and torch.equal(write.left.T, write.residuals)
 
 
 def left_factor(keys: Tensor, right: Tensor, residuals: Tensor, ridge: float) -> Tensor:

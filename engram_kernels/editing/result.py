@@ -13,12 +13,12 @@ from torch import Tensor
 from .. import _checks as check
 from ..errors import EngramError
 from ..hf.hub import HubFolder
-from ..hf.layers import uncompiled
+from ..hf.placement import unwrapped
 from ..hf.projection import output_projection
 from .edit import Edit
 from .files import Content, load_edits, save_edits
 from .history import note
-from .records import EditedModule, EditRecord, SkippedEdit, Write, joined_factors
+from .records import EditedModule, EditRecord, SkippedEdit, Write, joined_factors, joint_write
 from .weights import Snapshot, matrix_checksum
 
 SHOWN = 3
@@ -112,13 +112,14 @@ class EditResult(HubFolder):
             This result, which can be reverted then.
 
         Raises:
-            EngramError: a matrix of the model is another one, or this result stands in a model already.
+            EngramError: a matrix of the model is another one, or becomes another one than when the edits were
+                made, or this result stands in a model already; the model is unchanged then.
         """
         if self.applied:
             raise EngramError(
                 "model: expected one for a result that is not applied, got a result that is: revert it first"
             )
-        model = uncompiled(model)
+        model = unwrapped(model)
         projections = {}
         for edited in self.edited_modules:
             projection = output_projection(model, edited.layer)
@@ -136,11 +137,16 @@ class EditResult(HubFolder):
                 )
             projections[edited.module] = projection
         self._originals = {name: Snapshot(projection) for name, projection in projections.items()}
+        recorded = [edited.edited_checksum for edited in self.edited_modules]
         try:
             self._write()
+            if not force:
+                self._check_outcome(recorded)
         except BaseException:
             self._restore()
             self._originals = {}
+            for edited, checksum in zip(self.edited_modules, recorded, strict=True):
+                edited.edited_checksum = checksum
             raise
         self._standing = note(model, (record.edit for record in self.records))
         return self
@@ -236,6 +242,55 @@ class EditResult(HubFolder):
                     merged.edited_modules.append(replace(edited, edited_checksum=None))
         return merged
 
+    @classmethod
+    def join(cls, results: Sequence[EditResult]) -> EditResult:
+        """Several results as one joint write, which is not applied: as if their edits had been made at once.
+
+        For jobs without a connection: each finds the values of its share of the edits in the same model with
+        the same covariance, and saves its result. For one layer the joint write of all is exact, where
+        `merge` adds what each wrote by itself. Over several layers the keys of the upper ones, and what
+        remains to be written there, are those that each job saw with its own edits below.
+
+        Args:
+            results: at least one, with one write a matrix each, in the order of the edits.
+
+        Raises:
+            TypeError: `results` holds something else.
+            ValueError: it is empty.
+            EngramError: the results were made for other weights, for other matrices or with another ridge,
+                wrote a matrix more than once, or have dependent keys.
+
+        Example:
+            >>> shares = [EditResult.from_pretrained(f"share-{number}") for number in range(8)]
+            >>> EditResult.join(shares).apply(model)
+        """
+        results = list(results)
+        merged = cls.merge(results)
+        modules = {edited.module: edited.base_checksum for edited in results[0].edited_modules}
+        for number, result in enumerate(results):
+            bases = {edited.module: edited.base_checksum for edited in result.edited_modules}
+            if bases != modules:
+                raise EngramError(
+                    f"results: expected edits of the same matrices, made for the same weights, got others in "
+                    f"number {number}"
+                )
+            if len(result.writes) > len(modules):
+                raise EngramError(
+                    f"results: expected one write a matrix, got {len(result.writes)} of {len(modules)} in "
+                    f"number {number}: batches that were found one on top of the other"
+                )
+        ridges = {write.ridge for write in merged.writes}
+        if len(ridges) > 1:
+            raise EngramError(f"results: expected one ridge, got {', '.join(f'{one:g}' for one in ridges)}")
+        try:
+            merged.writes = [
+                joint_write([write for write in merged.writes if write.module == module])
+                for module in modules
+            ]
+        except torch.linalg.LinAlgError as error:
+            raise EngramError("results: expected independent keys, or a ridge, got dependent ones") from error
+        return merged
+
     def _save_pretrained(self, save_directory: Path) -> None:
         save_edits(save_directory, Content(self.records, self.writes, self.edited_modules, self.skipped))
 
@@ -257,6 +312,15 @@ class EditResult(HubFolder):
         for edited in self.edited_modules:
             # A forced base, or another device's arithmetic, leaves another matrix: revert must know that one.
             edited.edited_checksum = matrix_checksum(self._originals[edited.module].projection)
+
+    def _check_outcome(self, recorded: Sequence[str | None]) -> None:
+        """Make sure that the matrices became what is recorded of them, where something is."""
+        for edited, checksum in zip(self.edited_modules, recorded, strict=True):
+            if checksum is not None and edited.edited_checksum != checksum:
+                raise EngramError(
+                    f"model: expected {edited.module!r} to become what it became when the edits were made, "
+                    "got other bits: of changed factors, or of another device (force=True takes them)"
+                )
 
     def _check_unchanged(self) -> None:
         if not self.applied:

@@ -10,6 +10,7 @@ from torch import nn
 from ..hf.eval_mode import eval_mode
 from ..hf.experts import routed_experts
 from ..hf.hooks import Stop, capture, run_until
+from ..hf.placement import input_device
 from ..hf.tokens import check_length, encode_row
 from .edit import Edit
 
@@ -34,7 +35,7 @@ def routed_expert(model: nn.Module, tokenizer: Tokenizer, edit: Edit, layer: int
         raise Stop
 
     with eval_mode(model), torch.no_grad(), capture(before={experts: see}):
-        device = model.get_input_embeddings().weight.device
+        device = input_device(model)
         run_until(model, input_ids=torch.tensor([row.ids], device=device))
     chosen, shares = (part[row.subject] for part in seen)
     return int(chosen[shares.argmax()])

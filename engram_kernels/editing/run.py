@@ -9,12 +9,15 @@ from dataclasses import asdict, dataclass, replace
 
 import torch
 
-from .._hashing import digest, tensor_checksum, weights_checksums
+from .._hashing import digest, tensor_checksum
 from .._progress import Progress
+from .._ranks import ALONE, Ranks
 from ..covariance import Covariance
 from ..errors import EngramError
+from ..hf.fingerprints import weights_checksums
 from ..hf.layers import adapter_settings
-from ..hf.projection import output_projection
+from ..hf.placement import input_device
+from ..hf.projection import searched_projection
 from ..hf.tokens import Row
 from .batching import EncodedEdit, encode_edit, encode_held
 from .edit import Edit
@@ -26,6 +29,7 @@ from .preconditioner import LayerOperator
 from .reach import Reached, reached
 from .records import EditedModule, EditRecord, SkippedEdit, Write
 from .result import SHOWN, EditResult
+from .room import edits_that_fit, out_of_memory
 from .values import Value, ValueOptions, find_values, value_groups
 from .weights import Snapshot, matrix_checksum
 from .writing import write_values
@@ -54,6 +58,7 @@ class Run:
         edits: the facts.
         plan: how to write them.
         progress: called with the name of a stage, the work done and the work there is.
+        ranks: share the values, and make the same writes.
         after: the writes that stand in the model already, whose keys the method holds.
     """
 
@@ -64,12 +69,14 @@ class Run:
         edits: Sequence[Edit],
         plan: Plan,
         progress: Progress | None = None,
+        ranks: Ranks = ALONE,
         after: Sequence[Write] = (),
     ):
+        self.ranks = ranks
         self.model, self.tokenizer, self.edits, self.plan = model, tokenizer, list(edits), plan
         self.after = list(after)
         self.progress = progress or (lambda *_: None)
-        self.projections = [output_projection(model, layer) for layer in plan.layers]
+        self.projections = [searched_projection(model, layer) for layer in plan.layers]
         self.skipped: list[SkippedEdit] = []
         # By the number of an edit; those that are skipped leave.
         self.encoded: dict[int, EncodedEdit] = {}
@@ -83,6 +90,9 @@ class Run:
         Raises:
             EngramError: a text cannot be used, or the model predicts NaN.
         """
+        plan = repr(self.plan)
+        self.ranks.check_same("edits", digest(plan, [asdict(edit) for edit in self.edits]))
+        self.ranks.check_same("model", [matrix_checksum(projection) for projection in self.projections])
         first: dict[Edit, int] = {}
         for number, edit in enumerate(self.edits):
             if first.setdefault(edit, number) != number:
@@ -94,6 +104,7 @@ class Run:
         known = [fact for fact in facts_in(self.model) if fact.subject in subjects]
         # Weights may have been put back in ways that nobody told us of.
         self._earlier = [fact for fact in known if self._says(fact)]
+        self.ranks.check_same("model", digest([asdict(fact) for fact in self._earlier]))
 
     def encode(self, prefixes: Sequence[str]) -> None:
         """Tokenise all edits after every prefix, and divide them into batches.
@@ -154,6 +165,7 @@ class Run:
             self._check_any()
             for module, projection in zip(edited, self.projections, strict=True):
                 module.edited_checksum = matrix_checksum(projection)
+            self.ranks.check_same("model", [module.edited_checksum for module in edited])
             made = sorted(values)
             places = {number: place for place, number in enumerate(made)}
             result = EditResult(
@@ -230,33 +242,74 @@ class Run:
 
     def _values(self, batch: list[int], done: int, journal: Journal | None) -> dict[int, Value]:
         """The values of a batch by number, in the order of the batch; `done`: how many were found before."""
-        encoded, device = [self.encoded[i] for i in batch], self.model.get_input_embeddings().weight.device
-        found: dict[int, Value] = {}
-        for group in value_groups(encoded, self.plan.value, device):
-            found |= self._group([batch[i] for i in group], done + len(found), journal)
-        return {number: found[number] for number in batch if number in found}
+        encoded, device = [self.encoded[i] for i in batch], input_device(self.model)
+        # Ranks divide the edits alike, by the one that has least room.
+        fitting = self.ranks.everyone.each(
+            lambda: edits_that_fit(self.model, self.projections[-1], encoded, device)
+        )
+        groups = value_groups(encoded, self.plan.value, device, min(filter(None, fitting), default=None))
+        costs = [len(group) * max(encoded[i].span[0] for i in group) for group in groups]
 
-    def _group(self, numbers: list[int], done: int, journal: Journal | None) -> dict[int, Value]:
-        """The values of edits that are optimised side by side; those without one are skipped."""
+        def own() -> dict[int, Value | EngramError]:
+            found: dict[int, Value | EngramError] = {}
+            for task in sorted(self.ranks.mine(costs)):
+                found |= self._group([batch[i] for i in groups[task]], done + len(found), journal)
+            return {i: one if isinstance(one, EngramError) else self._light(one) for i, one in found.items()}
+
+        found = {}
+        for part in self.ranks.each(own):
+            found |= part
+        made = {}
+        for number in batch:
+            value = found[number]
+            if isinstance(value, EngramError):
+                self._skip(number, value)
+            else:
+                made[number] = value.to(self.projections[-1].matrix.device)
+        return made
+
+    def _light(self, value: Value) -> Value:
+        """What a write asks of a value: over several layers only one of its keys."""
+        if len(self.projections) > 1:
+            value = replace(value, keys=value.keys[:1].clone())
+        # Other ranks may have no such device.
+        return value if self.ranks.size == 1 else value.to("cpu")
+
+    def _group(
+        self, numbers: list[int], done: int, journal: Journal | None
+    ) -> dict[int, Value | EngramError]:
+        """The values of edits that are optimised side by side, or why there is none."""
         projection, options = self.projections[-1], self.plan.value
 
         def progress(stage: str, steps: int, _total: int) -> None:
             self.progress(stage, done * options.steps + steps, len(self.encoded) * options.steps)
 
-        kept = [journal.load_value(number, projection.matrix.device) for number in numbers] if journal else []
-        values: list[Value | EngramError] = [value for value in kept if value is not None]
+        device = torch.device("cpu") if self.ranks.mirror.size > 1 else projection.matrix.device
+        kept = self.ranks.mirror.decided(
+            lambda: [journal.load_value(number, device) for number in numbers] if journal else []
+        )
+        values: list[Value | EngramError] | None = [value for value in kept if value is not None]
         if len(values) < len(numbers):
             encoded = [self.encoded[i] for i in numbers]
-            values = find_values(self.model, projection, encoded, options, progress)
-        found = {}
+            try:
+                values = find_values(self.model, projection, encoded, options, progress)
+            except (RuntimeError, MemoryError) as error:
+                if len(numbers) == 1 or not out_of_memory(error):
+                    raise
+                values = None
+            if values is None:
+                # Outside of the handler, whose traceback holds on to what the search took.
+                torch.cuda.empty_cache()
+                half = len(numbers) // 2
+                first = self._group(numbers[:half], done, journal)
+                return first | self._group(numbers[half:], done + half, journal)
         for number, value in zip(numbers, values, strict=True):
             if isinstance(value, EngramError):
-                self._skip(number, value)
-                continue
-            if journal:
+                if not self.plan.skip_failures:
+                    raise value
+            elif journal:
                 journal.save_value(number, value)
-            found[number] = value
-        return found
+        return dict(zip(numbers, values, strict=True))
 
     def _written(
         self,
@@ -266,7 +319,7 @@ class Run:
         journal: Journal | None,
     ) -> list[Write]:
         """The writes of a batch, one a layer; they are done. An edit whose write fails leaves `found`."""
-        kept = journal.load_writes(number) if journal else None
+        kept = self.ranks.everyone.decided(lambda: journal.load_writes(number)) if journal else None
         if kept is not None:
             for projection, write in zip(self.projections, kept, strict=True):
                 write.apply_(projection)
@@ -278,7 +331,7 @@ class Run:
         try:
             writes = write_values(
                 self.model, self.projections, [self.encoded[i] for i in found], list(found.values()),
-                operators, self.plan.key, list(found), self.plan.bare_denominator,
+                operators, self.plan.key, list(found), self.plan.bare_denominator, self.ranks,
             )  # fmt: skip
         except EngramError as error:
             if not alone:
@@ -290,7 +343,7 @@ class Run:
             self._skip(failed, error)
             return []
         if journal:
-            journal.save_writes(number, writes)
+            self.ranks.decided(lambda: journal.save_writes(number, writes))
         return writes
 
     def _agreeing(self, batch: list[int]) -> list[int]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 import warnings
 from collections.abc import Sequence
@@ -11,63 +9,18 @@ from pathlib import Path
 
 import torch
 
-from .._hashing import plain_tensors, tensor_bytes
 from .._io import save_tensors
 from .._progress import Progress
+from .._ranks import ALONE, Ranks
 from ..errors import EngramError
 from ..hf.hooks import Stop, capture, run_until
-from ..hf.layers import adapter_settings, decoder_layers
+from ..hf.placement import input_device
 from ..hf.projection import Projection
 from ..hf.tokens import context_length
 from ..ops import second_moment_
 
 CHUNK = 512
 BATCH = 4
-
-
-def weights_fingerprint(model: torch.nn.Module, projection: Projection) -> str:
-    """A digest of the configuration and of every tensor on which the projection's inputs depend.
-
-    The statistics of a layer outlive edits of that layer, and of the layers above it.
-    """
-    # Where a model came from, by which version and which class, says nothing about what a layer computes.
-    irrelevant = ("_name_or_path", "transformers_version", "architectures", "use_cache")
-    settings = {name: value for name, value in model.config.to_dict().items() if name not in irrelevant}
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
-    for adapter in adapter_settings(model):
-        digest.update(repr(adapter).encode())
-    for name, tensor in _feeding(model, projection):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor_bytes(tensor))
-    return digest.hexdigest()
-
-
-def weights_state(model: torch.nn.Module, projection: Projection) -> tuple:
-    """A value that changes when a tensor under `weights_fingerprint` is replaced or written, without a hash.
-
-    Only writes through `.data` go unseen. Inference tensors count no writes, so each look gives a new value.
-    """
-    return (
-        projection.name,
-        *adapter_settings(model),
-        *(
-            (name, tensor.data_ptr(), object() if tensor.is_inference() else tensor._version)
-            for name, tensor in _feeding(model, projection)
-        ),
-    )
-
-
-def _feeding(model: torch.nn.Module, projection: Projection) -> list[tuple[str, torch.Tensor]]:
-    """The tensors on which the projection's inputs depend: not its own weight, nor the layers above it."""
-    stack, layers = decoder_layers(model)
-    skipped = [f"{stack}.{i}." for i in range(projection.layer + 1, len(layers))]
-    skipped.append(f"{projection.path}.")
-    return [
-        part
-        for name, tensor in sorted(model.state_dict().items())
-        if not name.startswith(tuple(skipped))
-        for part in plain_tensors(name, tensor)
-    ]
 
 
 @torch.no_grad()
@@ -78,6 +31,7 @@ def second_moments(
     progress: Progress | None = None,
     sums: dict[int, torch.Tensor] | None = None,
     start: int = 0,
+    ranks: Ranks = ALONE,
 ) -> dict[int, torch.Tensor]:
     """`Σ kᵀk` over the inputs `k [in]` of each projection at every token of `ids`, in float64, in one pass.
 
@@ -89,6 +43,7 @@ def second_moments(
         sums: by layer, what is added to in place; None: zeros.
         start: the tokens at the beginning of `ids` that `sums` holds already, a number of those that
             `progress` was called with.
+        ranks: of which this one sees every `size`-th batch; the sums are its own.
 
     Returns:
         The sums: by layer, `[in, in]` float64 on the projection's device.
@@ -101,9 +56,9 @@ def second_moments(
     end = len(ids) // context * context
     whole, rest = ids[:end].view(-1, context), ids[end:].view(1, -1)
     seen = 0
-    for batch in (*whole.split(BATCH), rest):
+    for number, batch in enumerate((*whole.split(BATCH), rest)):
         seen += batch.numel()
-        if batch.numel() and seen > start:
+        if batch.numel() and seen > start and number % ranks.size == ranks.rank:
             _observe(model, projections, batch, sums)
             if progress:
                 progress("statistics", seen, len(ids))
@@ -126,7 +81,7 @@ def _observe(model, projections: Sequence[Projection], batch: torch.Tensor, sums
     def observer(projection: Projection):
         def observe(_module, arguments, _keywords):
             try:
-                second_moment_(sums[projection.layer], arguments[0])
+                second_moment_(sums[projection.layer], projection.inputs(arguments[0]))
             except ValueError as error:
                 # Everything else about the inputs is right by construction.
                 raise EngramError(
@@ -138,7 +93,7 @@ def _observe(model, projections: Sequence[Projection], batch: torch.Tensor, sums
         return observe
 
     with capture(before={projection.module: observer(projection) for projection in projections}):
-        run_until(model, input_ids=batch.to(model.get_input_embeddings().weight.device))
+        run_until(model, input_ids=batch.to(input_device(model)))
 
 
 def load_moment(path: Path) -> tuple[torch.Tensor, int] | None:

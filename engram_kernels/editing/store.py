@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .. import _checks as check
-from .._hashing import digest, weights_checksums
+from .._hashing import digest
 from ..errors import EngramError
+from ..hf.fingerprints import weights_checksums
 from .edit import Edit
 from .editor import Editor
 from .joint import joint_writes

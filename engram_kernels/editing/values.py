@@ -8,7 +8,7 @@ import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -16,6 +16,8 @@ from .. import _checks as check
 from .._progress import Progress
 from ..errors import EngramError
 from ..hf.forward import grouped_queries
+from ..hf.offload import weights_read_again
+from ..hf.placement import input_device
 from ..hf.projection import Projection, is_plain
 from ..hf.swapped_weights import swapped_weights
 from .batching import EditBatch, EncodedEdit
@@ -96,17 +98,25 @@ class Value:
     initial_norm: float
     losses: list[float]
 
+    def to(self, device: torch.device | str) -> Value:
+        """The same on another device."""
+        tensors = {
+            name: part.to(device) for name, part in vars(self).items() if isinstance(part, torch.Tensor)
+        }
+        return replace(self, **tensors)
+
 
 def value_groups(
-    encoded: Sequence[EncodedEdit], options: ValueOptions, device: torch.device
+    encoded: Sequence[EncodedEdit], options: ValueOptions, device: torch.device, fitting: int | None = None
 ) -> list[list[int]]:
     """Which edits to optimise side by side: those of like length.
 
     A CPU is busy with a few rows, and padding costs it more than a small batch does: there, unless a size is
-    asked for, the stretch from the subject on, which every step runs, is of one length in a group.
+    asked for, the stretch from the subject on, which every step runs, is of one length in a group. `fitting`:
+    how many the device has room for.
     """
     padded = options.batch is not None or device.type != "cpu"
-    size = options.batch or (64 if padded else 6)
+    size = options.batch or min(64 if padded else 6, fitting or 64)
     order = sorted(range(len(encoded)), key=lambda i: encoded[i].span)
     groups: list[list[int]] = []
     for _, run in itertools.groupby(order, key=lambda i: None if padded else encoded[i].span[0]):
@@ -145,12 +155,15 @@ def find_values(
     Returns:
         The value of each edit, or what went wrong with it alone: a loss that is not finite.
     """
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     search = functools.partial(
         _search, model, projection, list(encoded), options, progress or (lambda *_: None)
     )
     wide = _widened(model) if options.widen else {}
-    with _only_delta_learns(model), swapped_weights(model, wide), grouped_queries(device):
+    with (
+        _only_delta_learns(model), swapped_weights(model, wide), grouped_queries(device),
+        weights_read_again(model),
+    ):  # fmt: skip
         if options.incremental:
             try:
                 return search(incremental=True)
@@ -162,7 +175,7 @@ def find_values(
 def _search(
     model, projection, encoded, options, progress: Progress, *, incremental: bool
 ) -> list[Value | EngramError]:
-    batch = EditBatch(encoded, model.get_input_embeddings().weight.device)
+    batch = EditBatch(encoded, input_device(model))
     try:
         recorded = record(model, projection, batch, incremental)
     except Exception as error:
@@ -259,13 +272,14 @@ def _only_delta_learns(model: torch.nn.Module) -> Iterator[None]:
 def _widened(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The half-precision weights that this CPU has no units for, by name, as float32.
 
-    None where there are quantised ones, which take states of the type that they were made for.
+    None where there are quantised ones, which take states of the type that they were made for, or offloaded
+    ones, which stay in their own.
     """
     units = {
         torch.bfloat16: torch.cpu._is_amx_tile_supported,
         torch.float16: getattr(torch.cpu, "_is_amx_fp16_supported", lambda: False),
     }
-    if not all(map(is_plain, model.parameters())):
+    if not all(is_plain(parameter) and not parameter.is_meta for parameter in model.parameters()):
         return {}
     return {
         name: parameter.data.float()

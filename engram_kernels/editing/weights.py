@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .._hashing import tensor_checksum
+from ..hf.placement import is_sharded, keep_part_, local, whole
 from ..hf.projection import Projection
 from ..ops import apply_low_rank_
 
@@ -15,23 +16,27 @@ class Snapshot:
 
     def __init__(self, projection: Projection):
         self.projection = projection
-        self._weight = projection.module.weight.detach().clone()
+        self._weight = local(projection.weight).clone()
 
     @torch.no_grad()
     def restore(self) -> None:
         """Put the weight back, bit for bit."""
-        self.projection.module.weight.copy_(self._weight)
+        local(self.projection.weight).copy_(self._weight)
         torch.clear_autocast_cache()
 
 
 def add_(projection: Projection, left: Tensor, right: Tensor) -> None:
     """`weight += left @ right`, in place."""
-    matrix = projection.matrix
+    matrix = projection.whole()
     apply_low_rank_(matrix, left.to(matrix.device), right.to(matrix.device))
+    weight = projection.weight
+    if is_sharded(weight):
+        # Each rank does the whole write, so that all have the bits of one device, and keeps its part.
+        keep_part_(weight, matrix.T if projection.transposed else matrix)
     # A caller's autocast keeps copies of the weights in its own dtype, and does not see this write.
     torch.clear_autocast_cache()
 
 
 def matrix_checksum(projection: Projection) -> str:
     """A digest of the weight's dtype, shape and bits."""
-    return tensor_checksum(projection.module.weight)
+    return tensor_checksum(whole(projection.weight))

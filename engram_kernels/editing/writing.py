@@ -8,9 +8,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from .._ranks import ALONE, Ranks
 from ..errors import EngramError
 from ..hf.hooks import Stop, capture, run_until
 from ..hf.layers import decoder_layers
+from ..hf.placement import input_device
 from ..hf.projection import Projection
 from ..hf.tokens import pad_rows
 from .batching import EncodedEdit
@@ -20,7 +22,9 @@ from .preconditioner import LayerOperator, Solved
 from .records import Write, left_factor
 from .values import Value
 
+# Of a forward pass; and edits whose states are in memory at once.
 ROWS = 64
+EDITS = 256
 
 
 def write_values(
@@ -32,6 +36,7 @@ def write_values(
     key: MeanKey | SpreadKey,
     edits: Sequence[int],
     bare_denominator: bool = False,
+    ranks: Ranks = ALONE,
 ) -> list[Write]:
     """Write the changes of some edits, layer after layer, each of which takes its share of what is missing.
 
@@ -50,6 +55,7 @@ def write_values(
         edits: the numbers of the edits, to be noted in the writes.
         bare_denominator: ROME as first published in code, for one layer: the answer to the bare prompt's key
             `B` is what changes, `W ← W + Eᵀ (B Rᵀ)⁻ᵀ R` with `R = K Q`.
+        ranks: share the passes, and do the same writes.
 
     Returns:
         One write a layer; they are done.
@@ -69,22 +75,31 @@ def write_values(
     check_additive(model, last, encoded[0])
     before, writes = None, []
     for number, projection in enumerate(projections):
-        own, above = subject_states(model, projection, last, encoded)
-        counts = [_counted(one, key) for one in encoded]
-        keys, hidden = (
-            torch.stack(
-                [
-                    _combined(of[:n], mine[:n], key, operators[projection.layer])
-                    for n, of, mine in zip(counts, states, own, strict=True)
-                ]
-            )
-            for states in (own, above)
-        )
+        keys, hidden = _combined_states(model, projection, last, encoded, key, operators, ranks)
         before = hidden if before is None else before
         missing = (residuals.to(hidden) - (hidden - before)) / (len(projections) - number)
         keys, missing = keys.to(projection.matrix.device), missing.to(projection.matrix.device)
         writes.append(_write(projection, encoded, keys, None, missing, operators, edits))
     return writes
+
+
+def _combined_states(
+    model: nn.Module, projection: Projection, last: Projection, encoded, key, operators, ranks: Ranks
+) -> tuple[Tensor, Tensor]:
+    """The edits' keys `[edits, in]` and their states above the last layer `[edits, width]`.
+
+    Those of all texts are many times as large, and are in memory for some edits at a time.
+    """
+    found: tuple[list[Tensor], list[Tensor]] = ([], [])
+    operator = operators[projection.layer]
+    for start in range(0, len(encoded), EDITS):
+        piece = encoded[start : start + EDITS]
+        own, above = subject_states(model, projection, last, piece, ranks)
+        for one, mine, over in zip(piece, own, above, strict=True):
+            count = _counted(one, key)
+            for combined, states in zip(found, (mine, over), strict=True):
+                combined.append(_combined(states[:count], mine[:count], key, operator))
+    return torch.stack(found[0]), torch.stack(found[1])
 
 
 def _counted(encoded: EncodedEdit, key: MeanKey | SpreadKey) -> int:
@@ -99,10 +114,10 @@ def _combined(states: Tensor, keys: Tensor, key: MeanKey | SpreadKey, operator: 
 
 def _write(projection: Projection, encoded, keys, bare_keys, residuals, operators, edits) -> Write:
     """One joint write that changes the answer to every key by its residual."""
-    operator = operators[projection.layer]
+    matrix, operator = projection.whole(), operators[projection.layer]
     try:
         if bare_keys is None:
-            solved = operator.factors(projection.matrix, keys, residuals)
+            solved = operator.factors(matrix, keys, residuals)
         else:
             right = operator.current.apply(keys.double()).float()
             solved = Solved(left_factor(bare_keys, right, residuals, 0.0), right, residuals, 0.0)
@@ -117,7 +132,7 @@ def _write(projection: Projection, encoded, keys, bare_keys, residuals, operator
     if not (write.left.isfinite().all() and write.right.isfinite().all()):
         raise EngramError(f"edits: expected finite factors for {projection.name!r}, got NaN or infinity")
     write.apply_(projection)
-    if not projection.matrix.isfinite().all():
+    if not projection.whole().isfinite().all():
         raise EngramError(f"edits: expected weights in the range of {projection.matrix.dtype}, got infinity")
     return write
 
@@ -135,9 +150,13 @@ def _dependent(encoded: Sequence[EncodedEdit], width: int) -> str:
 
 @torch.no_grad()
 def subject_states(
-    model: nn.Module, projection: Projection, last: Projection, encoded: Sequence[EncodedEdit]
+    model: nn.Module,
+    projection: Projection,
+    last: Projection,
+    encoded: Sequence[EncodedEdit],
+    ranks: Ranks = ALONE,
 ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-    """The states at the subjects' last tokens, in the model as it is now.
+    """The states at the subjects' last tokens, in the model as it is now; ranks share the passes.
 
     Returns:
         For each edit the projection's inputs `[texts, in]` and the output of the last layer `[texts, width]`,
@@ -145,30 +164,40 @@ def subject_states(
     """
     rows = [row for one in encoded for row in one.rows]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     found: dict[str, list[Tensor]] = {"keys": [], "hidden": []}
+    widths = {"keys": projection.matrix.shape[1], "hidden": last.matrix.shape[0]}
     seen: dict[str, Tensor] = {}
 
     def see_keys(_module, arguments, _keywords):
-        seen["keys"] = arguments[0]
+        seen["keys"] = projection.inputs(arguments[0])
 
     def see_hidden(_module, _arguments, output):
         seen["hidden"] = output[0] if isinstance(output, tuple) else output
         raise Stop
 
     layer = decoder_layers(model)[1][last.layer]
-    with capture(before={projection.module: see_keys}, after={layer: see_hidden}):
-        for start in range(0, len(order), ROWS):
+
+    def observe() -> None:
+        for number, start in enumerate(range(0, len(order), ROWS)):
             batch = order[start : start + ROWS]
+            if number % ranks.size != ranks.rank:
+                # The others' states are added to these.
+                for name, width in widths.items():
+                    found[name].append(torch.zeros(len(batch), width, device=projection.matrix.device))
+                continue
             ids, mask = pad_rows([rows[i].ids for i in batch], device)
             run_until(model, input_ids=ids, attention_mask=mask)
             places = torch.arange(len(batch)), torch.tensor([rows[i].subject for i in batch])
             for name, states in found.items():
                 # Some models (OPT) flatten [rows, longest, width] before their MLP.
                 states.append(seen[name].reshape(*ids.shape, -1)[places].float())
+
+    with capture(before={projection.module: see_keys}, after={layer: see_hidden}):
+        ranks.own(observe)
     # Back into the order of the rows.
     back, counts = torch.tensor(order).argsort(), [len(one.rows) for one in encoded]
-    keys, hidden = (torch.cat(states)[back].split(counts) for states in found.values())
+    keys, hidden = (ranks.sum_(torch.cat(states))[back].split(counts) for states in found.values())
     return keys, hidden
 
 

@@ -1,47 +1,17 @@
-"""Rows of CounterFact and zsRE, in the layouts that are in use, as cases to edit and measure."""
+"""Files of facts, in the formats in which data sets are published, as cases to edit and measure."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from ..editing.edit import Edit
+from .cases import Case
+from .fields import Fields
+from .readers import reader
 
-COUNTERFACT, ZSRE = "counterfact", "zsre"
-
-
-class Neighbour(NamedTuple):
-    """A prompt about something else, and its right answer, which an edit should not change."""
-
-    prompt: str
-    answer: str
-
-
-@dataclass(frozen=True)
-class Case:
-    """One fact to edit, and what to ask about it.
-
-    Attributes:
-        name: the row's `case_id`, else its number.
-        kind: `"counterfact"` or `"zsre"`.
-        edit: the fact.
-        truth: what the model should no longer say.
-        paraphrases: the same question in other words.
-        neighbours: questions about something else.
-        generation: prompts about the subject, to be continued; may be empty.
-    """
-
-    name: str
-    kind: str
-    edit: Edit
-    truth: str
-    paraphrases: tuple[str, ...]
-    neighbours: tuple[Neighbour, ...]
-    generation: tuple[str, ...] = ()
+PROTOCOLS = ("memit", "easyedit")
 
 
 class Cases(NamedTuple):
@@ -52,29 +22,37 @@ class Cases(NamedTuple):
 
 
 def read_cases(
-    path: str | os.PathLike, start: int = 0, rows: int | None = None, skip_bad: bool = False
+    path: str | os.PathLike,
+    start: int = 0,
+    rows: int | None = None,
+    skip_bad: bool = False,
+    zsre: str = "memit",
 ) -> Cases:
-    """Read rows of CounterFact or zsRE from a JSON array, or from JSON lines.
+    """Read rows of a data set from a JSON array, or from JSON lines.
 
-    Three layouts are told apart by their fields: the ROME repository's CounterFact (`requested_rewrite`),
-    EasyEdit's (`prompt`, `target_new`, `ground_truth`, `rephrase_prompt`, `locality_prompt`,
-    `locality_ground_truth`), and zsRE's as MEND published it (`src`, `alt`, `answers`, `rephrase`, `loc`,
-    `loc_ans`). A row in EasyEdit's names whose locality prompt begins with "nq question:" is of zsRE.
+    The formats are told by their fields: CounterFact as the ROME repository and as EasyEdit have it, zsRE,
+    KnowEdit (WikiData_recent, WikiData_counterfact, ZsRE, WikiBio), CKnowEdit, MQuAKE, RippleEdits,
+    WikiBigEdit, UnKE and AKEW; `engram_kernels.evaluation.readers` has a function for each.
 
     Args:
         path: the file.
         start: the first row, counted from 0.
         rows: how many; None: all that follow.
         skip_bad: leave a bad row out, and say why; False: raise.
+        zsre: whose protocol zsRE's file is read by. `"memit"`: edits write the first right answer, and
+            locality prompts get a question mark (Meng et al. 2023, arXiv 2210.07229). `"easyedit"`: edits
+            write the made-up answer (Mitchell et al. 2022, arXiv 2110.11309).
 
     Raises:
-        ValueError: the file cannot be read or holds no rows, `start` is beyond them, or a row lacks
-            something: the message names the row and what it lacks.
+        ValueError: the file cannot be read or holds no rows, `start` is beyond them, a row is of no known
+            format, or lacks something: the message names the row and what it lacks, or the fields it has.
 
     Example:
         >>> cases, _ = read_cases("counterfact.json", start=100, rows=20)
     """
-    found = _read(Path(path))
+    if zsre not in PROTOCOLS:
+        raise ValueError(f"zsre: expected one of {', '.join(PROTOCOLS)}, got {zsre!r}")
+    found = read_rows(Path(path))
     if not 0 <= start < len(found):
         raise ValueError(f"start: expected from 0 to {len(found) - 1}, the last row, got {start}")
     if rows is not None and rows < 1:
@@ -82,7 +60,7 @@ def read_cases(
     result = Cases([], [])
     for number, row in enumerate(found[start : None if rows is None else start + rows], start):
         try:
-            result.cases.append(case_of(row, number))
+            result.cases.append(case_of(row, number, zsre))
         except (ValueError, TypeError) as error:
             if not skip_bad:
                 raise
@@ -92,97 +70,26 @@ def read_cases(
     return result
 
 
-def case_of(row: object, number: int) -> Case:
+def case_of(row: object, number: int, zsre: str = "memit") -> Case:
     """One row as a case; see `read_cases`.
 
     Raises:
-        ValueError: the row lacks something, or its prompt does not name the subject once.
+        ValueError: the row is of no known format, lacks something, or its prompt does not name the subject.
     """
     if not isinstance(row, dict):
         raise ValueError(f"data: expected an object in row {number}, got {type(row).__name__}")
-    fields, name = _Fields(row, number), str(row.get("case_id", number))
+    fields = Fields(row, number)
+    found = reader(fields, zsre)
+    name = next((str(row[key]) for key in ("case_id", "id") if row.get(key) is not None), str(number))
     try:
-        return _rome(fields, name) if "requested_rewrite" in row else _named(fields, name)
-    except ValueError as error:
+        return Case(name=name, kind=found.name, **found.read(fields))
+    except (ValueError, TypeError) as error:
         if str(error).startswith("data: "):
             raise
         raise ValueError(f"data: row {number}: {error}") from error
 
 
-class _Fields:
-    """Access to a row by field, under whichever of its names the field has."""
-
-    def __init__(self, row: dict, number: int, path: str = ""):
-        self.row, self.number, self.path = row, number, path
-
-    def has(self, *names: str) -> bool:
-        return any(self.row.get(name) is not None for name in names)
-
-    def within(self, name: str) -> _Fields:
-        inner = self.row.get(name)
-        if not isinstance(inner, dict):
-            self.refuse((name,), "an object", inner)
-        return _Fields(inner, self.number, f"{self.path}{name}.")
-
-    def text(self, *names: str) -> str:
-        """A text; of a list of right answers the first."""
-        value = self._value(names)
-        first = value[0] if isinstance(value, list) and value else value
-        if not isinstance(first, str) or not first.strip():
-            self.refuse(names, "some text", value)
-        return first.strip()
-
-    def texts(self, *names: str) -> tuple[str, ...]:
-        """One text or a list of texts, at least one."""
-        value = self._value(names)
-        found = value if isinstance(value, list) else [value]
-        if not found or not all(isinstance(text, str) and text.strip() for text in found):
-            self.refuse(names, "some text", value)
-        return tuple(text.strip() for text in found)
-
-    def refuse(self, names: Sequence[str], expected: str, value: object) -> None:
-        asked = " or ".join(repr(self.path + name) for name in names)
-        got = "none" if value is None else repr(value)
-        raise ValueError(f"data: expected {expected} under {asked} in row {self.number}, got {got}")
-
-    def _value(self, names: Sequence[str]) -> object:
-        return next((self.row[name] for name in names if self.row.get(name) is not None), None)
-
-
-def _rome(fields: _Fields, name: str) -> Case:
-    """ROME's CounterFact: the neighbours share the true answer."""
-    rewrite = fields.within("requested_rewrite")
-    subject, prompt = rewrite.text("subject"), rewrite.text("prompt")
-    target, truth = (rewrite.within(field).text("str") for field in ("target_new", "target_true"))
-    return Case(
-        name=name,
-        kind=COUNTERFACT,
-        edit=Edit(subject, prompt, target),
-        truth=truth,
-        paraphrases=fields.texts("paraphrase_prompts"),
-        neighbours=tuple(Neighbour(text, truth) for text in fields.texts("neighborhood_prompts")),
-        generation=fields.texts("generation_prompts") if fields.row.get("generation_prompts") else (),
-    )
-
-
-def _named(fields: _Fields, name: str) -> Case:
-    """EasyEdit's and MEND's rows: one field for each thing."""
-    prompts = fields.texts("loc", "locality_prompt")
-    answers = fields.texts("loc_ans", "locality_ground_truth")
-    if len(prompts) != len(answers):
-        fields.refuse(("loc_ans", "locality_ground_truth"), f"{len(prompts)} answers", list(answers))
-    zsre = fields.has("src", "alt", "loc") or prompts[0].startswith("nq question:")
-    return Case(
-        name=name,
-        kind=ZSRE if zsre else COUNTERFACT,
-        edit=Edit(fields.text("subject"), fields.text("src", "prompt"), fields.text("alt", "target_new")),
-        truth=fields.text("answers", "ground_truth"),
-        paraphrases=fields.texts("rephrase", "rephrase_prompt"),
-        neighbours=tuple(map(Neighbour, prompts, answers)),
-    )
-
-
-def _read(path: Path) -> list:
+def read_rows(path: Path) -> list:
     """The rows of a JSON array, or of one JSON object a line."""
     try:
         text = path.read_text(encoding="utf-8-sig")

@@ -14,7 +14,7 @@ import torch
 from ..errors import EngramError
 from ..hf.generation import sample
 from ..hf.tokens import context_length, open_ids
-from .datasets import Case
+from .cases import Case
 
 TOP_K = 5
 
@@ -48,7 +48,7 @@ def fluency(
     Raises:
         EngramError: a text would be longer than the model's context.
     """
-    prompts = [case.generation or (case.edit.prompt_text,) for case in cases]
+    prompts = [case.generation or (case.prompt,) for case in cases]
     flat = list(dict.fromkeys(prompt for group in prompts for prompt in group))
     texts = dict(zip(flat, generate(model, tokenizer, flat, tokens, seed, batch_size), strict=True))
     return [fmean(ngram_entropy(texts[prompt]) for prompt in group) for group in prompts]

@@ -1,4 +1,4 @@
-"""Measures of an edit: does it hold, does it generalise, does it leave other facts alone."""
+"""What a model says to the questions of a case, and how likely the right answers are to it."""
 
 from __future__ import annotations
 
@@ -11,9 +11,14 @@ from typing import NamedTuple
 from ..errors import EngramError
 from ..hf.forward import target_predictions
 from ..hf.tokens import Row, context_length, encode_row
-from .datasets import Case
+from .answers import greedy, success
+from .cases import Case
 
-ASPECTS = ("efficacy", "paraphrase", "locality")
+PROMPT, PARAPHRASE, GENERATION = "prompt", "paraphrase", "generation prompt"
+PORTABILITY, LOCALITY = "portability", "locality"
+
+# Written beyond the answer's own length: an answer may have words before it. Long answers are cut.
+MORE_TOKENS, MOST_TOKENS = 8, 256
 
 
 class ScoredAnswer(NamedTuple):
@@ -29,68 +34,173 @@ class ScoredAnswer(NamedTuple):
         return fmean(a == b for a, b in zip(self.tokens, self.likeliest, strict=True))
 
 
+class Asked(NamedTuple):
+    """A question of a case: what it is asked for, the right answer, and the answer that it competes with."""
+
+    aspect: str
+    prompt: str
+    right: str
+    aliases: tuple[str, ...] = ()
+    other: str | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model said to one question.
+
+    Attributes:
+        aspect: "prompt", "paraphrase", "generation prompt", "portability" or "locality"; the last two with
+            their groups.
+        prompt: the question.
+        right: the right answer.
+        text: what the model wrote, always by the likeliest token.
+        first: its first token.
+        begins, contains, exact: whether the text begins with the right answer, holds it, or is it.
+        overlap: the share of the answer's words that stand in the text, in their order.
+        argmax: whether every token of the right answer is the likeliest, the right ones before it given.
+        tokens: the share of its tokens that are.
+        likeliest: the likeliest tokens in their places.
+        log_probability: the mean over its tokens.
+        margin: by how much it exceeds the other answer's, the truth's or the target's; None without one.
+        judged: what a judge says, from 0 to 1; None without one.
+    """
+
+    aspect: str
+    prompt: str
+    right: str
+    text: str
+    first: int
+    begins: bool
+    contains: bool
+    exact: bool
+    overlap: float
+    argmax: bool
+    tokens: float
+    likeliest: list[int]
+    log_probability: float
+    margin: float | None
+    judged: float | None = None
+
+
 @dataclass(frozen=True)
 class Figures:
     """What was measured of one case in one state of the model.
 
     Attributes:
-        margins: of each aspect and prompt, by how much the mean log-probability of the whole right answer
-            exceeds the other's: the target's and the truth's, on neighbours the truth's and the target's.
-        shares: of each aspect and prompt, the share of the right answer's tokens that are the likeliest.
-        neighbours: the likeliest tokens at each neighbour's answer, to compare before and after.
+        answers: one for each question, in the case's order.
         fluency: mean entropy of n-grams of generated text in bits; None where none was generated.
+        drift: measures of the rest of the model by name; empty where none was taken.
     """
 
-    margins: dict[str, list[float]]
-    shares: dict[str, list[float]]
-    neighbours: list[list[int]]
+    answers: list[Answer]
     fluency: float | None = None
+    drift: dict[str, float] | None = None
 
-    def successes(self, aspect: str) -> float:
-        """The share of an aspect's prompts on which the right answer is the likelier one."""
-        return fmean(margin > 0 for margin in self.margins[aspect])
+    @property
+    def aspects(self) -> list[str]:
+        return list(dict.fromkeys(answer.aspect for answer in self.answers))
 
-    def accuracy(self, aspect: str) -> float:
-        """The mean share of the right answer's tokens that are the likeliest."""
-        return fmean(self.shares[aspect])
+    def of(self, aspect: str) -> list[Answer]:
+        """The answers of one aspect."""
+        return [answer for answer in self.answers if answer.aspect == aspect]
 
-    def unchanged(self, before: Figures) -> float:
-        """The share of the neighbours' answer tokens whose likeliest token is that of before."""
-        pairs = zip(before.neighbours, self.neighbours, strict=True)
-        return fmean(fmean(a == b for a, b in zip(*pair, strict=True)) for pair in pairs)
+    def mean(self, aspect: str, measure: str) -> float | None:
+        """The mean of a measure over an aspect's questions; None where no question has it."""
+        found = [getattr(answer, measure) for answer in self.of(aspect)]
+        found = [float(value) for value in found if value is not None]
+        return fmean(found) if found else None
+
+    def likelier(self, aspect: str) -> float | None:
+        """The share of an aspect's questions whose right answer is likelier than the other one."""
+        margins = [answer.margin for answer in self.of(aspect) if answer.margin is not None]
+        return fmean(margin > 0 for margin in margins) if margins else None
+
+    def kept(self, before: Figures, aspect: str) -> dict[str, float]:
+        """Shares of an aspect's questions that are answered as before: the first token, the whole text, and
+        the likeliest tokens in the right answer's places."""
+        pairs = list(zip(before.of(aspect), self.of(aspect), strict=True))
+        tokens = [
+            fmean(a == b for a, b in zip(old.likeliest, new.likeliest, strict=True)) for old, new in pairs
+        ]
+        return {
+            "first_token_kept": fmean(old.first == new.first for old, new in pairs),
+            "text_kept": fmean(old.text == new.text for old, new in pairs),
+            "tokens_kept": fmean(tokens),
+        }
 
 
-def measure(model, tokenizer, cases: Sequence[Case], batch_size: int = 32) -> list[Figures]:
-    """Measure efficacy, paraphrase and locality of all cases, in batches of texts of like length.
+def questions(case: Case) -> list[Asked]:
+    """Everything that is asked of a case."""
+    target, truth = case.edit.target, case.truth
+    own = [(PROMPT, case.prompt), *((PARAPHRASE, text) for text in case.paraphrases)]
+    own += [(GENERATION, text) for text in case.generation]
+    return [
+        *(Asked(aspect, prompt, target, (), truth) for aspect, prompt in own),
+        *(Asked(_named(PORTABILITY, q.group), q.prompt, q.answer, q.aliases) for q in case.portability),
+        *(Asked(_named(LOCALITY, q.group), q.prompt, q.answer, q.aliases, target) for q in case.neighbours),
+    ]
+
+
+def measure(
+    model, tokenizer, cases: Sequence[Case], batch_size: int = 32, chat: bool = False
+) -> list[Figures]:
+    """Ask all questions of all cases, in batches of texts of like length.
 
     Args:
         model: a causal language model, in the mode that it is in.
         tokenizer: its tokenizer.
         cases: what to ask.
         batch_size: texts a batch.
+        chat: ask by the tokenizer's chat template, each prompt as what a user says.
 
     Returns:
-        The figures of each case, without fluency.
+        The figures of each case, without fluency, drift and judge.
 
     Raises:
         EngramError: a text is longer than the model's context, or a prediction is not finite.
     """
-    asked = [_questions(case) for case in cases]
-    pairs = [(prompt, answer) for rows in asked for _, prompt, *both in rows for answer in both]
-    answers = score(model, tokenizer, pairs, batch_size)
-    figures = []
-    for rows in asked:
-        margins: dict[str, list[float]] = {aspect: [] for aspect in ASPECTS}
-        shares: dict[str, list[float]] = {aspect: [] for aspect in ASPECTS}
-        neighbours = []
-        for aspect, prompt, right, other in rows:
-            mine = answers[prompt, right]
-            margins[aspect].append(mine.mean - answers[prompt, other].mean)
-            shares[aspect].append(mine.share)
-            if aspect == "locality":
-                neighbours.append(mine.likeliest)
-        figures.append(Figures(margins, shares, neighbours))
-    return figures
+    asked = [questions(case) for case in cases]
+    flat = [question for rows in asked for question in rows]
+    prompts = {question.prompt: _said(tokenizer, question.prompt, chat) for question in flat}
+    pairs = [
+        (prompts[question.prompt], answer)
+        for question in flat
+        for answer in (question.right, question.other)
+        if answer is not None
+    ]
+    scores = score(model, tokenizer, pairs, batch_size)
+    counts = {prompt: 0 for prompt in prompts.values()}
+    for question in flat:
+        prompt = prompts[question.prompt]
+        length = len(scores[prompt, question.right].tokens) + MORE_TOKENS
+        counts[prompt] = max(counts[prompt], min(length, MOST_TOKENS))
+    written = dict(
+        zip(counts, greedy(model, tokenizer, list(counts), list(counts.values()), batch_size), strict=True)
+    )
+
+    def answer(question: Asked) -> Answer:
+        prompt = prompts[question.prompt]
+        mine, text = scores[prompt, question.right], written[prompt]
+        found = success(text.text, question.right, question.aliases)
+        other = None if question.other is None else scores[prompt, question.other].mean
+        return Answer(
+            aspect=question.aspect,
+            prompt=question.prompt,
+            right=question.right,
+            text=text.text,
+            first=text.first,
+            begins=found.begins,
+            contains=found.contains,
+            exact=found.exact,
+            overlap=found.overlap,
+            argmax=mine.tokens == mine.likeliest,
+            tokens=mine.share,
+            likeliest=mine.likeliest,
+            log_probability=mine.mean,
+            margin=None if other is None else mine.mean - other,
+        )
+
+    return [Figures([answer(question) for question in rows]) for rows in asked]
 
 
 def score(
@@ -115,14 +225,18 @@ def score(
     return answers
 
 
-def _questions(case: Case) -> list[tuple[str, str, str, str]]:
-    """Aspect, prompt, right answer and the other one."""
-    target, truth = case.edit.target, case.truth
-    return [
-        ("efficacy", case.edit.prompt_text, target, truth),
-        *(("paraphrase", prompt, target, truth) for prompt in case.paraphrases),
-        *(("locality", prompt, answer, target) for prompt, answer in case.neighbours),
-    ]
+def _named(aspect: str, group: str) -> str:
+    return f"{aspect}: {group}" if group else aspect
+
+
+def _said(tokenizer, prompt: str, chat: bool) -> str:
+    """The prompt as the model reads it."""
+    if not chat:
+        return prompt
+    if not getattr(tokenizer, "chat_template", None):
+        raise EngramError("chat: expected a tokenizer with a chat template, got one without")
+    messages = [{"role": "user", "content": prompt}]
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
 def _encode(model, tokenizer, prompt: str, answer: str) -> Row:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean, harmonic_mean, median
+from statistics import fmean, median
 from typing import NamedTuple
 
 from ..errors import EngramError
-from .measures import ASPECTS, Figures
+from .measures import LOCALITY, Answer, Figures
+
+# What a person sees comes first; what compares probabilities is named so.
+MEASURES = ("begins", "contains", "exact", "overlap", "judged", "argmax", "tokens", "log_probability")
 
 
 @dataclass(frozen=True)
@@ -21,8 +24,10 @@ class Outcome:
         before, after: what was measured; `after` is None where the edit was skipped.
         skipped: why the edit was skipped.
         seconds: the edit took, or had its share of edits done together; None of a run that was cut off.
-        probability: of the whole target on the edited prompt when all writes were done.
-        steps, loss: of the value's optimisation, the number and the last one.
+        probability: of the whole target on the edited prompt when all writes were done; None where the
+            editor does not tell.
+        took: whether the editor's own record says that it took; None likewise.
+        steps, loss: of the value's optimisation, the number and the last one; None likewise.
         reverted_exactly: whether what was written is as it was, bit for bit, after this case or all of them.
     """
 
@@ -33,6 +38,7 @@ class Outcome:
     skipped: str | None = None
     seconds: float | None = None
     probability: float | None = None
+    took: bool | None = None
     steps: int | None = None
     loss: float | None = None
     reverted_exactly: bool | None = None
@@ -40,25 +46,24 @@ class Outcome:
     @classmethod
     def read(cls, content: Mapping) -> Outcome:
         """Read an outcome that `asdict` turned into a dictionary."""
-        figures = {
-            name: None if content[name] is None else Figures(**content[name]) for name in ("before", "after")
-        }
+        figures = {name: _figures(content[name]) for name in ("before", "after")}
         return cls(**{**content, **figures})
 
 
 class Retained(NamedTuple):
-    """The share of the first `first` edits that stand when `edits` are done."""
+    """The share of the first `first` edits whose prompt is answered by the target when `edits` are done."""
 
     edits: int
     first: int
-    efficacy: float
+    begins: float
 
 
 def summarise(outcomes: Sequence[Outcome]) -> dict:
     """The means over the cases that were edited: what a table or a JSON report shows.
 
     Returns:
-        `rows`, `skipped`, `unedited` and `edited` (by measure), `median_seconds`, `reverted_exactly`.
+        `rows`, `skipped`, `aspects` (of each: `questions`, and by measure the means `unedited` and `edited`
+        over the cases that have it), `fluency`, `drift`, `median_seconds`, `reverted_exactly`.
 
     Raises:
         EngramError: no case was edited.
@@ -68,27 +73,44 @@ def summarise(outcomes: Sequence[Outcome]) -> dict:
         reason = outcomes[0].skipped if outcomes else "there is no case"
         raise EngramError(f"data: expected a case that can be edited, got none: {reason}")
     timed = [outcome.seconds for outcome in done if outcome.seconds is not None]
+    pairs = [(outcome.before, outcome.after) for outcome in done]
+    aspects = dict.fromkeys(aspect for before, _ in pairs for aspect in before.aspects)
     return {
         "rows": len(done),
         "skipped": len(outcomes) - len(done),
-        "unedited": _measures([(outcome.before, outcome.before) for outcome in done]),
-        "edited": _measures([(outcome.before, outcome.after) for outcome in done]),
+        "aspects": {aspect: _aspect(pairs, aspect) for aspect in aspects},
+        "fluency": _states([(before.fluency, after.fluency) for before, after in pairs]),
+        "drift": {
+            name: _states([((before.drift or {}).get(name), after.drift[name]) for before, after in pairs])
+            for name in (pairs[0][1].drift or {})
+        },
         "median_seconds": median(timed) if timed else None,
         "reverted_exactly": sum(bool(outcome.reverted_exactly) for outcome in done),
     }
 
 
-def _measures(pairs: Sequence[tuple[Figures, Figures]]) -> dict[str, float]:
-    """Every measure of the second figures; the first are those before the edit."""
-    found = {aspect: fmean(figures.successes(aspect) for _, figures in pairs) for aspect in ASPECTS}
-    found["score"] = harmonic_mean(list(found.values()))
-    tokens = {
-        f"{aspect}_tokens": fmean(figures.accuracy(aspect) for _, figures in pairs) for aspect in ASPECTS
-    }
-    tokens["locality_unchanged"] = fmean(figures.unchanged(before) for before, figures in pairs)
-    names = ("efficacy_tokens", "paraphrase_tokens", "locality_unchanged")
-    tokens["score_tokens"] = harmonic_mean([tokens[name] for name in names])
-    found |= tokens
-    if all(figures.fluency is not None for _, figures in pairs):
-        found["fluency"] = fmean(figures.fluency for _, figures in pairs)
-    return found
+def _aspect(pairs: Sequence[tuple[Figures, Figures]], aspect: str) -> dict:
+    own = [(before, after) for before, after in pairs if before.of(aspect)]
+    found: dict = {"cases": len(own), "questions": sum(len(before.of(aspect)) for before, _ in own)}
+    for measure in MEASURES:
+        found[measure] = _states([tuple(state.mean(aspect, measure) for state in pair) for pair in own])
+    found["likelier"] = _states([tuple(state.likelier(aspect) for state in pair) for pair in own])
+    if aspect.startswith(LOCALITY):
+        kept = [after.kept(before, aspect) for before, after in own]
+        found |= {name: {"edited": fmean(one[name] for one in kept)} for name in kept[0]}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _states(pairs: Sequence[tuple[float | None, float | None]]) -> dict[str, float] | None:
+    """The means before and after, over the cases that have both."""
+    both = [pair for pair in pairs if None not in pair]
+    if not both:
+        return None
+    before, after = zip(*both, strict=True)
+    return {"unedited": fmean(before), "edited": fmean(after)}
+
+
+def _figures(content: Mapping | None) -> Figures | None:
+    if content is None:
+        return None
+    return Figures(**{**content, "answers": [Answer(**answer) for answer in content["answers"]]})

@@ -10,7 +10,7 @@ from pathlib import Path
 from .._io import read_json, write_json
 from .outcomes import Outcome, Retained
 
-FORMAT = 1
+FORMAT = 2
 
 
 class EvalReport:

@@ -14,13 +14,16 @@ from typing import TYPE_CHECKING
 import torch
 
 from .. import _checks as check
-from .._hashing import digest, tensor_checksum, weights_checksums
+from .._hashing import digest, tensor_checksum
 from .._progress import Progress
 from ..errors import EngramError
 from ..hf.eval_mode import eval_mode
-from .datasets import Case
+from ..hf.fingerprints import weights_checksums
+from .cases import Case
+from .drift import Drift
 from .fluency import fluency
-from .measures import Figures, measure, score
+from .judge import Judge, judged
+from .measures import Figures, measure
 from .outcomes import Outcome, Retained
 
 if TYPE_CHECKING:
@@ -36,17 +39,20 @@ class Evaluation:
     """Edits cases with an editor, measures what the edits do, and reverts them.
 
     Args:
-        editor: an `Editor`.
+        editor: an `Editor`, or another library's with the same `edit`, such as `integrations.EasyEdit`.
         options: of `Editor.edit`, such as `{"method": "memit", "layers": [4, 5, 6]}`.
         fluency_tokens: to write after each generation prompt; 0: fluency is not measured.
         batch_size: texts measured at a time.
-        seed: of the texts that are written.
+        seed: of the texts that are sampled for the fluency.
+        chat: ask by the tokenizer's chat template.
+        drift: measured with every state of the model; None: nothing is.
+        judge: gives its word on every answer.
         progress: called as `progress(stage, done, total)`.
 
     Example:
         >>> cases, _ = read_cases("counterfact.json", rows=20)
         >>> evaluation = Evaluation(Editor(*load_model("smollm2")), {"method": "rome"})
-        >>> summarise(evaluation.each(cases))["edited"]["efficacy"]
+        >>> summarise(evaluation.each(cases))["aspects"]["paraphrase"]["begins"]
     """
 
     def __init__(
@@ -57,6 +63,9 @@ class Evaluation:
         fluency_tokens: int = 100,
         batch_size: int = 32,
         seed: int = 0,
+        chat: bool = False,
+        drift: Drift | None = None,
+        judge: Judge | None = None,
         progress: Progress | None = None,
     ):
         check.expect(fluency_tokens >= 0, "fluency_tokens", "at least 0", fluency_tokens)
@@ -66,6 +75,9 @@ class Evaluation:
         self.fluency_tokens = fluency_tokens
         self.batch_size = batch_size
         self.seed = seed
+        self.chat = chat
+        self.drift = drift
+        self.judge = judge
         self.progress = progress
         self._checksums = weights_checksums(editor.model)
 
@@ -109,6 +121,7 @@ class Evaluation:
         cases: Sequence[Case],
         checkpoints: Sequence[int] = CHECKPOINTS,
         directory: str | os.PathLike | None = None,
+        standing: Callable[[], None] | None = None,
     ) -> tuple[list[Outcome], list[Retained]]:
         """Edit all cases, measure them, and revert.
 
@@ -121,6 +134,7 @@ class Evaluation:
             checkpoints: numbers of edits after which retention is measured, over as many of the first edits;
                 the number of all cases is always one of them.
             directory: where the editor keeps its run, to continue it after an interruption; None: nowhere.
+            standing: called when all edits stand and are measured, before they are reverted.
 
         Raises:
             EngramError: a case cannot be edited, unless the options say to skip it, or not be measured.
@@ -132,6 +146,7 @@ class Evaluation:
             for case, figures in zip(cases, self._figures(cases, "unedited"), strict=True)
         ]
         records: dict[Edit, EditRecord] = {}
+        edited: list[Outcome] = []
         skipped: dict[Edit, str] = {}
         results, seconds, replayed = [], 0.0, False
         retained: list[Retained] = []
@@ -151,18 +166,20 @@ class Evaluation:
                 retained += self._retained(cases, [stop for stop in stops if stop <= end], records)
                 self._report("edits", end, len(cases))
             after = self._figures(cases, "edited")
+            if standing is not None:
+                standing()
         finally:
             for result in reversed(results):
                 result.revert()
         exact = self._as_before(self._written_since(versions))
-        return [
-            _finished(
-                outcome, figures, records[case.edit], None if replayed else seconds / len(records), exact
-            )
-            if case.edit in records
-            else replace(outcome, skipped=skipped[case.edit])
-            for case, outcome, figures in zip(cases, outcomes, after, strict=True)
-        ], retained
+        for case, outcome, figures in zip(cases, outcomes, after, strict=True):
+            reason = next((skipped[edit] for edit in case.edits if edit in skipped), None)
+            if reason is None:
+                share = None if replayed else seconds / len(records) * len(case.edits)
+                edited.append(_finished(outcome, figures, records[case.edit], share, exact))
+            else:
+                edited.append(replace(outcome, skipped=reason))
+        return edited, retained
 
     @property
     def weights(self) -> str:
@@ -181,8 +198,10 @@ class Evaluation:
         result, reasons = self._edit([case])
         seconds = time.perf_counter() - started
         outcome = Outcome(case.name, _line(case), before)
-        if result is None:
-            return replace(outcome, skipped=reasons[case.edit])
+        if reasons:
+            if result is not None:
+                result.revert()
+            return replace(outcome, skipped=next(iter(reasons.values())))
         try:
             (after,) = self._figures([case])
         finally:
@@ -192,7 +211,7 @@ class Evaluation:
 
     def _edit(self, cases: Sequence[Case], directory: Path | None = None):
         """The editor's result, None where it could make no edit, and why those that are skipped are."""
-        edits = [case.edit for case in cases]
+        edits = [edit for case in cases for edit in case.edits]
         kept = {} if directory is None else {"directory": directory}
         try:
             result = self.editor.edit(edits, **self.options, **kept)
@@ -215,28 +234,26 @@ class Evaluation:
         for at in range(0, len(cases), CHUNK):
             chunk = cases[at : at + CHUNK]
             with eval_mode(model):
-                found = measure(model, tokenizer, chunk, self.batch_size)
+                found = measure(model, tokenizer, chunk, self.batch_size, self.chat)
                 if self.fluency_tokens:
                     bits = fluency(model, tokenizer, chunk, self.fluency_tokens, self.seed, self.batch_size)
                     found = [replace(one, fluency=entropy) for one, entropy in zip(found, bits, strict=True)]
             figures += found
             if stage:
                 self._report(stage, len(figures), len(cases))
-        return figures
+        if self.drift is not None:
+            with eval_mode(model):
+                drift = self.drift.measure(model)
+            figures = [replace(one, drift=drift) for one in figures]
+        return figures if self.judge is None else judged(figures, self.judge)
 
     def _retained(self, cases: Sequence[Case], stops: Sequence[int], records: Mapping) -> list[Retained]:
-        """Of the first edits, as many as each stop says, the share that stands now; without the skipped."""
-        prompts = {
-            case.edit: (case.edit.prompt_text, case.edit.target, case.truth)
-            for case in cases[: max(stops)]
-            if case.edit in records
-        }
-        pairs = [(prompt, answer) for prompt, *both in prompts.values() for answer in both]
-        answers = score(self.editor.model, self.editor.tokenizer, pairs, self.batch_size)
-        stands = {
-            edit: answers[prompt, target].mean > answers[prompt, truth].mean
-            for edit, (prompt, target, truth) in prompts.items()
-        }
+        """Of the first edits, as many as each stop says, the share answered now; without the skipped."""
+        first = [case for case in cases[: max(stops)] if case.edit in records]
+        model, tokenizer = self.editor.model, self.editor.tokenizer
+        with eval_mode(model):
+            found = measure(model, tokenizer, [_alone(case) for case in first], self.batch_size, self.chat)
+        stands = {case.edit: one.answers[0].begins for case, one in zip(first, found, strict=True)}
         firsts = {stop: [stands[case.edit] for case in cases[:stop] if case.edit in stands] for stop in stops}
         return [Retained(max(stops), stop, fmean(first)) for stop, first in firsts.items() if first]
 
@@ -276,16 +293,24 @@ def peak_memory(device: torch.device) -> int | None:
 
 
 def _finished(outcome: Outcome, after: Figures, record, seconds: float | None, exact: bool) -> Outcome:
+    losses = getattr(record, "losses", None)
     return replace(
         outcome,
         after=after,
         seconds=seconds,
-        probability=record.probability_after,
-        steps=len(record.losses),
-        loss=record.losses[-1],
+        probability=getattr(record, "probability_after", None),
+        took=getattr(record, "took", None),
+        steps=len(losses) if losses else None,
+        loss=losses[-1] if losses else None,
         reverted_exactly=exact,
     )
 
 
+def _alone(case: Case) -> Case:
+    """The edit's own prompt and nothing else."""
+    return replace(case, paraphrases=(), neighbours=(), generation=(), portability=())
+
+
 def _line(case: Case) -> str:
-    return f"{case.edit.prompt_text} → {case.edit.target}"
+    more = f" and {len(case.further)} more" if case.further else ""
+    return f"{case.prompt} → {case.edit.target}{more}"

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .. import _checks as check
 from .._hashing import tensor_checksum
 from ..errors import EngramError
+from ..hf.placement import divide_again, is_sharded, keep_part_, local, whole
 from ..ops import sparse_apply_
 from .parameters import tensors_of
 
@@ -53,6 +54,7 @@ class AppliedGraft:
         check.expect(isinstance(model, nn.Module), "model", "a module", type(model).__name__, TypeError)
         self.applied = False
         self._model = model
+        divide_again(model)
         names = list(graft.indices)
         weights = tensors_of(model, names if force else list(graft.shapes), "model")
         _check_base(weights, graft, None if force else known if known is not None else {})
@@ -140,10 +142,11 @@ class AppliedGraft:
 
     def _check_memory(self) -> None:
         """The model's tensors must be those that are written to: moving a model gives it others."""
+        divide_again(self._model)
         for group in self._groups:
             now = tensors_of(self._model, group.names, "model")
             for name, weight in zip(group.names, group.weights, strict=True):
-                if now[name].data_ptr() != weight.data_ptr() or now[name].dtype != weight.dtype:
+                if local(now[name]).data_ptr() != local(weight).data_ptr() or now[name].dtype != weight.dtype:
                     raise EngramError(
                         f"model: expected in {name!r} the tensor that the graft was applied to, got another "
                         "one: the model was moved, converted or loaded anew; do that with no graft in it"
@@ -159,7 +162,16 @@ class _Group(NamedTuple):
     values: list[Tensor]
 
     def exchanged(self) -> _Group:
-        return self._replace(values=sparse_apply_(self.weights, self.indices, self.values))
+        if not any(map(is_sharded, self.weights)):
+            return self._replace(values=sparse_apply_(self.weights, self.indices, self.values))
+        # One whole tensor at a time, of which each rank keeps its part.
+        before = []
+        for weight, at, values in zip(self.weights, self.indices, self.values, strict=True):
+            full = whole(weight)
+            before += sparse_apply_([full], [at], [values])
+            if is_sharded(weight):
+                keep_part_(weight, full)
+        return self._replace(values=before)
 
 
 def _check_base(weights: Mapping[str, Tensor], graft: Delta, known: dict[str, str] | None) -> None:
@@ -174,7 +186,7 @@ def _check_base(weights: Mapping[str, Tensor], graft: Delta, known: dict[str, st
         if known is None:
             continue
         if name not in known:
-            known[name] = tensor_checksum(weight)
+            known[name] = tensor_checksum(whole(weight))
         if known[name] != graft.checksums[name]:
             raise EngramError(
                 f"model: expected in {name!r} the weights that the graft was made for, got others "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,10 +15,13 @@ from .. import _checks as check
 from .._hashing import tensor_checksum
 from ..errors import EngramError
 from ..hf.hub import HubFolder
-from ..ops import pack_mask, unpack_mask
+from ..ops import pack_mask, sparse_diff, unpack_mask
 from .applied import AppliedGraft
 from .density import Density, layer_and_kind, percent
 from .files import read_files, write_files
+from .joining import Options
+from .merging import RULES, by_method, by_rule, check_method, common_base
+from .parameters import tensors_of
 
 
 class Overlap(NamedTuple):
@@ -97,16 +101,75 @@ class Graft(HubFolder):
             ft: the fine-tuned tensors.
             masks: packed masks of `ek.pack_mask`, or of `ek.graft_top_k`.
             **attributes: of the graft: base_model, recipe, metrics.
+
+        Raises:
+            EngramError: the masks choose nothing that changed.
         """
         indices, values = {}, {}
+        changed = False
         for name, weight in pre.items():
             at = unpack_mask(masks[name], (weight.numel(),)).nonzero().flatten()
             if at.numel():
                 values[name] = ft[name].detach().reshape(-1)[at].cpu()
+                changed = changed or not _same_bits(values[name], weight.detach().reshape(-1)[at].cpu())
                 indices[name] = at.to(torch.int32 if weight.numel() <= 2**31 else torch.int64).cpu()
+        if indices and not changed:
+            count = sum(at.numel() for at in indices.values())
+            raise EngramError(
+                f"ft: expected values that differ from pre's, got the same at all {count} positions"
+            )
+        return cls.from_entries(pre, indices, values, **attributes)
+
+    @classmethod
+    def from_entries(
+        cls,
+        pre: Mapping[str, Tensor],
+        indices: dict[str, Tensor],
+        values: dict[str, Tensor],
+        **attributes: Any,
+    ) -> Graft:
+        """Make a graft of positions and values for a base, whose shapes and checksums are taken.
+
+        Args:
+            pre: the base's tensors by name, of all names that are set.
+            indices, values, **attributes: of the graft.
+        """
         shapes = {name: tuple(weight.shape) for name, weight in pre.items()}
         checksums = {name: tensor_checksum(weight) for name, weight in pre.items()}
         return cls(indices, values, shapes, checksums, **attributes)
+
+    @classmethod
+    def from_difference(
+        cls,
+        pre: Mapping[str, Tensor],
+        ft: Mapping[str, Tensor],
+        threshold: float | None = None,
+        **attributes: Any,
+    ) -> Graft:
+        """Make a graft of all entries that differ, bit for bit or by more than a threshold.
+
+        Args:
+            pre, ft: tensors by name on one device, the base's and the fine-tuned ones, of one dtype each.
+            threshold: as for `ek.sparse_diff`.
+            **attributes: of the graft.
+
+        Raises:
+            EngramError: a tensor is missing, or nothing differs.
+
+        Example:
+            >>> graft = Graft.from_difference(base.state_dict(), tuned.state_dict())
+        """
+        missing = [name for name in pre if name not in ft]
+        if missing:
+            raise EngramError(f"ft: expected a tensor {missing[0]!r}, got none of that name")
+        found = sparse_diff([pre[name] for name in pre], [ft[name] for name in pre], threshold)
+        entries = {
+            name: (at.cpu(), value.cpu()) for name, at, value in zip(pre, *found, strict=True) if at.numel()
+        }
+        if not entries:
+            raise EngramError("ft: expected tensors that differ from pre's, got the same")
+        indices, values = ({name: entry[i] for name, entry in entries.items()} for i in range(2))
+        return cls.from_entries(pre, indices, values, **attributes)
 
     def masks(self) -> dict[str, Tensor]:
         """The packed masks of the graft's positions, by name of every graftable parameter.
@@ -190,50 +253,64 @@ class Graft(HubFolder):
         return Overlap(shared, self.size, other.size, shared / either if either else 0.0)
 
     @classmethod
-    def merge(cls, grafts: Iterable[Graft], conflicts: str = "average") -> Graft:
-        """Make one graft of several of one base, with the positions of all.
+    def merge(
+        cls,
+        grafts: Iterable[Graft],
+        method: str = "average",
+        base: nn.Module | Mapping[str, Tensor] | str | os.PathLike | None = None,
+        weights: Sequence[float] | None = None,
+        density: float = 1.0,
+        scale: float = 1.0,
+        seed: int = 0,
+        **options: Any,
+    ) -> Graft:
+        """Make one graft of several of one base.
 
         Args:
             grafts: at least one.
-            conflicts: what is set where several grafts set one position: "average", the mean of their values
-                (taken in fp32, rounded once), or "first", the value of the first graft that sets it.
+            method: what is set where several grafts set one position: "average", the mean of their values
+                (taken in fp32, rounded once); "first", the value of the first graft that sets it; or, by
+                their changes from the base, a method of `join_state_dicts`, such as "ties". A tensor's
+                entries are then the positions that any of the grafts sets.
+            base: the model that they were made for, or its tensors; for the methods by changes alone.
+            weights: one a graft, for these methods. Default: 1 each.
+            density, scale, seed, **options: of `join_state_dicts`.
 
         Returns:
             A new graft, without metrics.
 
         Raises:
             TypeError: something else than grafts.
-            ValueError: no graft, or an unknown rule.
-            EngramError: the grafts were made for different bases.
+            ValueError: no graft, an unknown method, a base where none is used or none where one is.
+            EngramError: the grafts were made for different bases, or another one, or nothing is left.
 
         Example:
             >>> both = Graft.merge([sentiment, questions])
+            >>> both = Graft.merge([sentiment, questions], "ties", base=model)
         """
-        known = ("average", "first")
-        check.expect(conflicts in known, "conflicts", "'average' or 'first'", repr(conflicts))
+        check_method(method)
         several = isinstance(grafts, Iterable)
         check.expect(several, "grafts", "a list of grafts", type(grafts).__name__, TypeError)
         grafts = list(grafts)
         check.expect(len(grafts) > 0, "grafts", "at least one", "none")
-        shapes: dict[str, tuple[int, ...]] = {}
-        checksums: dict[str, str] = {}
         for graft in grafts:
             check.expect(isinstance(graft, Graft), "grafts", "grafts", type(graft).__name__, TypeError)
-            for name, checksum in graft.checksums.items():
-                if checksums.setdefault(name, checksum) != checksum:
-                    raise EngramError(f"grafts: expected grafts of one base, got two different {name!r}")
-            shapes |= graft.shapes
-        indices, values = {}, {}
-        for name in shapes:
-            given = [graft for graft in grafts if name in graft.indices]
-            if given:
-                indices[name], values[name] = _join(
-                    [graft.indices[name] for graft in given],
-                    [graft.values[name] for graft in given],
-                    conflicts,
-                )
-        first, recipes = grafts[0], [graft.recipe for graft in grafts]
-        recipe = {"name": "merge", "conflicts": conflicts, "merged": recipes}
+        shapes, checksums = common_base(grafts)
+        recipe: dict[str, Any] = {"name": "merge", "method": method, "merged": [x.recipe for x in grafts]}
+        if method in RULES:
+            asked = base is not None or weights is not None or (density, scale) != (1, 1) or options
+            check.expect(not asked, "method", "one by changes from a base, for these arguments", repr(method))
+            indices, values = by_rule(grafts, method)
+        else:
+            check.expect(base is not None, "base", f"the grafts' base, for {method!r}", "None")
+            given = tuple(weights) if weights is not None else (1.0,) * len(grafts)
+            check.expect(len(given) == len(grafts), "weights", f"{len(grafts)} numbers", len(given))
+            chosen = Options(given, density, scale, **options)
+            names = list(dict.fromkeys(name for graft in grafts for name in graft.indices))
+            tensors = tensors_of(base, names, "base")
+            indices, values = by_method(grafts, tensors, checksums, method, chosen, seed)
+            recipe |= {"weights": list(given), "density": density, "scale": scale, "seed": seed, **options}
+        first = grafts[0]
         return cls(indices, values, shapes, checksums, first.base_model, first.base_revision, recipe)
 
     def _save_pretrained(self, save_directory: Path) -> None:
@@ -280,19 +357,9 @@ class Graft(HubFolder):
             ) from error
 
 
+def _same_bits(one: Tensor, two: Tensor) -> bool:
+    return one.dtype == two.dtype and torch.equal(one.view(torch.uint8), two.view(torch.uint8))
+
+
 def _count(shape: Sequence[int]) -> int:
     return torch.Size(shape).numel()
-
-
-def _join(indices: list[Tensor], values: list[Tensor], conflicts: str) -> tuple[Tensor, Tensor]:
-    """All positions once, ascending, with the mean or the first of the values given for each."""
-    positions, order = torch.cat(indices).sort(stable=True)
-    given = torch.cat(values)[order]
-    unique, which, counts = positions.unique_consecutive(return_inverse=True, return_counts=True)
-    first = given[counts.cumsum(0) - counts]
-    if conflicts == "first":
-        return unique, first
-    total = torch.zeros(len(unique), dtype=torch.float32, device=given.device)
-    total.index_add_(0, which, given.float())
-    # One value stays as it is: a sum of one is exact, a NaN's bits might not be.
-    return unique, torch.where(counts == 1, first, (total / counts).to(given.dtype))

@@ -4,21 +4,30 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from .. import _checks as check
+from .._hashing import tensor_checksum
 from .._progress import Progress
+from .._ranks import Ranks
 from ..errors import EngramError
+from ..hf.placement import unwrapped, whole_model
 from .graft import Graft
 from .mask import GraftMask
-from .parameters import base_of, graftable_parameters, tensors_of
+from .parameters import base_of, graftable_parameters
 from .recipes import Recipe, complete
 from .training import MaskTraining
+from .tuned import changed_outside, check_difference, tuned_tensors
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def localize(
@@ -37,6 +46,7 @@ def localize(
     seed: int = 0,
     base_model: str | None = None,
     progress: Progress | None = None,
+    group: ProcessGroup | None = None,
 ) -> Graft:
     """Learn which fine-tuned weights carry a skill: `min over S of loss(pre + γ(S) (ft − pre))`.
 
@@ -47,8 +57,10 @@ def localize(
 
     Args:
         pre_model: the pre-trained model; its mode (training or evaluation) is kept.
-        ft_model: the fine-tuned one: a model, a mapping of tensors, or a safetensors file or folder, which is
-            mapped and not read into memory (for models on the CPU).
+        ft_model: the fine-tuned one: a model, whose adapters (PEFT's, transformers') are merged into copies
+            of the weights; a mapping of tensors; a safetensors file or folder, which is mapped and not read
+            into memory (for models on the CPU); an adapter's folder; a checkpoint that transformers converts
+            as it loads it (experts, other prefixes, GGUF), which takes the memory of a model.
         batches: what `loss_fn` takes, gone through again and again; an iterator only once. Mappings of
             tensors are moved to the model's device.
         loss_fn: `loss_fn(model, batch)`, a scalar, such as `PromptTask.loss`. Default: `model(**batch).loss`,
@@ -64,14 +76,20 @@ def localize(
         seed: of the logits' noise.
         base_model: what the graft shall call its base. Default: the configuration's name, without folders.
         progress: called as `progress("localize", steps done, steps)` after every step.
+        group: of torch.distributed: its ranks, each with a replica of the models, share the batches of a
+            step, rank r of R taking every R-th, and learn one mask. Every rank gives the same batches;
+            `accumulate` counts those of all ranks, R where it is not given and the recipe has rounds.
+            Gradients are kept until the end of a step. None: this process alone.
 
     Returns:
         The graft. Under "rounds" it has exactly `round(sparsity · weights)` entries. Its metrics hold the
-        first and the last step's loss.
+        first and the last step's loss, and as `changed_outside` the names of the parameters that are not
+        graftable, and so stay the base's, though the fine-tuned model changed them.
 
     Raises:
         ValueError, TypeError: an argument that cannot be used.
-        EngramError: no batch, a loss or gradients that are not finite, models that do not match.
+        EngramError: no batch, weights, a loss or gradients that are not finite, models that do not match or
+            do not differ, a model in DistributedDataParallel without a group, or an error on another rank.
 
     Example:
         >>> graft = localize(base, tuned, loader, sparsity=1e-4)
@@ -82,26 +100,36 @@ def localize(
     check.number("sparsity", sparsity, at_least=0)
     check.expect(sparsity <= 1, "sparsity", "at most 1", sparsity)
     check.integer("seed", seed)
-    plan, steps, accumulate = complete(recipe, {"steps": steps, "lr": lr, "l1": l1}, accumulate, batches)
+    ranks = Ranks(group)
+    if isinstance(pre_model, nn.Module):
+        pre_model = unwrapped(pre_model) if ranks.size > 1 else whole_model(pre_model)
+    settings = {"steps": steps, "lr": lr, "l1": l1}
+    plan, steps, accumulate = complete(recipe, settings, accumulate, batches, ranks.size)
     parameters = graftable_parameters(pre_model, include, exclude)
     pre = {name: parameter.detach() for name, parameter in parameters.items()}
-    ft = _matching(tensors_of(ft_model, list(pre), "ft_model"), pre)
+    ft = _matching(tuned_tensors(ft_model, pre_model, list(pre), "ft_model"), pre)
+    outside = changed_outside(ft_model, pre_model, pre, "ft_model")
+    check_difference(pre, ft, outside, "ft_model")
     size = round(sparsity * sum(tensor.numel() for tensor in pre.values()))
     check.expect(size >= 1, "sparsity", "one weight or more", f"{sparsity:g}, which is none")
-    stream = _endless(batches)
+    stream = itertools.islice(_endless(batches), ranks.rank, None, ranks.size)
     loss_of = loss_fn or _own_loss
-    with torch.inference_mode(False), torch.enable_grad():
+    with ranks.failing_together(), torch.inference_mode(False), torch.enable_grad():
         mask = GraftMask(pre, ft, plan, size, seed)
         losses = []
-        with MaskTraining(pre_model, parameters, mask, plan) as training:
-            for step in range(steps):
-                total = 0.0
-                for i in range(accumulate):
+        with MaskTraining(pre_model, parameters, mask, plan, ranks) as training:
+
+            def backward() -> float:
+                total, share = 0.0, accumulate // ranks.size
+                for i in range(share):
                     loss = loss_of(pre_model, _moved(next(stream), pre_model))
                     total += _checked(loss)
-                    training.last = i == accumulate - 1
+                    training.last = i == share - 1
                     (loss / accumulate).backward()
-                losses.append(total / accumulate)
+                return total
+
+            for step in range(steps):
+                losses.append(sum(ranks.each(backward)) / accumulate)
                 training.flush()
                 if plan.rounds and (step + 1) * plan.rounds // steps > step * plan.rounds // steps:
                     training.rebase()
@@ -109,6 +137,7 @@ def localize(
                     progress("localize", step + 1, steps)
             training.report()
         chosen = mask.base if plan.rounds and mask.base else mask.open()
+        ranks.check_same("pre_model", [tensor_checksum(packed) for packed in chosen])
     return Graft.from_masks(
         pre,
         ft,
@@ -116,7 +145,8 @@ def localize(
         **base_of(pre_model, base_model),
         recipe={"name": recipe if isinstance(recipe, str) else "own", **dataclasses.asdict(plan)}
         | {"sparsity": sparsity, "accumulate": accumulate, "seed": seed},
-        metrics={"first_loss": losses[0], "last_loss": losses[-1]},
+        metrics={"first_loss": losses[0], "last_loss": losses[-1]}
+        | ({"changed_outside": outside} if outside else {}),
     )
 
 

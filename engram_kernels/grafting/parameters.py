@@ -11,6 +11,7 @@ from .. import _checks as check
 from .._io import read_json
 from ..errors import EngramError
 from ..hf.layers import MODEL_DTYPES, decoder_layers
+from ..hf.placement import is_sharded, plain_name, unwrapped
 
 
 def graftable_parameters(
@@ -32,9 +33,10 @@ def graftable_parameters(
             than the rest, made in inference mode, or sharing its memory with another one.
     """
     check.expect(isinstance(model, nn.Module), "model", "a module", type(model).__name__, TypeError)
-    named = dict(model.named_parameters())
+    model = unwrapped(model)
+    named = {plain_name(name): parameter for name, parameter in model.named_parameters()}
     if include is None:
-        stack, _ = decoder_layers(model)
+        stack = plain_name(decoder_layers(model)[0])
         chosen = {name for name in named if name.startswith(f"{stack}.")}
     else:
         patterns = _patterns("include", include)
@@ -48,6 +50,11 @@ def graftable_parameters(
         raise ValueError("exclude: expected patterns that leave a parameter to graft, got none left")
     device = next(iter(parameters.values())).device
     for name, parameter in parameters.items():
+        if is_sharded(parameter):
+            raise EngramError(
+                f"model: expected whole weights, got a part of {name!r} of several ranks: search on a model "
+                "that is whole, and apply the graft to any"
+            )
         if parameter.is_meta:
             raise EngramError(f"model: expected its weights in memory, got {name!r} on the meta device")
         if parameter.is_inference():
@@ -105,14 +112,15 @@ def tensors_of(source: object, names: Sequence[str], argument: str) -> dict[str,
         EngramError: a tensor is missing, or a file cannot be read.
     """
     if isinstance(source, nn.Module):
-        named = dict(source.named_parameters(remove_duplicate=False))
+        parameters = unwrapped(source).named_parameters(remove_duplicate=False)
+        named = {plain_name(name): parameter for name, parameter in parameters}
         # An adapter moves the weight `x.weight` that it adapts to `x.base_layer.weight`: it is the same one.
         adapted = {name.replace(".base_layer.", "."): weight for name, weight in named.items()}
         found: Mapping[str, Tensor] = named | adapted
     elif isinstance(source, Mapping):
         found = source
     elif isinstance(source, (str, os.PathLike)):
-        found = _mapped(Path(source), names, argument)
+        found = mapped_tensors(Path(source), names, argument)
     else:
         raise TypeError(f"{argument}: expected a model, a mapping or a path, got {type(source).__name__}")
     missing = [name for name in names if name not in found]
@@ -121,8 +129,8 @@ def tensors_of(source: object, names: Sequence[str], argument: str) -> dict[str,
     return {name: found[name].detach() for name in names}
 
 
-def _mapped(path: Path, names: Sequence[str], argument: str) -> dict[str, Tensor]:
-    """Tensors of a safetensors file, or of a folder's shards; their pages are read when they are used."""
+def mapped_tensors(path: Path, names: Sequence[str], argument: str) -> dict[str, Tensor]:
+    """Those of the names that a safetensors file has, or a folder's shards; pages are read when used."""
     from safetensors import SafetensorError, safe_open
 
     try:

@@ -53,7 +53,7 @@ RECIPES = {
 
 
 def complete(
-    recipe: str | Recipe, given: Mapping[str, Any], accumulate: int | None, batches: Any
+    recipe: str | Recipe, given: Mapping[str, Any], accumulate: int | None, batches: Any, ranks: int = 1
 ) -> tuple[Recipe, int, int]:
     """The recipe, its gradient steps and the batches a step.
 
@@ -62,6 +62,7 @@ def complete(
         given: what takes the place of the recipe's own steps, lr and l1, where it is not None.
         accumulate: batches a step; None: the recipe's.
         batches: of `localize`; only their number is asked for.
+        ranks: that share the batches of a step.
 
     Raises:
         ValueError, TypeError: an argument of `localize` that cannot be used.
@@ -75,8 +76,10 @@ def complete(
     recipe = replace(recipe, **given)
     rounds = max(1, recipe.rounds)
     if accumulate is None:
-        accumulate = 1 if recipe.rounds else max(1, _count("accumulate", batches))
+        every = 1 if recipe.rounds else max(1, _count("accumulate", batches))
+        accumulate = math.ceil(every / ranks) * ranks
     check.integer("accumulate", accumulate, at_least=1)
+    check.expect(accumulate % ranks == 0, "accumulate", f"a multiple of the {ranks} ranks", accumulate)
     steps = recipe.steps
     if steps is None:
         steps = rounds * max(1, math.ceil(_count("steps", batches) / accumulate))

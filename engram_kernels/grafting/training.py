@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _checks as check
+from .._ranks import ALONE, Ranks
 from ..errors import EngramError
 from ..hf.swapped_weights import swapped_weights
 from .mask import GraftMask
@@ -28,8 +29,15 @@ class MaskTraining:
     their gradients and flags, after errors too.
     """
 
-    def __init__(self, model: nn.Module, parameters: dict[str, nn.Parameter], mask: GraftMask, plan: Recipe):
-        self.model, self.mask, self.plan = model, mask, plan
+    def __init__(
+        self,
+        model: nn.Module,
+        parameters: dict[str, nn.Parameter],
+        mask: GraftMask,
+        plan: Recipe,
+        ranks: Ranks = ALONE,
+    ):
+        self.model, self.mask, self.plan, self.ranks = model, mask, plan, ranks
         self.names, self.parameters = list(parameters), list(parameters.values())
         self.last = True  # whether the present backward pass is the step's last
         self.pending: list[int] = []  # gradients that have come
@@ -54,7 +62,8 @@ class MaskTraining:
         self._way_back.close()
 
     def _arrived(self, i: int, _parameter: nn.Parameter) -> None:
-        if not self.last:
+        # On several ranks gradients may come in several orders.
+        if not self.last or self.ranks.size > 1:
             return
         if i in self.done or i in self.pending:
             raise EngramError(
@@ -70,12 +79,23 @@ class MaskTraining:
         # Gradients of earlier batches alone wait here for parameters that the last batch did not use.
         waiting = set(self.pending)
         self.pending += [i for i, p in enumerate(self.parameters) if p.grad is not None and i not in waiting]
+        if self.ranks.size > 1:
+            self._share()
         self._step()
         if not self.done:
             raise EngramError("loss_fn: expected a loss that depends on the graftable weights, got none")
         self.done.clear()
         # A caller's autocast keeps copies of the weights, and does not see what was written.
         torch.clear_autocast_cache()
+
+    def _share(self) -> None:
+        """Add the gradients of all ranks; one that has none of a parameter gives zeros."""
+        self.pending = sorted(set().union(*self.ranks.each(lambda: self.pending)))
+        for i in self.pending:
+            parameter = self.parameters[i]
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            self.ranks.sum_(parameter.grad)
 
     def rebase(self) -> None:
         """Take the best k positions."""

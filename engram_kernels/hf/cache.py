@@ -16,6 +16,7 @@ from ..errors import EngramError
 from .forward import takes
 from .hooks import Stop, capture, run_until
 from .layers import decoder_layers
+from .placement import input_device
 from .tokens import pad_rows
 
 
@@ -125,7 +126,7 @@ def read_prefixes(model: nn.Module, rows: Sequence[list[int]], period: int) -> P
     Raises:
         EngramError: the model keeps something else than keys and values of every token.
     """
-    shared = [_shared(rows[place::period]) for place in range(period)]
+    shared = [common_beginning(rows[place::period]) for place in range(period)]
     prefix = None
     if any(shared):
         prefix = _read(model, shared)
@@ -134,7 +135,7 @@ def read_prefixes(model: nn.Module, rows: Sequence[list[int]], period: int) -> P
     return _read(model, rest, prefix) if any(rest) else prefix
 
 
-def _shared(rows: Sequence[list[int]]) -> list[int]:
+def common_beginning(rows: Sequence[list[int]]) -> list[int]:
     """The longest common beginning."""
     first = rows[0]
     for length, tokens in enumerate(zip(*rows, strict=False)):
@@ -146,7 +147,7 @@ def _shared(rows: Sequence[list[int]]) -> list[int]:
 @torch.no_grad()
 def _read(model: nn.Module, rows: Sequence[list[int]], before: PrefixCache | None = None) -> PrefixCache:
     """Read some tokens after those that stand before them."""
-    ids, mask = pad_rows(rows, model.get_input_embeddings().weight.device)
+    ids, mask = pad_rows(rows, input_device(model))
     inputs = inputs_after(model, before, ids, mask)
     head = model.get_output_embeddings()
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .hooks import capture
+from .placement import input_device
 from .tokens import Row, pad_rows
 
 
@@ -61,7 +62,7 @@ def target_predictions(model: nn.Module, rows: Sequence[Row]) -> list[tuple[Tens
         For each row the log-probabilities of its target's tokens, float64 on the CPU, and the likeliest
         tokens in their places.
     """
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     ids, mask = pad_rows([row.inputs for row in rows], device)
     # A token is predicted one position earlier.
     places = [(i, at - 1) for i, row in enumerate(rows) for at in range(row.target, len(row.ids))]

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from huggingface_hub import ModelCard, ModelCardData, ModelHubMixin
 
-from .._io import let_all_read, new_directory
+from .._io import let_all_read, write_directory
 from ..errors import EngramError
 
 Kept = TypeVar("Kept", bound="HubFolder")
@@ -42,7 +42,7 @@ class HubFolder(ModelHubMixin, library_name="engram_kernels"):
     def save_pretrained(
         self, directory: str | os.PathLike, *, config: None = None, model_card_kwargs: None = None
     ) -> None:
-        """Write a new folder: all of it or nothing.
+        """Write a new folder: all of it or nothing. Of the ranks of a run that name it, one writes it.
 
         Args:
             directory: a new or empty one.
@@ -54,11 +54,13 @@ class HubFolder(ModelHubMixin, library_name="engram_kernels"):
         Example:
             >>> kept.save_pretrained("kept")
         """
-        with new_directory(directory) as folder:
-            self._save_pretrained(folder)
-            if not (folder / "README.md").exists():
-                self.generate_model_card().save(folder / "README.md")
-            let_all_read(folder)
+        write_directory(directory, self._fill)
+
+    def _fill(self, folder: Path) -> None:
+        self._save_pretrained(folder)
+        if not (folder / "README.md").exists():
+            self.generate_model_card().save(folder / "README.md")
+        let_all_read(folder)
 
     @classmethod
     def from_pretrained(

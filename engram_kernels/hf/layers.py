@@ -5,6 +5,7 @@ from torch import nn
 
 from .. import _checks as check
 from ..errors import EngramError
+from .placement import unwrapped
 
 # Of the weights that are read, edited and grafted.
 MODEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -30,6 +31,7 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a Hugging Face model, got {type(model).__name__}")
+    model = unwrapped(model)
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise EngramError(
             "model: expected a causal language model, which reads and writes in one stack of layers, got "
@@ -40,7 +42,7 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList)
         and len(module) > 0
-        and len({type(block) for block in module}) == 1
+        and len({type(unwrapped(block)) for block in module}) == 1
     ]
     if not stacks:
         raise EngramError(
@@ -48,11 +50,6 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
         )
     _, name, layers = max(stacks, key=lambda stack: stack[0])
     return name, layers
-
-
-def uncompiled(model: nn.Module) -> nn.Module:
-    """The model inside of what `torch.compile` made of it: the same weights, and hooks that are called."""
-    return getattr(model, "_orig_mod", model)
 
 
 def decoder_layer(model: nn.Module, layer: int) -> tuple[str, nn.Module]:

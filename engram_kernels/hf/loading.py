@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import io
 import logging
 import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .. import _checks as check
 from .._io import let_all_read
+from .._ranks import together
 from ..errors import EngramError
 from .layers import check_dtype
 
@@ -68,6 +71,10 @@ def load_model(
     name_or_directory: str | os.PathLike,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
+    *,
+    device_map: str | Mapping[str, int | str | torch.device] | None = None,
+    offload_folder: str | os.PathLike | None = None,
+    tp_plan: str | Mapping[str, str] | None = None,
 ) -> tuple[PreTrainedModel, Tokenizer]:
     """Load a causal language model in evaluation mode, with its tokenizer.
 
@@ -79,6 +86,11 @@ def load_model(
         name_or_directory: `"smollm2"`, a name on the Hub, or a directory.
         dtype: of the weights: float32, bfloat16 or float16.
         device: where the model goes; None leaves it on the CPU.
+        device_map: accelerate's: `"auto"`, or by module a device, `"cpu"` or `"disk"`. What does not fit on
+            a device is brought there for each forward pass. None: all of it is on `device`.
+        offload_folder: for what a `device_map` keeps on the disk.
+        tp_plan: tensor parallelism over all ranks of a run of torch.distributed: `"auto"`, the plan of the
+            model's family, or one's own. Every rank makes this call.
 
     Returns:
         `(model, tokenizer)`.
@@ -86,16 +98,40 @@ def load_model(
     Raises:
         EngramError: the device or a package that is needed is missing, the model cannot be read, or the cache
             cannot be written.
-        ValueError: `dtype` is not a floating-point dtype of weights.
+        ValueError: `dtype` is not a floating-point dtype of weights, or more than one of `device`,
+            `device_map` and `tp_plan` is given.
 
     Example:
         >>> model, tokenizer = load_model("smollm2", dtype=torch.bfloat16)
+        >>> model, tokenizer = load_model("Qwen/Qwen3-32B", torch.bfloat16, device_map="auto")
     """
     check_dtype(dtype)
+    given = {"device": device, "device_map": device_map, "tp_plan": tp_plan}
+    several = [name for name, value in given.items() if value is not None]
+    check.expect(len(several) < 2, several[-1] if several else "", f"None beside {several[:1]}", "both")
+    placement: dict[str, Any] = {}
+    if device_map is not None:
+        placement = {"device_map": device_map, "offload_folder": offload_folder}
+    elif tp_plan is not None:
+        placement = _tensor_parallel(tp_plan)
     demo = (DEMO_MODEL, demo_model_directory)
     return read_pretrained(
-        "AutoModelForCausalLM", name_or_directory, demo, "a causal language model", dtype, device
+        "AutoModelForCausalLM", name_or_directory, demo, "a causal language model", dtype, device, placement
     )
+
+
+def _tensor_parallel(plan: str | Mapping[str, str]) -> dict[str, Any]:
+    """What transformers takes a plan as: newer ones in a configuration."""
+    import_transformers()
+    from transformers.distributed import DistributedConfig
+
+    settings = {"tp_plan": plan if isinstance(plan, str) else dict(plan)}
+    # Else transformers takes it from the variables that torchrun sets.
+    if together():
+        settings["tp_size"] = torch.distributed.get_world_size()
+    if "tp_plan" not in inspect.signature(DistributedConfig).parameters:
+        return settings
+    return {"distributed_config": DistributedConfig(**settings)}
 
 
 def read_pretrained(
@@ -105,6 +141,7 @@ def read_pretrained(
     kind: str,
     dtype: torch.dtype,
     device,
+    placement: Mapping[str, Any] | None = None,
 ):
     """Read a model in evaluation mode and its tokenizer.
 
@@ -115,15 +152,12 @@ def read_pretrained(
         kind: what is expected, for the error.
         dtype: of the weights.
         device: where the model goes; None leaves it on the CPU.
+        placement: arguments of `from_pretrained` that put it elsewhere.
 
     Raises:
         EngramError: the device cannot be used, transformers is missing, or there is no such model.
     """
-    try:
-        # Before the load, which may take minutes.
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, TypeError) as error:
-        raise EngramError(f"device: expected one that PyTorch can use here, got {device!r}") from error
+    check_device(device)  # Before the load, which may take minutes.
     transformers = import_transformers()
     from safetensors import SafetensorError
 
@@ -131,7 +165,7 @@ def read_pretrained(
     source = directory() if str(name_or_directory) == word else name_or_directory
     try:
         with without_progress_bars(transformers):
-            model = getattr(transformers, auto).from_pretrained(source, dtype=dtype)
+            model = getattr(transformers, auto).from_pretrained(source, dtype=dtype, **(placement or {}))
             tokenizer = transformers.AutoTokenizer.from_pretrained(source)
     # A quantised checkpoint asks for its package, and one of other shapes is a RuntimeError.
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
@@ -141,6 +175,18 @@ def read_pretrained(
             f"got {str(name_or_directory)!r} ({reason})"
         ) from error
     return (model if device is None else model.to(device)).eval(), tokenizer
+
+
+def check_device(device: torch.device | str | None) -> None:
+    """Check that PyTorch can use a device here.
+
+    Raises:
+        EngramError: it cannot.
+    """
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise EngramError(f"device: expected one that PyTorch can use here, got {device!r}") from error
 
 
 def import_transformers():

@@ -10,6 +10,7 @@ from torch import nn
 from ..errors import EngramError
 from .experts import Expert, is_fused, opened_expert
 from .layers import MODEL_DTYPES, decoder_layer, decoder_layers
+from .placement import divide_again, is_fsdp, is_offloaded, is_sharded, local, plain_name, unwrapped, whole
 
 # ROME's layers lie at 0.16 (Llama-2-7B, 5 of 32) to 0.36 (GPT-2 XL, 17 of 48) of the depth. Of SmolLM2's
 # layers 4, 6, 8 and 11, the sixth disturbed facts about other subjects least at the same efficacy.
@@ -26,6 +27,7 @@ class Projection:
         module: the linear map itself.
         transposed: whether it keeps its weight as `[in, out]`.
         path: where the module stands in this model, inside of an adapter's wrapper.
+        fsdp: the modules above by which FSDP2 divides it.
     """
 
     layer: int
@@ -33,12 +35,44 @@ class Projection:
     module: nn.Module
     transposed: bool
     path: str
+    fsdp: tuple[nn.Module, ...] = ()
 
     @property
     def matrix(self) -> torch.Tensor:
-        """The weight as `[out, in]`: a view, so that writing to it edits the model."""
-        weight = self.module.weight.detach()
+        """The weight as `[out, in]`: a view, so that writing to it edits a model that is not divided."""
+        weight = self.weight.detach()
         return weight.T if self.transposed else weight
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The weight as it is kept, in parts where ranks divide it."""
+        for module in self.fsdp:
+            # After some passes it is whole for a while, and writes to that would be lost.
+            module.reshard()
+        return self.module.weight
+
+    def whole(self) -> torch.Tensor:
+        """The weight as `[out, in]` with the parts of all ranks; every one of them makes this call."""
+        weight = whole(self.weight)
+        return weight.T if self.transposed else weight
+
+    def inputs(self, states: torch.Tensor) -> torch.Tensor:
+        """The whole inputs `[..., in]`, where a hook before the module sees this rank's part."""
+        if not is_sharded(self.module.weight):
+            return states
+        if not is_sharded(states):
+            # Some plans (Phi-3's) give every rank the whole.
+            if states.shape[-1] == self.module.in_features:
+                return states
+            from torch.distributed.tensor import DTensor, Shard
+
+            shape = (*states.shape[:-1], self.module.in_features)
+            stride = torch.empty(shape, device="meta").stride()
+            mesh = self.module.weight.device_mesh
+            states = DTensor.from_local(
+                states, mesh, [Shard(-1)], run_check=False, shape=shape, stride=stride
+            )
+        return states.full_tensor()
 
 
 def default_layer(model: nn.Module) -> int:
@@ -60,17 +94,24 @@ def output_projection(model: nn.Module, layer: int) -> Projection:
         TypeError: `layer` is not an integer.
         ValueError: `layer` is out of range.
         EngramError: the layer has no MLP of linear maps, or several, or its matrix cannot be edited
-            soundly (quantised, parametrised, on the meta device, made in inference mode, shared with another
-            module, in an adapter that does not add to it or is merged into it).
+            soundly (quantised, parametrised, offloaded, made in inference mode, shared with another module,
+            in an adapter that does not add to it or is merged into it).
     """
+    model = unwrapped(model)
+    divide_again(model)
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
         raise EngramError("model: expected one that reads its prompt alone, got one with a learnt prompt")
     path, module = wrapped_projection(model, layer)
     while hasattr(module, "base_layer"):
         _check_adapter(module, path)
         path, module = f"{path}.base_layer", module.base_layer
-    name = path.removeprefix("base_model.model.").replace(".base_layer", "")
-    projection = Projection(layer, name, module, _is_transposed(module), path)
+    name = plain_name(path.removeprefix("base_model.model.").replace(".base_layer", ""))
+    fsdp = [
+        above
+        for own, above in model.named_modules()
+        if is_fsdp(above) and (not own or f"{path}.".startswith(f"{own}."))
+    ]
+    projection = Projection(layer, name, module, _is_transposed(module), path, tuple(fsdp))
     _check_editable(model, projection)
     return projection
 
@@ -88,6 +129,7 @@ def wrapped_projection(model: nn.Module, layer: int) -> tuple[str, nn.Module]:
         ValueError: `layer` is out of range.
         EngramError: the layer has no MLP of linear maps, or several.
     """
+    model = unwrapped(model)
     path, block = decoder_layer(model, layer)
     hidden = model.get_input_embeddings().weight.shape[-1]
     for name, module in block.named_modules():
@@ -110,6 +152,22 @@ def wrapped_projection(model: nn.Module, layer: int) -> tuple[str, nn.Module]:
         raise EngramError(f"model: expected one MLP of linear maps in layer {layer}, got {got}")
     name, module = found[0]
     return f"{path}.{name}", module
+
+
+def searched_projection(model: nn.Module, layer: int) -> Projection:
+    """The output projection of a layer, for a search that reads its inputs and adds to its output.
+
+    Raises:
+        TypeError, ValueError, EngramError: as `output_projection`; or FSDP2 divides the model, which a search
+            would gather again for every step.
+    """
+    projection = output_projection(model, layer)
+    if projection.fsdp:
+        raise EngramError(
+            f"model: expected whole replicas or tensor parallelism for a search, got {projection.name!r} "
+            "divided by FSDP2: make the edit on a model of that kind, save it, and apply it to this one"
+        )
+    return projection
 
 
 def mlp_output(model: nn.Module, layer: int) -> nn.Module:
@@ -187,6 +245,12 @@ def _check_editable(model: nn.Module, projection: Projection) -> None:
             f"model: expected a plain weight in {projection.name!r}, got one that is computed from others "
             "(parametrised or pruned): make it permanent first"
         )
+    if any("_fsdp_wrapped_module" in module._modules for module in model.modules()):
+        raise EngramError(
+            "model: expected its weights by their names, got FullyShardedDataParallel's flat ones: divide "
+            "the model with torch.distributed.fsdp.fully_shard (FSDP2) instead"
+        )
+    weight = local(weight) if is_sharded(weight) else weight
     if not is_plain(weight):
         got = type(module).__name__ if weight is None else f"{type(weight).__name__} of {weight.dtype}"
         raise EngramError(
@@ -203,8 +267,15 @@ def _check_editable(model: nn.Module, projection: Projection) -> None:
             f"model: expected float32, bfloat16 or float16 weights, got {weight.dtype} in {projection.name!r}"
         )
     if weight.is_meta:
+        got = "without values"
+        if is_offloaded(module):
+            got = (
+                f"where accelerate keeps it elsewhere: load the model with a device_map that has layer "
+                f"{projection.layer} on a device, or write a saved edit into the checkpoint's files with "
+                "engram apply"
+            )
         raise EngramError(
-            f"model: expected its weights in memory, got {projection.name!r} on the meta device (offloaded)"
+            f"model: expected its weights in memory, got {projection.name!r} on the meta device, {got}"
         )
     # By memory, not by object: two parameters may be views of one storage.
     memory = weight.untyped_storage().data_ptr()
@@ -214,9 +285,9 @@ def _check_editable(model: nn.Module, projection: Projection) -> None:
         name
         for name, parameter in model.named_parameters(remove_duplicate=False)
         if name != own
-        and is_plain(parameter)
+        and is_plain(local(parameter) if is_sharded(parameter) else parameter)
         and parameter.device == weight.device
-        and parameter.untyped_storage().data_ptr() == memory
+        and local(parameter).untyped_storage().data_ptr() == memory
     ]
     if sharing:
         raise EngramError(

@@ -6,9 +6,10 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .flash_linear_attention import FlaRidgeMemory
     from .patching import Acceleration
 
-__all__ = ["accelerate"]
+__all__ = ["accelerate", "register_with_fla"]
 
 
 def accelerate(module_or_name: ModuleType | str) -> Acceleration:
@@ -47,3 +48,23 @@ def accelerate(module_or_name: ModuleType | str) -> Acceleration:
     from .libraries import acceleration
 
     return acceleration(module_or_name)
+
+
+def register_with_fla() -> type[FlaRidgeMemory]:
+    """Put the ridge memory among flash-linear-attention's layers: `fla.layers.RidgeMemory`.
+
+    It is `ek.layers.RidgeMemory` with that library's arguments: a padding mask, its cache, `layer_idx`.
+
+    Returns:
+        The class.
+
+    Raises:
+        EngramError: flash-linear-attention cannot be imported.
+
+    Example:
+        >>> ek.integrations.register_with_fla()
+        >>> from fla.layers import RidgeMemory
+    """
+    from .flash_linear_attention import register
+
+    return register()

@@ -187,7 +187,11 @@ class GraftCallback(TrainerCallback):
     def _save(self, folder: Path, state, model: nn.Module) -> None:
         if not state.is_world_process_zero:
             return
-        self.graft = self._find(model)
+        try:
+            self.graft = self._find(model)
+        except EngramError as error:  # it must not take the training with it
+            warnings.warn(f"no graft was saved at step {state.global_step}: {error}", stacklevel=2)
+            return
         self.graft.metrics["global_step"] = state.global_step
         # Whole under another name first: at every moment there is an old graft, a new one, or none.
         fresh = folder.with_name(f".{folder.name}-new")

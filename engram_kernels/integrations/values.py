@@ -21,6 +21,7 @@ from ..editing.values import ValueOptions, find_values
 from ..errors import EngramError
 from ..hf.hooks import Stop, capture, run_until
 from ..hf.layers import decoder_layers
+from ..hf.placement import input_device
 from ..hf.projection import Projection
 from ..hf.tokens import Row
 from .patching import Declined
@@ -217,7 +218,7 @@ def _start(model, name: str, row: Row, layer: int, hparams, check_loss: Callable
         if check_loss is None:
             raise Stop
 
-    ids = torch.tensor([row.inputs], device=model.get_input_embeddings().weight.device)
+    ids = torch.tensor([row.inputs], device=input_device(model))
     with capture(after={model.get_submodule(name): see}):
         if check_loss is None:
             run_until(model, input_ids=ids)

@@ -28,7 +28,7 @@ def key_scores(queries: Tensor, keys: Tensor) -> Tensor:
 def stored_keys(memory: EpisodicMemory) -> Tensor:
     """The keys in a memory's ledger, `[S, latent]`, of rows written with ids."""
     keys = [entry.key for _, entry in memory.ledger.items()]
-    return torch.stack(keys) if keys else memory.cross.new_zeros(0, memory.latent)
+    return torch.cat(keys) if keys else memory.cross.new_zeros(0, memory.latent)
 
 
 class ScopeDetector:

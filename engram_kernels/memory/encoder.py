@@ -11,10 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .. import _checks as check
 from ..errors import EngramError
+from ..hf.bert import BertTokenizer, read_bert
 from ..hf.eval_mode import eval_mode
-from ..hf.loading import package_file, read_pretrained
+from ..hf.loading import check_device, package_file, read_pretrained
 from ..hf.tokens import pad_rows
+from .passages import passages
 
 if TYPE_CHECKING:
     from ..hf.tokens import Tokenizer
@@ -89,7 +92,7 @@ class SentenceEncoder(nn.Module):
         is that of the texts.
 
         Args:
-            texts: any number; a longer one than `max_length` is cut.
+            texts: any number; a longer one than `max_length` is cut: see `encode_passages`.
             batch_size: texts at a time.
 
         Returns:
@@ -99,14 +102,8 @@ class SentenceEncoder(nn.Module):
             TypeError: a text that is none.
             ValueError: an empty text, or a batch size under 1.
         """
-        texts = list(texts) if not isinstance(texts, str) else [texts]
-        for text in texts:
-            if not isinstance(text, str):
-                raise TypeError(f"texts: expected texts, got {type(text).__name__}")
-            if not text.strip():
-                raise ValueError("texts: expected some text, got an empty one")
-        if batch_size < 1:
-            raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+        texts = self._checked(texts)
+        check.integer("batch_size", batch_size, at_least=1)
         parameter = next(self.model.parameters())
         encoded = [
             self.tokenizer(text, truncation=True, max_length=self.max_length)["input_ids"] for text in texts
@@ -120,9 +117,59 @@ class SentenceEncoder(nn.Module):
                 latents[rows] = self(ids, mask)
         return latents
 
+    def encode_passages(
+        self, texts: Sequence[str], length: int = 48, overlap: int = 16, batch_size: int = 64
+    ) -> tuple[Tensor, list[int]]:
+        """Return the latents of texts that may be long: a row for each passage, so that nothing is cut.
+
+        A passage is one or some whole sentences. A question about a detail finds the passage that has it;
+        in the mean over a long text it would be lost: see docs/memory.md.
+
+        Args:
+            texts: any number.
+            length: tokens of a passage, at most; at most `max_length`.
+            overlap: tokens that a passage shares with the one before, at most.
+            batch_size: passages at a time.
+
+        Returns:
+            The latents [R, C], and how many of them each text has: `parts` of `EpisodicMemory.write`.
+
+        Raises:
+            TypeError, ValueError: as for `encode`.
+        """
+        texts = self._checked(texts)
+        check.integer("length", length, at_least=1)
+        check.integer("overlap", overlap, at_least=0)
+        # The tokens that the tokenizer puts around every text.
+        around = self._count([""])[0]
+        length = min(length, self.max_length - around)
+
+        def count(some: Sequence[str]) -> list[int]:
+            return [tokens - around for tokens in self._count(some)]
+
+        found = [passages(text, count, length, overlap) for text in texts]
+        latents = self.encode([passage for some in found for passage in some], batch_size)
+        return latents, [len(some) for some in found]
+
+    def _count(self, texts: Sequence[str]) -> list[int]:
+        return [len(self.tokenizer(text)["input_ids"]) for text in texts]
+
+    @staticmethod
+    def _checked(texts: Sequence[str]) -> list[str]:
+        texts = list(texts) if not isinstance(texts, str) else [texts]
+        for text in texts:
+            if not isinstance(text, str):
+                raise TypeError(f"texts: expected texts, got {type(text).__name__}")
+            if not text.strip():
+                raise ValueError("texts: expected some text, got an empty one")
+        return texts
+
 
 def load_encoder(
-    name_or_directory: str | os.PathLike, normalise: bool = True, device: str | torch.device | None = None
+    name_or_directory: str | os.PathLike,
+    normalise: bool = True,
+    device: str | torch.device | None = None,
+    light: bool = False,
 ) -> SentenceEncoder:
     """Load a sentence encoder in evaluation mode.
 
@@ -133,6 +180,8 @@ def load_encoder(
         name_or_directory: `"minilm"`, a name on the Hub, or a directory.
         normalise: latents of length 1.
         device: where the encoder goes; None leaves it on the CPU.
+        light: read a BERT in a folder without transformers, whose import takes seconds; others as ever. The
+            latents are the same but for rounding. It has no `config` class and cannot be saved.
 
     Returns:
         The encoder, fp32.
@@ -143,11 +192,21 @@ def load_encoder(
     Example:
         >>> encoder = load_encoder("minilm")
     """
+    found = _light(name_or_directory, device) if light else None
     demo = (DEMO_ENCODER, _demo_directory)
-    model, tokenizer = read_pretrained(
+    model, tokenizer = found or read_pretrained(
         "AutoModel", name_or_directory, demo, "an encoder", torch.float32, device
     )
     return SentenceEncoder(model, tokenizer, normalise, name=str(name_or_directory))
+
+
+def _light(
+    name_or_directory: str | os.PathLike, device: str | torch.device | None
+) -> tuple[nn.Module, BertTokenizer] | None:
+    check_device(device)
+    folder = _demo_directory() if str(name_or_directory) == DEMO_ENCODER else Path(name_or_directory)
+    found = read_bert(folder)
+    return found and (found[0].to(device), found[1])
 
 
 def _demo_directory() -> Path:

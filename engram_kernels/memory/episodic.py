@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,13 +15,14 @@ from . import solution
 from .addressing import check_addressing
 from .folder import MemoryFolder
 from .forgetting import check_unnamed, settle
-from .ledger import Entry, Id, checked_texts, entries_of
+from .ledger import Id, checked_metadata, checked_parts, checked_texts, entries_of
+from .recall import MemoryRecall
 from .ridge import LOO, RIDGE
 from .rows import Rows, rows_of
-from .state import MemoryState
+from .state import MemoryState, checked_labels
 
 
-class EpisodicMemory(MemoryState, MemoryFolder):
+class EpisodicMemory(MemoryState, MemoryRecall, MemoryFolder):
     """Memories of K slots that hold latents of size C, by least squares.
 
         w = z M₀⁺                              the address of z, by a fixed M₀
@@ -52,6 +54,8 @@ class EpisodicMemory(MemoryState, MemoryFolder):
         seed: of a random M₀.
         state_dtype: fp64, or fp32 for half the memory and fewer digits: see `condition`.
         encoder: the name of what makes the latents, which is saved with them.
+        labels: a name for each memory, such as its user's; wherever a `memory` is asked for, it may be given
+            by number or by label.
 
     Attributes:
         gram: A [batch, K, K], without the ridge.
@@ -87,8 +91,9 @@ class EpisodicMemory(MemoryState, MemoryFolder):
         seed: int = 0,
         state_dtype: torch.dtype = torch.float64,
         encoder: str | None = None,
+        labels: Sequence[str | None] | None = None,
     ):
-        super().__init__(slots, latent, batch, ridge, m0, seed, state_dtype)
+        super().__init__(slots, latent, batch, ridge, m0, seed, state_dtype, labels)
         named = encoder is None or isinstance(encoder, str)
         check.expect(named, "encoder", "its name, or None", type(encoder).__name__, TypeError)
         self.encoder = encoder
@@ -99,10 +104,79 @@ class EpisodicMemory(MemoryState, MemoryFolder):
         """The ids in the ledger, in the order of writing."""
         return self.ledger.ids()
 
+    def number(self, memory: int | str | None) -> int | None:
+        """The number of the memory of a label; numbers and None stay as they are.
+
+        Raises:
+            ValueError: no memory has that label.
+        """
+        if not isinstance(memory, str):
+            return memory
+        known = ", ".join(repr(label) for label in self.labels if label is not None) or "none that has one"
+        check.expect(
+            memory in self.labels, "memory", f"a number or one of the labels ({known})", repr(memory)
+        )
+        return self.labels.index(memory)
+
+    @torch.no_grad()
+    def add_memory(self, label: str | None = None) -> int:
+        """Add an empty memory to the others, such as one for a new user, and return its number.
+
+        Args:
+            label: its name; None: it has none.
+
+        Raises:
+            ValueError, TypeError: a label that is taken, or is no text.
+        """
+        self.labels = checked_labels([*self.labels, label], self.batch + 1)
+        empty = EpisodicMemory(self.slots, self.latent, 1, self.ridge, "identity", 0, self.state_dtype)
+        for name in ("gram", "cross", "count", "keyed", "energy", "ridges"):
+            mine = getattr(self, name)
+            self.register_buffer(name, torch.cat([mine, getattr(empty, name).to(mine)]))
+        self._stale = torch.cat([self._stale, empty._stale])
+        self._kept.clear()
+        return self.batch - 1
+
+    def grow(self, slots: int, m0: str | Tensor = "random", seed: int = 0) -> EpisodicMemory:
+        """Give the memory other slots, and write every fact of the ledger to them anew.
+
+        Args:
+            slots: K from now on; more than C add nothing.
+            m0, seed: as for a new memory.
+
+        Returns:
+            This memory.
+
+        Raises:
+            EngramError: rows without ids, which are not kept and cannot be addressed again.
+            ValueError, TypeError: as for a new memory.
+
+        Example:
+            >>> memory.grow(384)
+        """
+        named = sum(len(entry.value) for _, entry in self.ledger.items())
+        if named != len(self):
+            raise EngramError(
+                f"slots: expected a memory whose rows all have ids, got {len(self) - named} without"
+            )
+        settings = {**self.settings, "slots": slots}
+        grown = EpisodicMemory(**settings, m0=m0, seed=seed).to(self.gram.device)
+        facts = sorted(self.ledger.items(), key=lambda item: item[1].memory)
+        rows = grown._rows_of(entry for _, entry in facts)
+        weights = grown._weights(rows.keys)
+        energy = grown._energy_with(rows, weights)
+        grown._accumulate(rows, weights)
+        grown._changed(rows.counts > 0, rows.counts, rows.keyed(self.state_dtype), energy)
+        for name, buffer in grown.named_buffers():
+            self.register_buffer(name, buffer)
+        self._stale.fill_(True)
+        self._kept.clear()
+        return self
+
     @property
     def settings(self) -> dict:
         """What memories must share to be merged, by name."""
-        names = ("slots", "latent", "batch", "ridge", "state_dtype", "encoder")
+        names = ("slots", "latent", "batch", "ridge", "state_dtype", "encoder", "labels")
         return {name: getattr(self, name) for name in names}
 
     @torch.no_grad()
@@ -112,8 +186,10 @@ class EpisodicMemory(MemoryState, MemoryFolder):
         keys: Tensor | None = None,
         ids: Sequence[Id] | None = None,
         texts: Sequence[str | None] | None = None,
+        metadata: Sequence[Mapping[str, Any] | None] | None = None,
+        parts: Sequence[int] | None = None,
         *,
-        memory: int | None = None,
+        memory: int | str | None = None,
         cu_seqlens: Tensor | None = None,
     ) -> None:
         """Write rows: `A += wᵀw`, `B += wᵀz` with `w = key M₀⁺`.
@@ -124,10 +200,13 @@ class EpisodicMemory(MemoryState, MemoryFolder):
             values: z, [N, C] or [batch, N, C], any floating dtype.
             keys: what is asked for later, of the values' shape; default: the values themselves, so that they
                 can be completed from a part (auto-associative).
-            ids: a name for each row, text or integer, in the rows' order; no two rows of any memory have the
-                same. Rows with ids are kept in the ledger.
-            texts: what each row says, kept with its id.
-            memory: the number of the memory that a matrix goes to.
+            ids: a name for each row, text or integer, in the rows' order; no two facts of any memory have
+                the same. Rows with ids are kept in the ledger.
+            texts: what each fact says, kept with its id.
+            metadata: what else is known about each fact, as JSON has it, kept with its id.
+            parts: how many rows each fact has, such as those of a long text; they have one id, and are
+                forgotten together. Default: one.
+            memory: the number or the label of the memory that a matrix goes to.
             cu_seqlens: bounds of the memories in a matrix, [batch + 1].
 
         Raises:
@@ -136,13 +215,16 @@ class EpisodicMemory(MemoryState, MemoryFolder):
             TypeError: wrong dtype.
             EngramError: an id that is taken.
         """
-        rows = rows_of(values, keys, self.batch, self.latent, memory, cu_seqlens)
+        rows = rows_of(values, keys, self.batch, self.latent, self.number(memory), cu_seqlens)
         check.same_device("values", values, self.gram.device)
         names = entries = None
         if ids is not None:
-            names = self.ledger.check_new(ids, len(rows.values))
-            entries = entries_of(rows, checked_texts(texts, len(names)))
-        check.expect(ids is not None or texts is None, "texts", "ids with them", "none")
+            sizes = checked_parts(parts, rows)
+            names = self.ledger.check_new(ids, len(sizes))
+            known = checked_metadata(metadata, len(names))
+            entries = entries_of(rows, sizes, checked_texts(texts, len(names)), known)
+        for name, given in (("texts", texts), ("metadata", metadata), ("parts", parts)):
+            check.expect(ids is not None or given is None, name, "ids with them", "none")
         check.expect(
             ids is not None or self.ridge != LOO or not len(rows.values),
             "ids", "one for each row, as the ridge is chosen over the rows kept", "none",
@@ -150,7 +232,7 @@ class EpisodicMemory(MemoryState, MemoryFolder):
         weights = self._weights(rows.keys)
         energy = self._energy_with(rows, weights)
         self._accumulate(rows, weights)
-        self._changed(rows.counts, rows.keyed(self.state_dtype), energy)
+        self._changed(rows.counts > 0, rows.counts, rows.keyed(self.state_dtype), energy)
         if entries is not None:
             self.ledger.add(names, entries)
 
@@ -161,7 +243,7 @@ class EpisodicMemory(MemoryState, MemoryFolder):
         keys: Tensor | None = None,
         ids: Sequence[Id] | None = None,
         *,
-        memory: int | None = None,
+        memory: int | str | None = None,
         cu_seqlens: Tensor | None = None,
     ) -> None:
         """Take rows out: `A −= wᵀw`, `B −= wᵀz`. All of them, or none if one cannot be.
@@ -189,14 +271,14 @@ class EpisodicMemory(MemoryState, MemoryFolder):
                 check.expect(argument is None, name, "None with ids", "one")
             names, rows = self._named(ids)
         else:
-            rows = rows_of(values, keys, self.batch, self.latent, memory, cu_seqlens)
+            rows = rows_of(values, keys, self.batch, self.latent, self.number(memory), cu_seqlens)
             check.same_device("values", values, self.gram.device)
             names, unnamed = self.ledger.match(rows, self.count.tolist(), self.state_dtype)
             check_unnamed(self, rows, unnamed)
         weights = self._weights(rows.keys)
         self._accumulate(rows, weights, -1)
         self.ledger.remove(names)
-        self._changed(-rows.counts, -rows.keyed(self.state_dtype), self.energy)
+        self._changed(rows.counts > 0, -rows.counts, -rows.keyed(self.state_dtype), self.energy)
         settle(self, self._energy_of(rows, weights))
 
     @torch.no_grad()
@@ -205,8 +287,8 @@ class EpisodicMemory(MemoryState, MemoryFolder):
 
         Args:
             ids: names of rows.
-            values: the new values in the order of the ids, [N, C].
-            texts: what each row says now.
+            values: the new values of the facts' rows in the order of the ids, [N, C].
+            texts: what each fact says now.
 
         Raises:
             EngramError: an id that is not in the memory.
@@ -215,13 +297,16 @@ class EpisodicMemory(MemoryState, MemoryFolder):
         found = self.ledger.find(ids)
         names, old = list(found), list(found.values())
         check.floating("values", values)
-        check.shape("values", values, (len(names), self.latent), "[N, C], a row for each id")
+        parts = [len(entry.value) for entry in old]
+        check.shape("values", values, (sum(parts), self.latent), "[N, C], a row for each of the ids'")
         check.same_device("values", values, self.gram.device)
         check.finite("values", values)
         said = checked_texts(texts, len(names))
         order = sorted(range(len(names)), key=lambda i: old[i].memory)
         rows = self._rows_of(old[i] for i in order)
-        fresh = Rows(rows.keys, values[order].to(self.state_dtype), rows.sizes, rows.shape)
+        split = values.split(parts)
+        ordered = torch.cat([split[i] for i in order]) if order else values
+        fresh = Rows(rows.keys, ordered.to(self.state_dtype), rows.sizes, rows.shape)
         weights = self._weights(rows.keys)
         energy = self._energy_with(fresh, weights)
         # The same addresses: A stays as it is, to the bit, and B changes by the difference.
@@ -230,12 +315,12 @@ class EpisodicMemory(MemoryState, MemoryFolder):
             for (memories, address), (_, change) in pairs:
                 self.cross[memories] += address.mT @ change
         keyed = fresh.keyed(self.state_dtype) - rows.keyed(self.state_dtype)
-        self._changed(torch.zeros_like(self.count), keyed, energy)
+        self._changed(rows.counts > 0, torch.zeros_like(self.count), keyed, energy)
         self.ledger.add(
             names,
             [
-                Entry(entry.memory, entry.key, value.clone(), text)
-                for entry, value, text in zip(old, values, said, strict=True)
+                entry._replace(value=value.clone(), text=text)
+                for entry, value, text in zip(old, split, said, strict=True)
             ],
         )
         settle(self, self._energy_of(rows, weights))
@@ -247,7 +332,7 @@ class EpisodicMemory(MemoryState, MemoryFolder):
         addressing: str | None = None,
         noise: float = 0.0,
         generator: torch.Generator | None = None,
-        memory: int | None = None,
+        memory: int | str | None = None,
         cu_seqlens: Tensor | None = None,
     ) -> Tensor:
         """Return what the memory has at the addresses of queries, `ẑ = w M`.
@@ -278,7 +363,7 @@ class EpisodicMemory(MemoryState, MemoryFolder):
         if addressing is not None:
             check_addressing(addressing)
         check.number("noise", noise, at_least=0)
-        rows = rows_of(queries, None, self.batch, self.latent, memory, cu_seqlens, "queries")
+        rows = rows_of(queries, None, self.batch, self.latent, self.number(memory), cu_seqlens, "queries")
         check.same_device("queries", queries, self.gram.device)
         matrix, inverse = self.matrix(), self._inverse_for(addressing)
         readouts = []
@@ -300,7 +385,7 @@ class EpisodicMemory(MemoryState, MemoryFolder):
         values: Tensor,
         keys: Tensor | None = None,
         *,
-        memory: int | None = None,
+        memory: int | str | None = None,
         cu_seqlens: Tensor | None = None,
     ) -> Tensor:
         """Return `h = w (A + λI)⁻¹ wᵀ` of rows: how much of the memory hangs on each alone.
@@ -318,7 +403,7 @@ class EpisodicMemory(MemoryState, MemoryFolder):
         Raises:
             ValueError, TypeError, EngramError: as for `read`.
         """
-        rows = rows_of(values, keys, self.batch, self.latent, memory, cu_seqlens)
+        rows = rows_of(values, keys, self.batch, self.latent, self.number(memory), cu_seqlens)
         check.same_device("values", values, self.gram.device)
         precision, weights = self.precision(), self._weights(rows.keys)
         found = []
@@ -326,14 +411,6 @@ class EpisodicMemory(MemoryState, MemoryFolder):
             whitened = solution.solve(precision[memories], address.mT, self.ridges[memories]).mT
             found.append((address * whitened).sum(-1).reshape(-1))
         return torch.cat(found).reshape(rows.shape)
-
-    def condition(self) -> float:
-        """The largest 2-norm condition number of A + λI over the memories.
-
-        The relative error of M is about this times the rounding of `state_dtype`. In fp32 (ε = 1.2e-7) half
-        of its digits are lost at 2.9e3; a solution beyond that warns, once.
-        """
-        return solution.condition(self.precision(), self.ridges)
 
     def merge(self, other: EpisodicMemory) -> EpisodicMemory:
         """Add all that another memory holds: `A += A'`, `B += B'`, as if it had been written here.
@@ -366,7 +443,7 @@ class EpisodicMemory(MemoryState, MemoryFolder):
         check.finite("other", energy)
         self.gram += other.gram.to(device)
         self.cross += other.cross.to(device)
-        self._changed(other.count.to(device), other.keyed.to(device), energy)
+        self._changed(other.count.to(device) > 0, other.count.to(device), other.keyed.to(device), energy)
         self.ledger.add(other.ids, [entry for _, entry in other.ledger.items()])
         return self
 

@@ -1,9 +1,11 @@
-"""The rows that were written with ids, as they were given, so that they can be forgotten exactly."""
+"""The facts that were written with ids, as they were given, so that they can be forgotten exactly."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,19 +19,21 @@ Id = str | int
 
 
 class Entry(NamedTuple):
-    """A row of a memory.
+    """A fact: one row of a memory, or several that are forgotten together.
 
     Attributes:
         memory: the number of the memory that it lies in.
-        key: the latent that its addressing weights come from, [C].
-        value: the latent that is stored there, [C].
+        key: the latents that its addressing weights come from, [rows, C].
+        value: the latents that are stored there, [rows, C].
         text: what it says, for people; may be None.
+        metadata: what else is known about it, as JSON has it; may be None.
     """
 
     memory: int
     key: Tensor
     value: Tensor
     text: str | None = None
+    metadata: Mapping[str, Any] | None = None
 
 
 class Ledger:
@@ -42,7 +46,7 @@ class Ledger:
         self._entries: dict[Id, Entry] = dict(entries or {})
 
     def __repr__(self) -> str:
-        return f"Ledger({len(self)} rows)"
+        return f"Ledger({len(self)} facts)"
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -66,16 +70,16 @@ class Ledger:
             groups[entry.memory].append(entry)
         return groups
 
-    def check_new(self, ids: Sequence[Id], rows: int) -> list[Id]:
-        """Check that there is a new id for each row, and return them as a list.
+    def check_new(self, ids: Sequence[Id], facts: int) -> list[Id]:
+        """Check that there is a new id for each fact, and return them as a list.
 
         Raises:
             TypeError: an id that is no text and no integer.
-            ValueError: another number of ids than rows, or an id given twice.
+            ValueError: another number of ids than facts, or an id given twice.
             EngramError: an id that is taken.
         """
         ids = _distinct(ids)
-        check.expect(len(ids) == rows, "ids", f"{rows}, one for each row", len(ids))
+        check.expect(len(ids) == facts, "ids", f"{facts}, one for each row", len(ids))
         taken = [name for name in ids if name in self._entries]
         if taken:
             raise EngramError(
@@ -102,6 +106,8 @@ class Ledger:
     def match(self, rows: Rows, counts: Sequence[int], dtype: torch.dtype) -> tuple[list[Id], list[bool]]:
         """Find rows bit for bit in `dtype`: the ids of those that are here, and which of the rows are not.
 
+        A fact of several rows is forgotten by its id alone: its rows are not found.
+
         Args:
             rows: to be looked for.
             counts: the rows in each memory, with and without ids.
@@ -117,8 +123,9 @@ class Ledger:
         here: dict[tuple, list[Id]] = {}
         unnamed = list(counts)
         for name, entry in self._entries.items():
-            here.setdefault(bits(entry.memory, entry.key, entry.value), []).append(name)
-            unnamed[entry.memory] -= 1
+            if len(entry.value) == 1:
+                here.setdefault(bits(entry.memory, entry.key, entry.value), []).append(name)
+            unnamed[entry.memory] -= len(entry.value)
         names, strangers, others = [], [], [0] * len(unnamed)
         for owner, key, value in zip(rows.owners, rows.keys, rows.values, strict=True):
             same = here.get(bits(owner, key, value))
@@ -147,40 +154,91 @@ class Ledger:
         self._entries.clear()
 
 
-def checked_texts(texts: Sequence[str | None] | None, rows: int) -> list[str | None]:
-    """Check that there is a text or None for each row."""
+def checked_texts(texts: Sequence[str | None] | None, facts: int) -> list[str | None]:
+    """Check that there is a text or None for each fact."""
     if texts is None:
-        return [None] * rows
+        return [None] * facts
     texts = list(texts)
-    check.expect(len(texts) == rows, "texts", f"{rows}, one for each row", len(texts))
+    check.expect(len(texts) == facts, "texts", f"{facts}, one for each id", len(texts))
     for text in texts:
         is_text = text is None or isinstance(text, str)
         check.expect(is_text, "texts", "texts or None", type(text).__name__, TypeError)
     return texts
 
 
-def entries_of(rows: Rows, texts: list[str | None]) -> list[Entry]:
-    """Copy single rows: a view would keep all that was written with it, after it is forgotten too."""
-    entries = []
-    for owner, key, value, text in zip(rows.owners, rows.keys, rows.values, texts, strict=True):
-        kept = value.clone()
-        entries.append(Entry(owner, kept if rows.keys is rows.values else key.clone(), kept, text))
+def checked_metadata(
+    metadata: Sequence[Mapping[str, Any] | None] | None, facts: int
+) -> list[Mapping[str, Any] | None]:
+    """Copies of what is known about each fact: mappings that JSON can hold, or None."""
+    if metadata is None:
+        return [None] * facts
+    metadata = list(metadata)
+    check.expect(len(metadata) == facts, "metadata", f"{facts}, one for each id", len(metadata))
+    for known in metadata:
+        is_mapping = known is None or isinstance(known, Mapping)
+        check.expect(is_mapping, "metadata", "mappings or None", type(known).__name__, TypeError)
+    try:
+        return json.loads(
+            json.dumps([None if known is None else dict(known) for known in metadata], allow_nan=False)
+        )
+    except (TypeError, ValueError, RecursionError) as error:
+        raise TypeError(f"metadata: expected what JSON can hold ({error})") from None
+
+
+def checked_parts(parts: Sequence[int] | None, rows: Rows) -> list[int]:
+    """The number of rows of each fact: one, or as `parts` says."""
+    total = len(rows.values)
+    if parts is None:
+        return [1] * total
+    parts = list(parts)
+    for part in parts:
+        check.integer("parts", part, at_least=1)
+    check.expect(
+        sum(parts) == total, "parts", f"numbers whose sum is {total}, the number of rows", sum(parts)
+    )
+    # Where a memory's rows end, a fact must end too.
+    ends = {0, *accumulate(parts)}
+    whole = all(end in ends for end in accumulate(rows.sizes))
+    check.expect(whole, "parts", "facts that lie in one memory each", "one that lies in two")
+    return parts
+
+
+def entries_of(
+    rows: Rows,
+    parts: Sequence[int],
+    texts: Sequence[str | None],
+    metadata: Sequence[Mapping[str, Any] | None],
+) -> list[Entry]:
+    """Copy single facts: a view would keep all that was written with it, after it is forgotten too."""
+    entries, at, owners = [], 0, rows.owners
+    for part, text, known in zip(parts, texts, metadata, strict=True):
+        mine = slice(at, at + part)
+        value = rows.values[mine].clone()
+        key = rows.keys[mine]
+        # A key that is the value is kept once.
+        key = value if rows.keys is rows.values or _same(key, value) else key.clone()
+        entries.append(Entry(owners[at], key, value, text, known))
+        at += part
     return entries
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and torch.equal(one, other)
 
 
 def rows_of_entries(entries: Iterable[Entry], cross: Tensor) -> Rows:
     """Rows of entries that are ordered by memory, in the dtype and on the device of B [batch, K, C]."""
     entries = list(entries)
     keys, values = (
-        torch.stack([getattr(entry, name).to(cross) for entry in entries])
+        torch.cat([getattr(entry, name).to(cross) for entry in entries])
         if entries
         else cross.new_zeros(0, cross.shape[-1])
         for name in ("key", "value")
     )
     sizes = [0] * len(cross)
     for entry in entries:
-        sizes[entry.memory] += 1
-    return Rows(keys, values, sizes, (len(entries),))
+        sizes[entry.memory] += len(entry.value)
+    return Rows(keys, values, sizes, (len(values),))
 
 
 def _distinct(ids: Sequence[Id]) -> list[Id]:

@@ -52,7 +52,11 @@ class Rows:
         """How many rows of each memory have a key that is not their value in `dtype`, [batch]."""
         if self.keys is self.values:
             return torch.zeros_like(self.counts)
-        own = (self.keys.to(dtype) != self.values.to(dtype)).any(-1)
+        keys, values = self.keys, self.values
+        # What is equal in a narrower dtype is equal in a wider one, without a copy.
+        if keys.dtype != values.dtype or torch.promote_types(keys.dtype, dtype) != dtype:
+            keys, values = keys.to(dtype), values.to(dtype)
+        own = (keys != values).any(-1)
         return self.summed(own.long())
 
     def groups(self) -> Iterator[tuple[slice, tuple[int, ...]]]:
@@ -110,10 +114,7 @@ def rows_of(
         check.expect(memory is None, "memory", "None with cu_seqlens", memory)
         sizes = _sizes(cu_seqlens, batch, len(values))
     else:
-        number = 0 if memory is None and batch == 1 else memory
-        check.expect(number is not None, "memory", f"a number, as there are {batch} memories", "None")
-        check.integer("memory", number)
-        check.expect(0 <= number < batch, "memory", f"from 0 to {batch - 1}", number)
+        number = number_of(memory, batch)
         sizes = [len(values) if i == number else 0 for i in range(batch)]
     check.finite(name, values)
     if keys is not None:
@@ -121,6 +122,19 @@ def rows_of(
     flat = values.reshape(-1, latent)
     addressed = flat if keys is None else keys.reshape(-1, latent)
     return Rows(addressed, flat, sizes, tuple(values.shape[:-1]))
+
+
+def number_of(memory: int | None, batch: int) -> int:
+    """The number of the memory that is meant; None means the only one.
+
+    Raises:
+        ValueError, TypeError: none of the `batch` memories.
+    """
+    number = 0 if memory is None and batch == 1 else memory
+    check.expect(number is not None, "memory", f"a number, as there are {batch} memories", "None")
+    check.integer("memory", number)
+    check.expect(0 <= number < batch, "memory", f"from 0 to {batch - 1}", number)
+    return number
 
 
 def _sizes(cu_seqlens: Tensor, batch: int, rows: int) -> list[int]:

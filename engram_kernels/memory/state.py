@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,22 @@ STATE_DTYPES = (torch.float64, torch.float32)
 # An fp32 state is warned about where its condition number times the rounding of fp32 passes the root of that
 # rounding: half of the digits of M are lost then.
 FP32_CONDITION = torch.finfo(torch.float32).eps ** -0.5
+
+
+def checked_labels(labels: Sequence[str | None] | None, batch: int) -> list[str | None]:
+    """A label for each memory, or None; no two have the same.
+
+    Raises:
+        TypeError: something that is no text.
+        ValueError: another number of labels than memories, or one label twice.
+    """
+    labels = [None] * batch if labels is None else list(labels)
+    check.expect(len(labels) == batch, "labels", f"{batch}, one for each memory", len(labels))
+    given = [label for label in labels if label is not None]
+    for label in given:
+        check.expect(isinstance(label, str), "labels", "texts or None", type(label).__name__, TypeError)
+    check.expect(len(set(given)) == len(given), "labels", "different ones", given)
+    return labels
 
 
 class MemoryState(nn.Module):
@@ -44,6 +60,7 @@ class MemoryState(nn.Module):
         m0: str | Tensor,
         seed: int,
         state_dtype: torch.dtype,
+        labels: Sequence[str | None] | None = None,
     ):
         super().__init__()
         for name, value in (("slots", slots), ("latent", latent), ("batch", batch)):
@@ -52,6 +69,7 @@ class MemoryState(nn.Module):
         check.integer("seed", seed)
         check.expect(state_dtype in STATE_DTYPES, "state_dtype", "float64 or float32", state_dtype, TypeError)
         self._ridge = checked_ridge(ridge, state_dtype)
+        self.labels = checked_labels(labels, batch)
         self.ledger = Ledger()
         prior, inverse = addressing_matrix(m0, slots, latent, seed)
         state = {"dtype": state_dtype, "device": prior.device}
@@ -66,6 +84,8 @@ class MemoryState(nn.Module):
         self.register_buffer("m0", prior.to(state_dtype))
         self.register_buffer("m0_pinv", inverse.to(state_dtype))
         self._kept: dict[str, Tensor] = {}
+        # Under "loo", the memories whose ridge is to be chosen anew.
+        self._stale = torch.ones(batch, dtype=torch.bool, device="cpu")
         self._warned = False
 
     @property
@@ -82,6 +102,7 @@ class MemoryState(nn.Module):
         if ridge != LOO:
             self.ridges.fill_(ridge)
         self._kept.clear()
+        self._stale.fill_(True)
 
     @property
     def slots(self) -> int:
@@ -149,6 +170,7 @@ class MemoryState(nn.Module):
             buffer.zero_()
         self.ledger.clear()
         self._kept.clear()
+        self._stale.fill_(True)
         self._warned = False
 
     def _weights(self, keys: Tensor) -> Tensor:
@@ -172,8 +194,15 @@ class MemoryState(nn.Module):
             None if alphas is None else alphas.reshape(shape),
         )
 
-    def _changed(self, count: Tensor, keyed: Tensor, energy: Tensor) -> None:
-        """Count the rows that came or went; a memory that holds nothing any more is zero to the bit."""
+    def _changed(self, memories: Tensor, count: Tensor, keyed: Tensor, energy: Tensor) -> None:
+        """Count the rows that came or went; a memory that holds nothing any more is zero to the bit.
+
+        Args:
+            memories: which have changed, bool [batch].
+            count, keyed: how many rows each has more, [batch].
+            energy: what it is now, [batch, 2].
+        """
+        self._stale |= memories.cpu()
         self.count += count
         self.keyed += keyed
         # Rows without ids can be forgotten that were never there: more with a key than there are, or fewer.
@@ -188,7 +217,13 @@ class MemoryState(nn.Module):
 
     def _energy_of(self, rows: Rows, weights: Tensor) -> Tensor:
         """Σ ‖w‖² and Σ ‖z‖² of rows, for each memory, [batch, 2]."""
-        squares = [part.to(self.state_dtype).square().sum(-1) for part in (weights, rows.values)]
+        # Norms, as they need no copy of the values in the state's dtype.
+        squares = [
+            torch.linalg.vector_norm(part, dim=-1, dtype=torch.promote_types(part.dtype, self.state_dtype))
+            .square()
+            .to(self.state_dtype)
+            for part in (weights, rows.values)
+        ]
         return rows.summed(torch.stack(squares, dim=-1))
 
     def _energy_with(self, rows: Rows, weights: Tensor) -> Tensor:
@@ -230,10 +265,12 @@ class MemoryState(nn.Module):
         return matrix
 
     def _choose_ridges(self) -> None:
-        """Under "loo", choose λ anew for each memory whose rows are in the ledger, once after a change."""
-        if self.ridge != LOO or "ridges" in self._kept:
+        """Under "loo", choose λ anew for each memory that has changed and whose rows are in the ledger."""
+        if self.ridge != LOO or not self._stale.any():
             return
-        for number, entries in enumerate(self.ledger.by_memory(self.batch)):
+        groups = self.ledger.by_memory(self.batch)
+        for number in self._stale.nonzero().flatten().tolist():
+            entries = groups[number]
             rows = self._rows_of(entries)
             weights = self._weights(rows.keys)
             chosen = choose_ridge(self.gram[number], self.cross[number], weights, rows.values)
@@ -241,7 +278,7 @@ class MemoryState(nn.Module):
                 self.ridges[number] = chosen
             elif len(entries) == int(self.count[number]):
                 self.ridges[number] = RIDGE  # As in a new memory: there is nothing left to choose it by.
-        self._kept["ridges"] = self.ridges
+        self._stale.fill_(False)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> MemoryState:
         """Follow to other devices, but stay in `state_dtype` when a surrounding model is converted."""
@@ -278,3 +315,4 @@ class MemoryState(nn.Module):
         )
         self.ledger.clear()
         self._kept.clear()
+        self._stale.fill_(True)

@@ -12,15 +12,21 @@ from .lists import Written, as_lists, check_apart, check_count, check_flat, chec
 
 __all__ = ["sparse_apply_"]
 
+_INDICES = (torch.int32, torch.int64)
+
 
 def _check_indices(weights: list[Tensor], indices: list[Tensor]) -> None:
     check_count("indices", indices, weights)
+    device = weights[0].device if weights else None
     for weight, index in zip(weights, indices, strict=True):
-        check.floating("weights", weight)
-        check.same_device("weights", weight, weights[0].device)
-        if index.dtype not in (torch.int32, torch.int64):
+        # What is right is passed quickly, as in `check_like`.
+        if weight.dtype not in check.WEIGHT_DTYPES or weight.device != device:
+            check.floating("weights", weight)
+            check.same_device("weights", weight, device)
+        if index.dtype not in _INDICES:
             raise TypeError(f"indices: expected int32 or int64, got {index.dtype}")
-        check.same_device("indices", index, weight.device)
+        if index.device != device:
+            check.same_device("indices", index, device)
 
 
 def _canonical_indices(weights: list[Tensor], indices: list[Tensor]) -> None:
@@ -42,7 +48,8 @@ def _check_sparse(
     weights: list[Tensor], indices: list[Tensor], values: list[Tensor], overwritten: list[Tensor]
 ) -> None:
     _check_indices(weights, indices)
-    for name, tensors in (("values", values), ("overwritten", overwritten)):
+    named = {"values": values} if overwritten is values else {"values": values, "overwritten": overwritten}
+    for name, tensors in named.items():
         check_count(name, tensors, weights)
         for weight, index, value in zip(weights, indices, tensors, strict=True):
             check_like(name, value, index, weight.dtype, "one for each index")

@@ -37,6 +37,8 @@ def flatten(tensor: Tensor) -> Tensor:
     """A tensor to read as one contiguous dimension: a view, or a copy of a strided one."""
     if tensor.dim() == 1 and tensor.is_contiguous() and not tensor.requires_grad:
         return tensor
+    if tensor.is_contiguous():
+        return tensor.detach().view(-1)
     return tensor.detach().reshape(-1).contiguous()
 
 
@@ -77,12 +79,14 @@ def check_apart(name: str, written: list[Tensor], *others: list[Tensor]) -> None
     """Check that memory that is written is written once, and is not read beside it."""
     spans = sorted((x.data_ptr(), x.data_ptr() + x.nbytes) for x in written if x.numel())
     for (_, end), (start, _) in pairwise(spans):
-        check.expect(end <= start, name, "each tensor once", "memory that is written twice")
+        if start < end:
+            check.expect(False, name, "each tensor once", "memory that is written twice")
     starts = [start for start, _ in spans]
     for tensor in chain(*others):
-        before = bisect_left(starts, tensor.data_ptr() + tensor.nbytes)
-        shared = tensor.numel() and before and spans[before - 1][1] > tensor.data_ptr()
-        check.expect(not shared, name, "memory of its own", "memory that is also read")
+        start = tensor.data_ptr()
+        before = bisect_left(starts, start + tensor.nbytes)
+        if before and spans[before - 1][1] > start and tensor.numel():
+            check.expect(False, name, "memory of its own", "memory that is also read")
 
 
 class Written:
@@ -90,7 +94,7 @@ class Written:
 
     def __init__(self, name: str, tensors: list[Tensor], *others: list[Tensor]):
         self.name, self.others = name, others
-        self.tensors = [tensor.detach() for tensor in tensors]
+        self.tensors = tensors
 
     def __enter__(self) -> list[Tensor]:
         strided = [i for i, tensor in enumerate(self.tensors) if not tensor.is_contiguous()]
@@ -102,11 +106,11 @@ class Written:
                 begin, end = spans[i]
                 shared = any(first < end and begin < last for first, last in spans[:i] + spans[i + 1 :])
                 check.expect(not shared, self.name, "memory of its own for a strided tensor", "shared memory")
-        self.flat = [tensor.contiguous().view(-1) for tensor in self.tensors]
+        self.flat = [flatten(tensor) for tensor in self.tensors]
         return self.flat
 
     def __exit__(self, error, *details) -> None:
         if error is None:
             for tensor, flat in zip(self.tensors, self.flat, strict=True):
                 if not tensor.is_contiguous():
-                    tensor.copy_(flat.view(tensor.shape))
+                    tensor.detach().copy_(flat.view(tensor.shape))

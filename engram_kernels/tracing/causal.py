@@ -13,7 +13,7 @@ from .._progress import Progress
 from ..errors import EngramError
 from ..hf.eval_mode import eval_mode
 from ..hf.forward import target_predictions
-from ..hf.layers import uncompiled
+from ..hf.placement import unwrapped
 from ..hf.tokens import (
     Prompt,
     Row,
@@ -106,7 +106,7 @@ def trace(
         check.number("sigma", sigma, at_least=0)
     row, first = _encode(model, tokenizer, prompt, subject, target)
     ids, answer, span = row.ids[: row.target], row.ids[row.target :], (first, row.subject + 1)
-    model = uncompiled(model)
+    model = unwrapped(model)
     with eval_mode(model), torch.no_grad():
         embedding = model.get_input_embeddings()
         if sigma is None:
@@ -167,7 +167,7 @@ def known(model: nn.Module, tokenizer: Tokenizer, row: Mapping[str, str]) -> boo
     missing = [name for name in ("prompt", "subject", "attribute") if name not in row]
     check.expect(not missing, "row", "prompt, subject and attribute", f"none of the name {missing}")
     asked, _ = _encode(model, tokenizer, row["prompt"], row["subject"], row["attribute"])
-    model = uncompiled(model)
+    model = unwrapped(model)
     with eval_mode(model):
         ((_, likeliest),) = target_predictions(model, [asked])
     return likeliest == asked.ids[asked.target :]

@@ -14,6 +14,7 @@ from ..hf.cache import cache_inputs, filled_cache, keys_and_values, output_cache
 from ..hf.forward import replaying, takes
 from ..hf.hooks import capture
 from ..hf.layers import decoder_layers
+from ..hf.placement import input_device
 from ..hf.projection import mlp_output
 
 # In one forward pass, where no batch is asked for.
@@ -121,7 +122,7 @@ class Runs:
 
     def _rows(self, tokens: int) -> int:
         """How many rows of that length share a pass."""
-        device = self.model.get_input_embeddings().weight.device.type
+        device = input_device(self.model).type
         return self.batch or max(1, TOKENS.get(device, TOKENS["cpu"]) // tokens)
 
     def _corrupting(self, copies: Tensor, prefix: int) -> AbstractContextManager[None]:
@@ -278,7 +279,7 @@ def next_tokens(
     model: nn.Module, ids: list[int], rows: int, count: int = 1, **inputs
 ) -> tuple[Tensor, object]:
     """The probabilities at the last places of copies of a text `[rows, count, vocabulary]`, and the cache."""
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     inputs = {"use_cache": False, **inputs}
     if takes(model, "logits_to_keep"):
         inputs["logits_to_keep"] = count

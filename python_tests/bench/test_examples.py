@@ -47,3 +47,22 @@ def test_graft_sst2(example, tmp_path, capsys):
 
     example.main(seeds=2, sparsity=1e-3, curve=False, trec=False, rows=None, out=out)  # all is read
     assert "seconds" not in capsys.readouterr().out
+
+
+def test_weight_sync(monkeypatch, tmp_path, capsys):
+    """Both processes with a small model from a folder."""
+    spec = importlib.util.spec_from_file_location("weight_sync", EXAMPLES / "weight_sync.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(__import__("sys").modules, "weight_sync", module)
+    monkeypatch.syspath_prepend(EXAMPLES)  # where the spawned process finds it
+    spec.loader.exec_module(module)
+    import torch
+
+    model_zoo.small_model(dtype=torch.bfloat16).save_pretrained(tmp_path / "model")
+    model_zoo.byte_level_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "stsa.binary.train").write_text("".join(f"{i % 2} sentence {i}\n" for i in range(40)))
+    monkeypatch.setenv("ENGRAM_DATA", str(tmp_path))
+    module.main(str(tmp_path / "model"), 7, 1e-4, 2, 16, 1, tmp_path / "figures.json")
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert 0 < figures["changed"] < 1 and figures["bytes"] > 0 and figures["steps"] == 7
+    assert "both ends agree" in capsys.readouterr().out

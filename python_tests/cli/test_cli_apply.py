@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import shutil
 import stat
 
 import pytest
@@ -185,14 +186,18 @@ def test_the_folder_is_checked_before_any_work(engram, tmp_path, monkeypatch):
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["file"]
 
 
-def test_a_failed_save_leaves_nothing(engram, tmp_path, monkeypatch):
+@pytest.mark.parametrize("edit", ["tower", "half"], ids=["written into files", "loaded"])
+def test_a_failed_save_leaves_nothing(engram, tmp_path, monkeypatch, edit):
     import transformers
 
     def fail(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(transformers.LlamaForCausalLM, "save_pretrained", fail)
-    result = engram("--edit", "tower", "--model", "base", "--out", tmp_path / "model")
+    if edit == "half":
+        monkeypatch.setattr(transformers.LlamaForCausalLM, "save_pretrained", fail)
+    else:
+        monkeypatch.setattr(shutil, "copyfile", fail)
+    result = engram("--edit", edit, "--model", "base", "--out", tmp_path / "model")
     assert result[0] == 1 and "No space left on device" in result[2] and not any(tmp_path.iterdir())
 
 

@@ -3,6 +3,7 @@
 import copy
 import io
 import json
+import shutil
 from functools import partial
 
 import pytest
@@ -73,6 +74,7 @@ def test_localize_learns_tests_and_saves(engram, tmp_path):
         "--heat-map", picture, "--exclude", "*norm*",
     )  # fmt: skip
     assert (status, err) == (0, "")
+    assert "The fine-tuned model also changed 'model.embed_tokens.weight'" in " ".join(printed.split())
     for word in ("learn", "loss", "fine-tuned", "accuracy", "ECE", "Saved"):
         assert word in printed
     graft = Graft.from_pretrained(out)
@@ -115,7 +117,7 @@ def test_localize_on_documents(engram, tmp_path, recipe):
     )  # fmt: skip
     assert (status, err) == (0, "")
     graft = Graft.from_pretrained(tmp_path / "skill")
-    assert graft.size and graft.metrics.keys() == {"first_loss", "last_loss"}
+    assert graft.size and graft.metrics.keys() == {"first_loss", "last_loss", "changed_outside"}
     assert graft.recipe["steps"] == 5 and graft.recipe["accumulate"] == 2
     # The fine-tuned folder is float32: it is read in the base's dtype.
     assert {values.dtype for values in graft.values.values()} == {torch.bfloat16}
@@ -169,7 +171,6 @@ def test_apply_saves_the_grafted_model(engram, folder, tmp_path):
 def test_apply_refuses_another_base_unless_forced(engram, tmp_path):
     # The fine-tuned weights with the base's tokenizer: a model of the same shapes.
     arguments = ("apply", "--base", "wrong", "--graft", "graft", "--out", tmp_path / "model")
-    import shutil
 
     shutil.copytree("base", "wrong", dirs_exist_ok=True)
     shutil.copy("tuned/model.safetensors", "wrong/model.safetensors")
@@ -336,12 +337,10 @@ def test_grafts_of_two_architectures_do_not_compare(engram, folder):
 
 
 def test_a_failed_save_leaves_nothing(engram, tmp_path, monkeypatch):
-    import transformers
-
     def fail(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(transformers.LlamaForCausalLM, "save_pretrained", fail)
+    monkeypatch.setattr(shutil, "copyfile", fail)
     status, _, err = engram("apply", "--base", "base", "--graft", "graft", "--out", tmp_path / "model")
     assert status == 1 and "No space left on device" in err and not any(tmp_path.iterdir())
     monkeypatch.setattr(plots, "heat_map", fail)

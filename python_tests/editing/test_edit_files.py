@@ -9,7 +9,9 @@ pytest.importorskip("transformers")
 
 import torch
 from editing_helpers import changed, small_editor, weights
+from mutations import mutations
 
+from engram_kernels._io import read_sealed, write_sealed
 from engram_kernels.editing import Edit, EditResult, records
 from engram_kernels.editing.values import ValueOptions
 from engram_kernels.errors import EngramError
@@ -217,3 +219,42 @@ def test_failure_while_applying_changes_nothing(make, monkeypatch):
     with pytest.raises(RuntimeError):
         result.apply(editor.model)
     assert not changed(before, editor.model) and not result.applied
+
+
+def test_what_was_changed_is_not_read(make, tmp_path):
+    editor = make()
+    for folder, edits in (("edit", EDITS[:3]), ("other", EDITS[3:6])):
+        with editor.edit(edits, method="memit", layers=[1, 2], ridge=0.1) as result:
+            result.save_pretrained(tmp_path / folder)
+    accepted = []
+    for change in mutations(tmp_path / "edit", tmp_path / "other"):
+        try:
+            EditResult.from_pretrained(tmp_path / "edit")
+            accepted.append(change)
+        except EngramError as error:
+            assert str(error).startswith("name_or_directory: expected saved edits"), change
+    assert accepted == []
+
+
+def test_another_outcome_than_the_recorded_one_is_taken_back(make, tmp_path):
+    """Factors that were changed and sealed anew: the matrix's own checksum tells."""
+    from safetensors.torch import load_file, save_file
+
+    editor = make()
+    before = weights(editor.model)
+    with editor.edit(EDITS[:2]) as result:
+        result.save_pretrained(tmp_path / "edit")
+    report, adapter = (
+        read_sealed(tmp_path / "edit" / "edit.json"),
+        tmp_path / "edit" / "adapter_model.safetensors",
+    )
+    save_file({name: 2 * tensor for name, tensor in load_file(adapter).items()}, adapter)
+    write_sealed(tmp_path / "edit" / "edit.json", report, report["files"])
+    loaded = EditResult.from_pretrained(tmp_path / "edit")
+    for _ in range(2):  # the recorded checksum stays
+        with pytest.raises(EngramError, match=r"^model: expected .* to become what it became"):
+            loaded.apply(editor.model)
+        assert not changed(before, editor.model) and not loaded.applied
+    with loaded.apply(editor.model, force=True):
+        assert changed(before, editor.model)
+    assert not changed(before, editor.model)

@@ -1,7 +1,6 @@
 """Edits of small models hold, can be undone and repeated bit for bit, and errors change nothing."""
 
 import dataclasses
-import json
 from functools import partial
 
 import pytest
@@ -12,6 +11,7 @@ import model_zoo
 import torch
 from editing_helpers import changed, small_editor, spy_on_values, weights
 
+from engram_kernels._io import read_sealed, write_sealed
 from engram_kernels.editing import Edit, Editor, EditResult, load_model
 from engram_kernels.editing import run as run_module
 from engram_kernels.editing.values import ValueOptions
@@ -302,8 +302,8 @@ def test_bad_directories(make, tmp_path):
         ):
             with pytest.raises(EngramError, match=r"^directory: expected "):
                 result.save_pretrained(place)
-    report = json.loads((tmp_path / "edit" / "edit.json").read_text())
-    (tmp_path / "edit" / "edit.json").write_text(json.dumps({**report, "format": 99}))
+    report = read_sealed(tmp_path / "edit" / "edit.json")
+    write_sealed(tmp_path / "edit" / "edit.json", {**report, "format": 99}, report["files"])
     for place in (tmp_path / "absent", tmp_path / "edit"):
         with pytest.raises(EngramError, match=r"^name_or_directory: expected (a folder|saved edits)"):
             EditResult.from_pretrained(place)
@@ -317,7 +317,7 @@ def test_saved_edit_is_validated(make, tmp_path):
 
     with make().edit(EDITS) as result:
         result.save_pretrained(tmp_path / "edit")
-    report = json.loads((tmp_path / "edit" / "edit.json").read_text(encoding="utf-8"))
+    report = read_sealed(tmp_path / "edit" / "edit.json")
     (edited,) = report["edited_modules"]
     adapter = load_file(tmp_path / "edit" / "adapter_model.safetensors")
     tensors = load_file(tmp_path / "edit" / "edit.safetensors")
@@ -340,12 +340,13 @@ def test_saved_edit_is_validated(make, tmp_path):
         ({"records": report["records"][:1]}, adapter, tensors),
         ({"records": 5}, adapter, tensors),
     ]:
-        (tmp_path / "edit" / "edit.json").write_text(json.dumps({**report, **changes}), encoding="utf-8")
         save_file(factors, tmp_path / "edit" / "adapter_model.safetensors")
         save_file(others, tmp_path / "edit" / "edit.safetensors")
+        # Sealed anew: what is refused here is not the checksum.
+        write_sealed(tmp_path / "edit" / "edit.json", {**report, **changes}, report["files"])
         with pytest.raises(EngramError, match=r"^name_or_directory: expected saved edits, got ") as caught:
             EditResult.from_pretrained(tmp_path / "edit")
-        assert "\n" not in str(caught.value)
+        assert "\n" not in str(caught.value) and "changed" not in str(caught.value)
 
 
 def test_a_second_edit_makes_no_second_pass_over_the_corpus(make, tmp_path):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from engram_kernels import Preconditioner
 from engram_kernels.editing.keys import MeanKey, SpreadKey
 
 
@@ -18,6 +19,10 @@ def cloud():
     return keys, torch.linalg.inv(factor.T @ factor / 200)
 
 
+def operator(inverse):
+    return Preconditioner.from_matrix(inverse)
+
+
 def responses(keys, inverse, weights):
     """What share of δ each text gets when δ is written under the combined key."""
     key = weights.double() @ keys.double()
@@ -26,11 +31,11 @@ def responses(keys, inverse, weights):
 
 def test_every_text_answers_alike(cloud):
     keys, inverse = cloud
-    spread = SpreadKey(0.1).weights(keys, inverse)
+    spread = SpreadKey(0.1).weights(keys, operator(inverse))
     assert spread.sum().item() == pytest.approx(1)
     assert (responses(keys, inverse, spread) - 1).abs().max() < 0.05
     # The fault that this mends: the bare prompt, which is what a user asks, got nothing of the change.
-    assert responses(keys, inverse, MeanKey(None).weights(keys, inverse))[0] < 0.1
+    assert responses(keys, inverse, MeanKey(None).weights(keys, operator(inverse)))[0] < 0.1
 
 
 def test_it_is_the_joint_write_of_one_change_under_all_keys(cloud):
@@ -38,19 +43,19 @@ def test_it_is_the_joint_write_of_one_change_under_all_keys(cloud):
     ridge, change = 2.0, torch.randn(7, dtype=torch.float64)
     gram = keys @ inverse @ keys.T + ridge * torch.eye(13)
     joint = change.expand(13, -1).T @ torch.linalg.solve(gram, keys @ inverse)
-    key = SpreadKey(ridge).weights(keys, inverse) @ keys
+    key = SpreadKey(ridge).weights(keys, operator(inverse)) @ keys
     alone = torch.outer(change, key @ inverse) / (key @ inverse @ key)
     # Of rank one both, in one direction; the joint write gives up the ridge's share.
     scale = (joint * alone).sum() / alone.square().sum()
     torch.testing.assert_close(joint, scale * alone)
-    weights = SpreadKey(ridge).weights(keys, inverse)
+    weights = SpreadKey(ridge).weights(keys, operator(inverse))
     shrink = ridge * weights.square().sum()
     assert scale.item() == pytest.approx((1 - shrink / (shrink + key @ inverse @ key)).item())
 
 
 def test_a_large_ridge_gives_the_mean(cloud):
     keys, inverse = cloud
-    weights = SpreadKey(1e9).weights(keys, inverse)
+    weights = SpreadKey(1e9).weights(keys, operator(inverse))
     torch.testing.assert_close(weights, torch.full((13,), 1 / 13), rtol=1e-4, atol=1e-6)
 
 
@@ -58,14 +63,14 @@ def test_a_large_ridge_gives_the_mean(cloud):
 def test_a_key_that_never_came_has_no_share(cloud, key):
     keys, inverse = cloud
     missing = torch.cat([keys[:4], torch.zeros(1, 40), keys[4:]])
-    weights = key.weights(missing, inverse)
+    weights = key.weights(missing, operator(inverse))
     assert weights[4] == 0 and weights.sum().item() == pytest.approx(1)
     if key != MeanKey(0.5):
-        torch.testing.assert_close(weights[torch.arange(14) != 4], key.weights(keys, inverse))
+        torch.testing.assert_close(weights[torch.arange(14) != 4], key.weights(keys, operator(inverse)))
 
 
 def test_the_bare_prompts_share_of_a_mean(cloud):
     keys, inverse = cloud
-    weights = MeanKey(0.5).weights(keys, inverse)
+    weights = MeanKey(0.5).weights(keys, operator(inverse))
     assert weights[0] == pytest.approx(0.5) and weights[1:].sum().item() == pytest.approx(0.5)
-    assert MeanKey(0.5).weights(keys[:1], inverse).tolist() == [1.0]
+    assert MeanKey(0.5).weights(keys[:1], operator(inverse)).tolist() == [1.0]

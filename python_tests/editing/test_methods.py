@@ -14,6 +14,7 @@ from editing_helpers import changed, small_editor, spy_on_values, weights
 from engram_kernels.covariance import Covariance
 from engram_kernels.editing import Edit
 from engram_kernels.editing import run as run_module
+from engram_kernels.editing import writing as writing_module
 from engram_kernels.editing.batching import encode_edit
 from engram_kernels.editing.methods import METHODS
 from engram_kernels.editing.preconditioner import principal_directions
@@ -347,6 +348,26 @@ def test_edits_that_fail_are_skipped_and_listed(make, monkeypatch):
     only.edit([EDITS[0], EDITS[2]], method="emmet")
     for name, tensor in only.model.state_dict().items():
         torch.testing.assert_close(tensor, editor.model.state_dict()[name], rtol=1e-5, atol=1e-5)
+
+
+def test_states_of_all_texts_are_in_memory_for_some_edits_at_a_time(make, monkeypatch):
+    whole, sizes = writing_module.subject_states, []
+
+    def spy(model, projection, last, encoded, *rest):
+        sizes.append(len(encoded))
+        return whole(model, projection, last, encoded, *rest)
+
+    monkeypatch.setattr(writing_module, "subject_states", spy)
+    monkeypatch.setattr(writing_module, "EDITS", 2)
+    found = spy_on_values(monkeypatch)
+    editor, expected = make(), make()
+    result = editor.edit(EDITS, layers=[0, 1], method="memit", ridge=0.3)
+    # Of each layer; before them, the proof that changes add up.
+    assert sizes[2:] == [2, len(EDITS) - 2] * 2 and len(found) == len(EDITS) == 3
+    monkeypatch.setattr(writing_module, "EDITS", 100)
+    other = expected.edit(EDITS, layers=[0, 1], method="memit", ridge=0.3)
+    for write, truth in zip(result.writes, other.writes, strict=True):
+        torch.testing.assert_close(write.left @ write.right, truth.left @ truth.right, rtol=1e-4, atol=1e-6)
 
 
 def test_an_edit_whose_write_fails_is_skipped_in_a_sequence(make, monkeypatch, tmp_path):

@@ -25,6 +25,7 @@ from engram_kernels.covariance import Covariance
 from engram_kernels.editing import Edit, Editor, corpus, load_npz, moments, save_npz, statistics
 from engram_kernels.editing.prefixes import sample_prefixes
 from engram_kernels.errors import EngramError
+from engram_kernels.hf.fingerprints import states_fingerprint
 from engram_kernels.hf.loading import cache_directory
 from engram_kernels.hf.projection import output_projection
 from engram_kernels.hf.tokens import encode_row
@@ -127,7 +128,7 @@ def test_key_and_format_of_the_cache_stay(tokenizer, tmp_path):
     source = hashlib.sha256(numpy.array(ids[:300], dtype=numpy.int64).tobytes()).hexdigest()
     for layer in (1, 2):
         projection = output_projection(editor.model, layer)
-        fingerprint = statistics.weights_fingerprint(editor.model, projection)
+        fingerprint = states_fingerprint(editor.model, projection)
         key = hashlib.sha256(f"{fingerprint} {projection.name} {source} 512".encode()).hexdigest()[:32]
         tensors = load_file(tmp_path / "moments" / f"{key}.safetensors")
         assert sorted(tensors) == ["count", "moment"]

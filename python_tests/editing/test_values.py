@@ -12,11 +12,14 @@ pytest.importorskip("transformers")
 
 import model_zoo
 import torch
+from editing_helpers import changed, small_editor, weights
 
 from engram_kernels.editing import Edit
 from engram_kernels.editing import losses as losses_module
+from engram_kernels.editing import run as run_module
 from engram_kernels.editing.batching import EditBatch, encode_edit
 from engram_kernels.editing.reach import reached
+from engram_kernels.editing.room import bytes_of, edits_that_fit
 from engram_kernels.editing.values import ValueOptions, find_values, value_groups
 from engram_kernels.errors import EngramError
 from engram_kernels.hf.forward import grouped_queries
@@ -371,3 +374,60 @@ def test_grouped_queries_leave_the_environment_as_it_was(monkeypatch):
     with grouped_queries(cpu):
         assert os.environ[name] == "0"
     assert os.environ[name] == "0"
+
+
+def test_a_search_that_runs_out_of_memory_goes_on_in_halves(cache, monkeypatch):
+    """As with groups that are asked to be so small."""
+    edits = [
+        Edit(subject, "{} is located in the city of", target)
+        for subject, target in (("Rome", "Paris"), ("Zürich", "Rome"), ("Tower", "Rome"), ("Louvre", "Rome"))
+    ]
+    sizes, search = [], run_module.find_values
+
+    def cramped(model, projection, encoded, *arguments):
+        sizes.append(len(encoded))
+        if len(encoded) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return search(model, projection, encoded, *arguments)
+
+    options = ValueOptions(steps=3, learning_rate=0.02, weight_decay=0.0, batch=4)
+    monkeypatch.setattr(run_module, "find_values", cramped)
+    editor = small_editor(value=options, cache_dir=cache, ridge=0.01)
+    with editor.edit(edits, layers=1, method="emmet", ridge=0.1) as found:
+        pass
+    assert sizes == [4, 2, 2]
+    monkeypatch.undo()
+    editor = small_editor(value=dataclasses.replace(options, batch=2), cache_dir=cache, ridge=0.01)
+    with editor.edit(edits, layers=1, method="emmet", ridge=0.1) as expected:
+        pass
+    assert [record.losses for record in found.records] == [record.losses for record in expected.records]
+
+
+def test_one_value_that_does_not_fit_is_an_error(cache, monkeypatch):
+    def cramped(*_arguments):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: not enough memory")
+
+    monkeypatch.setattr(run_module, "find_values", cramped)
+    editor = small_editor(cache_dir=cache)
+    before = weights(editor.model)
+    with pytest.raises(RuntimeError, match="not enough memory"):
+        editor.edit([Edit("Rome", "{} is in", "Paris"), Edit("Zürich", "{} is in", "Rome")], method="emmet")
+    assert changed(before, editor.model) == []
+
+
+def test_groups_are_as_large_as_the_free_memory(monkeypatch):
+    """By arithmetic: there is no GPU here."""
+    model = model_zoo.small_model("llama")
+    projection = output_projection(model, 1)
+    edit = Edit("Rome", "{} is located in the city of", "Paris")
+    encoded = [encode_edit(model, model_zoo.byte_level_tokenizer(), edit, ["A text"])] * 9
+    each = bytes_of(model, projection, encoded[0])
+    tokens = (len(encoded[0].rows) + 1) * encoded[0].span[0]
+    assert each > tokens * 3 * (10 * 32 + 4 * 64) * 4
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (8 * each, 80 * each))
+    device = torch.device("cuda")
+    fitting = edits_that_fit(model, projection, encoded, device)
+    assert fitting == 4 and edits_that_fit(model, projection, encoded, torch.device("cpu")) is None
+    assert [len(group) for group in value_groups(encoded, ValueOptions(), device, fitting)] == [3, 3, 3]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (1, 80 * each))
+    assert edits_that_fit(model, projection, encoded, device) == 1

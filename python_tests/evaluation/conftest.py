@@ -12,4 +12,4 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory):
-    return written(tmp_path_factory.mktemp("rows") / "all.json", ALL)
+    return written(tmp_path_factory.mktemp("rows") / "all.json", ALL, zsre="easyedit")

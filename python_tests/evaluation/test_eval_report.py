@@ -52,7 +52,7 @@ def test_reports_that_are_refused(tmp_path):
         with pytest.raises(ValueError, match=f"report: expected one of the same settings .* in {names}$"):
             EvalReport(path, settings | change, {"torch": version})
     assert path.read_bytes() == before
-    for content in ("", "[]", '{"format": 1}', '{"format": 2}', '{"answers": 1}'):
+    for content in ("", "[]", '{"format": 1}', '{"format": 3}', '{"answers": 1}'):
         path.write_text(content)
         with pytest.raises(ValueError, match="report: expected a new file or an evaluation's report, got "):
             EvalReport(path, settings, versions)

@@ -14,7 +14,7 @@ import engram_kernels
 from engram_kernels.cli.common import versions
 from engram_kernels.editing import load_model
 from engram_kernels.evaluation.datasets import read_cases
-from engram_kernels.evaluation.measures import ASPECTS, measure
+from engram_kernels.evaluation.measures import measure
 from engram_kernels.evaluation.report import EvalReport
 from engram_kernels.evaluation.run import CHECKPOINTS, Evaluation
 
@@ -37,7 +37,8 @@ def folder(tmp_path_factory, tokenizer):
 def engram(engram, monkeypatch, folder):
     monkeypatch.setenv("ENGRAM_CACHE", str(folder / "cache"))
     monkeypatch.setenv("ENGRAM_DATA", str(folder))
-    return partial(engram, "eval", "--model", folder, "--device", "cpu", "--corpus", folder / "corpus.txt")
+    asked = ("--model", folder, "--device", "cpu", "--corpus", folder / "corpus.txt", "--drift-rows", "0")
+    return partial(engram, "eval", *asked)
 
 
 @pytest.fixture
@@ -58,6 +59,7 @@ def test_the_command_edits_measures_and_reports(engram, folder, tmp_path):
     report, plot = tmp_path / "out.json", tmp_path / "out.png"
     status, out, err = engram(
         "--data", "counterfact.json", "--rows", "2", "--layer", "1", "--steps", "2", "--fluency", "5",
+        "--drift-text", folder / "corpus.txt", "--drift-rows", "1",
         "--report", report, "--plot", plot,
     )  # fmt: skip
     assert status == 0, err
@@ -70,13 +72,22 @@ def test_the_command_edits_measures_and_reports(engram, folder, tmp_path):
     assert summary["peak_memory"] > 2**20 and 0 < content["rows"][0]["probability"] < 1
     assert content["settings"]["layers"] == [1] and content["settings"]["steps"] == 2
     assert {"engram_kernels", "torch", "transformers"} == content["versions"].keys()
-    for text in ("efficacy", "fluency, bits", "Published figures", "examples/published.py", "2/2"):
-        assert text in out
+    for text in (
+        "begins with",
+        "contains",
+        "all tokens likeliest",
+        "fluency, bits",
+        "first token kept",
+        "2/2",
+    ):
+        assert text in " ".join(out.split()).replace("│ ", ""), out
     network, tokenizer = load_model(folder)
     for row, case in zip(content["rows"], read_cases(folder / "counterfact.json", 0, 2).cases, strict=True):
         (figures,) = measure(network, tokenizer, [case])
-        for aspect in ASPECTS:
-            assert row["before"]["margins"][aspect] == pytest.approx(figures.margins[aspect])
+        assert [one["text"] for one in row["before"]["answers"]] == [one.text for one in figures.answers]
+        for one, other in zip(row["before"]["answers"], figures.answers, strict=True):
+            assert one["log_probability"] == pytest.approx(other.log_probability)
+        assert row["before"]["drift"]["text_loss"] == pytest.approx(summary["drift"]["text_loss"]["unedited"])
     assert plot.read_bytes()[:4] == b"\x89PNG"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.json", "out.png"]
 
@@ -135,7 +146,7 @@ def test_the_command_edits_together(engram, stubbed, tmp_path):
     )
     content = json.loads(report.read_text())
     assert [(item["edits"], item["first"]) for item in content["retention"]] == [(2, 1), (2, 2)]
-    assert "first 1 of 2 edits: efficacy" in out and "GPT-J" not in out and "fluency" not in out
+    assert "first 1 of 2 edits: begins with the target" in out and "fluency" not in out
 
 
 def test_a_run_of_edits_together_is_gone_on_with(engram, tmp_path, monkeypatch):
@@ -150,7 +161,8 @@ def test_a_run_of_edits_together_is_gone_on_with(engram, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(Evaluation, "_retained", cut_off)
-        assert engram(*asked)[::2] == (1, "Error: cut off\n")
+        status, _, err = engram(*asked)
+        assert status == 1 and err.endswith("Error: cut off\n")
     assert [path.name for path in tmp_path.iterdir()] == ["out.json.run"]
     kept = sorted(path.name for path in (tmp_path / "out.json.run" / "000000").rglob("*.safetensors"))
     assert kept == ["000000.safetensors", "000000.safetensors", "000001.safetensors"]
@@ -184,7 +196,7 @@ def test_the_defaults(engram, stubbed):
     status, out, err = engram("--data", "zsre.jsonl", "--rows", "1", "--start", "1", "--fluency", "0")
     assert status == 0, err
     ((edits, method, options),) = stubbed[-1].calls
-    assert [edit.subject for edit in edits] == ["São Paulo"] and method == "rome" and "1/1" in out
+    assert [edit.subject for edit in edits] == ["São Paulo"] and method == "engram" and "1/1" in out
     assert options["ridge"] is None and options["failures"] == "raise" and CHECKPOINTS == (10, 50, 100)
 
 
@@ -195,6 +207,19 @@ BAD = {
     "fluency": (("--data", "zsre.jsonl", "--fluency", "-1"), "--fluency: expected at least 0, got -1"),
     "plot": (("--data", "zsre.jsonl", "--plot", "x.jpg"), "--plot: expected a name that ends in .png"),
     "report": (("--data", "zsre.jsonl", "--report", "no/such/x"), "--report: expected a path in a folder"),
+    "zsre": (("--data", "zsre.jsonl", "--zsre", "mend"), "--zsre: expected one of memit, easyedit, got"),
+    "give": (("--data", "zsre.jsonl", "--give", "-1"), "--give: expected at least 0, got -1"),
+    "chat": (
+        ("--data", "zsre.jsonl", "--chat"),
+        "--chat: expected a model whose tokenizer has a chat template",
+    ),
+    "judge": (("--data", "zsre.jsonl", "--judge", " "), "--judge: expected a command, got ' '"),
+    "known": (("--data", "zsre.jsonl", "--known", "none.json"), "--data: expected a file of rows"),
+    "lm-eval": (("--data", "zsre.jsonl", "--lm-eval", "x"), "--lm-eval: expected the mode together"),
+    "baseline": (
+        ("--data", "zsre.jsonl", "--baseline", "rome"),
+        "--baseline: expected one of easyedit:rome, ",
+    ),
     "steps": (("--data", "zsre.jsonl", "--steps", "0"), "--steps: expected at least 1, got 0"),
 }
 
@@ -214,3 +239,22 @@ def test_bad_rows_are_left_out_if_asked_for(engram, stubbed, folder, tmp_path):
     status, out, err = engram("--data", data, "--fluency", "0", "--skip-bad")
     assert status == 0, err
     assert "Left out: data: expected some text under 'subject' in row 0" in out and "1/1" in out
+
+
+def test_the_options_of_an_honest_evaluation(engram, stubbed, folder, tmp_path, monkeypatch):
+    judge = tmp_path / "judge.py"
+    judge.write_text("import sys\nfor line in sys.stdin:\n    print(1)")
+    tasks = iter([{"lambada": {"acc,none": 0.25}}, {"lambada": {"acc,none": 0.5}}])
+    monkeypatch.setattr("engram_kernels.evaluation.harness.run_tasks", lambda *_: next(tasks))
+    report = tmp_path / "out.json"
+    status, out, err = engram(
+        "--data", "zsre.jsonl", "--zsre", "easyedit", "--mode", "together", "--method", "memit",
+        "--judge", f"{sys.executable} {judge}", "--lm-eval", "lambada", "--report", report,
+    )  # fmt: skip
+    assert status == 0, err
+    content = json.loads(report.read_text())
+    assert {answer["judged"] for answer in content["rows"][0]["after"]["answers"]} == {1}
+    assert content["summary"]["lm_eval"]["edited"] == {"lambada": {"acc,none": 0.5}}
+    assert content["settings"]["zsre"] == "easyedit" and "0.250 → 0.500" in out and "judged" in out
+    ((edits, *_),) = stubbed[-1].calls
+    assert [edit.target for edit in edits] == ["Brazil", "Japan"]

@@ -6,14 +6,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from evaluation_helpers import checksums, stub, timeless
+from evaluation_helpers import MQUAKE, checksums, stub, timeless, written
 from model_zoo import TEXTS, small_model
 
 from engram_kernels import EngramError
 from engram_kernels.editing import Editor
 from engram_kernels.editing.values import ValueOptions
+from engram_kernels.evaluation.drift import Drift
 from engram_kernels.evaluation.fluency import fluency
-from engram_kernels.evaluation.measures import ASPECTS, measure
+from engram_kernels.evaluation.measures import measure
 from engram_kernels.evaluation.outcomes import Retained, summarise
 from engram_kernels.evaluation.run import Evaluation, peak_memory
 
@@ -39,8 +40,7 @@ def test_each_measures_and_puts_every_weight_back(tokenizer, cases):
         bits = fluency(editor.model, tokenizer, [case], 8)[0]
         editor.model.load_state_dict(small_model("llama", len(tokenizer)).state_dict())
         assert outcome.after == replace(edited, fluency=bits)
-        assert outcome.before.margins["efficacy"] == pytest.approx(figures.margins["efficacy"], abs=1e-5)
-        assert outcome.after.margins != outcome.before.margins
+        assert said(outcome.before) == said(figures) and outcome.after.answers != outcome.before.answers
         assert (outcome.case, outcome.steps, outcome.loss) == (case.name, 2, 1.0) and outcome.seconds > 0
 
 
@@ -48,13 +48,21 @@ def test_an_edit_of_nothing_changes_nothing(tokenizer, cases):
     outcomes = Evaluation(stub(tokenizer, scale=0.0, dtype=torch.bfloat16), fluency_tokens=5).each(cases)
     assert all(outcome.before == outcome.after for outcome in outcomes)
     summary = summarise(outcomes)
-    assert summary["edited"] == summary["unedited"] and summary["edited"]["locality_unchanged"] == 1
+    for aspect in summary["aspects"].values():
+        both = [found for found in aspect.values() if isinstance(found, dict) and "unedited" in found]
+        assert both and all(found["unedited"] == found["edited"] for found in both)
+    assert summary["aspects"]["locality"]["first_token_kept"] == {"edited": 1}
+    assert summary["fluency"]["unedited"] == summary["fluency"]["edited"]
 
 
 def test_weights_that_are_not_put_back_show(tokenizer, cases):
     evaluation = Evaluation(stub(tokenizer, rounds=True), fluency_tokens=0)
     assert [outcome.reverted_exactly for outcome in evaluation.each(cases)] == [False] * 4
     assert not evaluation.weights_as_before()
+
+
+def said(figures):
+    return [(one.prompt, one.text) for one in figures.answers]
 
 
 SKIPPED = "edits: expected at least one that can be made, got none: too long"
@@ -73,7 +81,7 @@ def test_skipped_edits_are_left_out_of_the_means(tokenizer, cases):
         assert (summary["rows"], summary["skipped"], summary["reverted_exactly"]) == (3, 1, 3)
         if run == "each":
             rest = summarise([everything[i] for i in (0, 1, 3)])
-            assert summary["edited"] == rest["edited"] and summary["unedited"] == rest["unedited"]
+            assert summary["aspects"] == rest["aspects"]
     with pytest.raises(EngramError, match=r"data: expected a case that can be edited, got none: .* too long"):
         summarise([outcomes[2]])
     for run in ("each", "together"):
@@ -106,7 +114,7 @@ def test_together_measures_what_stands_at_each_checkpoint(tokenizer, cases):
     for done, stops in ((1, [1]), (3, [1, 3]), (4, [1, 3, 4])):
         fresh = stub(tokenizer)
         fresh.edit([case.edit for case in cases[:done]])
-        holds = [figures.successes("efficacy") for figures in measure(fresh.model, tokenizer, cases[:done])]
+        holds = [figures.answers[0].begins for figures in measure(fresh.model, tokenizer, cases[:done])]
         expected += [Retained(done, stop, sum(holds[:stop]) / stop) for stop in stops]
     assert retained == expected
     for outcome, figures in zip(outcomes, measure(fresh.model, tokenizer, cases), strict=True):
@@ -150,7 +158,7 @@ def test_the_editor_itself(tokenizer, cases, tmp_path, method):
         assert (
             outcome.reverted_exactly
             and outcome.steps == 2
-            and outcome.before.margins != outcome.after.margins
+            and outcome.before.answers != outcome.after.answers
         )
     again, _ = evaluation.together(cases, [2], tmp_path / "run")
     assert timeless(again) == timeless(outcomes)
@@ -168,18 +176,74 @@ def test_summary_is_that_of_brute_force(tokenizer, cases):
     summary = summarise(outcomes)
     assert (summary["rows"], summary["skipped"], summary["reverted_exactly"]) == (4, 0, 4)
     for when, state in (("before", "unedited"), ("after", "edited")):
-        figures, found = [getattr(outcome, when) for outcome in outcomes], summary[state]
-        for aspect in ASPECTS:
-            right = [[margin > 0 for margin in one.margins[aspect]] for one in figures]
-            assert found[aspect] == pytest.approx(sum(sum(one) / len(one) for one in right) / 4)
-            tokens = [sum(one.shares[aspect]) / len(one.shares[aspect]) for one in figures]
-            assert found[f"{aspect}_tokens"] == pytest.approx(sum(tokens) / 4)
-        three = [found[aspect] for aspect in ASPECTS]
-        assert found["score"] == pytest.approx(0 if 0 in three else 3 / sum(1 / x for x in three))
-        assert found["fluency"] == pytest.approx(sum(one.fluency for one in figures) / 4)
-    unchanged = [outcome.after.unchanged(outcome.before) for outcome in outcomes]
-    assert summary["edited"]["locality_unchanged"] == pytest.approx(sum(unchanged) / 4)
-    assert summary["unedited"]["locality_unchanged"] == 1
+        figures = [getattr(outcome, when) for outcome in outcomes]
+        bits = sum(one.fluency for one in figures) / 4
+        assert summary["fluency"][state] == pytest.approx(bits)
+        for aspect, found in summary["aspects"].items():
+            own = [[a for a in one.answers if a.aspect == aspect] for one in figures]
+            own = [answers for answers in own if answers]
+            assert found["cases"] == len(own) and found["questions"] == sum(map(len, own))
+            for name in ("begins", "contains", "exact", "argmax", "tokens", "log_probability"):
+                means = [sum(getattr(a, name) for a in answers) / len(answers) for answers in own]
+                assert found[name][state] == pytest.approx(sum(means) / len(own))
+            likelier = [sum(a.margin > 0 for a in answers) / len(answers) for answers in own]
+            assert found["likelier"][state] == pytest.approx(sum(likelier) / len(own))
+    assert list(summary["aspects"]) == ["prompt", "generation prompt", "locality", "paraphrase"]
+    kept = [
+        sum(
+            a.first == b.first
+            for a, b in zip(one.before.of("locality"), one.after.of("locality"), strict=True)
+        )
+        / len(one.before.of("locality"))
+        for one in outcomes
+    ]
+    assert summary["aspects"]["locality"]["first_token_kept"]["edited"] == pytest.approx(sum(kept) / 4)
+
+
+def test_the_facts_of_a_case_are_edited_together(tokenizer, tmp_path):
+    (case,) = written(tmp_path / "a.json", [MQUAKE])
+    editor = stub(tokenizer)
+    (outcome,) = Evaluation(editor, fluency_tokens=0).each([case])
+    assert [edits for edits, *_ in editor.calls] == [list(case.edits)] and outcome.reverted_exactly
+    assert outcome.edit == "Hamlet was written by → Goethe and 1 more"
+    editor = stub(tokenizer, refused=("Goethe",))
+    before = checksums(editor.model)
+    for run in ("each", "together"):
+        evaluation = Evaluation(editor, {"failures": "skip"}, fluency_tokens=0)
+        (outcome,) = evaluation.each([case]) if run == "each" else evaluation.together([case])[0]
+        # One of its facts could not be written: the case is none.
+        assert outcome.skipped == "too long" and outcome.after is None
+    assert checksums(editor.model) == before
+
+
+def test_drift_and_a_judge(tokenizer, cases):
+    editor = stub(tokenizer)
+    drift = Drift(editor.model, tokenizer, [tokenizer("The tower is in Rome and in Paris.")["input_ids"]])
+    asked = []
+
+    def judge(answers):
+        asked.extend(answers)
+        return [len(each["text"]) % 2 for each in answers]
+
+    outcomes = Evaluation(editor, fluency_tokens=0, drift=drift, judge=judge).each(cases[:2])
+    losses = [outcome.after.drift["text_loss"] for outcome in outcomes]
+    assert outcomes[0].before.drift == drift.measure(editor.model) and len({*losses}) == 2
+    for outcome in outcomes:
+        for one in outcome.after.answers:
+            assert one.judged == len(one.text) % 2
+    assert {"prompt", "answer", "text"} == asked[0].keys()
+    summary = summarise(outcomes)
+    assert summary["drift"]["text_loss"]["edited"] == pytest.approx(sum(losses) / 2)
+    assert 0 <= summary["aspects"]["prompt"]["judged"]["edited"] <= 1
+
+
+def test_what_runs_while_all_edits_stand(tokenizer, cases):
+    editor, seen = stub(tokenizer), []
+    before = checksums(editor.model)
+    Evaluation(editor, fluency_tokens=0).together(
+        cases, standing=lambda: seen.append(checksums(editor.model))
+    )
+    assert len(seen) == 1 and seen[0] != before and checksums(editor.model) == before
 
 
 def test_peak_memory_is_unknown_where_the_system_does_not_tell_it(monkeypatch):

@@ -10,8 +10,10 @@ from engram_kernels.evaluation.outcomes import Retained
 
 matplotlib = pytest.importorskip("matplotlib.figure", reason="pictures need matplotlib")
 
-UNEDITED = {name: i / 20 for i, name in enumerate(plots.SHARES)}
-EDITED = {name: 1 - share for name, share in UNEDITED.items()}
+ASPECTS = {
+    "prompt": {"begins": {"unedited": 0.1, "edited": 1.0}},
+    "locality: Forgetfulness": {"begins": {"unedited": 0.6, "edited": 0.5}},
+}
 
 
 @pytest.fixture
@@ -23,19 +25,19 @@ def drawn(monkeypatch):
     return figures
 
 
-def test_a_bar_for_each_measure_before_and_after(drawn):
-    plots.draw_measures(UNEDITED, EDITED | {"fluency": 6.0}, "eval.png", title="title")
+def test_a_bar_for_each_aspect_before_and_after(drawn):
+    plots.draw_measures(ASPECTS, "eval.png", title="title")
     (axes,) = drawn[0].axes
-    for bars, shares in zip(axes.containers, (UNEDITED, EDITED), strict=True):
-        assert [bar.get_height() for bar in bars] == list(shares.values())
-    assert [text.get_text() for text in axes.get_xticklabels()] == list(plots.SHARES.values())
-    assert drawn[0].get_suptitle() == "title"
+    heights = [[bar.get_height() for bar in bars] for bars in axes.containers]
+    assert heights == [[0.1, 0.6], [1.0, 0.5]]
+    labels = [text.get_text() for text in axes.get_xticklabels()]
+    assert labels == ["prompt", "locality:\nForgetfulness"] and drawn[0].get_suptitle() == "title"
 
 
 def test_retention_over_the_edits_done_or_over_the_first_edits(drawn):
     retained = [Retained(10, 10, 0.9), Retained(50, 10, 0.8), Retained(50, 50, 0.7)]
-    plots.draw_measures(UNEDITED, EDITED, "eval.png", retained)
-    plots.draw_measures(UNEDITED, EDITED, "eval.png", retained[1:])
+    plots.draw_measures(ASPECTS, "eval.png", retained)
+    plots.draw_measures(ASPECTS, "eval.png", retained[1:])
     many, once = (figure.axes[1] for figure in drawn)
     lines = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in many.lines}
     assert lines == {"first 10": ([10, 50], [0.9, 0.8]), "first 50": ([50], [0.7])}
@@ -45,11 +47,11 @@ def test_retention_over_the_edits_done_or_over_the_first_edits(drawn):
 
 
 def test_the_file_is_a_whole_picture(tmp_path):
-    plots.draw_measures(UNEDITED, EDITED, tmp_path / "eval.png")
+    plots.draw_measures(ASPECTS, tmp_path / "eval.png")
     content = (tmp_path / "eval.png").read_bytes()
     assert content[:8] == b"\x89PNG\r\n\x1a\n" and content[-8:-4] == b"IEND"
     assert [path.name for path in tmp_path.iterdir()] == ["eval.png"]
-    with pytest.raises(ValueError, match="edited: expected at least one measure, got none"):
-        plots.draw_measures({}, {"fluency": 6.0}, tmp_path / "none.png")
+    with pytest.raises(ValueError, match="aspects: expected at least one, got none"):
+        plots.draw_measures({}, tmp_path / "none.png")
     with pytest.raises(ValueError, match=r"expected a name that ends in \.png"):
-        plots.draw_measures(UNEDITED, UNEDITED, tmp_path / "none.jpg")
+        plots.draw_measures(ASPECTS, tmp_path / "none.jpg")

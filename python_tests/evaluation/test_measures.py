@@ -4,10 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from evaluation_helpers import KNOWEDIT, MQUAKE, written
 from model_zoo import small_model
 
 from engram_kernels import EngramError
-from engram_kernels.evaluation.measures import ASPECTS, Figures, measure
+from engram_kernels.evaluation.answers import greedy, success
+from engram_kernels.evaluation.measures import MORE_TOKENS, Answer, Figures, measure, questions
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -29,53 +31,77 @@ def share(tokens, likeliest):
     return sum(a == b for a, b in zip(tokens, likeliest, strict=True)) / len(tokens)
 
 
+def figures_of(model, tokenizer, case, **options):
+    (found,) = measure(model, tokenizer, [case], **options)
+    return found
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gpt_neox"])
 def test_measures_are_those_of_brute_force(tokenizer, cases, family):
     model = small_model(family, len(tokenizer), torch.float64)
     for case, figures in zip(cases, measure(model, tokenizer, cases, batch_size=5), strict=True):
-        target, truth = case.edit.target, case.truth
-        asked = {
-            "efficacy": [(case.edit.prompt_text, target, truth)],
-            "paraphrase": [(prompt, target, truth) for prompt in case.paraphrases],
-            "locality": [(prompt, answer, target) for prompt, answer in case.neighbours],
-        }
-        for aspect, rows in asked.items():
-            for i, (prompt, right, other) in enumerate(rows):
-                mine, *tokens = brute_force(model, tokenizer, prompt, right)
-                theirs, *_ = brute_force(model, tokenizer, prompt, other)
-                # The logits come as fp64 and are rounded to fp32 once.
-                bound = 8 * torch.finfo(torch.float32).eps * (abs(mine) + abs(theirs))
-                assert abs(figures.margins[aspect][i] - (mine - theirs)) <= bound
-                assert figures.shares[aspect][i] == share(*tokens)
-                if aspect == "locality":
-                    assert figures.neighbours[i] == tokens[1]
-            assert len(figures.margins[aspect]) == len(figures.shares[aspect]) == len(rows)
+        asked = questions(case)
+        assert [(one.aspect, one.prompt, one.right) for one in figures.answers] == [one[:3] for one in asked]
+        for one, question in zip(figures.answers, asked, strict=True):
+            mine, tokens, likeliest = brute_force(model, tokenizer, question.prompt, question.right)
+            theirs, *_ = brute_force(model, tokenizer, question.prompt, question.other)
+            # The logits come as fp64 and are rounded to fp32 once.
+            bound = 8 * torch.finfo(torch.float32).eps * (abs(mine) + abs(theirs))
+            assert abs(one.log_probability - mine) <= bound and abs(one.margin - (mine - theirs)) <= bound
+            assert one.tokens == share(tokens, likeliest) and one.argmax == (tokens == likeliest)
+            assert one.likeliest == likeliest
+            (written,) = greedy(model, tokenizer, [question.prompt], len(tokens) + MORE_TOKENS)
+            assert (one.first, one.text) == (written.first, written.text)
+            found = success(written.text, question.right)
+            assert (one.begins, one.contains, one.exact) == (found.begins, found.contains, found.exact)
 
 
-def test_a_model_that_gives_all_logits(tokenizer, cases, monkeypatch):
+def test_what_is_asked_of_a_case(tmp_path):
+    (case, hops) = written(tmp_path / "a.json", [KNOWEDIT, MQUAKE])
+    assert [(one.aspect, one.right, one.other) for one in questions(case)] == [
+        ("prompt", "Oslo", None),
+        ("portability: Reasoning", "Norway", None),
+        ("portability: Subject_Aliasing", "Oslo", None),
+        ("locality: Relation_Specificity", "female", "Oslo"),
+        ("locality: Forgetfulness", "London", "Oslo"),
+    ]
+    assert [one.aspect for one in questions(hops)] == [
+        "prompt", "paraphrase", *["portability: multi-hop"] * 2, *["portability: further facts"] * 2,
+        "portability: single hops",
+    ]  # fmt: skip
+
+
+def test_a_chat_is_asked_by_its_template(tokenizer, cases, monkeypatch):
     model = small_model("llama", len(tokenizer))
-    expected, forward = measure(model, tokenizer, cases), model.forward
+    with pytest.raises(EngramError, match="chat: expected a tokenizer with a chat template, got one without"):
+        figures_of(model, tokenizer, cases[0], chat=True)
+    template = "{% for message in messages %}The {{ message.content }} of{% endfor %}"
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    said = replace(cases[0], edit=replace(cases[0].edit, prompt=f"The {cases[0].edit.prompt} of"))
+    chat, plain = figures_of(model, tokenizer, cases[0], chat=True), figures_of(model, tokenizer, said)
+    assert chat.answers[0].text == plain.answers[0].text
+    assert chat.answers[0].log_probability == pytest.approx(plain.answers[0].log_probability, abs=1e-5)
+    assert chat.answers[0].prompt == cases[0].prompt
 
-    def whole(input_ids, attention_mask, use_cache):
-        return forward(input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache)
 
-    monkeypatch.setattr(model, "forward", whole)
-    for figures, other in zip(measure(model, tokenizer, cases), expected, strict=True):
-        assert figures.neighbours == other.neighbours
-        for aspect in ASPECTS:
-            assert figures.margins[aspect] == pytest.approx(other.margins[aspect], abs=1e-5)
+def answer(aspect="locality", **fields):
+    values = {
+        "prompt": "x", "right": "y", "text": "y", "first": 1, "begins": True, "contains": True,
+        "exact": False, "overlap": 1.0, "argmax": True, "tokens": 1.0, "likeliest": [1, 2],
+        "log_probability": -1.0, "margin": 0.5,
+    }  # fmt: skip
+    return Answer(aspect=aspect, **values | fields)
 
 
-def test_the_measures_of_one_case():
-    before = Figures(
-        {"efficacy": [-1.0], "paraphrase": [1.0, -2.0, 0.0, 3.0], "locality": [0.5]},
-        {"efficacy": [0.5], "paraphrase": [0.0, 1.0, 0.5, 0.5], "locality": [1.0]},
-        [[1, 2, 3, 4], [5, 6]],
-    )
-    after = replace(before, neighbours=[[1, 2, 3, 0], [0, 6]])
-    assert [before.successes(aspect) for aspect in ASPECTS] == [0, 0.5, 1]
-    assert [before.accuracy(aspect) for aspect in ASPECTS] == [0.5, 0.5, 1]
-    assert after.unchanged(before) == (0.75 + 0.5) / 2 and before.unchanged(before) == 1
+def test_the_means_of_one_case():
+    before = Figures([answer("prompt", margin=None, begins=False), answer(), answer(likeliest=[3])])
+    after = Figures([answer("prompt", margin=None), answer(margin=-1.0, first=2), answer(likeliest=[4])])
+    assert before.aspects == ["prompt", "locality"] and len(before.of("locality")) == 2
+    assert (before.mean("prompt", "begins"), after.mean("prompt", "begins")) == (0, 1)
+    assert (before.likelier("locality"), after.likelier("locality")) == (1, 0.5)
+    assert before.likelier("prompt") is None and before.mean("prompt", "judged") is None
+    kept = after.kept(before, "locality")
+    assert kept == {"first_token_kept": 0.5, "text_kept": 1, "tokens_kept": 0.5}
 
 
 def test_what_cannot_be_measured(tokenizer, cases):

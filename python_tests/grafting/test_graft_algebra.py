@@ -24,7 +24,7 @@ def test_merge_and_overlap():
     assert average.indices["layers.0.w"].tolist() == [0, 1, 4, 7]
     assert average.values["layers.0.w"].tolist() == [9.0, 1.0, 5.0, 6.0]
     assert average.indices["layers.0.w"].dtype == torch.int32
-    first = Graft.merge([one, two, three], conflicts="first")
+    first = Graft.merge([one, two, three], method="first")
     assert first.values["layers.0.w"].tolist() == [9.0, 1.0, 2.0, 6.0]
     assert one.overlap(two) == (1, 2, 2, 1 / 3)
     assert one.overlap(one).jaccard == 1
@@ -34,8 +34,10 @@ def test_merge_and_overlap():
         assert torch.equal(again.values["layers.0.w"], average.values["layers.0.w"])
     with pytest.raises(EngramError, match="grafts of one base"):
         Graft.merge([one, plain([2], [1.0], checksum="y")])
-    with pytest.raises(ValueError, match="conflicts: expected 'average' or 'first', got 'last'"):
-        Graft.merge([one], conflicts="last")
+    with pytest.raises(
+        ValueError, match=r"method: expected one of average, first, task_arithmetic, .*, got 'last'"
+    ):
+        Graft.merge([one], method="last")
     with pytest.raises(ValueError, match="grafts: expected at least one"):
         Graft.merge([])
 

@@ -1,14 +1,14 @@
 """Grafts as folders, here and on the Hub."""
 
-import json
-
 import model_zoo
 import pytest
 import torch
 from editing_helpers import changed, weights
 from grafting_helpers import some_graft
+from mutations import mutations
 
 from engram_kernels import EngramError
+from engram_kernels._io import read_sealed, write_sealed
 from engram_kernels.grafting import Graft
 
 
@@ -43,12 +43,12 @@ def damaged(folder, how):
         weights.unlink()
     elif how == "no configuration":
         config.unlink()
-    else:
-        settings = json.loads(config.read_text())
+    elif how == "truncated configuration":
+        config.write_text(config.read_text()[:-50])
+    else:  # sealed anew: what is refused is not the checksum
+        settings = read_sealed(config)
+        files = list(settings["files"])
         name = next(iter(settings["parameters"]))
-        if how == "truncated configuration":
-            config.write_text(config.read_text()[:-50])
-            return
         if how == "format":
             settings["format"] = 99
         elif how == "smaller shape":
@@ -58,7 +58,9 @@ def damaged(folder, how):
             settings["parameters"] = {}
         elif how == "not an object":
             settings["parameters"][name] = 3
-        config.write_text(json.dumps(settings))
+        elif how == "no checksum of the weights":
+            files = []
+        write_sealed(config, settings, files)
 
 
 @pytest.mark.parametrize(
@@ -74,6 +76,7 @@ def damaged(folder, how):
         "smaller shape",
         "missing parameter",
         "not an object",
+        "no checksum of the weights",
     ],
 )
 def test_damaged_files_are_refused(tmp_path, how):
@@ -84,6 +87,20 @@ def test_damaged_files_are_refused(tmp_path, how):
     with pytest.raises(EngramError, match="name_or_directory: expected a saved graft, got "):
         Graft.from_pretrained(tmp_path / "graft").apply(model)
     assert not changed(before, model)
+
+
+def test_what_was_changed_is_not_read(tmp_path):
+    model = model_zoo.small_model()
+    some_graft(model, metrics={"accuracy": 0.5}, recipe={"name": "x"}).save_pretrained(tmp_path / "graft")
+    some_graft(model, seed=2).save_pretrained(tmp_path / "other")
+    accepted = []
+    for change in mutations(tmp_path / "graft", tmp_path / "other"):
+        try:
+            Graft.from_pretrained(tmp_path / "graft")
+            accepted.append(change)
+        except EngramError as error:
+            assert str(error).startswith("name_or_directory: expected a saved graft"), change
+    assert accepted == []
 
 
 def test_metrics_that_are_no_json_are_refused(tmp_path):

@@ -9,7 +9,7 @@ from engram_kernels._linalg import compute_dtype
 def wide(tensor) -> np.ndarray:
     """A tensor as an extended-precision array: the truth must have more digits than fp64 results."""
     return np.asarray(
-        torch.as_tensor(tensor).double().cpu() if torch.is_tensor(tensor) else tensor, np.longdouble
+        torch.as_tensor(tensor).detach().double().cpu() if torch.is_tensor(tensor) else tensor, np.longdouble
     )
 
 

@@ -57,12 +57,56 @@ ZSRE_EASY_EDIT = {
     "locality_prompt": "nq question: what is cut into pieces",
     "locality_ground_truth": "a word",
 }
+KNOWEDIT = {
+    "subject": "Ada Lovelace",
+    "prompt": "The place of birth of Ada Lovelace is",
+    "target_new": "Oslo",
+    "portability": {
+        "Reasoning": [{"prompt": "The country where Ada Lovelace was born is", "ground_truth": "Norway"}],
+        "Subject_Aliasing": [
+            {"prompt": "Lady Lovelace was born in", "ground_truth": [["Oslo", "Christiania"], ["OSL"]]}
+        ],
+        "Logical_Generalization": [{"prompt": "Nobody asks", "ground_truth": ""}],
+    },
+    "locality": {
+        "Relation_Specificity": [{"prompt": "The gender of Ada Lovelace is", "ground_truth": [["female"]]}],
+        "Forgetfulness": [{"prompt": "Ada Lovelace also lived in", "ground_truth": ["London"]}],
+    },
+}
+
+MQUAKE = {
+    "case_id": 11,
+    "requested_rewrite": [
+        {
+            "prompt": "{} was written by",
+            "subject": "Hamlet",
+            "target_new": {"str": "Goethe"},
+            "target_true": {"str": "Shakespeare"},
+            "question": "Who wrote Hamlet?",
+        },
+        {
+            "prompt": "{} was born in",
+            "subject": "Goethe",
+            "target_new": {"str": "Lima"},
+            "target_true": {"str": "Frankfurt"},
+            "question": "Where was Goethe born?",
+        },
+    ],
+    "questions": ["Where was the author of Hamlet born?", "The writer of Hamlet comes from where?"],
+    "answer": "Stratford",
+    "answer_alias": [],
+    "new_answer": "Lima",
+    "new_answer_alias": ["Lima, Peru"],
+    "new_single_hops": [
+        {"question": "Who wrote Hamlet?", "cloze": "x", "answer": "Goethe", "answer_alias": ["J. W. Goethe"]}
+    ],
+}
 ALL = (EASY_EDIT, ROME, ZSRE, ZSRE_EASY_EDIT)
 
 
-def written(path, rows):
+def written(path, rows, **options):
     path.write_text(json.dumps(rows), encoding="utf-8")
-    return read_cases(path).cases
+    return read_cases(path, **options).cases
 
 
 class StubEditor:

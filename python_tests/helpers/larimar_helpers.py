@@ -6,7 +6,7 @@ import model_zoo
 import torch
 
 from engram_kernels.editing import Edit
-from engram_kernels.evaluation import Case, Neighbour
+from engram_kernels.evaluation import Case, Question
 from engram_kernels.larimar import Fact, LarimarModel, ScopeDetector, ScopedModel
 from engram_kernels.memory import SentenceEncoder
 
@@ -80,7 +80,7 @@ def cases():
             edit=Edit(subject, "{} is located in the city of", target),
             truth="Rome",
             paraphrases=(f"You know that the towers of {subject} are in",),
-            neighbours=(Neighbour(f"The maps show {subject[::-1]} in", "Paris"),),
+            neighbours=(Question(f"The maps show {subject[::-1]} in", "Paris"),),
         )
         for number, (subject, target) in enumerate(
             (("The Louvre", "Rome"), ("The Colosseum", "Paris"), ("A museum", "Brazil"), ("A tower", "Japan"))

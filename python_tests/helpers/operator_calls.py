@@ -7,7 +7,7 @@ import engram_kernels as ek
 
 def operator_calls() -> dict[str, tuple]:
     """Arguments of each operator, by its name."""
-    return {**_low_rank(), **_graft(), **_memory()}
+    return {**_low_rank(), **_graft(), **_memory(), **_ridge()}
 
 
 def _low_rank() -> dict[str, tuple]:
@@ -39,6 +39,7 @@ def _graft() -> dict[str, tuple]:
         "graft_blend_packed": (pre, ft, packed),
         "top_k_mask": ([pre], [ft], 3),
         "sparse_faults": ([pre], [at]),
+        "sparse_diff": ([pre], [ft], 0.5, False),
         "sparse_apply_": ([pre.clone()], [at], [torch.ones(2)], [torch.zeros(2)]),
     }
 
@@ -54,4 +55,18 @@ def _memory() -> dict[str, tuple]:
         "memory_stream": (P, M, w, z),
         "memory_stream_gradient": (P, M, w, z, P, M, z, w[..., 0].contiguous()),
         "pseudo_inverse": (torch.randn(2, 5, 3, dtype=torch.float64), None, 1e-12, 1e300),
+    }
+
+
+def _ridge() -> dict[str, tuple]:
+    q, k, v = torch.randn(2, 5, 2, 3), torch.randn(2, 5, 2, 3), torch.randn(2, 5, 2, 4)
+    beta, decay = torch.rand(2, 5, 2), -torch.rand(2, 5, 2)
+    state = torch.zeros(2, 2, 3, 3).double(), torch.zeros(2, 2, 3, 4).double(), torch.zeros(2, 2).double()
+    arguments = q, k, v, beta, decay, torch.ones(2, 3), *state, None, False
+    memory = torch.zeros(2, 2, 3, 4)
+    return {
+        "ridge_memory": arguments,
+        "ridge_memory_gradient": (v, *state, *arguments),
+        "linear_memory": (q, k, v, beta, decay, memory, None, True),
+        "linear_memory_gradient": (v, memory, q, k, v, beta, decay, memory, None, True),
     }

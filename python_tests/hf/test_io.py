@@ -1,11 +1,13 @@
 """Folders and files that are written whole or not at all."""
 
+import hashlib
+import json
 import stat
 
 import pytest
 
 from engram_kernels import EngramError
-from engram_kernels._io import let_all_read, new_directory
+from engram_kernels._io import file_checksum, let_all_read, new_directory, read_sealed, write_sealed
 
 
 def test_the_directory_is_not_blamed_for_another_file(tmp_path):
@@ -40,3 +42,63 @@ def test_others_may_read_folders_in_folders(tmp_path):
     let_all_read(tmp_path / "new")
     modes = [stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "new", inner, inner / "file")]
     assert modes == [0o755, 0o755, 0o644]
+
+
+CONTENT = {"format": 1, "name": "café", "sizes": [1, 2.5, None], "deep": {"it": True}}
+
+
+@pytest.fixture
+def sealed(tmp_path):
+    (tmp_path / "weights").write_bytes(bytes(range(64)))
+    write_sealed(tmp_path / "config.json", CONTENT, ["weights"])
+    return tmp_path / "config.json"
+
+
+def test_what_was_sealed_is_read(sealed):
+    assert read_sealed(sealed) == {**CONTENT, "files": {"weights": file_checksum(sealed.parent / "weights")}}
+
+
+@pytest.mark.parametrize("name", ["config.json", "weights"])
+def test_every_byte_is_sealed(sealed, name):
+    path = sealed.parent / name
+    original = path.read_bytes()
+    for place, byte in enumerate(original):
+        for other in (byte ^ 1, byte ^ 0x20, 0x20):
+            if other != byte:
+                path.write_bytes(original[:place] + bytes([other]) + original[place + 1 :])
+                with pytest.raises(ValueError):
+                    read_sealed(sealed)
+        path.write_bytes(original[:place])
+        with pytest.raises(ValueError):
+            read_sealed(sealed)
+        path.write_bytes(original[:place] + b" " + original[place:])
+        with pytest.raises(ValueError):
+            read_sealed(sealed)
+
+
+def resealed(path, files):
+    text = json.dumps({"files": files}, indent=2) + "\n"
+    checksum = hashlib.sha256(text.encode()).hexdigest()
+    path.write_text(json.dumps({"files": files, "checksum": checksum}, indent=2) + "\n")
+
+
+def test_a_sealed_file_lies_in_its_folder(sealed, tmp_path_factory):
+    outside = tmp_path_factory.mktemp("outside") / "weights"
+    outside.write_bytes(b"")
+    resealed(sealed, {str(outside): hashlib.sha256(b"").hexdigest()})
+    with pytest.raises(ValueError, match="which is not in its folder"):
+        read_sealed(sealed)
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"files": []}', '{"files": {}}', "[" * 100_000, '{"a": NaN}'])
+def test_what_was_never_sealed_is_refused(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError):
+        read_sealed(tmp_path / "config.json")
+
+
+def test_a_second_entry_of_one_name_is_refused(sealed):
+    text = sealed.read_text()
+    sealed.write_text(text.replace('  "format": 1', '  "format": 2,\n  "format": 1'))
+    with pytest.raises(ValueError, match=r"config\.json is incomplete or was changed"):
+        read_sealed(sealed)

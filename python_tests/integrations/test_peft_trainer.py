@@ -555,3 +555,10 @@ def test_files_beside_a_grafts_own_are_not_deleted(tmp_path):
     with pytest.raises(EngramError, match="folder: expected a new one, or a graft to replace"):
         trainer(frozen_outside(model_zoo.small_model()), tmp_path, [GraftCallback(sparsity=0.01)]).train()
     assert (tmp_path / "graft" / "notes.txt").read_text() == "mine"
+
+
+def test_a_training_that_changes_nothing_leaves_no_graft(tmp_path):
+    model = frozen_outside(model_zoo.small_model())
+    with pytest.warns(UserWarning, match="no graft was saved at step .*: ft: expected values that differ"):
+        trainer(model, tmp_path, [callback := GraftCallback(sparsity=0.01)], learning_rate=0.0).train()
+    assert callback.graft is None and not list(tmp_path.glob("*graft*"))

@@ -155,10 +155,10 @@ def test_the_ledger_has_copies_of_single_rows():
         tensor.detach().zero_()
     assert [memory.ledger[name].text for name in (0, 1, 2, 3)] == [None, "b", "c", "d"]
     for latent, expected in (
-        (memory.ledger[2].value, written[0][2]),
-        (memory.ledger[2].key, written[1][2]),
-        (memory.ledger[4].value, written[2][0]),
-        (memory.ledger[0].value, written[2][1]),
+        (memory.ledger[2].value, written[0][2:3]),
+        (memory.ledger[2].key, written[1][2:3]),
+        (memory.ledger[4].value, written[2][:1]),
+        (memory.ledger[0].value, written[2][1:2]),
     ):
         assert torch.equal(latent, expected)
     for _, entry in memory.ledger.items():
@@ -334,7 +334,8 @@ def test_overwriting_is_forgetting_and_writing_at_the_same_key():
     assert torch.equal(memory.gram, filled().gram)
     assert apart(memory.cross, anew.cross) < 1e-14 and apart(memory.matrix(), anew.matrix()) < 1e-12
     assert memory.ids == list("abcdef") and memory.ledger["e"].text == "new e"
-    assert torch.equal(memory.ledger["b"].value, fresh[1]) and torch.equal(memory.ledger["b"].key, values[1])
+    assert torch.equal(memory.ledger["b"].value[0], fresh[1])
+    assert torch.equal(memory.ledger["b"].key[0], values[1])
     memory.forget(ids=list("abcdef"))
     assert not memory.cross.any()
 
@@ -348,7 +349,7 @@ def test_rows_of_several_memories_are_overwritten_in_any_order():
     expected[ids] = fresh
     anew.write(expected.reshape(2, 3, C), keys=values)
     assert apart(memory.cross, anew.cross) < 1e-14
-    assert all(torch.equal(memory.ledger[name].value, expected[name]) for name in range(6))
+    assert all(torch.equal(memory.ledger[name].value[0], expected[name]) for name in range(6))
 
 
 @pytest.mark.parametrize("ridge", [0.01, "loo"])

@@ -1,15 +1,15 @@
 """Folders that hold a memory to the bit, and those that are refused."""
 
-import json
+import os
 import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
-from memory_helpers import C, K, assert_unchanged, frozen, latents, mixed
+from memory_files import pack, unpack
+from memory_helpers import assert_unchanged, frozen, latents, mixed
 
 import engram_kernels as ek
-from engram_kernels._hashing import digest
 from engram_kernels.memory import EpisodicMemory
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -20,7 +20,7 @@ def test_files_hold_a_memory_to_the_bit(tmp_path, state_dtype):
     memory = mixed(state_dtype=state_dtype)
     memory.matrix()
     memory.save_pretrained(str(tmp_path / "memory"))
-    assert "é" in (tmp_path / "memory" / "config.json").read_text(encoding="utf-8")
+    assert {path.name for path in (tmp_path / "memory").iterdir()} == {"README.md", "memory.safetensors"}
     other = EpisodicMemory.from_pretrained(str(tmp_path / "memory"))
     for name, buffer in memory.named_buffers():
         assert torch.equal(other.get_buffer(name), buffer), name
@@ -44,18 +44,18 @@ def test_files_are_replaced_only_when_asked(tmp_path):
     for _ in range(2):  # The second time, by a memory that is the same.
         memory.save_pretrained(folder, replace=True)
         assert EpisodicMemory.from_pretrained(folder).ids == memory.ids
-        assert len(list(folder.glob("memory-*"))) == 1
-    next(folder.glob("*.safetensors")).unlink()
+        assert {path.name for path in folder.iterdir()} == {"README.md", "memory.safetensors", ".lock"}
+    (folder / "memory.safetensors").write_bytes((folder / "memory.safetensors").read_bytes()[:-8])
     memory.forget(ids=[2])
     memory.save_pretrained(str(folder), replace=True)
     memory.save_pretrained(tmp_path / "new", replace=True)
     for saved in (folder, tmp_path / "new"):
         assert EpisodicMemory.from_pretrained(saved).ids == memory.ids
     (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "config.json").write_text("{}")
+    (tmp_path / "other" / "memory.safetensors").write_text("{}")
     with pytest.raises(ek.EngramError, match=r"^directory: expected a saved memory"):
         memory.save_pretrained(tmp_path / "other", replace=True)
-    assert (tmp_path / "other" / "config.json").read_text() == "{}"
+    assert (tmp_path / "other" / "memory.safetensors").read_text() == "{}"
 
 
 def test_a_change_that_this_memory_has_not_seen_is_not_replaced(tmp_path):
@@ -77,75 +77,134 @@ def test_a_change_that_this_memory_has_not_seen_is_not_replaced(tmp_path):
     assert "theirs" not in EpisodicMemory.from_pretrained(folder).ids
 
 
-def damage(folder, kind):
-    config = folder / "config.json"
-    (weights,) = folder.glob("*.safetensors")
-    content = json.loads(config.read_text())
-    if kind == "cut":
-        weights.write_bytes(weights.read_bytes()[:-8])
-    elif kind == "flipped":
-        data = bytearray(weights.read_bytes())
-        data[-1] ^= 1
-        weights.write_bytes(data)
-    elif kind == "no weights":
-        weights.unlink()
-    elif kind == "no config":
-        config.unlink()
-    elif kind == "no kind":
-        config.write_text("{}")
-    elif kind == "no JSON":
-        config.write_text(config.read_text()[:40])
-    else:
-        config.write_text(json.dumps(content | kind))
+FILE = "memory.safetensors"
 
 
-@pytest.mark.parametrize(
-    ("kind", "reason"),
-    [
-        ("cut", "is incomplete or was changed"),
-        ("flipped", "is incomplete or was changed"),
-        ("no weights", r"\(No such file or directory\)$"),
-        ("no config", r"\(No such file or directory\)$"),
-        ("no kind", r"\(no 'kind'\)$"),
-        ("no JSON", "Unterminated string"),
-        ({"slots": 9}, "config.json was changed"),
-        ({"format": 2}, "its format is 2, not 1"),
-        ({"kind": "bert"}, "its kind is 'bert'"),
-        ({"ledger": []}, "config.json was changed"),
-    ],
-)
-def test_damaged_and_foreign_files_are_refused(tmp_path, kind, reason):
+@pytest.fixture
+def saved(tmp_path):
     mixed().save_pretrained(tmp_path / "memory")
-    damage(tmp_path / "memory", kind)
-    with pytest.raises(ek.EngramError, match=rf"^directory: expected a saved memory, got .*{reason}"):
-        EpisodicMemory.from_pretrained(tmp_path / "memory")
+    return tmp_path / "memory"
 
 
-def forge(folder, **changes):
-    """Another configuration, with the checksum that belongs to it."""
-    path = folder / "config.json"
-    config = {**json.loads(path.read_text(encoding="utf-8")), **changes}
-    del config["checksum"]
-    path.write_text(json.dumps(config | {"checksum": digest(config)}), encoding="utf-8")
+def is_refused(folder, reason):
+    with pytest.raises(
+        ek.EngramError, match=rf"^directory: expected a saved memory, got .*{reason}"
+    ) as error:
+        EpisodicMemory.from_pretrained(folder)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("change", "reason"),
+    ("damage", "reason"),
     [
-        (lambda ledger: {"slots": 9}, "gram has another shape or type than its configuration says"),
-        (lambda ledger: {"state_dtype": "float32"}, "gram has another shape or type"),
-        # One memory with the rows of both, and one id for two rows.
-        (lambda ledger: {"ledger": [{**row, "memory": 0} for row in ledger]}, "its ledger has other rows"),
-        (lambda ledger: {"ledger": [*ledger[:-1], {**ledger[-1], "id": 1}]}, "its ledger has other rows"),
+        (lambda content: content[:-8], "memory.safetensors is incomplete or was changed"),
+        (lambda content: content[:-1] + bytes([content[-1] ^ 1]), "is incomplete or was changed"),
+        (lambda content: content.replace(b"minilm", b"minilL"), "is incomplete or was changed"),
+        (lambda content: b"", "is incomplete or was changed"),
+        (
+            lambda content: content.replace(b"engram_kernels.memory.E", b"engram_kernels.memory.e"),
+            "its kind is",
+        ),
+        (lambda content: content.replace(b'format\\": 1', b'format\\": 2'), "its format is 2, not 1"),
+        (lambda content: content.replace(b'{"memory"', b'{"mamory"'), r"\(no 'memory'\)$"),
     ],
 )
-def test_files_that_contradict_each_other_are_refused(tmp_path, change, reason):
-    memory = mixed()
-    memory.save_pretrained(tmp_path / "memory")
-    lines = json.loads((tmp_path / "memory" / "config.json").read_text(encoding="utf-8"))["ledger"]
-    forge(tmp_path / "memory", **change(lines))
-    with pytest.raises(ek.EngramError, match=rf"^directory: expected a saved memory, got .*{reason}"):
-        EpisodicMemory.from_pretrained(tmp_path / "memory")
+def test_damaged_and_foreign_files_are_refused(saved, damage, reason):
+    content = (saved / FILE).read_bytes()
+    assert damage(content) != content
+    (saved / FILE).write_bytes(damage(content))
+    is_refused(saved, reason)
+
+
+def test_folders_without_a_file_are_refused(saved):
+    (saved / FILE).unlink()
+    is_refused(saved, r"\(No such file or directory\)$")
+    (saved / FILE).mkdir()
+    is_refused(saved, r"\(Is a directory\)$")
+    (saved / FILE).rmdir()
+    os.mkfifo(saved / FILE)
+    is_refused(saved, r"\(no file\)$")
+
+
+def settings(**changes):
+    return lambda config, tensors, lines: (config | changes, tensors, lines)
+
+
+def tensor(name, change):
+    return lambda config, tensors, lines: (config, {**tensors, name: change(tensors[name])}, lines)
+
+
+def line(**changes):
+    return lambda config, tensors, lines: (config, tensors, [{**lines[0], **changes}, *lines[1:]])
+
+
+# Files that somebody has made, with the right checksum.
+FORGED = {
+    "batch beyond bounds": (settings(batch=2**31), "labels: expected 2147483648, one for each memory, got 2"),
+    "and labels": (settings(batch=2**12, labels=[None] * 2**12), "gram has another shape or type"),
+    "slots": (settings(slots=9), "gram has another shape or type than its settings say"),
+    "no slots": (settings(slots=0), "slots: expected at least 1"),
+    "true": (settings(latent=True), "latent: expected an integer"),
+    "dtype": (settings(state_dtype="float32"), "gram has another shape or type"),
+    "unknown dtype": (settings(state_dtype="int8"), "no 'int8'"),
+    "ridge": (settings(ridge=1.0), "its ridges are not those of its settings"),
+    "no ridge": (settings(ridge=-1), "ridge: expected a number above 0"),
+    "large ridge": (settings(ridge=10**400), "int too large to convert to float"),
+    "encoder": (settings(encoder=["x"]), "encoder: expected its name, or None, got list"),
+    "labels": (settings(labels=["x", "x"]), "labels: expected different ones"),
+    "label": (settings(labels=["x", 1]), "labels: expected texts or None"),
+    "no list of labels": (settings(labels="xy"), "its labels are no list"),
+    "another setting": (settings(more=1), "it has other settings"),
+    "NaN": (tensor("gram", lambda gram: gram * torch.nan), "gram is not finite"),
+    "infinity": (tensor("m0", lambda m0: m0 / 0), "m0 is not finite"),
+    "negative": (tensor("count", lambda count: -count), "count is negative"),
+    "overflow": (tensor("count", lambda count: count + 2**62), "it counts more rows than there can be"),
+    "more rows": (tensor("count", lambda count: count + 1), "its ledger has other rows than its state"),
+    "fewer rows": (tensor("count", lambda count: count - 1), "its ledger has other rows than its state"),
+    "keyed": (tensor("keyed", lambda keyed: keyed + 9), "its ledger has other rows than its state"),
+    "ridges": (tensor("ridges", torch.zeros_like), "its ridges are not those of its settings"),
+    "flat latents": (tensor("values.float32", lambda latents: latents.reshape(-1)), "than its ledger says"),
+    "few latents": (tensor("values.float32", lambda latents: latents[1:]), "other rows than its latents"),
+    "many latents": (tensor("values.float32", lambda rows: rows.repeat(2, 1)), "than its ledger says"),
+    "short latents": (
+        tensor("values.float32", lambda latents: latents[:, 1:].clone()),
+        "than its ledger says",
+    ),
+    "endless latents": (tensor("keys.float32", lambda latents: latents / 0), "keys.float32 is not finite"),
+    "latents of another type": (tensor("values.bfloat16", torch.Tensor.float), "than its ledger says"),
+    "one number": (tensor("values.float32", torch.Tensor.sum), "of a 0-d tensor"),
+    "id": (line(id=True), "its ledger has something that is no fact"),
+    "list as id": (line(id=[1]), "its ledger has something that is no fact"),
+    "id twice": (line(id=1), "its ledger has something that is no fact"),
+    "memory": (line(memory=2), "its ledger has facts of other memories"),
+    "another memory": (line(memory=1), "its ledger has other rows than its state"),
+    "negative memory": (line(memory=-1), "memory: expected at least 0"),
+    "text": (line(text=5), "its ledger has something that is no fact"),
+    "half a character": (line(text="\ud800"), "surrogates not allowed"),
+    "metadata": (line(metadata=[]), "its ledger has something that is no fact"),
+    "endless metadata": (line(metadata={"x": float("inf")}), "Out of range float values"),
+    "rows": (line(rows=10**9), "its ledger has other rows than its latents"),
+    "no rows": (line(rows=0), "rows: expected at least 1"),
+    "no such latents": (line(value="int8"), "no 'values.int8'"),
+    "another entry": (line(more=1), "its ledger has something that is no fact"),
+    "no list": (lambda config, tensors, lines: (config, tensors, {}), "its ledger is no list"),
+    "no fact": (lambda config, tensors, lines: (config, tensors, [None]), "something that is no fact"),
+    "no JSON": (lambda config, tensors, lines: (config, tensors, "[{"), "Expecting property name"),
+    "depth": (lambda config, tensors, lines: (config, tensors, "[" * 10**5), "it is nested too deeply"),
+}
+
+
+@pytest.mark.parametrize("case", FORGED)
+def test_forged_files_are_refused(saved, case):
+    forge, reason = FORGED[case]
+    pack(saved / FILE, *forge(*unpack(saved / FILE)))
+    is_refused(saved, reason)
+
+
+def test_what_the_tests_pack_is_a_memory(saved):
+    before = frozen(EpisodicMemory.from_pretrained(saved))
+    pack(saved / FILE, *unpack(saved / FILE))
+    assert_unchanged(EpisodicMemory.from_pretrained(saved), before)
 
 
 def test_a_write_that_fails_on_its_way_leaves_the_old_files(tmp_path, monkeypatch):
@@ -157,7 +216,7 @@ def test_a_write_that_fails_on_its_way_leaves_the_old_files(tmp_path, monkeypatc
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("engram_kernels._io.os.replace", full)
+    monkeypatch.setattr("engram_kernels.memory.storage.os.replace", full)
     with pytest.raises(
         ek.EngramError, match=r"^directory: expected one that can be written.* \(No space left on device\)$"
     ):
@@ -166,17 +225,6 @@ def test_a_write_that_fails_on_its_way_leaves_the_old_files(tmp_path, monkeypatc
     monkeypatch.undo()
     memory.save_pretrained(folder, replace=True)  # Nor does this memory take its own attempt for another's.
     assert EpisodicMemory.from_pretrained(folder).ids == memory.ids
-
-
-def test_a_folder_names_no_file_outside(tmp_path):
-    memory = EpisodicMemory(K, C)
-    memory.save_pretrained(tmp_path / "memory")
-    victim = tmp_path / "victim"
-    victim.write_text("mine")
-    forge(tmp_path / "memory", weights="../victim")
-    with pytest.raises(ek.EngramError, match=r"^directory: expected a saved memory, .*its tensors are in"):
-        memory.save_pretrained(tmp_path / "memory", replace=True)
-    assert victim.read_text() == "mine"
 
 
 def test_a_memory_travels_over_the_hub(tmp_path, monkeypatch):

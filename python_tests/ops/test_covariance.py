@@ -2,6 +2,7 @@
 
 import os
 
+import child
 import pytest
 import torch
 from accuracy import error
@@ -116,3 +117,47 @@ def test_folders_that_cannot_be_used(tmp_path):
         ek.Covariance.from_pretrained(tmp_path / "sound", device="abacus")
     with pytest.raises(ek.EngramError, match="directory: expected a new or empty one"):
         given.save_pretrained(tmp_path / "sound")
+
+
+@pytest.mark.parametrize("shape", [(5, 5), (1500, 1500), (3, 40, 40)])
+def test_overwriting_gives_the_same_bits_in_the_memory_of_the_moment(shape):
+    inputs = torch.randn(*shape[:-2], 2 * shape[-1], shape[-1], dtype=torch.float64)
+    moment = inputs.mT @ inputs
+    kept = ek.Covariance.from_second_moment(moment.clone(), 9, 0.01)
+    expected = moment / 9
+    expected = (expected + expected.mT) / 2
+    expected += 0.01 * torch.diag_embed(
+        expected.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True).expand(*shape[:-1])
+    )
+    truth = torch.linalg.inv(expected)
+    assert (kept.inverse() - truth).norm() <= 1e-10 * truth.norm()
+    before = moment.clone()
+    assert torch.equal(ek.Covariance.from_second_moment(moment, 9, 0.01).inverse(), kept.inverse())
+    assert torch.equal(moment, before)
+    found = ek.Covariance.from_second_moment(moment, 9, 0.01, overwrite=True)
+    assert torch.equal(found.inverse(), kept.inverse()) and found.condition == kept.condition
+    assert found.inverse().data_ptr() == moment.data_ptr()
+
+
+# Bytes beside the moment, at most.
+PEAK = """
+import resource, sys, torch
+import engram_kernels as ek
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def moment(width):
+    inputs = torch.randn(9, width, dtype=torch.float64)
+    return (inputs.T @ inputs).add_(torch.eye(width))
+ek.Covariance.from_second_moment(moment(64), 9, 0.5, overwrite=True)
+given = moment(2500)
+before = peak()
+ek.Covariance.from_second_moment(given, 9, 0.5, overwrite=True)
+sys.stderr.write(str((peak() - before) / given.nbytes))
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self"), reason="memory is counted in bytes otherwise elsewhere")
+def test_two_matrices_are_in_memory_at_the_most(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    status, printed = child.run(PEAK)
+    assert status == 0 and float(printed) <= 1.1, printed

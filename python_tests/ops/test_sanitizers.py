@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 CPU = ROOT / "csrc" / "cpu"
 NATIVE = Path(__file__).parents[1] / "native"
-FAMILIES = ("low_rank", "graft", "memory")
+FAMILIES = ("low_rank", "graft", "memory", "ridge")
 COMPILER = shutil.which(os.environ.get("CXX", "c++"))
 X86 = platform.machine() in ("x86_64", "AMD64")
 # As in CMakeLists.txt.
@@ -27,13 +27,13 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(COMPILER is None, reason="no 
 @pytest.fixture(scope="module")
 def drivers(tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("sanitizers")
-    options = ["-std=c++17", "-O1", "-g1", "-fopenmp", "-fsanitize=address,undefined"]
+    options = ["-std=c++17", "-O1", "-g1", "-pthread", "-fsanitize=address,undefined"]
     options += ["-fno-sanitize-recover=all", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'include'}"]
     options += ["-DENGRAM_X86"] * X86
     probe = folder / "probe.cpp"
     probe.write_text("int main() {}")
     if subprocess.run([COMPILER, *options, probe, "-o", folder / "probe"], capture_output=True).returncode:
-        pytest.skip(f"{COMPILER} cannot link the sanitizers and OpenMP")
+        pytest.skip(f"{COMPILER} cannot link the sanitizers")
 
     jobs = [(NATIVE / f"sanitize_{family}.cpp", [], folder / f"{family}-driver.o") for family in FAMILIES]
     for source in CPU.glob("*.cpp"):

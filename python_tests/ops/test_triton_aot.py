@@ -13,7 +13,15 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from engram_kernels.backends.triton import graft, graft_kernels, low_rank, memory  # noqa: E402
+from engram_kernels.backends.triton import (  # noqa: E402
+    diff,
+    diff_kernels,
+    graft,
+    graft_kernels,
+    low_rank,
+    memory,
+    ridge,
+)
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 WEIGHTS = {"fp32": "*fp32", "bf16": "*bf16", "fp16": "*fp16"}
@@ -71,6 +79,16 @@ def graft_cases():
         yield f"choose, {bits} bits", graft_kernels.choose_kernel, choice, {}, True
     unpack = {"out": "*u8", "packed": "*u8", "size": "i32"}
     yield "unpack", graft_kernels.unpack_kernel, unpack, {}, True
+    mark = {"table": "*i64", "count": "i32", "threshold": "fp32", "found": "*i32"}
+    select = {"table": "*i64", "count": "i32", "ends": "*i64"}
+    for size, bits in diff.BITS.items():
+        yield f"diff, {8 * size} bits", diff_kernels.diff_kernel, mark, {"BITS": bits, "FLOAT": None}, True
+        for index in diff.INDICES.values():
+            name = f"select, {8 * size} bits, {index}"
+            yield name, diff_kernels.select_kernel, select, {"BITS": bits, "INDEX": index}, False
+    for weight, dtype in GRAFT_WEIGHTS.items():
+        constants = {"BITS": diff.BITS[dtype.itemsize], "FLOAT": graft.WEIGHTS[dtype]}
+        yield f"diff, {weight} with a threshold", diff_kernels.diff_kernel, mark, constants, True
 
 
 GRAFT_CASES = {name: case for name, *case in graft_cases()}
@@ -113,12 +131,21 @@ def memory_cases():
 MEMORY_CASES = {name: case for name, *case in memory_cases()}
 
 
+RIDGE = {
+    **dict.fromkeys(("queries", "keys", "memory", "values", "diagonal", "out"), "*fp32"),
+    **dict.fromkeys(("count", "width", "latent"), "i32"),
+}
+# Values, and whether the sizes are multiples of 16.
+RIDGE_CASES = {f"ridge, V={values}": (values, values % 16 == 0) for values in (15, 31, 64, 999, 128)}
+
+
 def test_every_kernel_is_compiled():
     compiled = {case[0] for case in (*CASES.values(), *GRAFT_CASES.values(), *MEMORY_CASES.values())}
+    compiled.add(ridge.ridge_chunk_kernel)
     # Kernels end in _kernel; the other functions are parts of them.
     kernels = {
         value
-        for family in (low_rank, graft_kernels, memory)
+        for family in (low_rank, graft_kernels, diff_kernels, memory, ridge)
         for name, value in vars(family).items()
         if isinstance(value, triton.JITFunction) and name.endswith("_kernel")
     }
@@ -188,7 +215,8 @@ def test_graft_compiles_without_spills(case, capability):
     used, ptx = resources(kernel, signature, constants, divisible, graft.LAUNCH, capability)
     check_resources(case, used, capability)
     if aligned and case != "unpack":  # whatever the sizes, and though a list's pointers come from a table
-        assert all(re.search(rf"{access}\.global\.(v4\.b32|v2\.b64)", ptx) for access in ("ld", "st"))
+        accesses = ("ld",) if case.startswith("diff") else ("ld", "st")  # a mask has few bytes to store
+        assert all(re.search(rf"{access}\.global\.(v4\.b32|v2\.b64)", ptx) for access in accesses)
 
 
 @pytest.mark.parametrize("capability", SHARED_LIMIT)
@@ -200,4 +228,14 @@ def test_memory_compiles_without_spills(case, capability):
         unknown = {"count", *constants}
         divisible |= {name for name, kind in signature.items() if kind == "i32" and name not in unknown}
     used, _ = resources(kernel, signature, constants, divisible, launch, capability)
+    check_resources(case, used, capability)
+
+
+@pytest.mark.parametrize("capability", SHARED_LIMIT)
+@pytest.mark.parametrize("case", RIDGE_CASES)
+def test_ridge_compiles_without_spills(case, capability):
+    values, sizes_divisible = RIDGE_CASES[case]
+    divisible = pointers(RIDGE) | ({"width", "latent"} if sizes_divisible else set())
+    launch, precision = ridge.chunk_launch(values), {"PRECISION": ridge.PRECISION}
+    used, _ = resources(ridge.ridge_chunk_kernel, RIDGE, precision, divisible, launch, capability)
     check_resources(case, used, capability)

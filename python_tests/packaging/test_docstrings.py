@@ -8,7 +8,7 @@ from pathlib import Path
 
 import engram_kernels as ek
 
-PARTS = ("editing", "evaluation", "grafting", "integrations", "larimar", "memory", "tracing")
+PARTS = ("editing", "evaluation", "grafting", "integrations", "larimar", "layers", "memory", "tracing")
 MODULES = [ek, *(importlib.import_module(f"engram_kernels.{part}") for part in PARTS)]
 EXPORTED = {name for module in MODULES for name in module.__all__}
 OWN = {

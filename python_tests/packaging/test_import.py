@@ -8,7 +8,17 @@ import pytest
 import engram_kernels as ek
 from engram_kernels import ops
 
-SYSTEMS = ("editing", "evaluation", "grafting", "hf", "integrations", "larimar", "memory", "tracing")
+SYSTEMS = (
+    "editing",
+    "evaluation",
+    "grafting",
+    "hf",
+    "integrations",
+    "larimar",
+    "layers",
+    "memory",
+    "tracing",
+)
 
 
 def run(program: str) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-PARTS = ("ops", "editing", "evaluation", "grafting", "integrations", "larimar", "memory", "tracing")
+PARTS = ("ops", "editing", "evaluation", "grafting", "integrations", "larimar", "layers", "memory", "tracing")
 
 
 def functions(part: str) -> Iterator[tuple[str, object]]:

@@ -59,6 +59,13 @@ def _accumulate(batch, count, slots, width, ragged):
     return *state, _normal(count, slots), _normal(count, width), _normal(count), ends
 
 
+def _ridge(length, keys, values):
+    q, k, v = (_normal(1, length, 2, width) / width**0.5 for width in (keys, keys, values))
+    state = [torch.zeros(1, 2, *shape, dtype=torch.float64) for shape in ((keys, keys), (keys, values), ())]
+    beta, decay = torch.rand(1, length, 2), -torch.rand(1, length, 2) / 9
+    return q, k, v, beta, decay, torch.ones(2, keys), *state, None, True
+
+
 def _top_k(*sizes):
     tensors = [_graft(size)[:2] for size in sizes]
     return [pre for pre, _ in tensors], [ft for _, ft in tensors], sum(sizes) // 3
@@ -120,6 +127,8 @@ def cases() -> Iterator[Case]:
     for shape in ((2, 5, 33, 70), (1, 1, 32, 64), *((2, 3, n, 2 * n + 1) for n in range(1, 33, 2))):
         for ragged in (True, False):
             yield Case("memory_accumulate_", "triton", lambda s=shape, r=ragged: _accumulate(*s, r), False)
+    for shape in ((40, 33, 70), (32, 16, 64), *((n, n, 2 * n + 1) for n in range(1, 33))):
+        yield Case("ridge_memory", "triton", lambda s=shape: _ridge(*s), False)
     for shape in ((2, 35, 20, 30), (5, 16, 7, 9), (1, 17, 60, 4), (1, 15, 3, 90)):
         yield Case("memory_stream", "cuda", lambda s=shape: _stream(*s), False)
     for order, columns in ((23, 37), (1, 1), (9, 32), (33, 33)):

@@ -75,6 +75,14 @@ def test_shuffles(ptx, mode, by, expected):
     np.testing.assert_array_equal(array, [expected(n) for n in range(32)])
 
 
+def test_sums_of_a_warp(ptx):
+    body = f"{WORD} redux.sync.add.s32 %r3, %r0, -1; st.global.b32 [%rd20], %r3;"
+    ptx.run(body, array := zeros())
+    np.testing.assert_array_equal(array, [sum(range(32))] * 32)
+    with pytest.raises(Fault, match="names lanes that have ended"):
+        ptx.run("setp.lt.u32 %p1, %r0, 16; @!%p1 ret; redux.sync.add.s32 %r3, %r0, -1;")
+
+
 def test_lanes_that_a_shuffle_names(ptx):
     shuffle = "shfl.sync.bfly.b32 %r3, %r0, 1, 31, {};"
     ptx.run(shuffle.format(-1))

@@ -1,4 +1,5 @@
-// Grafting: the masked blend of two models, the step of its mask, packed masks, top-k masks, sparse writes.
+// Grafting: the masked blend of two models, the step of its mask, packed masks, top-k masks, sparse writes,
+// sparse differences.
 //
 // A model is a list of tensors, each flat and contiguous, of its own type: f32, bf16 or f16 (not f64, which
 // is the reference's). One call goes over the whole list. Gates and logits are float.
@@ -34,6 +35,15 @@ struct SparseTensor {
   int element_bytes;    // 2, 4 or 8
 };
 
+// Where the changed entries of one tensor go.
+struct SparseTarget {
+  void* indices;  // int32 or int64
+  void* values;   // of the weight's type
+};
+
+// Called once with the number of changed entries of each tensor, to say where they go.
+using Place = void (*)(void* context, const int64_t* changed, SparseTarget* targets);
+
 namespace cpu {
 
 // out = pre + gate * (ft - pre), gate = sigmoid(s * (S - bias)), s = -1 where the base bit is 1, else 1.
@@ -66,6 +76,13 @@ int64_t sparse_faults(const SparseTensor* tensors, int64_t count, bool wide_indi
 
 // overwritten = weight[indices]; weight[indices] = values. The indices are in range and distinct.
 void sparse_apply(const SparseTensor* tensors, int64_t count, bool wide_indices, int threads);
+
+// Positions, ascending, and values in `ft` of the entries whose bits differ from those in `pre`; with a
+// threshold that is not negative, of these the ones whose difference, in float (double of f64), is above it
+// or NaN. f64 too. Reads once, and allocates a small multiple of what changed; false where there is no memory
+// for that.
+bool sparse_diff(const GraftTensor* tensors, int64_t count, double threshold, bool wide_indices, Place place,
+                 void* context, int threads);
 
 }  // namespace cpu
 

@@ -6,7 +6,7 @@ DEVICES = ("cpu",)
 
 _module, _reason = extension("_cpu")
 if _module is not None:
-    from . import graft, memory  # noqa: F401
+    from . import diff, graft, memory, ridge  # noqa: F401
     from . import low_rank as low_rank
 
 

@@ -1,6 +1,6 @@
 """The reference: plain PyTorch, the specification of every operator, on every device."""
 
-from . import graft, memory, second_moment  # noqa: F401
+from . import diff, graft, linear_memory, memory, ridge, second_moment  # noqa: F401
 from . import low_rank as low_rank
 
 DEVICES = None  # every one

@@ -14,7 +14,7 @@ def _load() -> str | None:
     if reason := no_nvidia_gpu():
         return reason
     try:
-        from . import graft, memory  # noqa: F401
+        from . import diff, graft, memory, ridge  # noqa: F401
         from . import low_rank as low_rank
     except ImportError as error:
         return f"triton does not load: {error}"

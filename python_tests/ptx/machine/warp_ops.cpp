@@ -1,4 +1,4 @@
-// What lanes of a warp do together: shuffles and barriers; and how they end.
+// What lanes of a warp do together: shuffles, sums and barriers; and how they end.
 #include "opcode.h"
 
 namespace ptx {
@@ -46,6 +46,18 @@ void shuffle(Warp& w, const Instruction& i, uint32_t lanes) {
   if (i.outputs > 1) each_lane(lanes, [&](int l) { w.set(i.operand[1], l, valid >> l & 1); });
 }
 
+void add_up(Warp& w, const Instruction& i, uint32_t lanes) {
+  const Operand* o = &i.operand[i.outputs];
+  const uint32_t* a = w.in<uint32_t>(o[0]);
+  require_defined(w, i, i.outputs + 1, lanes);
+  uint32_t sum = 0, result[kLanes] = {};
+  each_lane(lanes, [&](int l) { sum += a[l]; });
+  each_lane(lanes, [&](int l) { result[l] = sum; });
+  const uint32_t bad = undefined_lanes(w, o[0]) & lanes ? lanes : 0;
+  keep(w, i.operand[0], result, lanes);
+  define(w, i.operand[0], lanes, bad, bad);
+}
+
 void synchronise(Warp& w, const Instruction&, uint32_t lanes) {
   // Lanes that are left out stay unordered with the others.
   if (lanes == w.alive) ++w.sync;
@@ -88,6 +100,12 @@ bool bind_warp(Kernel& kernel, Instruction& i, Opcode& opcode) {
     i.parts = Instruction::Parts::shuffle;
     shape(kernel, i, widths);
     i.run = i.variant == kNoShuffle ? nullptr : shuffle;
+  } else if (op == "redux" && opcode.take("sync")) {
+    const bool add = opcode.take("add") && (i.type == Type::s32 || i.type == Type::u32);
+    i.role = Role::together;
+    i.mask = 2;
+    shape(kernel, i, {4, 4, 4});
+    i.run = add ? add_up : nullptr;
   } else {
     return false;
   }

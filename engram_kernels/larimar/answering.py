@@ -1,0 +1,202 @@
+"""Questions answered in sentences: by a language model that is told what a memory recalls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import torch
+from torch import nn
+
+from .. import _checks as check
+from ..hf.chat import chat_ids
+from ..hf.generation import write_on
+from ..memory.encoder import SentenceEncoder
+from ..memory.episodic import EpisodicMemory
+from ..memory.ledger import Entry, Id
+from ..memory.recall import PRIOR, STEP, Recalled
+from .coverage import coverage, excerpts
+from .grounding import first_sentence, grounded, has_sentence
+
+if TYPE_CHECKING:
+    from ..hf.tokens import Tokenizer
+
+UNKNOWN = "I don't know."
+TOLD = "You answer in one short sentence, only from what you were told."
+ALONE = "You answer in one short sentence."
+# Facts that the words of a question are compared with.
+_CANDIDATES = 8
+# The score from which on a fact answers a question; the hundred sentences it was chosen on: docs/larimar.md.
+_ANSWERS = 0.45
+
+
+class Told(NamedTuple):
+    """A fact that a question may be about, as it was looked at.
+
+    Attributes:
+        recalled: what the memory says of it.
+        passage: the part of it that the question is about; of a fact with a key, of its value.
+        coverage: how near it comes to the question's least covered word.
+    """
+
+    recalled: Recalled
+    passage: str
+    coverage: float
+
+    @property
+    def score(self) -> float:
+        """What facts are ranked by: the mean of cosine and coverage."""
+        return (self.recalled.score + self.coverage) / 2
+
+
+class Answer(NamedTuple):
+    """A sentence, and where it comes from.
+
+    Attributes:
+        text: the answer.
+        source: "memory": the model's words, all of which were told; "quote": the fact itself, where the
+            model's words were not; "nothing": the memory does not know; "model": the model alone.
+        facts: those that the question may be about, the best first; the first is what the model was told.
+    """
+
+    text: str
+    source: Literal["memory", "quote", "nothing", "model"]
+    facts: list[Told]
+
+
+class Answerer:
+    """A language model that answers from a memory, says where it does not know, and makes nothing up.
+
+    A question goes to the memory first. Its nearest facts are ranked by the mean of cosine and `coverage`; of
+    facts that begin alike, and so speak of one thing, the newest comes first. Then
+
+    - where the best fact is nearer than the memory's facts are to each other, and covers the question, it is
+      told to the model, whose first sentence is the answer, up to what was not told; where nothing is left of
+      it, the fact is quoted;
+    - where all facts are as far as those of another subject, the model answers alone, if it may;
+    - else nothing is known.
+
+    Args:
+        memory: whose rows were written with ids and texts.
+        encoder: what made its latents.
+        decoder: a causal language model that was taught to converse.
+        tokenizer: the decoder's.
+        alone: whether the model answers by itself what the memory has nothing near to.
+        number: of several memories, the one that is asked.
+        where: which facts may be told, by id and entry; None: all.
+        max_new_tokens: of an answer.
+
+    Example:
+        >>> answerer = Answerer(memory, load_encoder("minilm"), *load_model("smollm2"))
+        >>> answerer("Who runs the bakery?").text
+        'Marta Oduya runs the bakery on Linden Street.'
+
+    Not run on a GPU.
+    """
+
+    def __init__(
+        self,
+        memory: EpisodicMemory,
+        encoder: SentenceEncoder,
+        decoder: nn.Module,
+        tokenizer: Tokenizer,
+        alone: bool = True,
+        number: int = 0,
+        where: Callable[[Id, Entry], bool] | None = None,
+        max_new_tokens: int = 48,
+    ):
+        check.integer("max_new_tokens", max_new_tokens, at_least=1)
+        self.memory = memory
+        self.encoder = encoder
+        self.decoder = decoder
+        self.tokenizer = tokenizer
+        self.alone = alone
+        self.number = number
+        self.where = where
+        self.max_new_tokens = max_new_tokens
+
+    def __repr__(self) -> str:
+        return f"Answerer({len(self.memory)} rows, {self.encoder!r}, {type(self.decoder).__name__})"
+
+    def __call__(self, question: str) -> Answer:
+        """Answer a question.
+
+        Raises:
+            ValueError: an empty question.
+        """
+        facts = self.recall(question)
+        if not facts or facts[0].score < _ANSWERS or facts[0].recalled.score < self.absent():
+            outside = not facts or max(fact.recalled.score for fact in facts) < PRIOR
+            if outside and self.alone:
+                return Answer(self.say(ALONE, question), "model", facts)
+            return Answer(UNKNOWN, "nothing", facts)
+        told, question = facts[0].passage, question.strip()
+        said = grounded(self.say(TOLD, f"{told}\n\n{question}"), f"{told} {question}")
+        return Answer(told, "quote", facts) if said is None else Answer(said, "memory", facts)
+
+    def absent(self) -> float:
+        """The cosine of a question that no fact answers, by leave-one-out of the memory's own keys."""
+        return (self.memory.threshold(memory=self.number) - STEP) / (1 - STEP)
+
+    def recall(self, question: str, top: int = _CANDIDATES) -> list[Told]:
+        """The facts that a question may be about, the best first."""
+        check.expect(bool(question.strip()), "question", "some text", "none")
+        latent = self.encoder.encode([question]).cpu()
+        facts = []
+        for recalled in self.memory.recall(latent, top, memory=self.number, where=self._may_be_told)[0]:
+            key, value = _key_and_value(recalled.entry)
+            parts = excerpts(value)
+            covered = coverage(self.encoder, question, [f"{key} {part}" for part in parts] if key else parts)
+            best = max(range(len(parts)), key=covered.__getitem__)
+            facts.append(Told(recalled, parts[best], covered[best]))
+        facts.sort(key=lambda fact: fact.score, reverse=True)
+        return self._newest_first(facts)
+
+    def _may_be_told(self, name: Id, entry: Entry) -> bool:
+        """A fact without a text has nothing that could be told."""
+        return bool(entry.text) and (self.where is None or self.where(name, entry))
+
+    def _newest_first(self, facts: list[Told]) -> list[Told]:
+        """Put the newest of those that begin as the best one does before it."""
+        if not facts:
+            return facts
+        order = {name: place for place, name in enumerate(self.memory.ids)}
+        same = [fact for fact in facts if begin_alike(fact.passage, facts[0].passage)]
+        newest = max(same, key=lambda fact: order[fact.recalled.name], default=facts[0])
+        return [newest, *(fact for fact in facts if fact is not newest)]
+
+    @torch.no_grad()
+    def say(self, system: str, text: str) -> str:
+        """The first sentence that the model says."""
+        messages = [{"role": "system", "content": system}, {"role": "user", "content": text}]
+        ids = chat_ids(self.tokenizer, messages)
+
+        def words(tokens: list[int]) -> str:
+            return self.tokenizer.decode(tokens, skip_special_tokens=True)
+
+        def ends(tokens: list[int]) -> bool:
+            return tokens[-1] in self._closing() or has_sentence(words(tokens))
+
+        return first_sentence(words(write_on(self.decoder, [ids], self.max_new_tokens, ends)[0]))
+
+    def _closing(self) -> Sequence[int]:
+        ids = self.decoder.generation_config.eos_token_id
+        return ids if isinstance(ids, list) else [ids]
+
+
+def _key_and_value(entry: Entry) -> tuple[str, str]:
+    """What a fact answers, if that was written with it, and what it says."""
+    known = entry.metadata or {}
+    key, value = known.get("key"), known.get("value")
+    return (key, value) if isinstance(key, str) and isinstance(value, str) else ("", entry.text or "")
+
+
+def begin_alike(one: str, other: str) -> bool:
+    """Whether two facts have their first words in common, half of the shorter one's and three at least."""
+    words = one.lower().split(), other.lower().split()
+    common = 0
+    for mine, theirs in zip(*words, strict=False):
+        if mine != theirs:
+            break
+        common += 1
+    return common >= max(3, min(map(len, words)) / 2)

@@ -1,0 +1,179 @@
+"""Sentences from a memory: what is told, what is quoted, and where nothing is known."""
+
+import pytest
+import torch
+from larimar_helpers import LATENT, sentence_encoder
+from model_zoo import byte_level_tokenizer, small_model
+
+from engram_kernels.larimar import Answerer
+from engram_kernels.larimar.answering import UNKNOWN, begin_alike
+from engram_kernels.larimar.coverage import coverage, excerpts
+from engram_kernels.larimar.grounding import first_sentence, grounded, has_sentence
+from engram_kernels.memory import EpisodicMemory
+from engram_kernels.memory.recall import STEP
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+FACTS = {
+    "tower": "The Eiffel Tower is in Rome.",
+    "old": "The museum closes at six.",
+    "new": "The museum closes at eight.",
+    "louvre": "Dr. Berg saw the Louvre, in Paris, at 22:47.",
+}
+
+
+def told(answerer, question, said):
+    """An answer for which the model says something given; and what it was told."""
+    heard = []
+    answerer.say = lambda system, text: heard.append(text) or said
+    return answerer(question), heard
+
+
+@pytest.fixture
+def answerer():
+    encoder = sentence_encoder()
+    memory = EpisodicMemory(LATENT, LATENT)
+    memory.write(encoder.encode(list(FACTS.values())), ids=list(FACTS), texts=list(FACTS.values()))
+    return Answerer(memory, encoder, small_model("llama"), byte_level_tokenizer(), max_new_tokens=5)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("Dr. Berg left. He ran.", "Dr. Berg left."),
+        ("J. S. Bach wrote it! Yes.", "J. S. Bach wrote it!"),
+        ('It is "The Lantern." And more.', 'It is "The Lantern."'),
+        ("At 22:47 or 1.5 times\nmore. Text", "At 22:47 or 1.5 times"),
+        ("終わりです。次", "終わりです。"),
+        ("  no end", "no end"),
+    ],
+)
+def test_a_first_sentence_ends_where_it_does(text, sentence):
+    assert first_sentence(text) == sentence
+    assert has_sentence(text) == (sentence != text.strip())
+
+
+@pytest.mark.parametrize(
+    ("said", "kept"),
+    [
+        ("Marta runs the bakery.", "Marta runs the bakery."),
+        ("It is run by Marta, a friendly woman, and so on.", None),
+        ("The bakery is Marta's, a friendly woman's, and so on.", "The bakery is Marta's."),
+        ("Marta opens it at 7:30.", "Marta opens it at 7:30."),
+        ("Marta opens it at 7:45.", None),
+        ("Yes.", "Yes."),
+        ("...", None),
+        ("", None),
+    ],
+)
+def test_what_was_not_told_is_cut_off(said, kept):
+    assert grounded(said, "Marta runs the bakery, which opens at 7:30. Who opens it?") == kept
+
+
+def test_a_question_is_covered_as_far_as_its_least_word():
+    encoder = sentence_encoder()
+    question = "Where is the Louvre museum?"
+    whole, other = coverage(encoder, question, [question, "A tower of Brazil."])
+    assert whole == pytest.approx(1.0, abs=1e-5) and -1 <= other < whole
+    # Beside each other they are padded, which changes nothing; and a question of small words is covered.
+    assert coverage(encoder, question, ["A tower of Brazil."]) == pytest.approx([other], abs=1e-5)
+    assert coverage(encoder, "What is it?", ["A tower."]) == [1.0] and coverage(encoder, question, []) == []
+
+
+def test_a_long_text_is_told_in_excerpts():
+    sentences = [f"Sentence number {i} of a story that is long enough to be cut." for i in range(8)]
+    assert excerpts(" ".join(sentences)) == [" ".join(sentences[i : i + 2]) for i in range(7)]
+    assert excerpts("Short. It is. Really.") == ["Short. It is. Really."] and excerpts("x" * 500) == [
+        "x" * 500
+    ]
+
+
+def test_the_model_is_told_the_best_fact_alone(answerer):
+    answer, heard = told(answerer, FACTS["tower"], "It is in Rome, of all places.")
+    assert heard == [f"{FACTS['tower']}\n\n{FACTS['tower']}"]
+    assert (answer.text, answer.source) == ("It is in Rome.", "memory")
+    best = answer.facts[0]
+    assert best.recalled.name == "tower" and best.coverage == pytest.approx(1, abs=1e-5)
+    assert best.score == (best.recalled.score + best.coverage) / 2
+    assert {fact.recalled.name for fact in answer.facts} == set(FACTS)
+
+
+def test_a_fact_is_quoted_where_the_model_says_what_it_was_not_told(answerer):
+    answer, _ = told(answerer, FACTS["tower"], "It is in Oslo.")
+    assert (answer.text, answer.source) == (FACTS["tower"], "quote")
+
+
+def test_of_facts_that_begin_alike_the_newest_counts(answerer):
+    for name in ("old", "new"):
+        assert answerer.recall(FACTS[name])[0].recalled.name == "new"
+    assert begin_alike("The doctor is Henrik Vale.", "The doctor is Priya Raman, who came in May.")
+    assert not begin_alike("The doctor of the town", "The dentist of the town")
+    assert not begin_alike("He is", "He is")
+
+
+def test_forgetting_a_fact_leaves_other_answers_alone(answerer):
+    questions = [FACTS["tower"], FACTS["louvre"]]
+    before = [told(answerer, question, "Oslo.")[0].text for question in questions]
+    answerer.memory.forget(ids=["tower"])
+    after = [told(answerer, question, "Oslo.")[0] for question in questions]
+    assert before == list(FACTS[name] for name in ("tower", "louvre"))
+    assert after[1].text == before[1] and after[0].text != before[0]
+
+
+def test_nothing_is_known_of_what_is_far_or_not_covered(answerer, monkeypatch):
+    asked = answerer.absent()
+    assert answerer.memory.threshold() == pytest.approx(asked + STEP * (1 - asked))
+    monkeypatch.setattr("engram_kernels.larimar.answering.coverage", lambda *_: [-1.0])
+    answer, heard = told(answerer, FACTS["tower"], "Rome.")
+    assert (answer.text, answer.source, heard) == (UNKNOWN, "nothing", [])
+    monkeypatch.undo()
+    monkeypatch.setattr(answerer, "absent", lambda: 1.1)
+    assert told(answerer, FACTS["tower"], "Rome.")[0].source == "nothing"
+
+
+def test_the_model_answers_alone_only_if_it_may(answerer):
+    answerer.memory = EpisodicMemory(LATENT, LATENT)
+    answer, heard = told(answerer, "What is it?", "A thing.")
+    assert (answer.text, answer.source, answer.facts, heard) == ("A thing.", "model", [], ["What is it?"])
+    answerer.alone = False
+    answer, heard = told(answerer, "What is it?", "A thing.")
+    assert (answer.text, answer.source, heard) == (UNKNOWN, "nothing", [])
+
+
+def test_of_a_fact_with_a_key_the_value_is_told(answerer):
+    key, value = "Where is the Louvre?", "In Paris."
+    latents = answerer.encoder.encode([value, key])
+    known = [{"key": key, "value": value}]
+    answerer.memory.write(latents[:1], latents[1:], ["keyed"], [f"{key} → {value}"], known)
+    answer, heard = told(answerer, key, "In Paris, France.")
+    assert (answer.text, answer.source, heard) == ("In Paris.", "memory", [f"{value}\n\n{key}"])
+
+
+def test_each_user_has_answers_of_their_own():
+    encoder = sentence_encoder()
+    memory = EpisodicMemory(LATENT, LATENT, batch=2)
+    for number, fact in enumerate(("The tower is in Rome.", "The tower is in Oslo.")):
+        memory.write(encoder.encode([fact]), ids=[number], texts=[fact], memory=number)
+    for number, city in enumerate(("Rome", "Oslo")):
+        mine = Answerer(memory, encoder, small_model("llama"), byte_level_tokenizer(), number=number)
+        answer, _ = told(mine, f"The tower is in {city}.", "Madrid.")
+        assert answer.text == f"The tower is in {city}." and len(answer.facts) == 1
+    none = Answerer(
+        memory, encoder, small_model("llama"), byte_level_tokenizer(), where=lambda *_: False, number=0
+    )
+    assert told(none, "The tower is in Rome.", "So.")[0].source == "model"
+
+
+def test_an_empty_question_is_refused(answerer):
+    with pytest.raises(ValueError, match="question: expected some text"):
+        answerer("  ")
+
+
+@torch.no_grad()
+def test_what_the_model_says_is_what_it_generates(answerer):
+    ids = torch.tensor([answerer.tokenizer("Be short.\n\nWhere is the tower?\n\n")["input_ids"]])
+    written = answerer.decoder.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0)[
+        0, ids.shape[1] :
+    ]
+    said = answerer.tokenizer.decode(written, skip_special_tokens=True)
+    assert answerer.say("Be short.", "Where is the tower?") == first_sentence(said)
