@@ -73,7 +73,8 @@ def invert(columns: Columns = 7168) -> None:
     """A second moment of float64 into its inverse: the time grows with in³, the memory with in²."""
     torch.manual_seed(0)
     inputs = torch.randn(64, columns, dtype=torch.float64)
-    moment = (inputs.T @ inputs).add_(torch.eye(columns))
+    moment = inputs.T @ inputs
+    moment.diagonal().add_(1.0)
     size, before, begun = moment.nbytes / 1e9, peak(), time.process_time()
     ek.Covariance.from_second_moment(moment, 64, overwrite=True)
     told(
