@@ -25,7 +25,7 @@ from rich.table import Table
 from engram_kernels._io import write_json
 from engram_kernels.hf.loading import load_model
 from engram_kernels.larimar import Answer, Answerer, TokenValues, row_weights
-from engram_kernels.larimar.answering import TOLD
+from engram_kernels.larimar.answering import ALONE, TOLD
 from engram_kernels.larimar.grounding import grounded
 from engram_kernels.memory import EpisodicMemory, load_encoder
 
@@ -41,10 +41,10 @@ class Cached(Answerer):
         super().__init__(*arguments, **options)
         self.heard: dict[tuple[str, str], str] = {}
 
-    def say(self, system: str, text: str) -> str:
-        if (system, text) not in self.heard:
-            self.heard[system, text] = super().say(system, text)
-        return self.heard[system, text]
+    def say(self, prompts: Sequence[tuple[str, str]]) -> list[str]:
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.heard]
+        self.heard.update(zip(new, super().say(new), strict=True))
+        return [self.heard[prompt] for prompt in prompts]
 
 
 def read(name: str) -> list[dict]:
@@ -59,6 +59,11 @@ def filled(encoder) -> EpisodicMemory:
     names, texts = zip(*((fact["id"], fact["value"]) for fact in facts), strict=True)
     memory.write(latents, ids=names, texts=texts, parts=parts)
     return memory
+
+
+def asked(answerer: Answerer, questions: Sequence[dict]) -> dict[str, Answer]:
+    texts = [question["question"] for question in questions]
+    return dict(zip(texts, answerer.answer(texts), strict=True))
 
 
 def is_right(question: dict, text: str) -> bool:
@@ -80,13 +85,10 @@ def aloud(answerer: Cached, questions: Sequence[dict]) -> list[str]:
     texts = [entry.text for _, entry in memory.ledger.items() for _ in entry.key]
     weights = row_weights(memory, answerer.encoder.encode([q["question"] for q in questions]))
     told = values.decode(weights.float() @ values.encode(texts))
-    answers = []
-    for text, question in zip(told, questions, strict=True):
-        said = grounded(
-            answerer.say(TOLD, f"{text}\n\n{question['question']}"), f"{text} {question['question']}"
-        )
-        answers.append(text if said is None else said)
-    return answers
+    asked = [question["question"] for question in questions]
+    said = answerer.say([(TOLD, f"{text}\n\n{one}") for text, one in zip(told, asked, strict=True)])
+    kept = [grounded(*one) for one in zip(said, told, asked, strict=True)]
+    return [text if answer is None else answer for text, answer in zip(told, kept, strict=True)]
 
 
 def main(
@@ -100,21 +102,22 @@ def main(
     questions = read("questions.jsonl")
     told = [question for question in questions if "fact" in question]
     untold = [question for question in questions if "fact" not in question]
-    answers = {question["question"]: answerer(question["question"]) for question in questions}
+    answers = asked(answerer, questions)
     for question in questions:
         console.print(escape(shown(question, answers[question["question"]])), highlight=False, soft_wrap=True)
 
     def share(kind: Sequence[dict], good) -> str:
         return f"{sum(map(good, kind)) / len(kind):.3f}"
 
-    nearest = {}
-    for question in told:
-        latent = encoder.encode([question["question"]])
-        ((best,),) = answerer.memory.recall(latent, 1)
-        text = best.entry.text
-        nearest[question["question"]] = best.name, answerer.say(TOLD, f"{text}\n\n{question['question']}")
-    from_readout = dict(zip((q["question"] for q in told), aloud(answerer, told), strict=True))
-    bare = {q["question"]: answerer.say(TOLD, q["question"]) for q in told}
+    texts = [question["question"] for question in told]
+    nearest = [best for (best,) in answerer.memory.recall(encoder.encode(texts), 1)]
+    plain = answerer.say(
+        [(TOLD, f"{best.entry.text}\n\n{text}") for best, text in zip(nearest, texts, strict=True)]
+    )
+    firsts = dict(zip(texts, nearest, strict=True))
+    plainly = dict(zip(texts, plain, strict=True))
+    from_readout = dict(zip(texts, aloud(answerer, told), strict=True))
+    bare = dict(zip(texts, answerer.say([(ALONE, text) for text in texts]), strict=True))
     table = Table(box=box.SIMPLE_HEAD)
     for name in ("", "fact first", "answers right", "of them quoted", "unanswerable recognised"):
         table.add_column(name, justify="left" if not name else "right")
@@ -130,8 +133,8 @@ def main(
     )
     table.add_row(
         "plain retrieval",
-        share(told, lambda q: nearest[q["question"]][0] == q["fact"]),
-        share(told, lambda q: is_right(q, nearest[q["question"]][1])),
+        share(told, lambda q: firsts[q["question"]].name == q["fact"]),
+        share(told, lambda q: is_right(q, plainly[q["question"]])),
         "",
         "0.000",
     )
@@ -146,16 +149,13 @@ def main(
         answerer.memory.forget(ids=[gone])
         others = [question for question in questions if question.get("fact") != gone]
         changed[gone] = [
-            (q["question"], answers[q["question"]].text, now.text)
-            for q in others
-            if (now := answerer(q["question"])).text != answers[q["question"]].text
+            (question, answers[question].text, now.text)
+            for question, now in asked(answerer, others).items()
+            if now.text != answers[question].text
         ]
-        asked = [question for question in told if question["fact"] == gone]
         console.print(f"{gone} forgotten: {len(changed[gone])} of {len(others)} other answers changed.")
-        for question in asked:
-            console.print(
-                escape(f"  {question['question']} → {answerer(question['question']).text}"), soft_wrap=True
-            )
+        for question, now in asked(answerer, [q for q in told if q["fact"] == gone]).items():
+            console.print(escape(f"  {question} → {now.text}"), soft_wrap=True)
         for line in changed[gone]:
             console.print(escape("  " + " | ".join(line)), soft_wrap=True)
     if report is not None:

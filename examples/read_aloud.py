@@ -88,6 +88,10 @@ class Trial:
         return answers
 
 
+def same(texts: Sequence[str], others: Sequence[str]) -> float:
+    return fmean(text == other for text, other in zip(texts, others, strict=True))
+
+
 def questions(cases: Sequence[Case]) -> dict[str, tuple[list[Case], list[str]]]:
     """By kind, cases and what is asked about them."""
     pairs = {
@@ -102,7 +106,7 @@ def questions(cases: Sequence[Case]) -> dict[str, tuple[list[Case], list[str]]]:
 
 def main(
     data: Annotated[Path, typer.Option(help="Rows of CounterFact, JSON or JSON lines.")],
-    rows: Annotated[int, typer.Option(help="Rows that are asked, the first ones.")] = 400,
+    rows: Annotated[int, typer.Option(help="Rows whose answers the decoder writes, the first ones.")] = 400,
     baseline: Annotated[int, typer.Option(help="Of these, rows that the baseline is asked.")] = 50,
     edits: Annotated[int, typer.Option(help="Edits by ROME to time; 0: none.")] = 3,
     report: Annotated[Path | None, typer.Option(help="JSON file for all figures.")] = None,
@@ -110,8 +114,9 @@ def main(
     """Measure, and print the figures."""
     folder = os.environ.get("ENGRAM_DATA")
     path = Path(folder) / data if folder and not data.exists() else data
-    every = list({case.edit.text: case for case in read_cases(path, rows=2 * rows + 400).cases}.values())
+    every = list({case.edit.text: case for case in read_cases(path, rows=1200).cases}.values())
     cases = every[:rows]
+    named = {case.name for case in cases}
     decoder, tokenizer = load_model("smollm2")
     trial = Trial(load_encoder("minilm"), decoder, tokenizer)
     found: dict[str, dict] = {}
@@ -131,35 +136,26 @@ def main(
     for kind, (asked, prompts) in questions(cases[:baseline]).items():
         targets = [case.edit.target for case in asked]
         note(f"fact in the prompt, {kind}", trial.score(trial.told(asked, prompts), targets))
-    for count in (16, 64, 256):
-        some = cases[:count]
-        memory = trial.memory(some)
-        for kind, (asked, prompts) in questions(some).items():
+    loads = {f"{count} facts in one memory": count for count in (16, 64, 256)}
+    loads |= {f"N/K = {share}": count for share, count in (("1/2", 192), ("1", 384), ("2", 768))}
+    for name, count in loads.items():
+        memory = trial.memory(every[:count])
+        for kind, (asked, prompts) in questions(every[:count]).items():
             targets = [case.edit.target for case in asked]
             words = trial.reader(memory).read(prompts)
-            read = fmean(word == target for word, target in zip(words, targets, strict=True))
+            figures = {"read": same(words, targets), "count": len(targets)}
             nearest = memory.recall(trial.encoder.encode(prompts), 1)
-            by_key = fmean(best[0].entry.text == t for best, t in zip(nearest, targets, strict=True))
-            scores = trial.score(trial.say(prompts, words), targets)
-            note(f"{count} facts in one memory, {kind}", {**scores, "read": read, "nearest key": by_key})
-    for count in (10, 100, len(every)):
-        memory, first = trial.memory(every[:count]), cases[: min(count, 100)]
+            figures["nearest key"] = same([best[0].entry.text for best in nearest], targets)
+            some = [at for at, case in enumerate(asked) if case.name in named]
+            answers = trial.say([prompts[at] for at in some], [words[at] for at in some])
+            scores = trial.score(answers, [targets[at] for at in some])
+            note(f"{name}, {kind}", {**figures, "exact": scores["exact"], "of": len(some)})
+    for count in (10, 100, 1000):
+        memory, first = trial.memory(every[:count]), every[: min(count, 100)]
         prompts, targets = [case.edit.text for case in first], [case.edit.target for case in first]
         words = trial.reader(memory).read(prompts)
-        read = fmean(word == target for word, target in zip(words, targets, strict=True))
-        note(
-            f"the first {len(first)} after {count} edits",
-            {**trial.score(trial.say(prompts, words), targets), "read": read},
-        )
-    for share, count in (("1/2", 192), ("1", 384), ("2", 768)):
-        memory = trial.memory(every[:count])
-        figures = {}
-        for kind, (asked, prompts) in questions(every[:192]).items():
-            targets = [case.edit.target for case in asked]
-            words = trial.reader(memory).read(prompts)
-            figures[f"read, {kind}"] = fmean(w == t for w, t in zip(words, targets, strict=True))
-            figures[f"exact, {kind}"] = trial.score(trial.say(prompts, words), targets)["exact"]
-        note(f"N/K = {share}", figures)
+        scores = trial.score(trial.say(prompts, words), targets)
+        note(f"the first {len(first)} after {count} edits", {"read": same(words, targets), **scores})
     some = cases[:64]
     memory = trial.memory(some)
     prompts, targets = [case.edit.text for case in some], [case.edit.target for case in some]

@@ -89,7 +89,7 @@ def edit(
     from ..editing.methods import method_of
     from ..editing.reach import reached
 
-    method_of(method)
+    value = method_of(method).value
     with reading("also", "paraphrases"):
         fact = Edit(subject, prompt, target, also or (), space, chat)
     asked = [("edited", one) for one in fact.prompts]
@@ -97,7 +97,6 @@ def edit(
         with reading("paraphrase", "prompt"):
             asked.append(("paraphrase", Edit(subject, text, target, space=space, chat=chat).prompt))
     controls = control or [text for text in CONTROLS if fact.subject not in text]
-    value = method_of(method).value
     if weight_decay is not None:
         value = replace(value, weight_decay=weight_decay)
     check_file("report", report)

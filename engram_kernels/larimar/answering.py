@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-import torch
 from torch import nn
 
 from .. import _checks as check
@@ -26,7 +25,7 @@ TOLD = "You answer in one short sentence, only from what you were told."
 ALONE = "You answer in one short sentence."
 # Facts that the words of a question are compared with.
 _CANDIDATES = 8
-# The score from which on a fact answers a question; the hundred sentences it was chosen on: docs/larimar.md.
+# The score from which on a fact answers a question; what it was chosen on: docs/larimar.md.
 _ANSWERS = 0.45
 
 
@@ -65,14 +64,14 @@ class Answer(NamedTuple):
 
 
 class Answerer:
-    """A language model that answers from a memory, says where it does not know, and makes nothing up.
+    """A language model that answers from a memory, in words that stand there, and says what it does not know.
 
     A question goes to the memory first. Its nearest facts are ranked by the mean of cosine and `coverage`; of
     facts that begin alike, and so speak of one thing, the newest comes first. Then
 
     - where the best fact is nearer than the memory's facts are to each other, and covers the question, it is
-      told to the model, whose first sentence is the answer, up to what was not told; where nothing is left of
-      it, the fact is quoted;
+      told to the model, whose first sentence is the answer, up to what was not told; where that leaves
+      nothing, the fact is quoted;
     - where all facts are as far as those of another subject, the model answers alone, if it may;
     - else nothing is known.
 
@@ -124,15 +123,24 @@ class Answerer:
         Raises:
             ValueError: an empty question.
         """
-        facts = self.recall(question)
-        if not facts or facts[0].score < _ANSWERS or facts[0].recalled.score < self.absent():
-            outside = not facts or max(fact.recalled.score for fact in facts) < PRIOR
-            if outside and self.alone:
-                return Answer(self.say(ALONE, question), "model", facts)
-            return Answer(UNKNOWN, "nothing", facts)
-        told, question = facts[0].passage, question.strip()
-        said = grounded(self.say(TOLD, f"{told}\n\n{question}"), f"{told} {question}")
-        return Answer(told, "quote", facts) if said is None else Answer(said, "memory", facts)
+        return self.answer([question])[0]
+
+    def answer(self, questions: Sequence[str]) -> list[Answer]:
+        """Answer questions, each for itself; the model writes all answers at once."""
+        found = [(question.strip(), self.recall(question)) for question in questions]
+        prompts = [self._prompt(*asked) for asked in found]
+        said = iter(self.say([prompt for prompt in prompts if prompt is not None]))
+        return [
+            Answer(UNKNOWN, "nothing", asked[1]) if prompt is None else _answer(*asked, prompt, next(said))
+            for asked, prompt in zip(found, prompts, strict=True)
+        ]
+
+    def _prompt(self, question: str, facts: list[Told]) -> tuple[str, str] | None:
+        """What the model hears, the system's and the user's part; None where nothing is known."""
+        if facts and facts[0].score >= _ANSWERS and facts[0].recalled.score >= self.absent():
+            return TOLD, f"{facts[0].passage}\n\n{question}"
+        outside = all(fact.recalled.score < PRIOR for fact in facts)
+        return (ALONE, question) if outside and self.alone else None
 
     def absent(self) -> float:
         """The cosine of a question that no fact answers, by leave-one-out of the memory's own keys."""
@@ -165,11 +173,20 @@ class Answerer:
         newest = max(same, key=lambda fact: order[fact.recalled.name], default=facts[0])
         return [newest, *(fact for fact in facts if fact is not newest)]
 
-    @torch.no_grad()
-    def say(self, system: str, text: str) -> str:
-        """The first sentence that the model says."""
-        messages = [{"role": "system", "content": system}, {"role": "user", "content": text}]
-        ids = chat_ids(self.tokenizer, messages)
+    def say(self, prompts: Sequence[tuple[str, str]]) -> list[str]:
+        """The first sentence that the model says to each prompt.
+
+        Args:
+            prompts: how it is to answer, and what the user says.
+        """
+        roles = ("system", "user")
+        rows = [
+            chat_ids(
+                self.tokenizer,
+                [{"role": role, "content": text} for role, text in zip(roles, prompt, strict=True)],
+            )
+            for prompt in prompts
+        ]
 
         def words(tokens: list[int]) -> str:
             return self.tokenizer.decode(tokens, skip_special_tokens=True)
@@ -177,11 +194,20 @@ class Answerer:
         def ends(tokens: list[int]) -> bool:
             return tokens[-1] in self._closing() or has_sentence(words(tokens))
 
-        return first_sentence(words(write_on(self.decoder, [ids], self.max_new_tokens, ends)[0]))
+        written = write_on(self.decoder, rows, self.max_new_tokens, ends) if rows else []
+        return [first_sentence(words(tokens)) for tokens in written]
 
     def _closing(self) -> Sequence[int]:
         ids = self.decoder.generation_config.eos_token_id
         return ids if isinstance(ids, list) else [ids]
+
+
+def _answer(question: str, facts: list[Told], prompt: tuple[str, str], said: str) -> Answer:
+    """What the model said as an answer: what is left of it, or a quotation."""
+    if prompt[0] == ALONE:
+        return Answer(said, "model", facts)
+    kept = grounded(said, facts[0].passage, question)
+    return Answer(facts[0].passage, "quote", facts) if kept is None else Answer(kept, "memory", facts)
 
 
 def _key_and_value(entry: Entry) -> tuple[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 from .words import WORD, content_words
 
@@ -24,37 +25,44 @@ def has_sentence(text: str) -> bool:
     return "\n" in text.strip() or _SENTENCE.search(text) is not None
 
 
-def grounded(text: str, told: str) -> str | None:
-    """The first sentence of a text, up to the clause in which a word comes that was not told.
+def grounded(text: str, told: str, asked: str) -> str | None:
+    """The first sentence of a text, up to the clause in which a word comes that was neither told nor asked.
 
     Words are compared without case and English endings; words such as "the" and "is" need no telling.
 
     Args:
         text: what a model said.
-        told: what it was told and asked.
+        told: what it was told.
+        asked: the question.
 
     Returns:
-        The sentence, or its beginning; None where the first clause already says something else.
+        The sentence, or its beginning. None where the first clause already says something else, or where all
+        of it stands in the question: that answers nothing.
 
     Example:
-        >>> grounded("Marta runs the bakery, a friendly place.", "Marta runs the bakery. Who runs it?")
-        'Marta runs the bakery.'
+        >>> grounded("It is run by Marta, I think.", "Marta runs the bakery.", "Who runs it?")
+        'It is run by Marta.'
     """
-    known = {_stem(word) for word in WORD.findall(told)}
+    question = _stems(WORD.finditer(asked))
+    known = question | _stems(WORD.finditer(told))
     kept = []
     for clause in _CLAUSE.split(first_sentence(text)):
-        if any(_stem(word[0]) not in known for word in content_words(clause)):
+        if not _stems(content_words(clause)) <= known:
             break
         kept.append(clause)
     sentence = " ".join(kept).rstrip(",; ")
-    if not WORD.search(sentence):
+    if _stems(content_words(sentence)) <= question:
         return None
     return sentence if has_sentence(sentence) else f"{sentence}."
+
+
+def _stems(words: Iterable[re.Match[str]]) -> set[str]:
+    return {_stem(word[0]) for word in words}
 
 
 def _stem(word: str) -> str:
     word = word.lower().replace(",", "")
     for ending in _ENDINGS:
-        if word.endswith(ending) and len(word) > len(ending) + 3:
+        if word.endswith(ending) and len(word) > len(ending) + 2:
             return word[: -len(ending)].rstrip("e")
     return word.rstrip("e") if len(word) > 3 else word

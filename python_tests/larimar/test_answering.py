@@ -25,7 +25,7 @@ FACTS = {
 def told(answerer, question, said):
     """An answer for which the model says something given; and what it was told."""
     heard = []
-    answerer.say = lambda system, text: heard.append(text) or said
+    answerer.say = lambda prompts: [heard.append(text) or said for _, text in prompts]
     return answerer(question), heard
 
 
@@ -57,17 +57,20 @@ def test_a_first_sentence_ends_where_it_does(text, sentence):
     ("said", "kept"),
     [
         ("Marta runs the bakery.", "Marta runs the bakery."),
-        ("It is run by Marta, a friendly woman, and so on.", None),
+        ("It is run by Marta, a friendly woman, and so on.", "It is run by Marta."),
+        ("It is owned by Marta.", None),
         ("The bakery is Marta's, a friendly woman's, and so on.", "The bakery is Marta's."),
         ("Marta opens it at 7:30.", "Marta opens it at 7:30."),
         ("Marta opens it at 7:45.", None),
-        ("Yes.", "Yes."),
+        ("Yes.", None),
+        ("Marta is Marta.", "Marta is Marta."),
+        ("It opens.", None),
         ("...", None),
         ("", None),
     ],
 )
 def test_what_was_not_told_is_cut_off(said, kept):
-    assert grounded(said, "Marta runs the bakery, which opens at 7:30. Who opens it?") == kept
+    assert grounded(said, "Marta runs the bakery, which opens at 7:30.", "Who opens it?") == kept
 
 
 def test_a_question_is_covered_as_far_as_its_least_word():
@@ -89,18 +92,21 @@ def test_a_long_text_is_told_in_excerpts():
 
 
 def test_the_model_is_told_the_best_fact_alone(answerer):
-    answer, heard = told(answerer, FACTS["tower"], "It is in Rome, of all places.")
-    assert heard == [f"{FACTS['tower']}\n\n{FACTS['tower']}"]
+    question = "The Eiffel Tower is in"
+    answer, heard = told(answerer, question, "It is in Rome, of all places.")
+    assert heard == [f"{FACTS['tower']}\n\n{question}"]
     assert (answer.text, answer.source) == ("It is in Rome.", "memory")
     best = answer.facts[0]
-    assert best.recalled.name == "tower" and best.coverage == pytest.approx(1, abs=1e-5)
+    assert best.recalled.name == "tower"
+    assert [best.coverage] == pytest.approx(coverage(answerer.encoder, question, [FACTS["tower"]]), abs=1e-5)
     assert best.score == (best.recalled.score + best.coverage) / 2
     assert {fact.recalled.name for fact in answer.facts} == set(FACTS)
 
 
 def test_a_fact_is_quoted_where_the_model_says_what_it_was_not_told(answerer):
-    answer, _ = told(answerer, FACTS["tower"], "It is in Oslo.")
-    assert (answer.text, answer.source) == (FACTS["tower"], "quote")
+    for said in ("It is in Oslo.", "It is the tower.", ""):
+        answer, _ = told(answerer, "The Eiffel Tower is in", said)
+        assert (answer.text, answer.source) == (FACTS["tower"], "quote")
 
 
 def test_of_facts_that_begin_alike_the_newest_counts(answerer):
@@ -176,4 +182,13 @@ def test_what_the_model_says_is_what_it_generates(answerer):
         0, ids.shape[1] :
     ]
     said = answerer.tokenizer.decode(written, skip_special_tokens=True)
-    assert answerer.say("Be short.", "Where is the tower?") == first_sentence(said)
+    # Beside another, longer prompt too.
+    prompts = [("Be short.", "Where is the tower?"), ("Be long.", "Where is the tower of Rome? In Paris?")]
+    assert answerer.say(prompts)[0] == answerer.say(prompts[:1])[0] == first_sentence(said)
+
+
+def test_questions_are_answered_together_as_alone(answerer):
+    answerer.alone = False
+    questions = ["The Eiffel Tower is in", "The museum closes at", "Why?"]
+    answerer.say = lambda prompts: [text for _, text in prompts]
+    assert answerer.answer(questions) == [answerer(question) for question in questions]
