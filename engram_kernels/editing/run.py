@@ -262,7 +262,7 @@ class Run:
                 found |= self._group([batch[i] for i in groups[task]], done + len(found), journal)
             return {i: one if isinstance(one, EngramError) else self._light(one) for i, one in found.items()}
 
-        found = {}
+        found: dict[int, Value | EngramError] = {}
         for part in self.ranks.each(own):
             found |= part
         made = {}
