@@ -11,14 +11,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from ..editing.npz import save_npz
 from ..errors import EngramError
 from ..hf.layers import decoder_layers
+from ..hf.placement import input_device
 from ..hf.projection import output_projection
 
 if TYPE_CHECKING:
@@ -155,7 +155,8 @@ class EasyEdit:
             ),
             "",
         )
-        head, tied = self.model.get_output_embeddings(), self.model.get_input_embeddings()
+        model: Any = self.model
+        head, tied = model.get_output_embeddings(), model.get_input_embeddings()
         # A tied head has no name of its own among the parameters.
         head = tied if head.weight is tied.weight else head
         return {
@@ -170,7 +171,7 @@ class EasyEdit:
     def settings(self, **more) -> dict:
         """What all methods are told."""
         return {
-            "model_name": "engram", "device": str(self.model.get_input_embeddings().weight.device),
+            "model_name": "engram", "device": str(input_device(self.model)),
             "layers": list(self.layers()), **self.names(), **more,
         }  # fmt: skip
 
@@ -196,19 +197,20 @@ class EasyEdit:
     @contextlib.contextmanager
     def _as_it_likes(self) -> Iterator[None]:
         """A pad token, padding on the right, and a name, as EasyEdit expects them, for a while."""
+        config: Any = self.model.config
         before = SimpleNamespace(
             pad=self.tokenizer.pad_token,
             side=self.tokenizer.padding_side,
-            name=self.model.config._name_or_path,
+            name=config._name_or_path,
         )
         try:
             self.tokenizer.pad_token = before.pad or self.tokenizer.eos_token
             self.tokenizer.padding_side = "right"
-            self.model.config._name_or_path = "engram"
+            config._name_or_path = "engram"
             yield
         finally:
             self.tokenizer.pad_token, self.tokenizer.padding_side = before.pad, before.side
-            self.model.config._name_or_path = before.name
+            config._name_or_path = before.name
 
 
 def check_baseline(name: str) -> str:
@@ -295,7 +297,7 @@ def _grace(editor: EasyEdit, requests: list[dict]) -> Callable[[], None]:
     return undo
 
 
-def _from_the_last_token(adapter: nn.Module, inputs: tuple) -> None:
+def _from_the_last_token(adapter: Any, inputs: tuple) -> None:
     if inputs[0].shape[1] > 1:
         adapter.key_id = -1
 

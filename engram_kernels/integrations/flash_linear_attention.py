@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ class FlaRidgeMemory(RidgeMemory):
     """
 
     def __init__(
-        self, hidden_size: int = 2048, layer_idx: int | None = None, mode: str = "chunk", **options: object
+        self, hidden_size: int = 2048, layer_idx: int | None = None, mode: str = "chunk", **options: Any
     ) -> None:
         super().__init__(hidden_size, **options)
         self.mode, self.layer_idx = mode, layer_idx
@@ -38,11 +39,11 @@ class FlaRidgeMemory(RidgeMemory):
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
-        past_key_values: object | None = None,
+        past_key_values: Any = None,
         use_cache: bool | None = False,
         output_attentions: bool | None = False,
-        **options: object,
-    ) -> tuple[Tensor, None, object | None]:
+        **options: Any,
+    ) -> tuple[Tensor, None, Any]:
         """Mix the tokens of sequences that may be padded.
 
         Args:
@@ -59,14 +60,14 @@ class FlaRidgeMemory(RidgeMemory):
         cu_seqlens, state = options.get("cu_seqlens"), None
         if past_key_values is not None:
             check.integer("layer_idx", self.layer_idx, at_least=0)
+            assert self.layer_idx is not None
             if len(past_key_values) > self.layer_idx:
                 kept = past_key_values[self.layer_idx]
                 memory = kept["recurrent_state"]
                 memory = RidgeState(*memory) if self.rule == "ridge" else memory
                 state = MemoryState(memory, *(kept["conv_state"] or (None, None)))
         length = hidden_states.shape[1]
-        padded = attention_mask is not None and not bool(attention_mask[:, -length:].all())
-        if padded:
+        if attention_mask is not None and not bool(attention_mask[:, -length:].all()):
             expected = "None where tokens are padded"
             check.expect(past_key_values is None and cu_seqlens is None, "past_key_values", expected, "one")
             mask = attention_mask[:, -length:].bool()
@@ -91,5 +92,5 @@ def register() -> type[FlaRidgeMemory]:
         layers = importlib.import_module("fla.layers")
     except ImportError as error:
         raise EngramError(f"flash-linear-attention cannot be imported: {error}") from error
-    layers.RidgeMemory = FlaRidgeMemory
+    setattr(layers, "RidgeMemory", FlaRidgeMemory)  # noqa: B010
     return FlaRidgeMemory

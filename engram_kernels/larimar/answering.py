@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from torch import nn
 
@@ -198,7 +198,8 @@ class Answerer:
         return [first_sentence(words(tokens)) for tokens in written]
 
     def _closing(self) -> Sequence[int]:
-        ids = self.decoder.generation_config.eos_token_id
+        config: Any = self.decoder.generation_config
+        ids = config.eos_token_id
         return ids if isinstance(ids, list) else [ids]
 
 

@@ -108,8 +108,8 @@ class MixtureOfMemories(Memory):
 
         k, v = map(heads, torch.cat(projected).chunk(2, -1))
         q = heads(self.q_proj(x).flatten(0, 1)[token])
-        gates = (gate if gate is None else gate.flatten(0, 1)[token][None] for gate in self.gates(x))
-        out, state = self.read(q, k, v, *gates, state, ends)
+        beta, decay = (gate if gate is None else gate.flatten(0, 1)[token][None] for gate in self.gates(x))
+        out, state = self.read(q, k, v, beta, decay, state, ends)
         weighed = self.o_norm(out[0]) * weights.flatten()[order].to(out.dtype)[:, None, None]
         mixed = torch.zeros(batch * length, *out.shape[2:], dtype=weighed.dtype, device=x.device)
         mixed = mixed.index_add(0, token, weighed)

@@ -17,7 +17,8 @@ _STATE_DTYPES = (torch.float32, torch.float64)
 
 def _check(q, k, v, beta, decay, memory, cu_seqlens, delta: bool) -> None:
     check_sequence(q, k, v, beta=beta, decay=decay)
-    count, heads, keys, values = sequences(q, cu_seqlens), *q.shape[2:], v.shape[3]
+    _, _, heads, keys = q.shape
+    count, values = sequences(q, cu_seqlens), v.shape[3]
     check.floating("initial_state", memory, _STATE_DTYPES)
     check.shape("initial_state", memory, (count, heads, keys, values), "[N, H, K, V]")
     check.same_device("initial_state", memory, q.device)
