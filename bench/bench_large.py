@@ -77,15 +77,13 @@ def invert(columns: Columns = 7168) -> None:
     moment.diagonal().add_(1.0)
     size, before, begun = moment.nbytes / 1e9, peak(), time.process_time()
     ek.Covariance.from_second_moment(moment, 64, overwrite=True)
-    told(
-        f"Covariance of {columns} dimensions, {size:.2f} GB a matrix, {(peak() - before) / size:.2f} beside it",
-        begun,
-    )
+    beside = (peak() - before) / size
+    told(f"Covariance of {columns} dimensions, {size:.2f} GB a matrix, {beside:.2f} beside it", begun)
 
 
 @app.command()
 def checkpoint(model: Annotated[str, typer.Option(help="A folder or smollm2.")] = "smollm2") -> None:
-    """A saved edit of one matrix: written into the checkpoint's files, and by loading and saving the model."""
+    """A saved edit of one matrix: written into the checkpoint's files, and by loading and saving."""
     with tempfile.TemporaryDirectory() as folder:
         for way in ("make", "files", "load"):
             subprocess.run([sys.executable, __file__, "one-way", way, model, folder], check=True)

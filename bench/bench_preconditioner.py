@@ -79,12 +79,11 @@ def relative(found, truth) -> float:
     return float((found.double() - truth).norm() / truth.norm())
 
 
-def run(variant: str, width: int, count: int, batch: int, folder: str, queue) -> None:
+def run(variant: str, width: int, count: int, batch: int, folder: str) -> None:
     """One variant; in a process of its own."""
     weight, keys, residual, covariance = draw(width, count)
     if variant == "truth":
         torch.save(exact(keys, residual, covariance), f"{folder}/truth.pt")
-        queue.put({})
         return
     found, given = {}, weight.clone()
     worked = time.process_time()
@@ -125,7 +124,7 @@ def run(variant: str, width: int, count: int, batch: int, folder: str, queue) ->
         whole = covariance + sum(part.double().T @ part.double() for part in keys.split(2000)) / RIDGE
         truth = torch.cholesky_solve(probe.T, torch.linalg.cholesky(whole)).T
         found["error of K Q after all batches"] = relative(operator.apply(probe), truth)
-    queue.put(found)
+    Path(folder, "found.json").write_text(json.dumps(found))
 
 
 def main(
@@ -142,17 +141,19 @@ def main(
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         for variant in ("truth", "memit, at once", "ours, at once", "memit, a stream", "ours, a stream"):
-            queue = context.Queue()
-            process = context.Process(target=run, args=(variant, width, count, batch, folder, queue))
+            process = context.Process(target=run, args=(variant, width, count, batch, folder))
             process.start()
-            found = queue.get()
             process.join()
+            if process.exitcode:
+                raise typer.Exit(process.exitcode)
+            if variant == "truth":
+                continue
+            found = json.loads(Path(folder, "found.json").read_text())
             if "CPU seconds a batch" in found:
                 each = sorted(found.pop("CPU seconds a batch"))
                 found["median CPU seconds a batch"], found["longest"] = each[len(each) // 2], each[-1]
-            if found:
-                report[variant] = found
-                print(variant, json.dumps(found, ensure_ascii=False), flush=True)
+            report[variant] = found
+            print(variant, json.dumps(found, ensure_ascii=False), flush=True)
     if out is not None:
         out.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 

@@ -265,6 +265,23 @@ def test_a_later_edit_keeps_what_was_told_of_its_subject(make, searched):
     assert searched[-1].held == []
 
 
+def test_changes_of_one_subject_are_measured_together(make, searched):
+    """By the value as it was before any: else each edit would have the room of all before it, and so on."""
+    options = ValueOptions(steps=30, learning_rate=0.3, weight_decay=0.0, clamp=0.5, relative=True)
+    editor = make(value=options, contexts=())
+    projection = output_projection(editor.model, 1)
+    (first,) = editor.edit(CITY).writes
+    editor.edit(MAKER)
+    assert searched[0].offset is None and searched[0].facts == 1
+    torch.testing.assert_close(searched[1].offset, first.residuals[0])
+    assert searched[1].facts == 2
+    (value,) = find_values(editor.model, projection, searched[1:], options)
+    norms = (value.keys @ projection.matrix.T - first.residuals).norm(dim=-1)
+    assert value.initial_norm == pytest.approx(norms.mean().item(), rel=1e-3)
+    room = options.clamp * math.sqrt(2) * value.initial_norm
+    assert (first.residuals[0] + value.change).norm().item() <= 1.001 * room
+
+
 def test_a_loaded_edit_is_known_to_later_ones(make, searched, tmp_path):
     editor = make()
     with editor.edit(CITY) as result:
