@@ -11,10 +11,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from ..editing.npz import save_npz
 from ..errors import EngramError
@@ -85,7 +84,10 @@ class EasyEdit:
 
     def __init__(self, method: str, editor: Editor):
         check_baseline(f"easyedit:{method}")
-        self.method, self.model, self.tokenizer = method, editor.model, editor.tokenizer
+        self.method = method
+        # Of transformers: `nn.Module` says nothing of its configuration and its embeddings.
+        self.model: Any = editor.model
+        self.tokenizer = editor.tokenizer
         self._editor = editor
         self._folder: tempfile.TemporaryDirectory | None = None
         self._settings: dict | None = None
@@ -295,7 +297,7 @@ def _grace(editor: EasyEdit, requests: list[dict]) -> Callable[[], None]:
     return undo
 
 
-def _from_the_last_token(adapter: nn.Module, inputs: tuple) -> None:
+def _from_the_last_token(adapter: Any, inputs: tuple) -> None:
     if inputs[0].shape[1] > 1:
         adapter.key_id = -1
 
