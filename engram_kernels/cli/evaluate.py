@@ -224,9 +224,9 @@ def evaluate(
                 return kept.outcomes, kept.retained, kept.summary
             evaluation.prepare()
             tasks = {"unedited": _tasks(network, tokenizer, lm_eval, lm_eval_limit)}
-            retained: list[Retained]
+            retained: list[Retained] = []
             if how == "each":
-                outcomes, retained = _each(evaluation, cases, start, kept), []
+                outcomes = _each(evaluation, cases, start, kept)
             else:
                 run = None if kept_at is None else kept_at.with_name(f"{kept_at.name}.run")
                 outcomes, retained = evaluation.together(

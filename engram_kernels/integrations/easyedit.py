@@ -85,7 +85,10 @@ class EasyEdit:
 
     def __init__(self, method: str, editor: Editor):
         check_baseline(f"easyedit:{method}")
-        self.method, self.model, self.tokenizer = method, editor.model, editor.tokenizer
+        self.method = method
+        # Of transformers: `nn.Module` says nothing of its configuration and its embeddings.
+        self.model: Any = editor.model
+        self.tokenizer = editor.tokenizer
         self._editor = editor
         self._folder: tempfile.TemporaryDirectory | None = None
         self._settings: dict | None = None
