@@ -166,11 +166,15 @@ def main(
     model: Annotated[str, typer.Option(help="A name that engram knows, or a folder.")] = "smollm2",
     rows: Annotated[int | None, typer.Option(help="The first so many; default: all.")] = None,
     summarise: Annotated[bool, typer.Option("--summarise", help="Only print what is there.")] = False,
+    common: Annotated[bool, typer.Option("--common", help="Only rows that every method has.")] = False,
 ) -> None:
     wanted = read_take_rows()[:rows]
     if not summarise:
         network, tokenizer = load_model(model)
         measure(network, tokenizer, output, wanted)
+    if common:
+        folders = [path for path in output.iterdir() if path.is_dir() and any(path.glob("*.json"))]
+        wanted = [row for row in wanted if all((path / f"{row.number}.json").exists() for path in folders)]
     found = summary(output, wanted)
     write_json(output / "summary.json", {"model": model, "methods": found})
     Console(width=180).print(table(found, f"{model}, {len(wanted)} rows, seconds of one processor core"))

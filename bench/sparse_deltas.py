@@ -1,7 +1,7 @@
 """Sparse deltas against what others do with them: find what changed, apply it, trim a change.
 
     python bench/sparse_deltas.py                     40M bf16 weights, 1 % changed, on two threads
-    MERGEKIT=folder python bench/sparse_deltas.py --model smollm2    with mergekit's own trim, and a model
+    ENGRAM_MERGEKIT=folder python bench/sparse_deltas.py --model smollm2     with mergekit, and a model
 
 All variants of a case take turns in one run; what is printed is the median of each, and of the ratios within
 a round. Before anything is timed, the results are compared bit for bit. The memory that a call takes beyond
@@ -63,8 +63,8 @@ def kept_copies(weights: list[Tensor], indices: list[Tensor], values: list[Tenso
 
 
 def mergekit_trim(density: float) -> Callable[[Tensor], Tensor]:
-    """mergekit's own, from where $MERGEKIT says; else its algorithm, which sorts."""
-    sys.path += os.environ.get("MERGEKIT", "").split(os.pathsep)
+    """mergekit's own, from where $ENGRAM_MERGEKIT says; else its algorithm, which sorts."""
+    sys.path += os.environ.get("ENGRAM_MERGEKIT", "").split(os.pathsep)
     try:
         from mergekit.sparsify import magnitude
 

@@ -1,6 +1,6 @@
 """Test-time training in place: a model's own `down_proj` as a memory of the text that it is reading.
 
-    python examples/test_time_training.py --text article.txt --chunks 12
+    python examples/test_time_training.py --text article.txt --chunks 6
 
 The text is read in chunks, each without the tokens of those before it: what a chunk tells the next ones goes
 through one matrix, the projection out of the MLP of one layer. After a chunk is scored, its keys K (what goes
@@ -78,10 +78,10 @@ def article(characters: int) -> str:
 def main(
     text: Annotated[Path | None, typer.Option(help="A text file; else an article of gensim's.")] = None,
     layer: Annotated[int, typer.Option(help="Whose MLP is written.")] = 20,
-    chunks: Annotated[int, typer.Option(min=2, help="How many chunks are read.")] = 12,
+    chunks: Annotated[int, typer.Option(min=2, help="How many chunks are read.")] = 6,
     chunk: Annotated[int, typer.Option(min=2, help="Tokens of a chunk.")] = 256,
-    step: Annotated[float, typer.Option(help="η of the ridge.")] = 1.0,
-    sum_step: Annotated[float, typer.Option(help="η of the plain sum.")] = 1e-3,
+    step: Annotated[float, typer.Option(help="η of the ridge.")] = 100.0,
+    sum_step: Annotated[float, typer.Option(help="η of the plain sum.")] = 0.1,
     ridge: Annotated[float, typer.Option(help="λ, in mean square lengths of the keys.")] = 1.0,
 ) -> None:
     """Read the text once for each rule, and print the perplexity of the first and of the later chunks."""

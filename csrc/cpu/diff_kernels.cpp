@@ -105,10 +105,13 @@ class Parts {
   int64_t count_;
 };
 
+// Where a chunk's values begin, behind its indices, and where the next chunk does: aligned for any type.
+inline int64_t aligned(int64_t bytes) { return ceil_div(bytes, 8) * 8; }
+
 template <class Element, class Index>
 int64_t collect(const GraftTensor& tensor, int64_t begin, int64_t count, const uint8_t* different,
                 Arena& arena) {
-  arena.reserve(count * (sizeof(Index) + sizeof(Element)));
+  arena.reserve(aligned(count * sizeof(Index)) + aligned(count * sizeof(Element)));
   if (!arena.data) return 0;
   const auto* weight = static_cast<const Element*>(tensor.ft);
   auto* indices = reinterpret_cast<Index*>(arena.data + arena.size);
@@ -116,10 +119,10 @@ int64_t collect(const GraftTensor& tensor, int64_t begin, int64_t count, const u
   for (int64_t at = 0; at < count; at += 32)
     for (uint32_t word = word_of(different + at); word; word &= word - 1)
       indices[found++] = static_cast<Index>(begin + at + __builtin_ctz(word));
-  auto* values = reinterpret_cast<Element*>(indices + found);
+  arena.size += aligned(found * sizeof(Index));
+  auto* values = reinterpret_cast<Element*>(arena.data + arena.size);
   for (int64_t i = 0; i < found; ++i) values[i] = weight[indices[i]];
-  // The next chunk's indices stay aligned.
-  arena.size += ceil_div(found * (sizeof(Index) + sizeof(Element)), 8) * 8;
+  arena.size += aligned(found * sizeof(Element));
   return found;
 }
 
@@ -183,8 +186,9 @@ bool sparse_diff(const GraftTensor* tensors, int64_t count, double threshold, bo
         const int64_t i = &tensor - tensors, at = found.data()[chunk], bytes = bytes_of(tensor.dtype);
         const int64_t after = end == tensor.size ? changed.data()[i] : found.data()[chunk + 1];
         copy(targets.data()[i].indices, from, at * index_bytes, (after - at) * index_bytes);
-        copy(targets.data()[i].values, from + (after - at) * index_bytes, at * bytes, (after - at) * bytes);
-        from += ceil_div((after - at) * (index_bytes + bytes), 8) * 8;
+        from += aligned((after - at) * index_bytes);
+        copy(targets.data()[i].values, from, at * bytes, (after - at) * bytes);
+        from += aligned((after - at) * bytes);
       });
   });
   return true;

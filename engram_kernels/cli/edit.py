@@ -1,5 +1,6 @@
 """`engram edit`: one fact, before and after."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -84,11 +85,11 @@ def edit(
 
     Example: engram edit --subject "The Eiffel Tower" --prompt "{} is located in the city of" --target Rome
     """
-    from ..editing import Edit, Editor, ValueOptions
+    from ..editing import Edit, Editor
     from ..editing.methods import method_of
     from ..editing.reach import reached
 
-    method_of(method)
+    value = method_of(method).value
     with reading("also", "paraphrases"):
         fact = Edit(subject, prompt, target, also or (), space, chat)
     asked = [("edited", one) for one in fact.prompts]
@@ -96,7 +97,8 @@ def edit(
         with reading("paraphrase", "prompt"):
             asked.append(("paraphrase", Edit(subject, text, target, space=space, chat=chat).prompt))
     controls = control or [text for text in CONTROLS if fact.subject not in text]
-    value = ValueOptions() if weight_decay is None else ValueOptions(weight_decay=weight_decay)
+    if weight_decay is not None:
+        value = replace(value, weight_decay=weight_decay)
     check_file("report", report)
     if save is not None:
         check_folder("save", save)

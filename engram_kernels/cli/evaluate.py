@@ -2,6 +2,7 @@
 
 import hashlib
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -135,6 +136,7 @@ def evaluate(
     learning_rate: Annotated[float | None, typer.Option(help="Of the value's optimisation.")] = None,
     clamp: Annotated[float | None, typer.Option(help="Largest change of a value, in its norms.")] = None,
     stop_loss: Annotated[float | None, typer.Option(help="The optimisation ends below this loss.")] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="Of the value's optimisation.")] = None,
     original_key: Annotated[
         bool, typer.Option("--original-key", help="ROME as first published, not R-ROME.")
     ] = False,
@@ -157,8 +159,7 @@ def evaluate(
     Example: engram eval --data counterfact.json --rows 20 --method rome --report out.json --plot out.png
     """
     from ..editing import Editor
-    from ..editing.methods import check_choices
-    from ..editing.values import ValueOptions
+    from ..editing.methods import check_choices, method_of
     from ..evaluation.datasets import read_cases
     from ..evaluation.drift import Drift, drift_rows_of, read_known
     from ..evaluation.judge import command_judge
@@ -185,7 +186,9 @@ def evaluate(
     facts = [] if known is None else read_known(data_file(known), known_rows)
     asked_judge = None if judge is None else command_judge(judge)
     given = {"steps": steps, "learning_rate": learning_rate, "clamp": clamp, "stop_loss": stop_loss}
-    value = ValueOptions(**{name: option for name, option in given.items() if option is not None})
+    given["weight_decay"] = weight_decay
+    asked = {name: option for name, option in given.items() if option is not None}
+    value = replace(method_of(method).value, **asked)
     options = {"layers": layer or None, "method": method, "ridge": ridge, "batch": batch}
     options |= {"preserve": preserve, "null_space": null_space, "conflicts": conflicts, "failures": failures}
     checkpoints = tuple(checkpoint or CHECKPOINTS)

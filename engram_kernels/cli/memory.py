@@ -121,7 +121,10 @@ def write(
                 "replaced": list(map(str, revision.replaced)),
                 "known_lines": revision.known,
                 "repeated_lines": revision.repeated,
-                "contradictions": [contradiction._asdict() for contradiction in revision.contradictions],
+                "contradictions": [
+                    {"line": line, "newer": newer, "older": older, "id": None if name is None else str(name)}
+                    for line, newer, older, name in revision.contradictions
+                ],
                 "facts": len(kept.ids),
             }
         )

@@ -11,7 +11,20 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from .common import App, Corpus, Device, Dtype, Model, Seed, Tokens, bars, check_folder, console, load
+from .common import (
+    App,
+    Corpus,
+    Device,
+    Dtype,
+    Model,
+    Seed,
+    Tokens,
+    bars,
+    check_folder,
+    console,
+    load,
+    reading,
+)
 
 if TYPE_CHECKING:
     from ..editing import Edit, EditStore
@@ -60,7 +73,7 @@ def add(
             made = kept.add(edits)
             count = len(kept)
     console.print(_table(made))
-    console.print(f"{store}: {count:,} edits of {model}.", markup=False, highlight=False)
+    console.print(f"{store}: {_counted(count)} of {model}.", markup=False, highlight=False)
 
 
 @app.command("list")
@@ -72,7 +85,7 @@ def list_(store: Folder) -> None:
     kept = _opened(store)
     console.print(_table(kept))
     layers = ", ".join(map(str, kept.layers))
-    console.print(f"{len(kept):,} edits of layers {layers}.", markup=False, highlight=False)
+    console.print(f"{_counted(len(kept))} of layers {layers}.", markup=False, highlight=False)
 
 
 @app.command()
@@ -99,7 +112,7 @@ def remove(
             for number in id:
                 kept.remove(number)
             count = len(kept)
-    console.print(f"{store}: {count:,} edits of {model}.", markup=False, highlight=False)
+    console.print(f"{store}: {_counted(count)} of {model}.", markup=False, highlight=False)
 
 
 @app.command()
@@ -113,8 +126,9 @@ def export(
     """
     check_folder("out", out)
     kept = _opened(store)
-    kept.export(out)
-    console.print(f"Saved {len(kept):,} edits to {out}.", markup=False, highlight=False)
+    with reading("store", "directory"):
+        kept.export(out)
+    console.print(f"Saved {_counted(len(kept))} to {out}.", markup=False, highlight=False)
 
 
 @app.command()
@@ -134,20 +148,25 @@ def verify(
     Example: engram store verify facts --model smollm2
     """
     if model is None:
-        count, what = _opened(store).verify(), "can be read"
+        count, what = _opened(store).verify(), "all can be read"
     else:
         with bars() as progress:
             network, tokenizer = load(progress, model, dtype, device)
             options = {"corpus": corpus, "tokens": tokens, "seed": seed, "progress": progress}
             with _opened(store, network, tokenizer, **options) as kept:
-                count, what = kept.verify(), f"give the weights that they gave in {model}, bit for bit"
-    console.print(f"{store}: {count:,} edits, which {what}.", markup=False, highlight=False)
+                count, what = kept.verify(), f"in {model} the weights are as they were, bit for bit"
+    console.print(f"{store}: {_counted(count)}; {what}.", markup=False, highlight=False)
+
+
+def _counted(count: int) -> str:
+    return f"{count:,} edit" + "s" * (count != 1)
 
 
 def _opened(store: Path, *model, **options) -> EditStore:
     from ..editing import EditStore
 
-    return EditStore(store, *model, **options)
+    with reading("store", "directory"):
+        return EditStore(store, *model, **options)
 
 
 def _edits(subject: str | None, prompt: str | None, target: str | None, facts: Path | None) -> list[Edit]:

@@ -22,6 +22,8 @@ class EncodedEdit:
         kl_prompt: "{subject} is a", the answer to which shall stay.
         held: rows of earlier facts about the subject, which shall hold.
         texts: how many of `rewriting` belong to each prompt, the first one's first.
+        offset: `[out]`, what earlier edits changed the projection's answer to the subject by; None: nothing.
+        facts: how many facts about the subject shall hold, this one and earlier ones.
     """
 
     edit: Edit
@@ -29,6 +31,8 @@ class EncodedEdit:
     kl_prompt: Row
     held: list[Row] = field(default_factory=list)
     texts: tuple[int, ...] = ()
+    offset: torch.Tensor | None = field(default=None, compare=False)
+    facts: int = 1
 
     @property
     def rows(self) -> list[Row]:

@@ -60,7 +60,7 @@ class Editor:
             Gupta et al. 2024, arXiv 2403.07175). False: use the bare prompt's key where the original code
             does.
         ridge: added to `C`, as a share of its mean diagonal.
-        value: options of the value's optimisation.
+        value: options of the value's optimisation; None: the method's.
         seed: of everything that is sampled; the global random state is neither used nor changed.
         progress: called with the name of a stage, the work done and the work there is.
         group: of torch.distributed: its ranks, each with a replica of the model, share the corpus and the
@@ -123,7 +123,7 @@ class Editor:
         self.bare_prompt_weight = bare_prompt_weight
         self.consistent_key = consistent_key
         self.ridge = ridge
-        self.value = value or ValueOptions()
+        self.value = value
         self.seed = seed
         self.progress = progress
         self._prefixes: list[str] | None = None
@@ -244,7 +244,7 @@ class Editor:
             method=chosen,
             last_wins=conflicts == "last",
             skip_failures=failures == "skip",
-            value=self._value_options(chosen),
+            value=self.value or chosen.value,
             key=self._key(chosen),
             texts=chosen.texts,
             bare_denominator=not self.consistent_key,
@@ -254,11 +254,6 @@ class Editor:
         if method.key_ridge is not None and self.consistent_key:
             return SpreadKey(method.key_ridge)
         return MeanKey(self.bare_prompt_weight if self.consistent_key else None)
-
-    def _value_options(self, method: Method) -> ValueOptions:
-        if self.value.stop_probability is not None:
-            return self.value
-        return replace(self.value, stop_probability=method.stop_probability)
 
     def layers(self, method: str | Method = "engram") -> tuple[int, ...]:
         """The layers that a method writes where none are asked for.

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from .. import _checks as check
+from .values import ValueOptions
 
 CONFLICTS = ("refuse", "last")
 FAILURES = ("raise", "skip")
@@ -38,7 +39,7 @@ class Method:
             None: not.
         key_ridge: `λ` of the key that all texts answer to alike (`SpreadKey`); None: the mean key.
         texts: about how many texts a value is searched over; None: every prompt after every context.
-        stop_probability: of the value's optimisation, where the caller asks for none.
+        value: options of the value's optimisation, where the caller gives none.
         source: the paper.
     """
 
@@ -55,7 +56,7 @@ class Method:
     ideal: float | None = None
     key_ridge: float | None = None
     texts: int | None = None
-    stop_probability: float | None = None
+    value: ValueOptions = field(default_factory=ValueOptions)
     source: str = ""
 
     @property
@@ -70,7 +71,8 @@ class Method:
 # it weighs 20 throughout, as SmolLM2 asks for, and what is in its unit is scaled with it.
 METHODS = {
     "engram": Method(
-        batch=1, key_ridge=10.0, texts=12, stop_probability=0.95,
+        batch=1, key_ridge=10.0, texts=8,
+        value=ValueOptions(learning_rate=0.8, stop_probability=0.9, relative=True),
         source="this package: ROME under a key that every text answers to",
     ),
     "rome": Method(batch=1, source="Meng et al. 2022, arXiv 2202.05262"),

@@ -15,9 +15,8 @@ from ..errors import EngramError
 from ..hf.hub import HubFolder
 from ..hf.placement import unwrapped
 from ..hf.projection import output_projection
-from .edit import Edit
 from .files import Content, load_edits, save_edits
-from .history import note
+from .history import Standing, note
 from .records import EditedModule, EditRecord, SkippedEdit, Write, joined_factors, joint_write
 from .weights import Snapshot, matrix_checksum
 
@@ -52,7 +51,7 @@ class EditResult(HubFolder):
     skipped: list[SkippedEdit] = field(default_factory=list)
     _originals: dict[str, Snapshot] = field(default_factory=dict, compare=False)
     # What the model's history has of these edits, while they stand in it.
-    _standing: list[Edit] = field(default_factory=list, compare=False)
+    _standing: list[Standing] = field(default_factory=list, compare=False)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -148,7 +147,7 @@ class EditResult(HubFolder):
             for edited, checksum in zip(self.edited_modules, recorded, strict=True):
                 edited.edited_checksum = checksum
             raise
-        self._standing = note(model, (record.edit for record in self.records))
+        self._standing = note(model, self.records, self.writes)
         return self
 
     def remove(self, number: int) -> None:

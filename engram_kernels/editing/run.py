@@ -101,10 +101,10 @@ class Run:
         rows = {number: one.rewriting[0] for number, one in self.encoded.items()}
         self._before = dict(zip(rows, self._reached(list(rows.values()), list(rows)), strict=True))
         subjects = {edit.subject for edit in self.edits}
-        known = [fact for fact in facts_in(self.model) if fact.subject in subjects]
+        known = [fact for fact in facts_in(self.model) if fact.edit.subject in subjects]
         # Weights may have been put back in ways that nobody told us of.
-        self._earlier = [fact for fact in known if self._says(fact)]
-        self.ranks.check_same("model", digest([asdict(fact) for fact in self._earlier]))
+        self._earlier = [fact for fact in known if self._says(fact.edit)]
+        self.ranks.check_same("model", digest([asdict(fact.edit) for fact in self._earlier]))
 
     def encode(self, prefixes: Sequence[str]) -> None:
         """Tokenise all edits after every prefix, and divide them into batches.
@@ -133,7 +133,7 @@ class Run:
             **settings,
             "key": repr(self.plan.key),
             "edits": digest([asdict(edit) for edit in self.edits]),
-            "earlier": digest([asdict(edit) for edit in self._earlier]),
+            "earlier": digest([asdict(fact.edit) for fact in self._earlier]),
             "after": digest([(write.module, tensor_checksum(write.keys)) for write in self.after]),
             "prefixes": digest(self._prefixes),
             "model": digest(weights_checksums(self.model), *adapter_settings(self.model)),
@@ -154,7 +154,7 @@ class Run:
         writes: list[Write] = []
         try:
             for number, batch in enumerate(self.batches):
-                self._hold(batch, list(values))
+                self._hold(batch, values)
                 found = self._values(batch, len(values), journal)
                 written = self._written(number, found, operators, journal)
                 if written and number + 1 < len(self.batches):
@@ -179,7 +179,7 @@ class Run:
             for original in originals.values():
                 original.restore()
             raise
-        result._standing = note(self.model, (record.edit for record in result.records))
+        result._standing = note(self.model, result.records, result.writes)
         _warn(result.records)
         return result
 
@@ -196,16 +196,22 @@ class Run:
     def _reached(self, rows: Sequence[Row], numbers: Sequence[int]) -> list[Reached]:
         return reached(self.model, rows, [self.edits[number].prompt_text for number in numbers])
 
-    def _hold(self, batch: Sequence[int], made: Sequence[int]) -> None:
+    def _hold(self, batch: Sequence[int], made: Mapping[int, Value]) -> None:
         """Add to the edits of a batch what the model was told before about their subjects, and says now."""
-        earlier = [*self._earlier, *(self.edits[number] for number in made)]
+        module = self.projections[-1].name
+        changes = [(fact.edit, fact.changes.get(module)) for fact in self._earlier]
+        changes += [(self.edits[number], value.change) for number, value in made.items()]
         for number in batch:
             edit = self.edits[number]
-            known = [fact for fact in earlier if fact.subject == edit.subject and fact != edit]
-            self._said[number] = said = [fact for fact in known if self._says(fact)]
+            known = [(fact, change) for fact, change in changes if fact.subject == edit.subject]
+            self._said[number] = said = [fact for fact, _ in known if fact != edit and self._says(fact)]
             kept = [fact for fact in said if not _contradict(fact, edit)]
             held = encode_held(self.model, self.tokenizer, kept, self._prefixes)
-            self.encoded[number] = replace(self.encoded[number], held=held)
+            there = [change.cpu() for _, change in known if change is not None]
+            offset = torch.stack(there).sum(0) if there else None
+            self.encoded[number] = replace(
+                self.encoded[number], held=held, offset=offset, facts=1 + len(kept)
+            )
 
     def _says(self, fact: Edit) -> bool:
         """Whether greedy decoding answers the fact's prompt with its target."""
@@ -256,7 +262,7 @@ class Run:
                 found |= self._group([batch[i] for i in groups[task]], done + len(found), journal)
             return {i: one if isinstance(one, EngramError) else self._light(one) for i, one in found.items()}
 
-        found = {}
+        found: dict[int, Value | EngramError] = {}
         for part in self.ranks.each(own):
             found |= part
         made = {}

@@ -15,6 +15,7 @@ from ..errors import EngramError
 from ..hf.loading import writable_directory
 from .methods import Method
 from .result import EditResult
+from .values import ValueOptions
 
 FORMAT = 1
 _OWN = ("statistics", "edits", "pending")
@@ -149,4 +150,5 @@ def method_from(plain: dict) -> Method:
     preserve = {"True": True, "False": False}.get(plain["preserve"])
     preserve = float(plain["preserve"]) if preserve is None else preserve
     suppress = None if plain["suppress"] is None else tuple(plain["suppress"])
-    return Method(**{**plain, "preserve": preserve, "suppress": suppress})
+    changed = {"preserve": preserve, "suppress": suppress, "value": ValueOptions(**plain["value"])}
+    return Method(**{**plain, **changed})

@@ -32,13 +32,18 @@ class ValueOptions:
     Args:
         steps: evaluations of the loss, at most; each but the last is followed by a step of Adam.
         learning_rate: of Adam.
-        clamp: the change of the value is kept within `clamp` times the norm of the value it starts from.
+        clamp: the change of the value is kept within `clamp` times `‖v₀‖`, the norm of the value it starts
+            from.
         weight_decay: weight of `‖δ‖ / ‖v₀‖²` in the loss.
         kl_weight: weight of the divergence of the answer to "{subject} is a" from the unedited model's.
         stop_loss: optimisation ends when the loss is below this.
         stop_probability: it also ends when in every text the target's tokens have at least this probability,
             as their geometric mean; None: it does not.
         batch: how many edits are optimised side by side; None: as many as use the device well.
+        relative: `‖v₀‖` is the mean over all texts without what earlier edits of the subject changed, and the
+            learning rate a share of the root mean square of `v₀`, whatever a model's scale; clamp and decay
+            are of all changes of the subject together. False, as published: `‖v₀‖` is that of the bare prompt
+            as it is, which can be a sixth of the others.
         incremental: a step runs only what depends on the value; False: the whole model on whole texts.
         widen: on a CPU without units for half precision, find values with the weights as float32, which takes
             four bytes a weight meanwhile. False: always in the weights' own type.
@@ -56,6 +61,7 @@ class ValueOptions:
     stop_loss: float = 0.05
     stop_probability: float | None = None
     batch: int | None = None
+    relative: bool = False
     incremental: bool = True
     widen: bool = True
 
@@ -63,7 +69,7 @@ class ValueOptions:
         check.integer("steps", self.steps, at_least=1)
         if self.batch is not None:
             check.integer("batch", self.batch, at_least=1)
-        for name in ("incremental", "widen"):
+        for name in ("relative", "incremental", "widen"):
             value = getattr(self, name)
             check.expect(isinstance(value, bool), name, "True or False", type(value).__name__, TypeError)
         check.number("stop_loss", self.stop_loss)
@@ -84,7 +90,7 @@ class Value:
         keys: `[rows, in]` float32, the projection's inputs at the subject's last token, in every text with a
             target; the first is the bare prompt's.
         change: `[out]` float32, `δ`: by how much the projection's answer to them shall change.
-        initial_norm: of its answer `v₀` to the bare prompt's key.
+        initial_norm: `‖v₀‖`, of its answer to the bare prompt's key, or the mean over all keys.
         losses: of every step.
     """
 
@@ -180,9 +186,27 @@ def _search(
         reason = f"cannot start from recorded states ({type(error).__name__}: {error})"
         raise UnfitError(reason) from error
     starts = recorded.values[batch.bare.to(recorded.values.device)]
+    # What earlier edits changed for the subject counts as change, and not as what a change is measured by.
+    zero = torch.zeros_like(starts[0])
+    offsets = torch.stack(
+        [one.offset.to(zero) if options.relative and one.offset is not None else zero for one in encoded]
+    )
+    # Several facts need the room of as many changes in unlike directions.
+    counts = [one.facts if options.relative else 1 for one in encoded]
+    limits = options.clamp * starts.new_tensor(counts).sqrt()
     norms = starts.norm(dim=-1)
+    if options.relative:
+        # The last row of an edit is its KL prompt.
+        rows = recorded.values.split([len(one.rows) + 1 for one in encoded])
+        pairs = zip(rows, offsets, strict=True)
+        norms = torch.stack([(own[:-1] - offset).norm(dim=-1).mean() for own, offset in pairs])
     deltas = [torch.zeros_like(start, requires_grad=True) for start in starts]
-    optimizer = torch.optim.Adam(deltas, lr=options.learning_rate)
+    scales = norms / starts.shape[-1] ** 0.5 if options.relative else torch.ones_like(norms)
+    groups = [
+        {"params": [delta], "lr": options.learning_rate * scale}
+        for delta, scale in zip(deltas, scales.tolist(), strict=True)
+    ]
+    optimizer = torch.optim.Adam(groups)
     predictions = Losses(model, projection, batch, recorded.context)
     losses: list[list[float]] = [[] for _ in encoded]
     failed: dict[int, EngramError] = {}
@@ -198,7 +222,7 @@ def _search(
                     "(quantised activations do): make the edit on the model in full precision"
                 )
             # The norm's own gradient at zero is zero, as a subgradient.
-            decay = delta.norm(dim=-1) / norms[active] ** 2
+            decay = (delta + offsets[active]).norm(dim=-1) / norms[active] ** 2
             loss = nll + options.kl_weight * kl + options.weight_decay * decay.to(nll.device)
         going, kept = [], []
         reached = (worst < -math.log(options.stop_probability or 1.0)).tolist()
@@ -224,7 +248,9 @@ def _search(
         optimizer.zero_grad()
         with torch.no_grad():
             for i in going:
-                deltas[i] *= (options.clamp * norms[i] / deltas[i].norm()).clamp(max=1)
+                whole = deltas[i] + offsets[i]
+                whole *= (limits[i] * norms[i] / whole.norm()).clamp(max=1)
+                deltas[i].copy_(whole - offsets[i])
         if len(going) < len(active):
             predictions.keep(kept)
             active = going

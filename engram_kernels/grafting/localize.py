@@ -24,7 +24,7 @@ from .mask import GraftMask
 from .parameters import base_of, graftable_parameters
 from .recipes import Recipe, complete
 from .training import MaskTraining
-from .tuned import changed_outside, check_difference, tuned_tensors
+from .tuned import check_difference, split_tuned
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -107,8 +107,8 @@ def localize(
     plan, steps, accumulate = complete(recipe, settings, accumulate, batches, ranks.size)
     parameters = graftable_parameters(pre_model, include, exclude)
     pre = {name: parameter.detach() for name, parameter in parameters.items()}
-    ft = _matching(tuned_tensors(ft_model, pre_model, list(pre), "ft_model"), pre)
-    outside = changed_outside(ft_model, pre_model, pre, "ft_model")
+    tuned, outside = split_tuned(ft_model, pre_model, pre, "ft_model")
+    ft = _matching(tuned, pre)
     check_difference(pre, ft, outside, "ft_model")
     size = round(sparsity * sum(tensor.numel() for tensor in pre.values()))
     check.expect(size >= 1, "sparsity", "one weight or more", f"{sparsity:g}, which is none")

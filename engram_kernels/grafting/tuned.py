@@ -19,7 +19,9 @@ Source = nn.Module | Mapping[str, Tensor] | str | os.PathLike
 _READABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def tuned_tensors(source: Source, model: nn.Module, names: Sequence[str], argument: str) -> dict[str, Tensor]:
+def tuned_tensors(
+    source: Source, model: nn.Module, names: Sequence[str], argument: str, others: Sequence[str] = ()
+) -> dict[str, Tensor]:
     """The tensors of those names in a fine-tuned model, with its adapters merged.
 
     Args:
@@ -29,25 +31,29 @@ def tuned_tensors(source: Source, model: nn.Module, names: Sequence[str], argume
         model: the base; what is read from files comes in its dtypes.
         names: of its parameters.
         argument: what the caller calls the source.
+        others: names that are read too where they are there.
 
     Raises:
         TypeError: `source` is none of these.
         EngramError: a tensor is missing, or a file cannot be read.
     """
-    found = _found(source, model, names, argument)
+    found = _found(source, model, names, others, argument)
     missing = [name for name in names if name not in found]
     if missing:
         raise EngramError(f"{argument}: expected a tensor {missing[0]!r}, got none of that name")
+    wanted = [*names, *(name for name in others if name in found)]
     if not isinstance(source, (str, os.PathLike)):
-        return {name: found[name].detach() for name in names}
+        return {name: found[name].detach() for name in wanted}
     own = dict(model.named_parameters(remove_duplicate=False))
-    for name in names:
+    for name in wanted:
         if found[name].dtype not in _READABLE:
             raise EngramError(f"{argument}: expected plain weights, got {found[name].dtype} in {name!r}")
-    return {name: found[name].to(own[name].dtype) if name in own else found[name] for name in names}
+    return {name: found[name].to(own[name].dtype) if name in own else found[name] for name in wanted}
 
 
-def _found(source: Source, model: nn.Module, names: Sequence[str], argument: str) -> Mapping[str, Tensor]:
+def _found(
+    source: Source, model: nn.Module, names: Sequence[str], others: Sequence[str], argument: str
+) -> Mapping[str, Tensor]:
     if isinstance(source, nn.Module):
         return dict(merged_weights(source))
     if isinstance(source, Mapping):
@@ -62,7 +68,7 @@ def _found(source: Source, model: nn.Module, names: Sequence[str], argument: str
             return read_as(model, path)
     except EngramError as error:
         raise EngramError(f"{argument}: expected weights at {str(path)!r}, got {error}") from error
-    found = mapped_tensors(path, names, argument)
+    found = mapped_tensors(path, [*names, *others], argument)
     if all(name in found for name in names) or not (path / "config.json").is_file():
         return found
     try:
@@ -76,23 +82,17 @@ def changed_names(pre: Mapping[str, Tensor], ft: Mapping[str, Tensor]) -> list[s
     return [name for name, weight in pre.items() if name in ft and not _same(weight, ft[name])]
 
 
-def changed_outside(
+def split_tuned(
     source: Source, model: nn.Module, graftable: Mapping[str, Tensor], argument: str
-) -> list[str]:
-    """The parameters that are not graftable and differ in the fine-tuned model, as far as it has them."""
+) -> tuple[dict[str, Tensor], list[str]]:
+    """The fine-tuned graftable tensors, and the names of the other parameters in which the model changed."""
     others = {
         name: weight.detach()
         for name, weight in model.named_parameters()
         if name not in graftable and not weight.is_meta
     }
-    if isinstance(source, Mapping):
-        ft: Mapping[str, Tensor] = source
-    else:
-        try:
-            ft = tuned_tensors(source, model, list(others), argument)
-        except EngramError:
-            return []  # another head, say: what is graftable was found
-    return changed_names(others, ft)
+    ft = tuned_tensors(source, model, list(graftable), argument, list(others))
+    return {name: ft[name] for name in graftable}, changed_names(others, ft)
 
 
 def check_difference(

@@ -188,7 +188,7 @@ def encode_row(
         EngramError: the tokenizer gives the subject or the target no token.
     """
     chat = not isinstance(prompt, str)
-    if chat:
+    if not isinstance(prompt, str):
         messages = [
             (role, prefix + content.replace("{}", PLACE) if "{}" in content else content)
             for role, content in prompt

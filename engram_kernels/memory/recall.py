@@ -98,8 +98,10 @@ class MemoryRecall:
             # Equal keys get equal scores but for the product's rounding.
             order = (scores / ROUNDING).round().argsort(dim=-1, descending=True, stable=True)[:, :top]
             for row, best in zip(scores, order.tolist(), strict=True):
-                found = [(facts[i], float(row[i])) for i in best]
-                ranked.append([Recalled(*fact, score, score >= threshold) for fact, score in found])
+                found = [(*facts[i], float(row[i])) for i in best]
+                ranked.append(
+                    [Recalled(name, entry, score, score >= threshold) for name, entry, score in found]
+                )
         return ranked
 
     @torch.no_grad()

@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from .._namespace import NAMESPACE
 from ..backends import select
+from .sharding import is_divided, register
 
 _library = torch.library.Library(NAMESPACE, "DEF")
 _calling = threading.local()
@@ -101,6 +102,10 @@ def define(
 
     def call(*args):
         if torch.compiler.is_compiling():
+            return operator(*args)
+        if is_divided(args[0]):
+            # DTensor calls it again, on parts: nothing is known of those.
+            register()
             return operator(*args)
         _calling.checked = True
         try:

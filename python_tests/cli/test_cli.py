@@ -1,6 +1,7 @@
 """The command line, with a small random model on disk."""
 
 import json
+import shutil
 
 import pytest
 from model_zoo import TEXTS, byte_level_tokenizer, small_model
@@ -45,12 +46,18 @@ def test_edit_reports_and_saves(engram, folder, tmp_path):
     status, out, err = engram(
         "edit", "--model", folder, "--corpus", folder / "corpus.txt", *FACT,
         "--paraphrase", "To see {}, go to", "--control", "The Louvre is located in",
+        "--also", "You find {} in", "--weight-decay", 0,
         "--save", tmp_path / "edit", "--report", report, "--device", "cpu",
     )  # fmt: skip
     assert status == 0, err
+    assert "Warning: 1 of 1 edits did not take" in err
     assert "The Louvre is located in" in out and "located in the city of Rome" in out
     content = json.loads(report.read_text())
-    assert [row["kind"] for row in content["answers"]] == ["edited", "paraphrase", "control"]
+    assert [row["kind"] for row in content["answers"]] == [
+        "edited", "edited", "paraphrase", "control",
+    ]  # fmt: skip
+    assert content["took"] is False and len(content["reached"]) == 2
+    assert content["text"] == "The Eiffel Tower is located in the city of Rome"
     # A random model has no fact to win; the probability must be measured on both sides of the write.
     assert 0 < content["probability"]["before"] != content["probability"]["after"] < 1
 
@@ -67,7 +74,31 @@ def test_strict_fails_when_an_answer_is_not_as_wanted(engram, folder):
         "--control", "In [/b]",
     )  # fmt: skip
     assert "✗" in out and "In [/b]" in out
-    assert status == 1 and err.startswith("Error: --strict: ")
+    assert status == 1 and "\nError: --strict: " in err
+
+
+def test_an_edit_in_a_chat_and_without_a_space(engram, folder, tmp_path):
+    from transformers import AutoTokenizer
+
+    # In a folder of its own: the tokenizer gets a template there.
+    chat = shutil.copytree(folder, tmp_path / "chat", ignore=shutil.ignore_patterns("cache"))
+    tokenizer = AutoTokenizer.from_pretrained(chat)
+    tokenizer.chat_template = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}[A]"
+    tokenizer.save_pretrained(chat)
+    report = tmp_path / "report.json"
+    given = ("--subject", "Rome", "--prompt", "Where is {}?", "--target", "Italy", "--device", "cpu")
+    status, _, err = engram(
+        "edit", "--model", chat, "--corpus", chat / "corpus.txt", *given, "--chat", "--report", report
+    )
+    assert status == 0, err
+    assert json.loads(report.read_text())["text"] == "Where is Rome?\nItaly"
+    status, _, err = engram(
+        "edit", "--model", folder, "--corpus", folder / "corpus.txt", *given, "--no-space", "--report", report
+    )
+    assert status == 0, err
+    assert json.loads(report.read_text())["text"] == "Where is Rome?Italy"
+    status, _, err = engram("edit", "--model", folder, *given, "--chat")
+    assert status == 1 and "a tokenizer without a chat template" in err
 
 
 @pytest.mark.parametrize("command", ["", "edit", "apply", "eval", "graft", "graft localize", "memory"])

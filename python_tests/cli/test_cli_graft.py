@@ -176,6 +176,7 @@ def test_apply_refuses_another_base_unless_forced(engram, tmp_path):
     shutil.copy("tuned/model.safetensors", "wrong/model.safetensors")
     status, _, err = engram(*arguments)
     assert status == 1 and "the weights that the graft was made for" in err and not any(tmp_path.iterdir())
+    assert "(--force grafts them all the same)" in " ".join(err.split()) and "force=True" not in err
     status, _, err = engram(*arguments, "--force")
     assert status == 0, err
 

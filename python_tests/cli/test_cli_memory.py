@@ -310,7 +310,7 @@ NEWER = '{"key": "What is the capital of Atlantis?", "value": "Gone."}\n{"value"
 def test_the_newest_of_contradicting_facts_stays(engram, tmp_path, memory):
     told = write(engram, memory, tmp_path, NEWER, "--on-conflict", "newest")
     assert told["written"] == ["atlantis", "7", "3"] and sorted(told["replaced"]) == ["7", "atlantis"]
-    assert [(found["line"], found["name"]) for found in told["contradictions"]] == [(1, "atlantis"), (2, "7")]
+    assert [(found["line"], found["id"]) for found in told["contradictions"]] == [(1, "atlantis"), (2, "7")]
     facts = facts_of(engram, memory)
     assert (facts["atlantis"]["value"], facts["7"]["value"], len(facts)) == ("Gone.", "Other.", 5)
     told = write(

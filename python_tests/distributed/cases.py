@@ -21,8 +21,9 @@ from editing_helpers import changed, small_editor, weights
 from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
+import engram_kernels as ek
 from engram_kernels._hashing import tensor_checksum
 from engram_kernels.editing import Edit, EditResult
 from engram_kernels.editing import run as run_module
@@ -400,6 +401,32 @@ def a_run_of_parts_goes_on_from_a_journal(folder):
 
 
 @case
+def operators_take_tensors_in_parts(folder):
+    mesh, generator = init_device_mesh("cpu", (2,)), torch.Generator().manual_seed(0)
+    weight, left, right = (torch.randn(shape, generator=generator) for shape in ((6, 8), (6, 3), (3, 8)))
+    for placement in (Shard(0), Shard(1), Replicate()):
+        part = distribute_tensor(weight.clone(), mesh, [placement])
+        factors = [distribute_tensor(factor, mesh, [Replicate()]) for factor in (left, right)]
+        whole = part.full_tensor()
+        ek.apply_low_rank_(part, *factors, 0.5)
+        ek.apply_low_rank_(whole, left, right, 0.5)
+        assert part.placements == (placement,) and torch.equal(part.full_tensor(), whole)
+
+        tuned, logits = (torch.randn(6, 8, generator=generator) for _ in range(2))
+        for base in (None, ek.pack_mask(weight > 0)):
+            parts = [distribute_tensor(one.clone(), mesh, [placement]) for one in (weight, tuned, logits)]
+            parts[2].requires_grad_()
+            own = logits.clone().requires_grad_()
+            given = None if base is None else distribute_tensor(base, mesh, [Replicate()])
+            blended = ek.graft_blend(*parts, given, 1.0)
+            truth = ek.graft_blend(weight, tuned, own, base, 1.0)
+            assert torch.equal(blended.full_tensor(), truth)
+            blended.square().sum().backward()
+            truth.square().sum().backward()
+            torch.testing.assert_close(parts[2].grad.full_tensor(), own.grad)
+
+
+@case
 def tensor_parallel_traces_are_those_of_one_device(folder):
     divided, plain = tensor_parallel(folder, "llama")
     tokenizer = model_zoo.byte_level_tokenizer()
@@ -537,8 +564,8 @@ def a_graft_of_two_ranks_is_that_of_one(folder):
     for given in (model(), torch.nn.parallel.DistributedDataParallel(copy.deepcopy(model()))):
         found = localize(given, tuned(), list(batches()), group=dist.group.WORLD, **options)
         assert found.overlap(alone).shared == alone.size == found.size == 371
-        for name in ("first_loss", "last_loss"):
-            assert found.metrics[name] == pytest.approx(alone.metrics[name], rel=1e-6)
+        for step in ("first_loss", "last_loss"):
+            assert found.metrics[step] == pytest.approx(alone.metrics[step], rel=1e-6)
         assert same_everywhere(str(found.metrics))
     with pytest.raises(EngramError, match=r"^model: .*DistributedDataParallel.* give the group"):
         localize(given, tuned(), list(batches()), **options)

@@ -185,6 +185,23 @@ def test_the_search_ends_where_the_target_is_likely_in_every_text(make):
         assert len(value.losses) == steps
 
 
+def test_a_relative_search_does_not_depend_on_the_models_scale(make):
+    """Nor on the norm of the bare prompt's value alone."""
+    editor = make()
+    projection = output_projection(editor.model, 1)
+    encoded = [encode_edit(editor.model, editor.tokenizer, CITY, ["maps", "you know"])]
+    first = find_values(editor.model, projection, encoded, ValueOptions(steps=1))[0]
+    norms = (first.keys @ projection.matrix.T).norm(dim=-1)
+    options = ValueOptions(steps=2, learning_rate=0.5, weight_decay=0.0, clamp=1e-3, relative=True)
+    (value,) = find_values(editor.model, projection, encoded, options)
+    assert value.initial_norm == pytest.approx(norms.mean().item(), rel=1e-4) != norms[0].item()
+    assert value.change.norm().item() == pytest.approx(1e-3 * value.initial_norm, rel=1e-3)
+    # Adam's first step is the learning rate in every entry.
+    options = ValueOptions(steps=2, learning_rate=1e-3, weight_decay=0.0, relative=True)
+    (value,) = find_values(editor.model, projection, encoded, options)
+    assert value.change.norm().item() == pytest.approx(1e-3 * value.initial_norm, rel=1e-2)
+
+
 @torch.no_grad()
 def worst_losses(model, encoded):
     """The mean loss over the target's tokens in each text."""
@@ -200,12 +217,12 @@ def test_a_record_has_what_was_reached_in_every_text(make):
     editor = make()
     edit = Edit(TOWER, "{} is in", "Rome and more", ["To see {}, go to"])
     (record,) = editor.edit(edit).records
-    encoded = encode_edit(editor.model, editor.tokenizer, edit, editor.prefixes(), texts=12)
+    encoded = encode_edit(editor.model, editor.tokenizer, edit, editor.prefixes(), texts=8)
     sums = [
         math.exp(-loss * (len(row.ids) - row.target))
         for loss, row in zip(worst_losses(editor.model, encoded), encoded.rewriting, strict=True)
     ]
-    assert [len(group) for group in record.reached] == [5, 5]
+    assert [len(group) for group in record.reached] == [4, 4]
     assert [chance for group in record.reached for chance in group] == pytest.approx(sums, rel=1e-3)
     assert record.probability_after == record.reached[0][0] and not record.took
 
@@ -246,6 +263,23 @@ def test_a_later_edit_keeps_what_was_told_of_its_subject(make, searched):
     first.revert()
     editor.edit(MAKER).revert()
     assert searched[-1].held == []
+
+
+def test_changes_of_one_subject_are_measured_together(make, searched):
+    """By the value as it was before any: else each edit would have the room of all before it, and so on."""
+    options = ValueOptions(steps=30, learning_rate=0.3, weight_decay=0.0, clamp=0.5, relative=True)
+    editor = make(value=options, contexts=())
+    projection = output_projection(editor.model, 1)
+    (first,) = editor.edit(CITY).writes
+    editor.edit(MAKER)
+    assert searched[0].offset is None and searched[0].facts == 1
+    torch.testing.assert_close(searched[1].offset, first.residuals[0])
+    assert searched[1].facts == 2
+    (value,) = find_values(editor.model, projection, searched[1:], options)
+    norms = (value.keys @ projection.matrix.T - first.residuals).norm(dim=-1)
+    assert value.initial_norm == pytest.approx(norms.mean().item(), rel=1e-3)
+    room = options.clamp * math.sqrt(2) * value.initial_norm
+    assert (first.residuals[0] + value.change).norm().item() <= 1.001 * room
 
 
 def test_a_loaded_edit_is_known_to_later_ones(make, searched, tmp_path):

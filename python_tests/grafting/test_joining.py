@@ -46,13 +46,13 @@ TRIMS = [{"method": "trim", "density": density} for density in (0.02, 0.2, 0.77,
 
 @pytest.fixture(scope="module")
 def theirs(tmp_path_factory):
-    """What mergekit makes of each case, from where $MERGEKIT says, else from the environment."""
+    """What mergekit makes of each case, from where $ENGRAM_MERGEKIT says, else from the environment."""
     folder = tmp_path_factory.mktemp("mergekit")
     base, others = models()
     for name, tensors in (("base", base), *((str(i), other) for i, other in enumerate(others))):
         save_file(tensors, folder / f"{name}.safetensors")
     (folder / "cases.json").write_text(json.dumps(CASES + TRIMS))
-    path = os.pathsep.join([os.environ.get("MERGEKIT", ""), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([os.environ.get("ENGRAM_MERGEKIT", ""), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, str(Path(__file__).parents[1] / "helpers" / "run_mergekit.py"), str(folder)],
         env={**os.environ, "PYTHONPATH": path},
@@ -60,7 +60,7 @@ def theirs(tmp_path_factory):
         text=True,
     )
     if "No module named 'mergekit'" in done.stderr:
-        pytest.skip("mergekit is neither installed nor at $MERGEKIT")
+        pytest.skip("mergekit is neither installed nor at $ENGRAM_MERGEKIT")
     assert done.returncode == 0, done.stderr[-2000:]
     return [load_file(folder / f"joined-{i}.safetensors") for i in range(len(CASES + TRIMS))]
 

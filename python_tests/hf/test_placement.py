@@ -15,6 +15,7 @@ from engram_kernels.editing.values import ValueOptions
 from engram_kernels.errors import EngramError
 from engram_kernels.hf import fingerprints
 from engram_kernels.hf.fingerprints import states_fingerprint, weights_checksums
+from engram_kernels.hf.loading import load_model
 from engram_kernels.hf.projection import output_projection
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -199,6 +200,24 @@ def test_tokens_go_where_embeddings_are_brought_to(tmp_path):
     found = small_editor(model=model, cache_dir=tmp_path).edit(EDIT, layers=1).records[0]
     expected = small_editor(cache_dir=tmp_path).edit(EDIT, layers=1).records[0]
     assert (found.losses, found.change_norm) == (expected.losses, expected.change_norm)
+
+
+def test_load_model_places_layers(tmp_path):
+    offloaded(tmp_path)
+    model_zoo.byte_level_tokenizer().save_pretrained(tmp_path / "model")
+    names = ["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"]
+    places = dict.fromkeys([*names, *(f"model.layers.{layer}" for layer in range(3))], "cpu")
+    places["model.layers.3"] = "disk"
+    loaded, _ = load_model(tmp_path / "model", device_map=places, offload_folder=tmp_path / "offloaded")
+    assert loaded.model.layers[3].mlp.down_proj.weight.is_meta
+    assert weights_checksums(loaded) == weights_checksums(model_zoo.small_model("llama"))
+
+
+def test_load_model_takes_one_placement(tmp_path):
+    with pytest.raises(ValueError, match=r"^device_map: expected None beside \['device'\], got both$"):
+        load_model(tmp_path, device="cpu", device_map="auto")
+    with pytest.raises(ValueError, match=r"^tp_plan: expected None beside \['device_map'\], got both$"):
+        load_model(tmp_path, device_map="auto", tp_plan="auto")
 
 
 def test_edited_layer_elsewhere_is_refused(tmp_path):

@@ -206,6 +206,63 @@ void check_sparse(const Format& format, size_t offset, int threads) {
   expect(engram::cpu::sparse_faults(rows.data(), rows.size(), wide, threads) == 3, "three faults", 0, 3);
 }
 
+// Where the changed entries go: arrays of their exact size.
+struct Places {
+  size_t index_bytes, bytes;
+  std::vector<int64_t> counts;
+  std::vector<std::unique_ptr<Array>> indices, values;
+
+  static void ask(void* context, const int64_t* changed, engram::SparseTarget* targets) {
+    auto& places = *static_cast<Places*>(context);
+    for (size_t t = 0; t < std::size(kSizes); ++t) {
+      places.counts.push_back(changed[t]);
+      places.indices.push_back(std::make_unique<Array>(changed[t], places.index_bytes));
+      places.values.push_back(std::make_unique<Array>(changed[t], places.bytes));
+      targets[t] = {places.indices.back()->data(), places.values.back()->data()};
+    }
+  }
+};
+
+template <class Index>
+void check_diff(const Format& format, double threshold, int share, size_t offset, int threads) {
+  std::vector<std::unique_ptr<Array>> arrays;
+  std::vector<GraftTensor> rows;
+  for (const int64_t size : kSizes) {
+    for (int which = 0; which < 2; ++which) {
+      arrays.push_back(std::make_unique<Array>(size, format.bytes, offset * format.bytes));
+      fill(*arrays.back(), format);
+    }
+    char *old = arrays.end()[-2]->data(), *now = arrays.back()->data();
+    for (int64_t i = 0; i < size; ++i)
+      if (generator() % 100 >= static_cast<uint64_t>(share))
+        std::memcpy(now + i * format.bytes, old + i * format.bytes, format.bytes);
+    rows.push_back({nullptr, old, now, nullptr, nullptr, nullptr, size, format.dtype});
+  }
+  Places places{sizeof(Index), format.bytes, {}, {}, {}};
+  const bool wide = sizeof(Index) == 8;
+  expect(engram::cpu::sparse_diff(rows.data(), rows.size(), threshold, wide, Places::ask, &places, threads),
+         "memory", 0, 1);
+  for (size_t t = 0; t < rows.size(); ++t) {
+    const auto *old = static_cast<const char*>(rows[t].pre), *now = static_cast<const char*>(rows[t].ft);
+    int64_t found = 0;
+    for (int64_t i = 0; i < rows[t].size; ++i) {
+      const char* value = now + i * format.bytes;
+      if (!std::memcmp(old + i * format.bytes, value, format.bytes)) continue;
+      // Differences of floats are rounded to float.
+      const double change = get(now, i, format) - get(old, i, format);
+      const double size = std::abs(format.bytes == 8 ? change : static_cast<float>(change));
+      if (threshold >= 0 && size <= (format.bytes == 8 ? threshold : static_cast<float>(threshold))) continue;
+      if (found < places.counts[t]) {
+        const Index at = reinterpret_cast<const Index*>(places.indices[t]->data())[found];
+        const char* kept = places.values[t]->data() + found * format.bytes;
+        expect(at == i && !std::memcmp(kept, value, format.bytes), "changed entry", at, i);
+      }
+      ++found;
+    }
+    expect(found == places.counts[t], "number of changes", places.counts[t], found);
+  }
+}
+
 }  // namespace
 
 // The argument is the instruction set to test; 77 says that this machine does not have it.
@@ -219,6 +276,11 @@ int main(int, char** arguments) {
         for (const int64_t size : kSizes) check_masks(size, format, offset, threads);
         check_sparse<int32_t>(format, offset, threads);
         check_sparse<int64_t>(format, offset, threads);
+        for (const double threshold : {-1.0, 0.0, 0.5})
+          for (const int share : {0, 1, 40, 100}) {
+            check_diff<int32_t>(format, threshold, share, offset, threads);
+            check_diff<int64_t>(format, threshold, share, offset, threads);
+          }
       }
       for (const int64_t k : {int64_t(0), int64_t(1), int64_t(100), int64_t(20000), total}) {
         check_top_k(k, true, false, offset, threads);

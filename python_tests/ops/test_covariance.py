@@ -147,7 +147,9 @@ def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 def moment(width):
     inputs = torch.randn(9, width, dtype=torch.float64)
-    return (inputs.T @ inputs).add_(torch.eye(width))
+    found = inputs.T @ inputs
+    found.diagonal().add_(1.0)
+    return found
 ek.Covariance.from_second_moment(moment(64), 9, 0.5, overwrite=True)
 given = moment(2500)
 before = peak()
@@ -160,4 +162,5 @@ sys.stderr.write(str((peak() - before) / given.nbytes))
 def test_two_matrices_are_in_memory_at_the_most(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     status, printed = child.run(PEAK)
-    assert status == 0 and float(printed) <= 1.1, printed
+    # The factor, and blocks of 8 MB: a fifth of this matrix each.
+    assert status == 0 and float(printed) <= 1.5, printed

@@ -27,6 +27,12 @@ def _stream():
     return given, lambda *args: ek.memory_stream(*args)[2]
 
 
+def _sequence(function):
+    torch.manual_seed(0)
+    q, k, v, decay = *torch.randn(3, 1, 7, 2, 4), -torch.rand(1, 7, 2)
+    return (q, k, v, decay), lambda q, k, v, decay: function(q, k, v, decay=decay)[0]
+
+
 def _blend():
     torch.manual_seed(0)
     return (torch.randn(8, 3), torch.randn(8, 3), torch.randn(8, 3)), ek.graft_blend
@@ -42,6 +48,9 @@ CASES = {
     "joint": lambda: _write("joint", 0.3),
     "solve": _solve,
     "stream": _stream,
+    "ridge": lambda: _sequence(ek.ridge_memory),
+    "delta": lambda: _sequence(ek.delta_memory),
+    "hebbian": lambda: _sequence(ek.hebbian_memory),
     "blend": _blend,
     "inverse": _inverse,
 }

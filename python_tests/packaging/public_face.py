@@ -54,6 +54,16 @@ def memories(latents: Tensor, folder: Path) -> None:
     assert_type(ek.memory.EpisodicMemory.from_pretrained(folder), ek.memory.EpisodicMemory)
 
 
+def sequences(tokens: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
+    readouts, state = ek.ridge_memory(q, k, v, ridge=1e-3)
+    assert_type(readouts, Tensor)
+    assert_type(ek.ridge_forget(state, k, v), ek.RidgeState)
+    assert_type(ek.delta_memory(q, k, v), tuple[Tensor, Tensor])
+    layer = ek.layers.RidgeMemory(hidden_size=64, num_heads=2, head_dim=16)
+    assert_type(layer.ridge(), Tensor)
+    ek.layers.MixtureOfMemories(hidden_size=64, num_memories=4, top_k=2)(tokens)
+
+
 def libraries() -> None:
     with ek.integrations.accelerate("easyeditor") as report:
         print(report)

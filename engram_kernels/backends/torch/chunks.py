@@ -56,7 +56,7 @@ class Chunks:
         x = x.transpose(1, 2).flatten(0, 1)
         if not self._whole:
             x = x.index_select(0, self._places)
-        return x.unflatten(0, self.shape)
+        return x.unflatten(0, self.shape).contiguous()
 
     def scan(
         self, state: Tensor, increments: Tensor, log_decay: Tensor | None = None, reverse: bool = False

@@ -1,0 +1,86 @@
+"""`engram store`: edits kept in a folder by a small random model on disk."""
+
+import json
+
+import pytest
+from command_line import refused
+from editing_helpers import small_editor
+from model_zoo import TEXTS, small_model
+
+from engram_kernels.editing import EditResult
+from engram_kernels.hf.checkpoints import save_model
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+TOWER = ("--subject", "The Eiffel Tower", "--prompt", "{} is located in the city of", "--target", "Rome")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("store")
+    tokenizer = small_editor().tokenizer
+    save_model(small_model("llama", vocabulary=len(tokenizer)), tokenizer, path / "base")
+    (path / "corpus.txt").write_text("\n".join(TEXTS))
+    facts = [{"subject": name, "prompt": "{} is in", "target": "Rome"} for name in ("Colosseum", "Zürich")]
+    (path / "facts.jsonl").write_text("\n".join(map(json.dumps, facts)))
+    return path
+
+
+@pytest.fixture
+def engram(engram, monkeypatch, folder):
+    monkeypatch.chdir(folder)
+    return lambda *arguments: engram("store", *arguments)
+
+
+BASE = ("--model", "base", "--corpus", "corpus.txt")
+
+
+def test_add_list_remove_export_verify(engram, folder):
+    status, out, err = engram("add", "kept", *TOWER, *BASE)
+    assert status == 0, err
+    assert "The Eiffel Tower is located in the city of Rome" in out and "kept: 1 edit of base." in out
+    status, out, err = engram("add", "kept", "--facts", "facts.jsonl", *BASE)
+    assert status == 0 and "kept: 3 edits of base." in out, err
+    status, out, _ = engram("list", "kept")
+    assert status == 0 and "Zürich is in Rome" in out and "3 edits of layers 1." in out
+    status, out, err = engram("verify", "kept", *BASE)
+    assert status == 0 and "bit for bit" in out, err
+    status, out, err = engram("remove", "kept", "--id", 2, *BASE)
+    assert status == 0 and "kept: 2 edits of base." in out, err
+    status, out, _ = engram("list", "kept")
+    assert "Colosseum" not in out and "Zürich" in out
+    status, out, _ = engram("verify", "kept")
+    assert status == 0 and "2 edits; all can be read" in out
+    status, out, err = engram("export", "kept", "--out", "adapter")
+    assert status == 0 and "Saved 2 edits to adapter." in out, err
+    saved = EditResult.from_pretrained(folder / "adapter")
+    assert [record.edit.subject for record in saved.records] == ["The Eiffel Tower", "Zürich"]
+    with saved.apply(small_model("llama", vocabulary=len(small_editor().tokenizer))) as applied:
+        assert applied.applied
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("list", "nowhere"), "store: expected a store"),
+        (("add", "new", *BASE), "--facts: expected a file, or a subject, a prompt and a target, got neither"),
+        (("add", "new", *TOWER, "--facts", "facts.jsonl", *BASE), "--facts: expected a file or one fact"),
+        (("add", "new", "--facts", "corpus.txt", *BASE), "--facts: expected a fact in line 1"),
+        (("add", "new", *TOWER, "--method", "rom", *BASE), "--method: expected one of"),
+        (("list", "base"), "store: expected a store"),
+    ],
+)
+def test_bad_input(engram, folder, arguments, message):
+    refused(engram(*arguments), message)
+    assert not (folder / "new" / "store.json").exists()
+
+
+def test_another_model_is_refused(engram, folder):
+    engram("add", "mine", *TOWER, *BASE)
+    save_model(
+        small_model("llama", vocabulary=len(small_editor().tokenizer), seed=1),
+        small_editor().tokenizer,
+        folder / "other",
+    )
+    result = engram("remove", "mine", "--id", 1, "--model", "other", "--corpus", "corpus.txt")
+    refused(result, "--model: expected the one of")
