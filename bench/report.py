@@ -25,7 +25,7 @@ from rows import by_operation
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
 DOCS = ROOT / "docs"
-DOCUMENTS = (DOCS / "performance.md", ROOT / "README.md")
+DOCUMENTS = (DOCS / "performance.md",)
 SECTION = re.compile(r"(<!-- results: ([a-z_ ]+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
 DEVICES = {"cpu": "cpu", "gpu": "cuda"}
 NO_RUN = "**No {} run.** `bench/results/` has no file of one, so there is no figure."
