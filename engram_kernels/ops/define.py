@@ -105,7 +105,7 @@ def define(
             return operator(*args)
         if is_divided(args[0]):
             # DTensor calls it again, on parts: nothing is known of those.
-            register()
+            register(ops)
             return operator(*args)
         _calling.checked = True
         try:
@@ -114,6 +114,11 @@ def define(
             _calling.checked = False
 
     return call
+
+
+def dynamic_size() -> int:
+    """A size that depends on data, for a fake."""
+    return torch.library.get_ctx().new_dynamic_size()
 
 
 def backward(body: Callable) -> staticmethod:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
-from .define import define
+from .define import define, dynamic_size
 from .lists import as_lists, check_count, check_flat, check_like, flatten
 
 __all__ = ["SparseDiff", "sparse_diff"]
@@ -38,7 +38,7 @@ def _check_pair(old: list[Tensor], new: list[Tensor], threshold: float | None, w
 def _empty_diff(
     old: list[Tensor], new: list[Tensor], threshold: float | None, wide: bool
 ) -> tuple[list[Tensor], list[Tensor]]:
-    counts = [torch.library.get_ctx().new_dynamic_size() for _ in new]
+    counts = [dynamic_size() for _ in new]
     index = torch.int64 if wide else torch.int32
     indices = [tensor.new_empty(count, dtype=index) for tensor, count in zip(new, counts, strict=True)]
     return indices, [tensor.new_empty(count) for tensor, count in zip(new, counts, strict=True)]

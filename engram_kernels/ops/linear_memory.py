@@ -91,9 +91,8 @@ def _fla_serves(q: Tensor, v: Tensor) -> bool:
 
 def _through_fla(q, k, v, beta, decay, memory, cu_seqlens, delta: bool) -> tuple[Tensor, Tensor]:
     """Its kernels of the gated delta rule and of gated linear attention, in this package's conventions."""
-    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
-    from fla.ops.simple_gla import chunk_simple_gla
-
+    delta_rule = importlib.import_module("fla.ops.gated_delta_rule")
+    linear = importlib.import_module("fla.ops.simple_gla")
     if decay is None:
         decay = torch.zeros(q.shape[:3], dtype=torch.float32, device=q.device)
     options = {
@@ -103,8 +102,8 @@ def _through_fla(q, k, v, beta, decay, memory, cu_seqlens, delta: bool) -> tuple
         "cu_seqlens": cu_seqlens,
     }
     if delta:
-        return chunk_gated_delta_rule(q, k, v, g=decay, beta=beta.to(q.dtype), **options)
-    return chunk_simple_gla(q, k, v * beta.unsqueeze(-1).to(v.dtype), g=decay, **options)
+        return delta_rule.chunk_gated_delta_rule(q, k, v, g=decay, beta=beta.to(q.dtype), **options)
+    return linear.chunk_simple_gla(q, k, v * beta.unsqueeze(-1).to(v.dtype), g=decay, **options)
 
 
 def _run(q, k, v, beta, decay, initial_state, cu_seqlens, delta: bool) -> tuple[Tensor, Tensor]:

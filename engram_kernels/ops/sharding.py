@@ -5,9 +5,9 @@ Registered when an operator first meets one: importing DTensor takes a while.
 
 from __future__ import annotations
 
-import torch
+from typing import Any
 
-from .._namespace import NAMESPACE
+import torch
 
 _registered: list[bool] = []
 
@@ -17,14 +17,14 @@ def is_divided(tensor: object) -> bool:
     return type(tensor) is not torch.Tensor and hasattr(tensor, "device_mesh")
 
 
-def register() -> None:
-    """Tell DTensor which parts of the arguments give which part of the result."""
+def register(ops: Any) -> None:
+    """Tell DTensor of these operators which parts of the arguments give which part of the result."""
     if _registered:
         return
     from torch.distributed.tensor import Replicate, Shard
     from torch.distributed.tensor.experimental import register_sharding
 
-    ops, whole = getattr(torch.ops, NAMESPACE), Replicate()
+    whole = Replicate()
 
     @register_sharding(ops.apply_low_rank_.default)
     def _apply(_weight, _left, _right, _alpha):

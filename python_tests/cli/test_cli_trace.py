@@ -115,7 +115,8 @@ def test_facts_that_cannot_be_traced(engram, tmp_path):
         ({"attribute": " "}, "row 1 (attribute: expected some text, got ' ')"),
         (
             {"subject": "Rome"},
-            "row 1 (prompt: expected {} or the subject 'Rome' exactly once, got 'Paris lies in'",
+            "row 1 (prompt: expected {} or the subject 'Rome' exactly once, as whole words, "
+            "got 'Paris lies in'",
         ),
     ):
         (tmp_path / "facts.json").write_text(json.dumps([good, {**good, **change}]))

@@ -99,10 +99,12 @@ def test_a_compiled_model_is_edited_as_any_other(cache, tmp_path, compiled):
     torch.testing.assert_close(found.effects, truth.effects)
 
 
-def test_compiled_code_is_back_after_evaluation():
-    model = model_zoo.small_model()
+def test_compiled_code_stays_and_calls_later_hooks_in_evaluation():
+    model, seen = model_zoo.small_model(), []
     model.compile(backend="eager")
-    code = model._compiled_call_impl
+    code, ids = model._compiled_call_impl, torch.tensor([[1, 2, 3]])
+    model(input_ids=ids)
+    model.register_forward_hook(lambda *_: seen.append(model))
     with eval_mode(model):
-        assert model._compiled_call_impl is None
-    assert model._compiled_call_impl is code
+        model(input_ids=ids)
+    assert seen == [model] and model._compiled_call_impl is code

@@ -433,7 +433,11 @@ def test_models_that_cannot_be_grafted_stop_the_training_before_it_begins(tmp_pa
         ({"folder": "../graft"}, ValueError, "folder: expected a name without folders, got '../graft'"),
         ({"folder": ""}, ValueError, "folder: expected a name without folders, got ''"),
         ({"folder": ".."}, ValueError, "folder: expected a name without folders, got '..'"),
-        ({"batches": [], "pace": 3}, TypeError, "options: expected some of accumulate, l1, .*, got pace"),
+        (
+            {"batches": [], "pace": 3},
+            TypeError,
+            "options: expected some of accumulate, group, l1, .*, got pace",
+        ),
         ({"steps": 3}, TypeError, "batches: expected some, as there are options of localize, got none"),
     ],
     ids=str,

@@ -66,7 +66,7 @@ def test_the_ridge_begins_where_it_is_told_and_keeps_its_floor():
     assert error(module.ridge(), torch.full((2, 5), 0.3)) < 1e-6
     with torch.no_grad():
         module.ridge_logits.fill_(-100)
-    assert error(module.ridge(), torch.full((2, 5), 0.1).double()) < 1e-12
+    assert error(module.ridge(), torch.full((2, 5), 0.1, dtype=torch.float64)) < 1e-12
     assert "rule='ridge', heads=2, head_dim=5" in repr(module)
 
 

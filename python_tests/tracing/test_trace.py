@@ -264,7 +264,9 @@ def test_subject_at_the_start_and_at_the_end(tokenizer, kind, prompt, subject):
         3 * model.get_input_embeddings().weight.std() * torch.randn(3, end - first, 32, generator=generator)
     )
     label = int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax())
-    _, _, truth = one_at_a_time(model, "llama", found, ids, noise, label, kind, 1 if kind == "hidden" else 3)
+    _, _, truth = one_at_a_time(
+        model, "llama", found, ids, noise, [label], kind, 1 if kind == "hidden" else 3
+    )
     assert (found.effects.double() - truth).abs().max() < 1e-5
 
 

@@ -64,7 +64,7 @@ def ridge_chunk_kernel(
             mask=(k < width)[:, None] & (c < latent)[None, :],
             other=0.0,
         )
-        turned = tl.trans(x)
+        turned = tl.trans(x.to(tl.float32))
         system = tl.dot(x, turned, system, input_precision=PRECISION)
         scores = tl.dot(y, turned, scores, input_precision=PRECISION)
         known = tl.dot(x, m, known, input_precision=PRECISION)

@@ -1,6 +1,6 @@
 """Ten thousand edits of one matrix, keys and residuals drawn, no model: seconds, memory, error.
 
-    python bench/bench_preconditioner.py --out preconditioner.json
+    python bench/many_edits.py --out preconditioner.json
 
 The same 10,000 twice: all at once, and as 100 batches of 100 of which each preserves those before it. The
 baseline is what MEMIT's code does at each call, in fp64 as there: `torch.linalg.solve` of in × in, for keys

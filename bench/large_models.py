@@ -1,8 +1,8 @@
 """One matrix of a 70B model, and a checkpoint edited in its files: seconds and peak memory on a CPU.
 
-    OMP_NUM_THREADS=1 nice python bench/bench_large.py matrix --columns 28672 --keys 1 --keys 100
-    OMP_NUM_THREADS=1 nice python bench/bench_large.py invert --columns 7168
-    OMP_NUM_THREADS=1 nice python bench/bench_large.py checkpoint --model smollm2
+    OMP_NUM_THREADS=1 nice python bench/large_models.py matrix --columns 28672 --keys 1 --keys 100
+    OMP_NUM_THREADS=1 nice python bench/large_models.py invert --columns 7168
+    OMP_NUM_THREADS=1 nice python bench/large_models.py checkpoint --model smollm2
 
 Seconds are of this process's own CPU time, which other work on the machine does not change much. The matrix
 is random, and so is its C⁻¹: dense and positive definite, of float64.
