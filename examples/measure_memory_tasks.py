@@ -29,7 +29,7 @@ TRAINED, ASKED = (4, 8, 16, 24), (4, 8, 12, 16, 20, 24, 32)
 AXES = {
     "recall": ("Recall, untrained: 64 dimensions", "pairs", "share of values recalled", 64),
     "regression": ("In-context regression, 32 dimensions", "pairs", "squared error over that of 0", 32),
-    "trained": ("Recall, two trained layers: 16 dimensions", "pairs", "share of queries answered", 16),
+    "trained": ("Recall, trained: 16 dimensions", "pairs", "share of queries answered", 16),
 }
 
 
@@ -69,7 +69,7 @@ def main(
         for rule, values in rules.items():
             table.add_row(rule, *(f"{value:.3f}" for value in values.values()))
         console.print(table)
-    console.print(f"CPU seconds of the training, {torch.get_num_threads()} thread: {seconds}")
+    console.print(f"CPU seconds of the training, {torch.get_num_threads()} threads: {seconds}")
     if report is not None:
         settings = {"version": __version__, "torch": torch.__version__, "steps": steps, "seeds": seeds}
         write_json(report, {**settings, "trained_on": TRAINED, "cpu_seconds": seconds, **found})
