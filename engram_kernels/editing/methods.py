@@ -71,7 +71,7 @@ class Method:
 # it weighs 20 throughout, as SmolLM2 asks for, and what is in its unit is scaled with it.
 METHODS = {
     "engram": Method(
-        batch=1, key_ridge=10.0, texts=8,
+        batch=1, key_ridge=10.0, texts=14,
         value=ValueOptions(learning_rate=0.8, stop_probability=0.9, relative=True),
         source="this package: ROME under a key that every text answers to",
     ),
