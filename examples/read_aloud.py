@@ -42,7 +42,9 @@ class Trial:
         """Objects under their prompts, numbered."""
         memory = EpisodicMemory(slots, self.encoder.latent, ridge=ridge)
         objects = [case.edit.target for case in cases]
-        latents = (self.encoder.encode(texts) for texts in (objects, [case.edit.text for case in cases]))
+        latents = (
+            self.encoder.encode(texts) for texts in (objects, [case.edit.prompt_text for case in cases])
+        )
         memory.write(*latents, ids=list(range(len(cases))), texts=objects)
         return memory
 
@@ -79,7 +81,8 @@ class Trial:
         for at in range(0, len(prompts), BATCH):
             rows = [
                 chat_ids(
-                    self.tokenizer, [{"role": "user", "content": f"{case.edit.text} {case.edit.target}."}]
+                    self.tokenizer,
+                    [{"role": "user", "content": f"{case.edit.prompt_text} {case.edit.target}."}],
                 )
                 + self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
                 for case, prompt in zip(cases[at : at + BATCH], prompts[at : at + BATCH], strict=True)
@@ -95,7 +98,7 @@ def same(texts: Sequence[str], others: Sequence[str]) -> float:
 def questions(cases: Sequence[Case]) -> dict[str, tuple[list[Case], list[str]]]:
     """By kind, cases and what is asked about them."""
     pairs = {
-        "prompt": [(case, case.edit.text) for case in cases],
+        "prompt": [(case, case.edit.prompt_text) for case in cases],
         "paraphrase": [(case, text) for case in cases for text in case.paraphrases],
     }
     return {
@@ -114,7 +117,7 @@ def main(
     """Measure, and print the figures."""
     folder = os.environ.get("ENGRAM_DATA")
     path = Path(folder) / data if folder and not data.exists() else data
-    every = list({case.edit.text: case for case in read_cases(path, rows=1200).cases}.values())
+    every = list({case.edit.prompt_text: case for case in read_cases(path, rows=1200).cases}.values())
     cases = every[:rows]
     named = {case.name for case in cases}
     decoder, tokenizer = load_model("smollm2")
@@ -152,13 +155,13 @@ def main(
             note(f"{name}, {kind}", {**figures, "exact": scores["exact"], "of": len(some)})
     for count in (10, 100, 1000):
         memory, first = trial.memory(every[:count]), every[: min(count, 100)]
-        prompts, targets = [case.edit.text for case in first], [case.edit.target for case in first]
+        prompts, targets = [case.edit.prompt_text for case in first], [case.edit.target for case in first]
         words = trial.reader(memory).read(prompts)
         scores = trial.score(trial.say(prompts, words), targets)
         note(f"the first {len(first)} after {count} edits", {"read": same(words, targets), **scores})
     some = cases[:64]
     memory = trial.memory(some)
-    prompts, targets = [case.edit.text for case in some], [case.edit.target for case in some]
+    prompts, targets = [case.edit.prompt_text for case in some], [case.edit.target for case in some]
     before = trial.say(prompts, trial.reader(memory).read(prompts))
     memory.forget(ids=list(range(0, len(some), 2)))
     after = trial.say(prompts, trial.reader(memory).read(prompts))

@@ -21,14 +21,14 @@ def test_single_edits_are_answers_of_memories_of_one_fact():
     found = larimar_answers.single_edits(scoped, cases(), [False, True, False, False], tokens=4)
     firsts, f1 = [], []
     for case in cases():
-        scoped.write([case.edit.text], [case.edit.target])
-        for prompt in (case.edit.text, *case.paraphrases):
+        scoped.write([case.edit.prompt_text], [case.edit.target])
+        for prompt in (case.edit.prompt_text, *case.paraphrases):
             ids = scoped.generate([prompt], scoped.model.read(encode([prompt])), max_new_tokens=4)[0].tolist()
             target = scoped.tokenizer(f" {case.edit.target}")["input_ids"]
             text = scoped.tokenizer.decode(ids).strip().split("\n")[0].split(".")[0]
             firsts.append(float(ids[0] == target[0]))
             f1.append(larimar_answers.word_f1(text, case.edit.target))
-        scoped.forget([case.edit.text])
+        scoped.forget([case.edit.prompt_text])
     assert found["memory"]["prompt"].first == pytest.approx(sum(firsts[::2]) / 4)
     assert found["memory"]["paraphrase"].f1 == pytest.approx(sum(f1[1::2]) / 4)
     assert found["memory"]["paraphrase, unseen target"] == larimar_answers.Score(firsts[3], f1[3], 1)

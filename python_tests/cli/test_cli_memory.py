@@ -1,6 +1,7 @@
 """`engram memory`, with a small random encoder on disk."""
 
 import json
+import re
 from datetime import datetime, timedelta, timezone
 from functools import partial
 
@@ -110,13 +111,9 @@ def ask(engram, memory, question, *options):
 def test_ask_shows_what_a_question_is_about(engram, memory):
     status, out, err = engram("ask", memory, "The Colosseum is in Paris.", "--top", "2")
     assert (status, err) == (0, "")
-    rows = [
-        line.split()
-        for line in out.splitlines()
-        if "Colosseum" in line or "Louvre" in line or "Eiffel" in line
-    ]
-    # The title, the fact itself, and one more.
-    assert len(rows) == 3 and rows[1][:2] == ["✓", "2"] and rows[1][-1] == "1.000"
+    # The fact itself, and one more: which depends on the word pieces, whose training breaks ties at random.
+    rows = [line.split() for line in out.splitlines() if re.search(r" -?[01]\.\d{3}\s*$", line)]
+    assert len(rows) == 2 and rows[0][:2] == ["✓", "2"] and rows[0][-1] == "1.000"
     kept = EpisodicMemory.from_pretrained(memory)
     assert f"✓ from {kept.threshold():.3f} on" in out and "leverage" not in out
     found = ask(engram, memory, "What is a cantata?", "--top", "4")
