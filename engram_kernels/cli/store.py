@@ -101,7 +101,9 @@ def remove(
     device: Device = None,
     seed: Seed = 0,
 ) -> None:
-    """Take edits out; the others are written anew, as if these had never been made.
+    """Take edits out, as if they had never been made.
+
+    The others are written anew.
 
     Example: engram store remove facts --id 3
     """
@@ -120,7 +122,7 @@ def export(
     store: Folder,
     out: Annotated[Path, typer.Option(help="New folder for the adapter.")],
 ) -> None:
-    """Write all edits as one LoRA adapter, which PEFT and `engram apply` load.
+    """Write all edits as one LoRA adapter.
 
     Example: engram store export facts --out facts-adapter
     """
@@ -143,7 +145,7 @@ def verify(
     device: Device = None,
     seed: Seed = 0,
 ) -> None:
-    """Read everything in a store, and with a model rebuild its weights, to the bit.
+    """Read all of a store, and rebuild its model to the bit.
 
     Example: engram store verify facts --model smollm2
     """
