@@ -17,6 +17,7 @@ from engram_kernels import EngramError
 from engram_kernels.editing import Edit, EditResult
 from engram_kernels.editing import run as run_module
 from engram_kernels.editing.batching import encode_edit, encode_held
+from engram_kernels.editing.methods import METHODS
 from engram_kernels.editing.values import ValueOptions, find_values
 from engram_kernels.hf.projection import output_projection
 
@@ -217,12 +218,13 @@ def test_a_record_has_what_was_reached_in_every_text(make):
     editor = make()
     edit = Edit(TOWER, "{} is in", "Rome and more", ["To see {}, go to"])
     (record,) = editor.edit(edit).records
-    encoded = encode_edit(editor.model, editor.tokenizer, edit, editor.prefixes(), texts=8)
+    texts = METHODS["engram"].texts
+    encoded = encode_edit(editor.model, editor.tokenizer, edit, editor.prefixes(), texts=texts)
     sums = [
         math.exp(-loss * (len(row.ids) - row.target))
         for loss, row in zip(worst_losses(editor.model, encoded), encoded.rewriting, strict=True)
     ]
-    assert [len(group) for group in record.reached] == [4, 4]
+    assert tuple(map(len, record.reached)) == encoded.texts and len(encoded.texts) == 2
     assert [chance for group in record.reached for chance in group] == pytest.approx(sums, rel=1e-3)
     assert record.probability_after == record.reached[0][0] and not record.took
 
