@@ -15,6 +15,19 @@ using engram::RidgeShape;
 using engram::StreamShape;
 using engram::WeightShape;
 
+// Lists that stay in C++ from one call to the next.
+struct GraftList {
+  std::vector<engram::GraftTensor> tensors;
+
+  void set_gradients(const std::vector<uintptr_t>& addresses) {
+    for (size_t i = 0; i < tensors.size(); ++i) tensors[i].gradient = pointer<const void>(addresses.at(i));
+  }
+};
+
+struct SparseList {
+  std::vector<engram::SparseTensor> tensors;
+};
+
 static py::dict build_info() {
   py::dict info;
   info["compiler"] = ENGRAM_COMPILER;
@@ -79,22 +92,25 @@ PYBIND11_MODULE(_cpu, module) {
         pointer<double>(precision_inverse), pointer<double>(memory), pointer<void>(out), threads);
   });
 
-  module.def("graft_blend", [](const GraftRows& rows, double bias, int threads) {
+  py::class_<GraftList>(module, "GraftList", py::module_local())
+      .def(py::init([](const GraftRows& rows) { return GraftList{graft_tensors(rows)}; }))
+      .def("set_gradients", &GraftList::set_gradients);
+  py::class_<SparseList>(module, "SparseList", py::module_local())
+      .def(py::init([](const SparseRows& rows) { return SparseList{sparse_tensors(rows)}; }));
+
+  module.def("graft_blend", [](const GraftList& list, double bias, int threads) {
     py::gil_scoped_release release;
-    const auto tensors = graft_tensors(rows);
-    engram::cpu::graft_blend(tensors.data(), tensors.size(), bias, threads);
+    engram::cpu::graft_blend(list.tensors.data(), list.tensors.size(), bias, threads);
   });
 
-  module.def("graft_logits_gradient", [](const GraftRows& rows, double bias, int threads) {
+  module.def("graft_logits_gradient", [](const GraftList& list, double bias, int threads) {
     py::gil_scoped_release release;
-    const auto tensors = graft_tensors(rows);
-    engram::cpu::graft_logits_gradient(tensors.data(), tensors.size(), bias, threads);
+    engram::cpu::graft_logits_gradient(list.tensors.data(), list.tensors.size(), bias, threads);
   });
 
-  module.def("graft_mask_step", [](const GraftRows& rows, double bias, double lr, double l1, int threads) {
+  module.def("graft_mask_step", [](const GraftList& list, double bias, double lr, double l1, int threads) {
     py::gil_scoped_release release;
-    const auto tensors = graft_tensors(rows);
-    engram::cpu::graft_mask_step(tensors.data(), tensors.size(), bias, lr, l1, threads);
+    engram::cpu::graft_mask_step(list.tensors.data(), list.tensors.size(), bias, lr, l1, threads);
   });
 
   module.def("pack_mask", [](uintptr_t mask, int64_t size, uintptr_t packed, int threads) {
@@ -115,22 +131,24 @@ PYBIND11_MODULE(_cpu, module) {
                                     threads);
   });
 
-  module.def("top_k_mask", [](const GraftRows& rows, int64_t k, int threads) {
+  module.def("top_k_mask", [](const GraftList& list, int64_t k, int threads) {
     py::gil_scoped_release release;
-    const auto tensors = graft_tensors(rows);
-    return engram::cpu::top_k_mask(tensors.data(), tensors.size(), k, threads);
+    return engram::cpu::top_k_mask(list.tensors.data(), list.tensors.size(), k, threads);
   });
 
-  module.def("sparse_faults", [](const SparseRows& rows, bool wide_indices, int threads) {
+  module.def("sparse_faults", [](const SparseList& list, bool wide_indices, int threads) {
     py::gil_scoped_release release;
-    const auto tensors = sparse_tensors(rows);
-    return engram::cpu::sparse_faults(tensors.data(), tensors.size(), wide_indices, threads);
+    return engram::cpu::sparse_faults(list.tensors.data(), list.tensors.size(), wide_indices, threads);
   });
 
-  module.def("sparse_apply", [](const SparseRows& rows, bool wide_indices, int threads) {
+  // Writes if no index is at fault, and returns how many are.
+  module.def("sparse_apply", [](const SparseList& list, bool wide_indices, bool checked, int threads) {
     py::gil_scoped_release release;
-    const auto tensors = sparse_tensors(rows);
-    engram::cpu::sparse_apply(tensors.data(), tensors.size(), wide_indices, threads);
+    const auto* const tensors = list.tensors.data();
+    const int64_t count = list.tensors.size();
+    const int64_t faults = checked ? 0 : engram::cpu::sparse_faults(tensors, count, wide_indices, threads);
+    if (faults == 0) engram::cpu::sparse_apply(tensors, count, wide_indices, threads);
+    return faults;
   });
 
   // `place(counts)` returns a pair of addresses for each tensor.

@@ -96,22 +96,29 @@ PYBIND11_MODULE(_cuda, module) {
              });
 
   module.def("sparse_workspace", engram::cuda::sparse_workspace);
-  module.def("sparse_faults", [](const SparseRows& rows, bool wide_indices, uintptr_t workspace,
-                                 uintptr_t faults, uintptr_t stream) {
+  module.def("sparse_list", [](const SparseRows& rows, uintptr_t workspace, uintptr_t stream) {
     const auto tensors = sparse_tensors(rows);
+    int64_t chunks = 0;
     py::gil_scoped_release release;
-    check(engram::cuda::sparse_faults(tensors.data(), tensors.size(), wide_indices, pointer<void>(workspace),
+    check(engram::cuda::sparse_list(tensors.data(), tensors.size(), pointer<void>(workspace), &chunks,
+                                    pointer<void>(stream)),
+          "sparse_list");
+    return chunks;
+  });
+  module.def("sparse_faults", [](uintptr_t list, int64_t count, int64_t chunks, bool wide_indices,
+                                 uintptr_t faults, uintptr_t stream) {
+    py::gil_scoped_release release;
+    check(engram::cuda::sparse_faults(pointer<const void>(list), count, chunks, wide_indices,
                                       pointer<int64_t>(faults), pointer<void>(stream)),
           "sparse_faults");
   });
-  module.def("sparse_apply",
-             [](const SparseRows& rows, bool wide_indices, uintptr_t workspace, uintptr_t stream) {
-               const auto tensors = sparse_tensors(rows);
-               py::gil_scoped_release release;
-               check(engram::cuda::sparse_apply(tensors.data(), tensors.size(), wide_indices,
-                                                pointer<void>(workspace), pointer<void>(stream)),
-                     "sparse_apply");
-             });
+  module.def("sparse_apply", [](uintptr_t list, int64_t count, int64_t chunks, bool wide_indices,
+                                uintptr_t faults, uintptr_t stream) {
+    py::gil_scoped_release release;
+    check(engram::cuda::sparse_apply(pointer<const void>(list), count, chunks, wide_indices,
+                                     pointer<const int64_t>(faults), pointer<void>(stream)),
+          "sparse_apply");
+  });
 
   module.def("memory_stream_workspace",
              [](int dtype, int64_t batch, int64_t slots, int64_t width, int64_t count) {

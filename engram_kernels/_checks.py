@@ -109,6 +109,18 @@ def is_finite(tensor: Tensor) -> bool:
     return -math.inf < low.item() <= high.item() < math.inf
 
 
+def not_finite(*tensors: Tensor) -> Tensor:
+    """Return on the device, without a wait, whether an entry of a tensor is NaN or infinite."""
+    # The largest size is NaN where an entry is.
+    sizes = [torch.linalg.vector_norm(x, math.inf) for x in tensors if x.numel()]
+    if not sizes:
+        return torch.zeros((), dtype=torch.bool, device=tensors[0].device)
+    largest = sizes[0]
+    for size in sizes[1:]:
+        largest = torch.maximum(largest, size)
+    return (largest < math.inf).logical_not_()
+
+
 def finite(name: str, tensor: Tensor) -> None:
     """Check that no entry is NaN or infinite."""
     if not is_finite(tensor):

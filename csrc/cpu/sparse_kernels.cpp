@@ -18,8 +18,9 @@ void exchange(const SparseTensor& tensor, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < smaller(begin + kAhead, end); ++i) ask(i);
   for (int64_t i = begin; i < end; ++i) {
     if (i + kAhead < end) ask(i + kAhead);
+    const Element after = values[i];  // `overwritten` may be the same memory
     overwritten[i] = weight[indices[i]];
-    weight[indices[i]] = values[i];
+    weight[indices[i]] = after;
   }
 }
 

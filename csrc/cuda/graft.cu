@@ -47,14 +47,12 @@ int copy(const HostList<Tensor>& list, void* to, void* stream) {
   return cudaSuccess;
 }
 
-template <template <typename Index> class Program, typename... Arguments>
-int launch_sparse(const SparseTensor* tensors, int64_t count, bool wide_indices, void* workspace,
-                  void* stream, Arguments... arguments) {
-  const HostList<SparseTensor> list(tensors, count, &SparseTensor::count, kSparseChunk);
-  if (const int error = copy(list, workspace, stream)) return error;
-  const List<SparseTensor> listed = list.at(workspace);
-  return wide_indices ? launch_program(Program<int64_t>{listed, arguments...}, stream)
-                      : launch_program(Program<int32_t>{listed, arguments...}, stream);
+template <template <typename Index> class Program, typename Faults>
+int launch_sparse(const void* list, int64_t count, int64_t chunks, bool wide_indices, Faults* faults,
+                  void* stream) {
+  const List<SparseTensor> listed{static_cast<const Listed<SparseTensor>*>(list), count, chunks};
+  return wide_indices ? launch_program(Program<int64_t>{listed, faults}, stream)
+                      : launch_program(Program<int32_t>{listed, faults}, stream);
 }
 
 }  // namespace
@@ -85,17 +83,23 @@ int top_k_mask(const GraftTensor* tensors, int64_t count, int64_t k, void* works
 
 int64_t sparse_workspace(int64_t count) { return count * static_cast<int64_t>(sizeof(Listed<SparseTensor>)); }
 
-int sparse_faults(const SparseTensor* tensors, int64_t count, bool wide_indices, void* workspace,
-                  int64_t* faults, void* stream) {
-  if (cudaMemsetAsync(faults, 0, sizeof(int64_t), static_cast<cudaStream_t>(stream)) != cudaSuccess)
-    return cudaGetLastError();
-  return launch_sparse<SparseFaults>(tensors, count, wide_indices, workspace, stream,
-                                     reinterpret_cast<uint64_t*>(faults));
+int sparse_list(const SparseTensor* tensors, int64_t count, void* workspace, int64_t* chunks, void* stream) {
+  const HostList<SparseTensor> list(tensors, count, &SparseTensor::count, kSparseChunk);
+  *chunks = list.chunks;
+  return copy(list, workspace, stream);
 }
 
-int sparse_apply(const SparseTensor* tensors, int64_t count, bool wide_indices, void* workspace,
+int sparse_faults(const void* list, int64_t count, int64_t chunks, bool wide_indices, int64_t* faults,
+                  void* stream) {
+  if (cudaMemsetAsync(faults, 0, sizeof(int64_t), static_cast<cudaStream_t>(stream)) != cudaSuccess)
+    return cudaGetLastError();
+  return launch_sparse<SparseFaults>(list, count, chunks, wide_indices, reinterpret_cast<uint64_t*>(faults),
+                                     stream);
+}
+
+int sparse_apply(const void* list, int64_t count, int64_t chunks, bool wide_indices, const int64_t* faults,
                  void* stream) {
-  return launch_sparse<SparseApply>(tensors, count, wide_indices, workspace, stream);
+  return launch_sparse<SparseApply>(list, count, chunks, wide_indices, faults, stream);
 }
 
 }  // namespace engram::cuda

@@ -9,14 +9,16 @@ namespace engram::cuda {
 constexpr int kSparseEntries = 4;  // a thread, all on their way at once
 constexpr int kSparseChunk = kThreads * kSparseEntries;
 
-// overwritten = weight[indices]; weight[indices] = values.
+// overwritten = weight[indices]; weight[indices] = values, unless there are faults.
 template <typename Index>
 struct SparseApply {
   List<SparseTensor> list;
+  const int64_t* faults;
 
   int64_t blocks() const { return list.chunks; }
 
   ENGRAM_DEVICE void run(int64_t index) const {
+    if (faults && *faults) return;
     const Listed<SparseTensor>& entry = *list.find(index);
     const int64_t first = (index - entry.first) * kSparseChunk + threadIdx.x;
     if (entry.tensor.element_bytes == 2) exchange<uint16_t>(entry.tensor, first);

@@ -14,8 +14,10 @@ from .low_rank import *  # noqa: F403
 from .memory import *  # noqa: F403
 from .memory_inverse import *  # noqa: F403
 from .memory_streaming import *  # noqa: F403
+from .plans import *  # noqa: F403
 from .ridge import *  # noqa: F403
 from .second_moment import *  # noqa: F403
+from .waiting import *  # noqa: F403
 
 # Type checkers take the stars above as what this exports; a computed list would hide it all from mypy.
 if not TYPE_CHECKING:
@@ -29,8 +31,10 @@ if not TYPE_CHECKING:
         memory,
         memory_inverse,
         memory_streaming,
+        plans,
         ridge,
         second_moment,
+        waiting,
     )
 
     __all__ = [
@@ -43,6 +47,8 @@ if not TYPE_CHECKING:
         *memory.__all__,
         *memory_streaming.__all__,
         *memory_inverse.__all__,
+        *plans.__all__,
         *ridge.__all__,
         *second_moment.__all__,
+        *waiting.__all__,
     ]

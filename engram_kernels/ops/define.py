@@ -1,8 +1,8 @@
 """How an operator is defined.
 
 An operator's run is: check its arguments, check their values, choose a backend, call it, check its results.
-The value checks read the tensors, so they wait for the device; they are left out while a CUDA graph is
-captured.
+Values and results are checked as `checks` of waiting.py says: at once, which waits for the device, by a flag
+on the device, or not at all.
 """
 
 import functools
@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from .._namespace import NAMESPACE
 from ..backends import select
 from .sharding import is_divided, register
+from .waiting import later, mode_for, synchronize_checks, waiting
 
 _library = torch.library.Library(NAMESPACE, "DEF")
 _calling = threading.local()
@@ -30,17 +31,17 @@ def _first(argument: Tensor | list[Tensor]) -> Tensor:
     return argument[0] if isinstance(argument, list) else argument
 
 
-def _capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
 def define(
     schema: str,
     check: Callable[..., None],
     canonical: Callable[..., None],
     fake: Callable,
+    apart: Callable[..., None] | None = None,
     values: Callable[..., None] | None = None,
     results: Callable[..., None] | None = None,
+    guard: Callable[..., tuple] | None = None,
+    suspect: Callable[..., Tensor] | None = None,
+    complaint: str = "",
 ) -> Callable:
     """Define an operator, and return the call of it for arguments that have passed `check`.
 
@@ -54,8 +55,13 @@ def define(
             data.
         canonical: raises on tensors that are not as a backend takes them: rank, layout, type.
         fake: returns empty tensors of the right shapes, for tracing.
-        values: raises on arguments whose data cannot be used.
-        results: raises on results that show that the request had no sound answer.
+        apart: raises on memory that is written and also read, or written twice.
+        values: raises on arguments whose data cannot be used; waits.
+        results: raises on results that show that the request had no sound answer; waits.
+        guard: `values` without a wait. Returns a flag on the device, not 0 where that would raise, and
+            arguments which then leave what is written as it is.
+        suspect: `results` without a wait. Returns a flag on the device, not 0 where that would raise.
+        complaint: what is said of a flag that is not 0.
     """
     name = schema[: schema.index("(")]
     written = [
@@ -76,17 +82,26 @@ def define(
     def run(*args):
         check_once(*args)
         device = _first(args[0]).device
-        capturing = _capturing(device)
-        if values is not None and not capturing:
+        mode = mode_for(device)
+        if mode == "sync" and waiting():
+            synchronize_checks()
+        if apart is not None:
+            apart(*args)
+        if values is not None and (mode == "sync" or (mode == "async" and guard is None)):
             values(*args)
+        elif mode == "async" and guard is not None:
+            flag, args = guard(*args)
+            later(flag, complaint)
         function = select(name, device, args)
         if torch.is_autocast_enabled(device.type):
             with torch.autocast(device.type, enabled=False):
                 result = function(*args)
         else:
             result = function(*args)
-        if results is not None and not capturing:
+        if mode == "sync" and results is not None:
             results(result, *args)
+        if mode == "async" and suspect is not None:
+            later(suspect(result, *args), complaint)
         for i in written:
             tensors = args[i] if isinstance(args[i], list) else [args[i]]
             torch.autograd.graph.increment_version([x for x in tensors if not x.is_inference()])

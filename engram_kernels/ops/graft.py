@@ -12,12 +12,16 @@ from .lists import (
     Written,
     as_lists,
     as_masks,
+    check_alike,
     check_apart,
     check_count,
+    check_dense,
     check_flat,
     check_like,
+    check_masks,
     check_packed,
-    flatten,
+    check_weights,
+    dense,
 )
 
 __all__ = ["_foreach_graft_blend_", "graft_blend", "graft_mask_step_"]
@@ -138,30 +142,30 @@ def graft_blend(
 # -- _foreach_graft_blend_ -----------------------------------------------------------------------------------
 
 
-def _check_lists(out, pre, ft, logits, base, bias) -> None:
+def check_lists(out, pre, ft, logits, base, bias) -> None:
     """Check the lists of a blend; `out` may be empty."""
-    for name, tensors in (("pre", pre), ("ft", ft), ("base", base)):
-        if tensors or name != "base":
-            check_count(name, tensors, logits)
-    for i, weight in enumerate(pre):
-        _check_pair(weight, ft[i], base[i] if base else None)
-        check_like("logits", logits[i], weight, compute_dtype(weight))
-        if out:
-            check_like("out", out[i], weight, weight.dtype)
-        check.same_device("pre", weight, pre[0].device)
+    check_count("pre", pre, logits)
+    check_weights("pre", pre)
+    dtypes = [weight.dtype for weight in pre]
+    check_alike("ft", ft, pre, dtypes)
+    check_alike("logits", logits, pre, [compute_dtype(weight) for weight in pre])
+    if base:
+        check_masks("base", base, pre)
+    if out:
+        check_alike("out", out, pre, dtypes)
     check.number("bias", bias)
 
 
 def _check_foreach(out, pre, ft, logits, base, bias) -> None:
     check_count("logits", logits, out)
-    _check_lists(out, pre, ft, logits, base, bias)
+    check_lists(out, pre, ft, logits, base, bias)
 
 
 def _canonical_foreach(out, pre, ft, logits, base, bias) -> None:
-    check_flat(out=out, pre=pre, ft=ft, logits=logits, base=base)
+    check_dense(out=out, pre=pre, ft=ft, logits=logits, base=base)
 
 
-def _foreach_values(out, pre, ft, logits, base, bias) -> None:
+def _foreach_apart(out, pre, ft, logits, base, bias) -> None:
     check_apart("out", out, pre, ft, logits, base)
 
 
@@ -171,7 +175,7 @@ _foreach_blend_ = define(
     _check_foreach,
     _canonical_foreach,
     fake=lambda out, pre, ft, logits, base, bias: None,
-    values=_foreach_values,
+    apart=_foreach_apart,
 )
 
 
@@ -211,9 +215,8 @@ def _foreach_graft_blend_(
     masks = as_masks(base, len(out))
     _check_foreach(out, pre, ft, logits, masks, bias)
     if out:
-        with Written("out", out, pre, ft, logits, masks) as targets:
-            read = ([flatten(x) for x in tensors] for tensors in (pre, ft, logits))
-            _foreach_blend_(targets, *read, masks, float(bias))
+        with torch.no_grad(), Written("out", out, pre, ft, logits, masks) as targets:
+            _foreach_blend_(targets, *map(dense, (pre, ft, logits, masks)), float(bias))
     return out
 
 
@@ -221,21 +224,22 @@ def _foreach_graft_blend_(
 
 
 def _check_step(logits, grads, pre, ft, base, bias, lr, l1, out) -> None:
-    check_count("grads", grads, logits)
-    if out:
-        check_count("out", out, logits)
-    _check_lists(out, pre, ft, logits, base, bias)
-    for gradient, weight in zip(grads, pre, strict=True):
-        check_like("grads", gradient, weight, weight.dtype)
+    check_lists(out, pre, ft, logits, base, bias)
+    check_gradients(grads, pre, lr, l1)
+
+
+def check_gradients(grads: list[Tensor], pre: list[Tensor], lr: float, l1: float) -> None:
+    """Check what a step brings beside the lists."""
+    check_alike("grads", grads, pre, [weight.dtype for weight in pre])
     check.number("lr", lr)
     check.number("l1", l1)
 
 
 def _canonical_step(logits, grads, pre, ft, base, bias, lr, l1, out) -> None:
-    check_flat(logits=logits, grads=grads, pre=pre, ft=ft, base=base, out=out)
+    check_dense(logits=logits, grads=grads, pre=pre, ft=ft, base=base, out=out)
 
 
-def _step_values(logits, grads, pre, ft, base, bias, lr, l1, out) -> None:
+def _step_apart(logits, grads, pre, ft, base, bias, lr, l1, out) -> None:
     check_apart("logits", logits, grads, pre, ft, base)
     check_apart("out", out, pre, ft, logits, base, grads)
 
@@ -246,7 +250,7 @@ _mask_step_ = define(
     _check_step,
     _canonical_step,
     fake=lambda logits, grads, pre, ft, base, bias, lr, l1, out: None,
-    values=_step_values,
+    apart=_step_apart,
 )
 
 
@@ -297,9 +301,9 @@ def graft_mask_step_(
     if logits:
         others = grads, pre, ft, masks
         with (
+            torch.no_grad(),
             Written("logits", logits, out, *others) as targets,
             Written("out", out, logits, *others) as blended,
         ):
-            read = ([flatten(x) for x in tensors] for tensors in (grads, pre, ft))
-            _mask_step_(targets, *read, masks, float(bias), float(lr), float(l1), blended)
+            _mask_step_(targets, *map(dense, others), float(bias), float(lr), float(l1), blended)
     return logits

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import _checks as check
 from .define import define, dynamic_size
-from .lists import as_lists, check_count, check_flat, check_like, flatten
+from .lists import as_lists, check_alike, check_dense, check_weights, dense
 
 __all__ = ["SparseDiff", "sparse_diff"]
 
@@ -24,13 +24,11 @@ class SparseDiff(NamedTuple):
 
 
 def _check_pair(old: list[Tensor], new: list[Tensor], threshold: float | None, wide: bool) -> None:
-    check_count("new", new, old)
-    for before, after in zip(old, new, strict=True):
-        check.floating("old", before)
-        check.same_device("old", before, old[0].device)
-        check_like("new", after, before, before.dtype)
-        fits = wide or before.numel() <= NARROW
-        check.expect(fits, "index_dtype", f"int64 for {before.numel()} entries", "int32")
+    check_weights("old", old)
+    check_alike("new", new, old, [before.dtype for before in old])
+    for before in old:
+        if not wide and before.numel() > NARROW:
+            check.expect(False, "index_dtype", f"int64 for {before.numel()} entries", "int32")
     if threshold is not None:
         check.number("threshold", threshold, at_least=0)
 
@@ -48,7 +46,7 @@ _sparse_diff = define(
     "sparse_diff(Tensor[] old, Tensor[] new, float? threshold, bool wide)"
     " -> (Tensor[] indices, Tensor[] values)",
     _check_pair,
-    lambda old, new, threshold, wide: check_flat(old=old, new=new),
+    lambda old, new, threshold, wide: check_dense(old=old, new=new),
     fake=_empty_diff,
 )
 
@@ -97,4 +95,5 @@ def sparse_diff(
     if not old:
         return SparseDiff([], [])
     least = None if threshold is None else float(threshold)
-    return SparseDiff(*_sparse_diff([flatten(x) for x in old], [flatten(x) for x in new], least, wide))
+    with torch.no_grad():
+        return SparseDiff(*_sparse_diff(dense(old), dense(new), least, wide))

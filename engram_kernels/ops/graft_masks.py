@@ -10,7 +10,17 @@ from .. import _checks as check
 from .._linalg import compute_dtype
 from ..backends.torch.graft import packed_size
 from .define import backward, define
-from .lists import as_lists, check_count, check_flat, check_like, check_packed, flatten
+from .lists import (
+    as_lists,
+    check_alike,
+    check_count,
+    check_dense,
+    check_flat,
+    check_like,
+    check_packed,
+    check_weights,
+    dense,
+)
 
 __all__ = ["graft_blend_packed", "graft_top_k", "pack_mask", "top_k_mask", "unpack_mask"]
 
@@ -157,23 +167,20 @@ def graft_blend_packed(pre: Tensor, ft: Tensor, mask: Tensor) -> Tensor:
 # -- top_k_mask ----------------------------------------------------------------------------------------------
 
 
-def _check_top_k(scores: list[Tensor], reference: list[Tensor], k: int) -> None:
+def check_top_k(scores: list[Tensor], reference: list[Tensor], k: int) -> None:
     name = "pre" if reference else "scores"  # what the public functions call them
+    check_weights(name, scores)
     if reference:
-        check_count("ft", reference, scores)
-    for i, tensor in enumerate(scores):
-        check.floating(name, tensor)
-        check.same_device(name, tensor, scores[0].device)
-        alike = compute_dtype(tensor) == compute_dtype(scores[0])
-        check.expect(alike, name, "all tensors fp64 or none", tensor.dtype, TypeError)
-        if reference:
-            check_like("ft", reference[i], tensor, tensor.dtype)
+        check_alike("ft", reference, scores, [tensor.dtype for tensor in scores])
+    for tensor in scores:
+        if compute_dtype(tensor) != compute_dtype(scores[0]):
+            check.expect(False, name, "all tensors fp64 or none", tensor.dtype, TypeError)
     check.integer("k", k)
-    total = sum(tensor.numel() for tensor in scores)
+    total = sum([tensor.numel() for tensor in scores])
     check.expect(0 <= k <= total, "k", f"0 to {total}, the number of entries", k)
 
 
-def _top_k_results(result: tuple[list[Tensor], Tensor], scores, reference: list[Tensor], k: int) -> None:
+def top_k_results(result: tuple[list[Tensor], Tensor], scores, reference: list[Tensor], k: int) -> None:
     name, expected = ("ft", "finite differences from pre") if reference else ("scores", "finite values")
     invalid = int(result[1])
     check.expect(invalid == 0, name, expected, f"{invalid} NaN or infinite")
@@ -182,13 +189,15 @@ def _top_k_results(result: tuple[list[Tensor], Tensor], scores, reference: list[
 # The k largest scores, or the k largest |scores − reference|; and how many of these are not finite.
 _top_k_mask = define(
     "top_k_mask(Tensor[] scores, Tensor[] reference, int k) -> (Tensor[] masks, Tensor invalid)",
-    _check_top_k,
-    lambda scores, reference, k: check_flat(scores=scores, reference=reference),
+    check_top_k,
+    lambda scores, reference, k: check_dense(scores=scores, reference=reference),
     fake=lambda scores, reference, k: (
-        [tensor.new_empty(packed_size(tensor.shape[0]), dtype=torch.uint8) for tensor in scores],
+        [tensor.new_empty(packed_size(tensor.numel()), dtype=torch.uint8) for tensor in scores],
         scores[0].new_empty((), dtype=torch.int64),
     ),
-    results=_top_k_results,
+    results=top_k_results,
+    suspect=lambda result, *args: result[1],
+    complaint="top_k_mask: expected finite scores, got NaN or infinite",
 )
 
 
@@ -218,8 +227,9 @@ def graft_top_k(pre: Sequence[Tensor], ft: Sequence[Tensor], k: int) -> list[Ten
     """
     pre, ft = as_lists(pre=pre, ft=ft)
     check_count("ft", ft, pre)
-    _check_top_k(pre, ft, k)
-    return _top_k_mask([flatten(x) for x in pre], [flatten(x) for x in ft], k)[0] if pre else []
+    check_top_k(pre, ft, k)
+    with torch.no_grad():
+        return _top_k_mask(dense(pre), dense(ft), k)[0] if pre else []
 
 
 def top_k_mask(scores: Sequence[Tensor], k: int) -> list[Tensor]:
@@ -242,5 +252,6 @@ def top_k_mask(scores: Sequence[Tensor], k: int) -> list[Tensor]:
         >>> masks = ek.top_k_mask([weight.grad.square() for weight in weights], k=1000)
     """
     (scores,) = as_lists(scores=scores)
-    _check_top_k(scores, [], k)
-    return _top_k_mask([flatten(x) for x in scores], [], k)[0] if scores else []
+    check_top_k(scores, [], k)
+    with torch.no_grad():
+        return _top_k_mask(dense(scores), [], k)[0] if scores else []

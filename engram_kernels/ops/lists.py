@@ -1,7 +1,8 @@
-"""Flat tensors and lists of them, one for each weight of a model; packed masks.
+"""Flat tensors, lists of tensors, one for each weight of a model, and packed masks.
 
-Grafting's operators take tensors that are flat and contiguous. An empty list stands for none. A mask is
-packed: bit i % 8 of byte i // 8 is entry i, and the bits beyond the last entry are 0.
+Grafting's operators take single tensors flat and contiguous, and lists of contiguous tensors of any shape. An
+empty list stands for none. A mask is packed: bit i % 8 of byte i // 8 is entry i, and the bits beyond the
+last entry are 0.
 """
 
 from bisect import bisect_left
@@ -9,10 +10,14 @@ from collections.abc import Sequence
 from itertools import chain, pairwise
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import _checks as check
 from ..backends.torch.graft import packed_size
+
+_FLOATING = set(check.WEIGHT_DTYPES)
+# What has no ways of its own, and needs no closer look.
+_PLAIN = {Tensor, nn.Parameter}
 
 
 def as_lists(**arguments: object) -> list[list[Tensor]]:
@@ -20,6 +25,8 @@ def as_lists(**arguments: object) -> list[list[Tensor]]:
     for name, tensors in arguments.items():
         known = isinstance(tensors, Sequence) and not isinstance(tensors, Tensor)
         check.expect(known, name, "a list of tensors", type(tensors).__name__, TypeError)
+        if {type(tensor) for tensor in tensors} <= _PLAIN:
+            continue
         for tensor in tensors:
             if not isinstance(tensor, Tensor):
                 raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
@@ -33,13 +40,11 @@ def as_masks(base: Sequence[Tensor] | None, count: int) -> list[Tensor]:
     return masks
 
 
-def flatten(tensor: Tensor) -> Tensor:
-    """A tensor to read as one contiguous dimension: a view, or a copy of a strided one."""
-    if tensor.dim() == 1 and tensor.is_contiguous() and not tensor.requires_grad:
-        return tensor
-    if tensor.is_contiguous():
-        return tensor.detach().view(-1)
-    return tensor.detach().reshape(-1).contiguous()
+def dense(tensors: list[Tensor]) -> list[Tensor]:
+    """Tensors to read as contiguous memory: they themselves, or copies of strided ones."""
+    if all([tensor.is_contiguous() for tensor in tensors]):
+        return tensors
+    return [tensor.detach().contiguous() for tensor in tensors]
 
 
 def check_count(name: str, tensors: list[Tensor], like: list[Tensor]) -> None:
@@ -58,6 +63,54 @@ def check_like(
         check.same_device(name, tensor, other.device)
 
 
+def check_alike(
+    name: str,
+    tensors: list[Tensor],
+    others: list[Tensor],
+    dtypes: list[torch.dtype],
+    meaning: str = "as the other tensors",
+) -> None:
+    """Check that there are as many tensors as others, with their shapes and devices, and the given dtypes."""
+    check_count(name, tensors, others)
+    if (
+        [tensor.dtype for tensor in tensors] != dtypes
+        or [tensor.shape for tensor in tensors] != [other.shape for other in others]
+        or [tensor.device for tensor in tensors] != [other.device for other in others]
+    ):
+        for tensor, other, dtype in zip(tensors, others, dtypes, strict=True):
+            check_like(name, tensor, other, dtype, meaning)
+
+
+def check_weights(name: str, tensors: list[Tensor]) -> None:
+    """Check that tensors are floating, and on one device."""
+    if not {tensor.dtype for tensor in tensors} <= _FLOATING or len({x.device for x in tensors}) > 1:
+        for tensor in tensors:
+            check.floating(name, tensor)
+            check.same_device(name, tensor, tensors[0].device)
+
+
+def check_masks(name: str, masks: list[Tensor], like: list[Tensor]) -> None:
+    """Check a packed mask for each tensor."""
+    check_count(name, masks, like)
+    if (
+        {type(mask) for mask in masks} <= _PLAIN
+        and {mask.dtype for mask in masks} == {torch.uint8}
+        and [mask.shape for mask in masks] == [(packed_size(x.numel()),) for x in like]
+        and [mask.device for mask in masks] == [x.device for x in like]
+    ):
+        return
+    for mask, tensor in zip(masks, like, strict=True):
+        check_packed(name, mask, tensor.numel(), tensor.device)
+
+
+def check_dense(**arguments: list[Tensor]) -> None:
+    """Check the canonical layout of lists: contiguous memory."""
+    for name, tensors in arguments.items():
+        if not all([tensor.is_contiguous() for tensor in tensors]):
+            strides = next(tensor.stride() for tensor in tensors if not tensor.is_contiguous())
+            raise ValueError(f"{name}: expected contiguous tensors, got strides {strides}")
+
+
 def check_packed(name: str, mask: object, count: int, device: torch.device) -> None:
     """Check a packed mask of so many entries."""
     check.expect(isinstance(mask, Tensor), name, "a packed mask", type(mask).__name__, TypeError)
@@ -66,51 +119,52 @@ def check_packed(name: str, mask: object, count: int, device: torch.device) -> N
     check.same_device(name, mask, device)
 
 
-def check_flat(**arguments: Tensor | list[Tensor] | None) -> None:
-    """Check the canonical layout: one contiguous dimension."""
-    for name, argument in arguments.items():
-        for tensor in argument if isinstance(argument, list) else [argument]:
-            if tensor is not None and not (tensor.dim() == 1 and tensor.is_contiguous()):
-                got = f"shape {list(tensor.shape)} with strides {tensor.stride()}"
-                raise ValueError(f"{name}: expected one contiguous dimension, got {got}")
+def check_flat(**arguments: Tensor | None) -> None:
+    """Check the canonical layout of tensors: one contiguous dimension."""
+    for name, tensor in arguments.items():
+        if tensor is not None and not (tensor.dim() == 1 and tensor.is_contiguous()):
+            got = f"shape {list(tensor.shape)} with strides {tensor.stride()}"
+            raise ValueError(f"{name}: expected one contiguous dimension, got {got}")
 
 
 def check_apart(name: str, written: list[Tensor], *others: list[Tensor]) -> None:
     """Check that memory that is written is written once, and is not read beside it."""
-    spans = sorted((x.data_ptr(), x.data_ptr() + x.nbytes) for x in written if x.numel())
+    spans = sorted([(x.data_ptr(), x.data_ptr() + x.nbytes) for x in written if x.numel()])
+    if not spans:
+        return
     for (_, end), (start, _) in pairwise(spans):
         if start < end:
             check.expect(False, name, "each tensor once", "memory that is written twice")
-    starts = [start for start, _ in spans]
+    starts, ends = zip(*spans, strict=True)
     for tensor in chain(*others):
         start = tensor.data_ptr()
         before = bisect_left(starts, start + tensor.nbytes)
-        if before and spans[before - 1][1] > start and tensor.numel():
+        if before and ends[before - 1] > start and tensor.numel():
             check.expect(False, name, "memory of its own", "memory that is also read")
 
 
 class Written:
-    """Flat tensors to write to: views of contiguous memory; dense copies of other, put back at the end."""
+    """Contiguous tensors to write to: those given, or copies of strided ones, put back at the end."""
 
     def __init__(self, name: str, tensors: list[Tensor], *others: list[Tensor]):
         self.name, self.others = name, others
         self.tensors = tensors
+        self.strided = [i for i, tensor in enumerate(tensors) if not tensor.is_contiguous()]
 
     def __enter__(self) -> list[Tensor]:
-        strided = [i for i, tensor in enumerate(self.tensors) if not tensor.is_contiguous()]
-        if strided:
+        self.dense = self.tensors
+        if self.strided:
             # The operator sees a copy, and cannot see what else lies where that goes back to.
             spans = [check.span(tensor) for tensor in chain(self.tensors, *self.others)]
-            for i in strided:
+            for i in self.strided:
                 check.no_overlap(self.name, self.tensors[i])
                 begin, end = spans[i]
                 shared = any(first < end and begin < last for first, last in spans[:i] + spans[i + 1 :])
                 check.expect(not shared, self.name, "memory of its own for a strided tensor", "shared memory")
-        self.flat = [flatten(tensor) for tensor in self.tensors]
-        return self.flat
+            self.dense = dense(self.tensors)
+        return self.dense
 
     def __exit__(self, error, *details) -> None:
         if error is None:
-            for tensor, flat in zip(self.tensors, self.flat, strict=True):
-                if not tensor.is_contiguous():
-                    tensor.detach().copy_(flat.view(tensor.shape))
+            for i in self.strided:
+                self.tensors[i].detach().copy_(self.dense[i])

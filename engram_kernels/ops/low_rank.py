@@ -187,10 +187,14 @@ def _update_values(weight: Tensor, left: Tensor, right: Tensor, alpha: float) ->
     check.finite("right", right)
 
 
-def _apply_values(weight: Tensor, left: Tensor, right: Tensor, alpha: float) -> None:
+def _apply_apart(weight: Tensor, left: Tensor, right: Tensor, alpha: float) -> None:
     check.own_memory("left", left, weight)
     check.own_memory("right", right, weight)
-    _update_values(weight, left, right, alpha)
+
+
+def _apply_guard(weight: Tensor, left: Tensor, right: Tensor, alpha: float) -> tuple[Tensor, tuple]:
+    bad = check.not_finite(left, right)
+    return bad, (weight, left.masked_fill(bad, 0), right.masked_fill(bad, 0), alpha)
 
 
 _apply_low_rank_ = define(
@@ -198,7 +202,10 @@ _apply_low_rank_ = define(
     _check_apply,
     _canonical_factors,
     fake=lambda weight, left, right, alpha: None,
-    values=_apply_values,
+    apart=_apply_apart,
+    values=_update_values,
+    guard=_apply_guard,
+    complaint="apply_low_rank_: expected finite factors, got NaN or infinite; the weight is unchanged",
 )
 
 _low_rank_update = define(
@@ -206,6 +213,8 @@ _low_rank_update = define(
     _check_factors,
     _canonical_factors,
     values=_update_values,
+    guard=lambda weight, left, right, alpha: (check.not_finite(left, right), (weight, left, right, alpha)),
+    complaint="low_rank_update: expected finite factors, got NaN or infinite",
     fake=lambda weight, left, right, alpha: torch.empty_like(weight, memory_format=torch.contiguous_format),
 )
 

@@ -68,11 +68,11 @@ def _blame(keys: Tensor, values: Tensor, inverse: Tensor, residual: Tensor) -> N
 
 def _check_symmetric(products: Tensor, scale: Tensor, what: str) -> None:
     # Rounding makes an inverse asymmetric by far less; a Cholesky factor given as one, by far more.
-    apart = (products - products.mT).abs_().div_(scale.unsqueeze(-1)).div_(scale.unsqueeze(-2))
-    if apart.numel() and float(apart.max()) > 1e-2:
+    apart = float(_asymmetry(products, scale))
+    if apart > 1e-2:
         raise ValueError(
             f"inverse_covariance: expected a symmetric matrix, got one for which {what} differ by "
-            f"{float(apart.max()):.1g} of their scale"
+            f"{apart:.1g} of their scale"
         )
 
 
@@ -92,6 +92,19 @@ def _residual_gram_results(
     _check_symmetric(gram, energy.sqrt(), "kᵢ C⁻¹ kⱼ and kⱼ C⁻¹ kᵢ")
 
 
+def _asymmetry(products: Tensor, scale: Tensor) -> Tensor:
+    """The largest difference of a matrix's halves beside their scale, on the device."""
+    apart = (products - products.mT).abs_().div_(scale.unsqueeze(-1)).div_(scale.unsqueeze(-2))
+    return apart.amax() if apart.numel() else apart.new_zeros(())
+
+
+def _residual_gram_suspect(result: tuple[Tensor, Tensor], *args: Tensor) -> Tensor:
+    residual, gram = result
+    energy = gram.diagonal(dim1=-2, dim2=-1)
+    sound = (energy > 0).all() & (_asymmetry(gram, energy.sqrt()) <= 1e-2)
+    return check.not_finite(residual, energy).logical_or_(sound.logical_not_())
+
+
 _residual_gram = define(
     "residual_gram(Tensor weight, Tensor keys, Tensor values, Tensor preconditioned) -> (Tensor, Tensor)",
     _check_residual,
@@ -101,6 +114,9 @@ _residual_gram = define(
         preconditioned.new_empty(keys.shape[0], keys.shape[1], keys.shape[1]),
     ),
     results=_residual_gram_results,
+    suspect=_residual_gram_suspect,
+    complaint="residual_gram: expected finite keys, values and weights, and a symmetric positive definite "
+    "inverse_covariance, got others",
 )
 
 
@@ -180,6 +196,9 @@ _residual_ridge = define(
         keys.new_empty(keys.shape[0], dtype=torch.int32),
     ),
     results=_residual_ridge_results,
+    suspect=lambda result, *args: check.not_finite(*result[:2]).logical_or_((result[3] != 0).any()),
+    complaint="residual_ridge: expected finite keys, values and weights, a positive semidefinite "
+    "inverse_covariance and a ridge that rounding leaves, got others",
 )
 
 
@@ -244,6 +263,13 @@ def _small_solve_results(
         raise EngramError("keys: expected keys whose update fits the type, got coefficients that overflow it")
 
 
+def _small_solve_suspect(
+    result: tuple[Tensor, Tensor], system: Tensor, right_hand_side: Tensor, kind: str
+) -> Tensor:
+    solution, info = result
+    return (check.not_finite(solution) > check.not_finite(right_hand_side)).logical_or_((info != 0).any())
+
+
 _small_solve = define(
     "small_solve(Tensor system, Tensor right_hand_side, str kind) -> (Tensor, Tensor)",
     _check_solve,
@@ -253,6 +279,8 @@ _small_solve = define(
         system.new_empty(system.shape[0], dtype=torch.int32),
     ),
     results=_small_solve_results,
+    suspect=_small_solve_suspect,
+    complaint="small_solve: expected linearly independent keys whose update fits the type, got others",
 )
 
 

@@ -16,7 +16,9 @@ from .memory_state import (
     flat,
     flat_view,
     singular,
+    wrong_boundaries,
 )
+from .waiting import mode_for
 
 __all__ = ["memory_accumulate_", "memory_address", "memory_forget_", "memory_read", "memory_solve"]
 
@@ -125,7 +127,7 @@ def _canonical_accumulate(
         check.floating("alpha", alpha, (A.dtype,))
 
 
-def _accumulate_values(
+def _accumulate_apart(
     A: Tensor, B: Tensor, w: Tensor, z: Tensor, alpha: Tensor | None, cu_seqlens: Tensor | None
 ) -> None:
     apart = B.numel() == 0 or B.data_ptr() != A.data_ptr()
@@ -133,6 +135,11 @@ def _accumulate_values(
     for written in (A, B):
         check.own_memory("w", w, written)
         check.own_memory("z", z, written)
+
+
+def _accumulate_values(
+    A: Tensor, B: Tensor, w: Tensor, z: Tensor, alpha: Tensor | None, cu_seqlens: Tensor | None
+) -> None:
     check_boundary_values(cu_seqlens, w)
     _product_values(A.dtype, alpha, w=w, z=z)
 
@@ -158,13 +165,32 @@ def _product_values(dtype: torch.dtype, alpha: Tensor | None, **rows: Tensor) ->
             )
 
 
+def _accumulate_guard(
+    A: Tensor, B: Tensor, w: Tensor, z: Tensor, alpha: Tensor | None, cu_seqlens: Tensor | None
+) -> tuple[Tensor, tuple]:
+    own, other = (torch.linalg.vector_norm(rows, dtype=torch.float64) for rows in (w, z))
+    products = own * torch.maximum(own, other)
+    if alpha is not None and alpha.numel():
+        products = products * alpha.abs().amax()
+    bad = (products <= torch.finfo(A.dtype).max).logical_not_()
+    if cu_seqlens is not None:
+        bad |= wrong_boundaries(cu_seqlens, w.shape[0])
+        cu_seqlens = cu_seqlens.masked_fill(bad, 0)
+    alpha = None if alpha is None else alpha.masked_fill(bad, 0)
+    return bad, (A, B, w.masked_fill(bad, 0), z.masked_fill(bad, 0), alpha, cu_seqlens)
+
+
 _memory_accumulate_ = define(
     "memory_accumulate_(Tensor(a!) gram, Tensor(b!) cross, Tensor weights, Tensor latents, Tensor? alpha, "
     "Tensor? cu_seqlens) -> ()",
     _check_accumulate,
     _canonical_accumulate,
     fake=lambda gram, cross, weights, latents, alpha, cu_seqlens: None,
+    apart=_accumulate_apart,
     values=_accumulate_values,
+    guard=_accumulate_guard,
+    complaint="memory_accumulate_: expected finite rows whose products fit the state, and boundaries as "
+    "cu_seqlens, got others; the memory is unchanged",
 )
 
 
@@ -240,6 +266,12 @@ def _solve_results(result: tuple[Tensor, Tensor], A: Tensor, B: Tensor, ridge: f
         )
 
 
+def _solve_suspect(result: tuple[Tensor, Tensor], A: Tensor, B: Tensor, ridge: float, finite: bool) -> Tensor:
+    memory, info = result
+    failed = (info != 0).any()
+    return failed | check.not_finite(memory) if finite else failed
+
+
 # `finite` says whether B must be; a gradient need not, and gives what it gives.
 _memory_solve = define(
     "memory_solve(Tensor gram, Tensor cross, float ridge, bool finite) -> (Tensor, Tensor)",
@@ -250,6 +282,8 @@ _memory_solve = define(
         gram.new_empty(gram.shape[0], dtype=torch.int32),
     ),
     results=_solve_results,
+    suspect=_solve_suspect,
+    complaint="memory_solve: expected a finite state that with its ridge is positive definite, got another",
 )
 
 
@@ -341,6 +375,22 @@ def _leverages_results(
         )
 
 
+def _leverages_guard(
+    A: Tensor, w: Tensor, cu_seqlens: Tensor | None, ridge: float, limit: float
+) -> tuple[Tensor, tuple]:
+    bad = check.not_finite(w)
+    if cu_seqlens is not None:
+        bad = bad | wrong_boundaries(cu_seqlens, w.shape[0])
+        cu_seqlens = cu_seqlens.masked_fill(bad, 0)
+    return bad, (A, w, cu_seqlens, ridge, limit)
+
+
+def _unsound(result: tuple[Tensor, Tensor, Tensor], limit: float) -> Tensor:
+    """Whether a memory could not be factored, or does not hold its rows; on the device."""
+    _, largest, info = result
+    return (info != 0).any() | (largest < limit).all().logical_not_()
+
+
 _memory_leverages = define(
     "memory_leverages(Tensor gram, Tensor weights, Tensor? cu_seqlens, float ridge, float limit) "
     "-> (Tensor, Tensor, Tensor)",
@@ -353,6 +403,9 @@ _memory_leverages = define(
     ),
     values=_leverages_values,
     results=_leverages_results,
+    guard=_leverages_guard,
+    suspect=lambda result, A, w, cu_seqlens, ridge, limit: _unsound(result, limit),
+    complaint="memory_forget_: expected finite rows that the memory holds, got others; nothing was forgotten",
 )
 
 
@@ -407,7 +460,11 @@ def memory_forget_(
     gram, cross, rows, latents = flat_view("A", A), flat_view("B", B), w.detach(), z.detach()
     if cu_seqlens is None:
         rows, latents = flat(rows), flat(latents)
-    leverages, _, _ = _memory_leverages(gram, rows, cu_seqlens, float(ridge), 1 - float(tolerance))
+    limit = 1 - float(tolerance)
+    result = _memory_leverages(gram, rows, cu_seqlens, float(ridge), limit)
+    leverages = result[0]
     minus = torch.full(rows.shape[:-1], -1.0, dtype=A.dtype, device=A.device)
+    if mode_for(A.device) != "sync":
+        minus.masked_fill_(_unsound(result, limit), 0)  # nothing has raised
     _memory_accumulate_(gram, cross, rows, latents, minus, cu_seqlens)
     return leverages.reshape(w.shape[:-1])

@@ -55,6 +55,14 @@ def _results(
     )
 
 
+def _suspect(
+    result: tuple[Tensor, Tensor, Tensor], a: Tensor, ridge: float | None, relative: float, largest: float
+) -> Tensor:
+    inverse, _, info = result
+    fits = (inverse.abs() <= largest).all()  # not where it is NaN
+    return (info != 0).any() | fits.logical_not_()
+
+
 # `largest` is what the caller's type can hold: the pseudo-inverse is rounded to it afterwards.
 _pseudo_inverse = define(
     "pseudo_inverse(Tensor a, float? ridge, float relative, float largest) -> (Tensor, Tensor, Tensor)",
@@ -66,6 +74,9 @@ _pseudo_inverse = define(
         a.new_empty(a.shape[0], dtype=torch.int32),
     ),
     results=_results,
+    suspect=_suspect,
+    complaint="pseudo_inverse: expected a finite matrix whose pseudo-inverse fits its type, of full rank "
+    "with its ridge, got another",
 )
 
 

@@ -64,6 +64,12 @@ def check_boundary_values(cu_seqlens: Tensor | None, w: Tensor) -> None:
     check.expect(sound, "cu_seqlens", f"numbers that do not fall, from 0 to {w.shape[0]}", ends)
 
 
+def wrong_boundaries(cu_seqlens: Tensor, rows: int) -> Tensor:
+    """The same on the device, without a wait: whether they are none."""
+    falls = (cu_seqlens.diff() < 0).any()
+    return falls | (cu_seqlens[0] != 0) | (cu_seqlens[-1] != rows)
+
+
 def singular(matrix: int, batch: int, ridge: float) -> EngramError:
     """The error of a state that cannot be factored."""
     where = f" in memory {matrix}" if batch > 1 else ""

@@ -55,6 +55,9 @@ _memory_stream = define(
     _canonical_stream,
     fake=_stream_fake,
     results=_stream_results,
+    suspect=lambda result, *args: check.not_finite(*result[2:]) | (result[3] > 1).any(),
+    complaint="memory_stream: expected a finite state with a positive definite P, and rows that its type can "
+    "take, got others",
 )
 
 

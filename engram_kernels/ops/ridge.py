@@ -114,6 +114,11 @@ def _results(result, q, k, v, beta, decay, ridge, gram, cross, log_decay, cu_seq
     )
 
 
+def _suspect(result, q, k, v, beta, *rest) -> Tensor:
+    bad = check.not_finite(*result)
+    return bad | (beta < 0).any()
+
+
 def _fake(q, k, v, beta, decay, ridge, gram, cross, log_decay, cu_seqlens, ridge_decays):
     return (
         torch.empty_like(v, memory_format=torch.contiguous_format),
@@ -133,6 +138,9 @@ _ridge_memory = define(
     fake=_fake,
     values=lambda q, *rest: check_sequence_ends(rest[8], q.shape[1]),
     results=_results,
+    suspect=_suspect,
+    complaint="ridge_memory: expected finite arguments, beta of at least 0, and a ridge above 0 that keeps "
+    "H + Λ positive definite, got others",
 )
 
 

@@ -30,8 +30,14 @@ def _canonical(accumulator: Tensor, inputs: Tensor, mask: Tensor | None) -> None
 
 
 def _values(accumulator: Tensor, inputs: Tensor, mask: Tensor | None) -> None:
-    check.own_memory("inputs", inputs, accumulator)
     check.finite("inputs", inputs if mask is None else inputs[mask])
+
+
+def _guard(accumulator: Tensor, inputs: Tensor, mask: Tensor | None) -> tuple[Tensor, tuple]:
+    if mask is not None:
+        inputs = torch.where(mask.unsqueeze(-1), inputs, 0)
+    bad = check.not_finite(inputs)
+    return bad, (accumulator, inputs.masked_fill(bad, 0), None)
 
 
 _second_moment_ = define(
@@ -39,7 +45,10 @@ _second_moment_ = define(
     _check,
     _canonical,
     fake=lambda accumulator, inputs, mask: None,
+    apart=lambda accumulator, inputs, mask: check.own_memory("inputs", inputs, accumulator),
     values=_values,
+    guard=_guard,
+    complaint="second_moment_: expected finite inputs, got NaN or infinite; the accumulator is unchanged",
 )
 
 

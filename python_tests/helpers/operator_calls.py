@@ -40,7 +40,7 @@ def _graft() -> dict[str, tuple]:
         "top_k_mask": ([pre], [ft], 3),
         "sparse_faults": ([pre], [at]),
         "sparse_diff": ([pre], [ft], 0.5, False),
-        "sparse_apply_": ([pre.clone()], [at], [torch.ones(2)], [torch.zeros(2)]),
+        "sparse_apply_": ([pre.clone()], [at], [torch.ones(2)], [torch.zeros(2)], False),
     }
 
 

@@ -56,11 +56,25 @@ class _Definedness(TorchDispatchMode):
                 mark(*_place(tensor))
 
 
+class Addresses:
+    """Where tensors lie on the device, for blocks that share them: until `release`."""
+
+    def __init__(self, machine: Machine):
+        self.machine = machine
+        self.of: dict[tuple[int, int], int] = {}
+        self.kept: list[torch.Tensor] = []  # nothing is freed inside: another tensor could get its place
+
+    def release(self) -> None:
+        for address in self.of.values():
+            self.machine.unmap(address)
+        self.of.clear()
+
+
 @contextlib.contextmanager
-def device_memory(machine: Machine):
-    """Make CPU tensors the device's memory inside the block."""
-    addresses: dict[tuple[int, int], int] = {}
-    kept = []  # nothing is freed inside: another tensor could get its place
+def device_memory(machine: Machine, shared: Addresses | None = None):
+    """Make CPU tensors the device's memory inside the block, at addresses of its own or at shared ones."""
+    own = Addresses(machine) if shared is None else shared
+    addresses, kept = own.of, own.kept
 
     def device_address(tensor: torch.Tensor) -> int:
         place = _place(tensor)
@@ -78,6 +92,6 @@ def device_memory(machine: Machine):
             yield
     finally:
         torch.Tensor.data_ptr = _host_address
-        for address in addresses.values():
-            machine.unmap(address)
+        if shared is None:
+            own.release()
         machine.define_all()

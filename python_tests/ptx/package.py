@@ -15,7 +15,7 @@ from unittest import mock
 
 import torch
 
-from .device_memory import device_memory
+from .device_memory import Addresses, device_memory
 from .library import Machine
 
 
@@ -36,6 +36,33 @@ def _on_device(machine: Machine, function):
     return run
 
 
+def _tables(machine: Machine, make):
+    return lambda *args: _Table(machine, make, args)
+
+
+class _Table:
+    """What a backend makes of the lists of a plan: tensors keep their addresses from call to call."""
+
+    def __init__(self, machine: Machine, make, args):
+        self._machine, self._shared = machine, Addresses(machine)
+        with device_memory(machine, self._shared):
+            self._table = make(*args)
+
+    def __getattr__(self, name):
+        found = getattr(self._table, name)
+        if not callable(found):
+            return found
+
+        def run(*args):
+            with device_memory(self._machine, self._shared):
+                return found(*args)
+
+        return run
+
+    def __del__(self):
+        self._shared.release()
+
+
 def install(machine: Machine, extension: Path | None) -> None:
     """Import engram_kernels for the machine; without an extension module its Triton kernels alone."""
     if "engram_kernels" in sys.modules:
@@ -52,10 +79,13 @@ def install(machine: Machine, extension: Path | None) -> None:
         backends = importlib.import_module("engram_kernels.backends")
         for name in ("triton", "cuda"):
             importlib.import_module(f"engram_kernels.backends.{name}").DEVICES = ("cuda", "cpu")
-            for implementations in backends._table.values():
+            for operator, implementations in backends._table.items():
                 if name in implementations:
                     found = implementations[name]
-                    implementations[name] = found._replace(function=_on_device(machine, found.function))
+                    function = _on_device(machine, found.function)
+                    if operator.endswith("_table"):
+                        function = _tables(machine, found.function)
+                    implementations[name] = found._replace(function=function)
         for name in backends.NAMES:  # asks once, and keeps the answer
             backends.unavailable(name)
             backends.unavailable(name, "cpu")

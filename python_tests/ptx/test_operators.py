@@ -6,7 +6,7 @@ import pytest
 
 from . import build, child
 
-FAMILIES = ("low_rank", "graft", "diff", "memory", "ridge")
+FAMILIES = ("low_rank", "graft", "diff", "memory", "ridge", "plans")
 # What torch.compile sees of an operator is the same for every backend, and 1,000 keys are a GEMM's.
 SELECTION = "(triton-cpu or cuda-cpu) and not compiles and not 1000"
 # A device with a few of its multiprocessors, and the machine's options (machine/api.h).

@@ -74,7 +74,8 @@ int64_t top_k_mask(const GraftTensor* tensors, int64_t count, int64_t k, int thr
 // How many indices are out of range or not above the one before them.
 int64_t sparse_faults(const SparseTensor* tensors, int64_t count, bool wide_indices, int threads);
 
-// overwritten = weight[indices]; weight[indices] = values. The indices are in range and distinct.
+// overwritten = weight[indices]; weight[indices] = values. The indices are in range and distinct. What is
+// overwritten may go where the values are: that exchanges the two.
 void sparse_apply(const SparseTensor* tensors, int64_t count, bool wide_indices, int threads);
 
 // Positions, ascending, and values in `ft` of the entries whose bits differ from those in `pre`; with a
@@ -98,10 +99,14 @@ int64_t top_k_workspace(int64_t count);
 int top_k_mask(const GraftTensor* tensors, int64_t count, int64_t k, void* workspace, int64_t* invalid,
                void* stream);
 
+// Brings a list to `workspace`, where it stays for as many calls as there are of the other two, and says
+// how many chunks it has.
 int64_t sparse_workspace(int64_t count);
-int sparse_faults(const SparseTensor* tensors, int64_t count, bool wide_indices, void* workspace,
-                  int64_t* faults, void* stream);
-int sparse_apply(const SparseTensor* tensors, int64_t count, bool wide_indices, void* workspace,
+int sparse_list(const SparseTensor* tensors, int64_t count, void* workspace, int64_t* chunks, void* stream);
+int sparse_faults(const void* list, int64_t count, int64_t chunks, bool wide_indices, int64_t* faults,
+                  void* stream);
+// Writes nothing where `faults`, if not null, is not 0.
+int sparse_apply(const void* list, int64_t count, int64_t chunks, bool wide_indices, const int64_t* faults,
                  void* stream);
 
 }  // namespace cuda

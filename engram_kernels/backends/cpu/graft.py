@@ -26,7 +26,8 @@ def _wide(*tensors: Tensor) -> str | None:
 @implements("graft_blend", "cpu", lambda pre, *rest: _wide(pre))
 def graft_blend(pre: Tensor, ft: Tensor, logits: Tensor, base: Tensor | None, bias: float) -> Tensor:
     out = _empty_like(pre)
-    _cpu.graft_blend(graft_rows([pre], [out], [ft], [logits], _listed(base)), bias, torch.get_num_threads())
+    rows = graft_rows([pre], [out], [ft], [logits], _listed(base))
+    _cpu.graft_blend(_cpu.GraftList(rows), bias, torch.get_num_threads())
     return out
 
 
@@ -35,10 +36,28 @@ def graft_logits_gradient(
     gradient: Tensor, pre: Tensor, ft: Tensor, logits: Tensor, base: Tensor | None, bias: float
 ) -> Tensor:
     out = _empty_like(logits)
-    _cpu.graft_logits_gradient(
-        graft_rows([pre], [out], [ft], [logits], _listed(base), [gradient]), bias, torch.get_num_threads()
-    )
+    rows = graft_rows([pre], [out], [ft], [logits], _listed(base), [gradient])
+    _cpu.graft_logits_gradient(_cpu.GraftList(rows), bias, torch.get_num_threads())
     return out
+
+
+@implements("graft_table", "cpu", lambda logits, *rest: _wide(*logits))
+class GraftTable:
+    """The lists of a blend, ready for its steps."""
+
+    def __init__(
+        self, logits: list[Tensor], pre: list[Tensor], ft: list[Tensor], base: list[Tensor], out: list[Tensor]
+    ):
+        self._list = _cpu.GraftList(graft_rows(pre, out, ft, logits, base))
+
+    def blend_(self, bias: float) -> None:
+        _cpu.graft_blend(self._list, bias, torch.get_num_threads())
+
+    def set_gradients(self, grads: list[Tensor]) -> None:
+        self._list.set_gradients([gradient.data_ptr() for gradient in grads])
+
+    def step_(self, bias: float, lr: float, l1: float) -> None:
+        _cpu.graft_mask_step(self._list, bias, lr, l1, torch.get_num_threads())
 
 
 @implements("_foreach_graft_blend_", "cpu", lambda out, *rest: _wide(*out))
@@ -50,8 +69,7 @@ def _foreach_graft_blend_(
     base: list[Tensor],
     bias: float,
 ) -> None:
-    rows = graft_rows(pre, out, ft, logits, base)
-    _cpu.graft_blend(rows, bias, torch.get_num_threads())
+    GraftTable(logits, pre, ft, base, out).blend_(bias)
 
 
 @implements("graft_mask_step_", "cpu", lambda logits, *rest: _wide(*logits))
@@ -66,8 +84,9 @@ def graft_mask_step_(
     l1: float,
     out: list[Tensor],
 ) -> None:
-    rows = graft_rows(pre, out, ft, logits, base, grads)
-    _cpu.graft_mask_step(rows, bias, lr, l1, torch.get_num_threads())
+    table = GraftTable(logits, pre, ft, base, out)
+    table.set_gradients(grads)
+    table.step_(bias, lr, l1)
 
 
 @implements("pack_mask", "cpu")
@@ -99,23 +118,59 @@ def graft_blend_packed(pre: Tensor, ft: Tensor, mask: Tensor) -> Tensor:
     return out
 
 
+@implements("top_k_table", "cpu", lambda scores, *rest: _wide(*scores))
+class TopKTable:
+    """Scores, and room for the masks of the k largest."""
+
+    def __init__(self, scores: list[Tensor], reference: list[Tensor]):
+        self.masks = [score.new_empty(packed_size(score.numel()), dtype=torch.uint8) for score in scores]
+        self.invalid = torch.zeros((), dtype=torch.int64)
+        self._list = _cpu.GraftList(graft_rows(scores, out=self.masks, ft=reference))
+
+    def select_(self, k: int) -> None:
+        self.invalid.fill_(_cpu.top_k_mask(self._list, k, torch.get_num_threads()))
+
+
 @implements("top_k_mask", "cpu", lambda scores, *rest: _wide(*scores))
 def top_k_mask(scores: list[Tensor], reference: list[Tensor], k: int) -> tuple[list[Tensor], Tensor]:
-    masks = [score.new_empty(packed_size(score.numel()), dtype=torch.uint8) for score in scores]
-    invalid = _cpu.top_k_mask(graft_rows(scores, out=masks, ft=reference), k, torch.get_num_threads())
-    return masks, torch.tensor(invalid)
+    table = TopKTable(scores, reference)
+    table.select_(k)
+    return table.masks, table.invalid
 
 
 @implements("sparse_faults", "cpu")
 def sparse_faults(weights: list[Tensor], indices: list[Tensor]) -> Tensor:
-    wide = indices[0].dtype == torch.int64
-    faults = _cpu.sparse_faults(sparse_rows(weights, indices), wide, torch.get_num_threads())
-    return torch.tensor(faults)
+    rows, wide = sparse_rows(weights, indices), indices[0].dtype == torch.int64
+    return torch.tensor(_cpu.sparse_faults(_cpu.SparseList(rows), wide, torch.get_num_threads()))
+
+
+@implements("sparse_table", "cpu")
+class SparseTable:
+    """The lists of a sparse write, ready for as many as there are."""
+
+    def __init__(
+        self, weights: list[Tensor], indices: list[Tensor], values: list[Tensor], overwritten: list[Tensor]
+    ):
+        self._wide = indices[0].dtype == torch.int64
+        self._list = _cpu.SparseList(sparse_rows(weights, indices, values, overwritten))
+
+    def apply_(self) -> int:
+        return _cpu.sparse_apply(self._list, self._wide, False, torch.get_num_threads())
+
+    def write_(self) -> None:
+        _cpu.sparse_apply(self._list, self._wide, True, torch.get_num_threads())
 
 
 @implements("sparse_apply_", "cpu")
 def sparse_apply_(
-    weights: list[Tensor], indices: list[Tensor], values: list[Tensor], overwritten: list[Tensor]
-) -> None:
-    wide = indices[0].dtype == torch.int64
-    _cpu.sparse_apply(sparse_rows(weights, indices, values, overwritten), wide, torch.get_num_threads())
+    weights: list[Tensor],
+    indices: list[Tensor],
+    values: list[Tensor],
+    overwritten: list[Tensor],
+    checked: bool,
+) -> Tensor:
+    table = SparseTable(weights, indices, values, overwritten)
+    if not checked:
+        return torch.tensor(table.apply_())
+    table.write_()
+    return torch.zeros((), dtype=torch.int64)

@@ -43,28 +43,50 @@ def top_k_mask(scores: list[Tensor], reference: list[Tensor], k: int) -> tuple[l
 
 @implements("sparse_faults", "cuda")
 def sparse_faults(weights: list[Tensor], indices: list[Tensor]) -> Tensor:
-    faults = torch.empty((), dtype=torch.int64, device=weights[0].device)
-    workspace = _workspace(_cuda.sparse_workspace(len(weights)), weights[0])
-    with torch.cuda.device(weights[0].device):
-        _cuda.sparse_faults(
-            sparse_rows(weights, indices),
-            indices[0].dtype == torch.int64,
-            workspace.data_ptr(),
-            faults.data_ptr(),
-            stream(weights[0]),
-        )
-    return faults
+    return SparseTable(weights, indices).faults()
+
+
+@implements("sparse_table", "cuda")
+class SparseTable:
+    """The lists of a sparse write on the device, ready for as many as there are."""
+
+    def __init__(self, weights: list[Tensor], indices: list[Tensor], values=(), overwritten=()):
+        self._first, self._wide = weights[0], indices[0].dtype == torch.int64
+        self._workspace = _workspace(_cuda.sparse_workspace(len(weights)), self._first)
+        self._faults = torch.empty((), dtype=torch.int64, device=self._first.device)
+        rows = sparse_rows(weights, indices, values, overwritten)
+        with torch.cuda.device(self._first.device):
+            chunks = _cuda.sparse_list(rows, self._workspace.data_ptr(), stream(self._first))
+        self._sizes = len(weights), chunks
+
+    def faults(self) -> Tensor:
+        with torch.cuda.device(self._first.device):
+            _cuda.sparse_faults(*self._arguments(), self._faults.data_ptr(), stream(self._first))
+        return self._faults
+
+    def apply_(self) -> Tensor:
+        faults = self.faults()
+        self.write_(faults.data_ptr())
+        return faults
+
+    def write_(self, faults: int = 0) -> None:
+        with torch.cuda.device(self._first.device):
+            _cuda.sparse_apply(*self._arguments(), faults, stream(self._first))
+
+    def _arguments(self) -> tuple[int | bool, ...]:
+        return self._workspace.data_ptr(), *self._sizes, self._wide
 
 
 @implements("sparse_apply_", "cuda")
 def sparse_apply_(
-    weights: list[Tensor], indices: list[Tensor], values: list[Tensor], overwritten: list[Tensor]
-) -> None:
-    workspace = _workspace(_cuda.sparse_workspace(len(weights)), weights[0])
-    with torch.cuda.device(weights[0].device):
-        _cuda.sparse_apply(
-            sparse_rows(weights, indices, values, overwritten),
-            indices[0].dtype == torch.int64,
-            workspace.data_ptr(),
-            stream(weights[0]),
-        )
+    weights: list[Tensor],
+    indices: list[Tensor],
+    values: list[Tensor],
+    overwritten: list[Tensor],
+    checked: bool,
+) -> Tensor:
+    table = SparseTable(weights, indices, values, overwritten)
+    if not checked:
+        return table.apply_()
+    table.write_()
+    return torch.zeros((), dtype=torch.int64, device=weights[0].device)

@@ -23,6 +23,7 @@ def changed(old: Tensor, new: Tensor, threshold: float | None) -> Tensor:
 def sparse_diff(
     old: list[Tensor], new: list[Tensor], threshold: float | None, wide: bool
 ) -> tuple[list[Tensor], list[Tensor]]:
+    old, new = [before.view(-1) for before in old], [after.view(-1) for after in new]
     places = [
         changed(before, after, threshold).nonzero().flatten() for before, after in zip(old, new, strict=True)
     ]

@@ -3,14 +3,17 @@
 Lists of tensors go to the GPU as a table of pointers, and are served by one launch for each dtype.
 """
 
+from itertools import accumulate
+
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...errors import EngramError
 from .. import implements
 from .graft_kernels import (
-    COLUMNS,
+    ALIGNED,
+    GRADIENT,
     blend_all_kernel,
     blend_kernel,
     choose_kernel,
@@ -36,34 +39,91 @@ def _declines_list(weights: list[Tensor]) -> str | None:
     if any(weight.dtype not in WEIGHTS for weight in weights):
         return "leaves fp64 to the reference"
     if weights[0].is_cuda and torch.cuda.is_current_stream_capturing():
-        return "copies a table of pointers to the GPU, which a CUDA graph does not capture"
+        return "copies a table of pointers to the GPU, which a CUDA graph does not capture: make a plan"
     return None
 
 
 def blocks(size: int) -> int:
     """Return the number of programs for so many entries."""
-    return triton.cdiv(size, BLOCK)
+    return -(-size // BLOCK)  # triton.cdiv takes microseconds
 
 
-def _launch_list(kernel, logits, pre, ft, base, gradients, out, *scalars, **constants) -> None:
-    """Launch a kernel once for the tensors of each dtype; an empty list stands for null pointers."""
-    columns = (logits, pre, ft, base, gradients, out)
-    for dtype in dict.fromkeys(tensor.dtype for tensor in pre):
-        table, first = [], 0
-        for i, tensor in enumerate(pre):
-            if tensor.dtype == dtype and tensor.numel():
-                pointers = [column[i].data_ptr() if column else 0 for column in columns]
-                table += [first, tensor.numel(), all(p % 16 == 0 for p in pointers), *pointers]
-                first += blocks(tensor.numel())
-        if not table:
-            continue
-        rows = torch.tensor(table, dtype=torch.int64)
-        if pre[0].is_cuda:
-            rows = rows.pin_memory().to(pre[0].device, non_blocking=True)
-        with torch.cuda.device(pre[0].device):
-            kernel[(first,)](
-                rows, len(table) // COLUMNS, *scalars, WEIGHT=WEIGHTS[dtype], **constants, **LAUNCH
+class _Rows:
+    """The table of the tensors of one dtype, on their device."""
+
+    def __init__(self, places: list[int], sizes: list[int], columns: list[list[int]], device: torch.device):
+        """Take where in the lists they are, their sizes, and the columns of their pointers."""
+        counts = [blocks(size) for size in sizes]
+        self.places, self.blocks = places, sum(counts)
+        self._aligned = [all(p % 16 == 0 for p in row) for row in zip(*columns, strict=True)]
+        firsts = list(accumulate(counts, initial=0))[:-1]
+        self._host = torch.tensor([firsts, sizes, self._aligned, *columns], dtype=torch.int64).T.contiguous()
+        self._device, self._copy = device, None
+        self._gradients: list[int] = []
+
+    def on_device(self) -> Tensor:
+        """Return the table, copied where it changed."""
+        if self._device.type != "cuda":
+            return self._host
+        if self._copy is None:
+            # Each copy from pinned memory of its own, which the allocator keeps until the copy is done.
+            self._copy = self._host.pin_memory().to(self._device, non_blocking=True)
+        return self._copy
+
+    def set_gradients(self, pointers: list[int]) -> None:
+        if pointers == self._gradients:
+            return
+        if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise EngramError(
+                "grads: expected those of the last step while a CUDA graph is captured, got others: a graph "
+                "keeps no copy of their addresses"
             )
+        self._gradients, self._copy = pointers, None
+        aligned = [whole and p % 16 == 0 for whole, p in zip(self._aligned, pointers, strict=True)]
+        self._host[:, GRADIENT.value] = torch.tensor(pointers)
+        self._host[:, ALIGNED.value] = torch.tensor(aligned)
+
+
+@implements("graft_table", "triton", lambda logits, pre, *args: _declines_list(pre))
+class GraftTable:
+    """The lists of a blend as tables on the device, one for each dtype, ready for its steps."""
+
+    def __init__(
+        self, logits: list[Tensor], pre: list[Tensor], ft: list[Tensor], base: list[Tensor], out: list[Tensor]
+    ):
+        self._device, self._flags = pre[0].device, {"HAS_BASE": bool(base)}
+        self._has_out = bool(out)
+        sizes = [tensor.numel() for tensor in pre]
+        dtypes = [tensor.dtype for tensor in pre]
+        self._tables: list[tuple[torch.dtype, _Rows]] = []
+        for dtype in dict.fromkeys(dtypes):
+            places = [i for i, size in enumerate(sizes) if size and dtypes[i] == dtype]
+            columns = [
+                [column[i].data_ptr() for i in places] if column else [0] * len(places)
+                for column in (logits, pre, ft, base, [], out)
+            ]
+            if places:
+                rows = _Rows(places, [sizes[i] for i in places], columns, self._device)
+                self._tables.append((dtype, rows))
+
+    def blend_(self, bias: float) -> None:
+        self._launch(blend_all_kernel, bias)
+
+    def set_gradients(self, grads: list[Tensor]) -> None:
+        pointers = [gradient.data_ptr() for gradient in grads]
+        for _, rows in self._tables:
+            rows.set_gradients([pointers[i] for i in rows.places])
+
+    def step_(self, bias: float, lr: float, l1: float) -> None:
+        self._launch(step_all_kernel, bias, lr, l1, HAS_OUT=self._has_out)
+
+    def _launch(self, kernel, *scalars: float, **flags: bool) -> None:
+        with torch.cuda.device(self._device):
+            for dtype, rows in self._tables:
+                kernel[(rows.blocks,)](
+                    rows.on_device(), len(rows.places), *scalars,
+                    WEIGHT=WEIGHTS[dtype], **self._flags, **flags, **LAUNCH,
+                )  # fmt: skip
 
 
 @implements("graft_blend", "triton", _declines)
@@ -99,7 +159,7 @@ def _foreach_graft_blend_(
     base: list[Tensor],
     bias: float,
 ) -> None:
-    _launch_list(blend_all_kernel, logits, pre, ft, base, [], out, bias, HAS_BASE=bool(base))
+    GraftTable(logits, pre, ft, base, out).blend_(bias)
 
 
 @implements("graft_mask_step_", "triton", lambda logits, gradients, pre, *args: _declines_list(pre))
@@ -114,10 +174,9 @@ def graft_mask_step_(
     l1: float,
     out: list[Tensor],
 ) -> None:
-    _launch_list(
-        step_all_kernel, logits, pre, ft, base, grads, out, bias, lr, l1,
-        HAS_BASE=bool(base), HAS_OUT=bool(out),
-    )  # fmt: skip
+    table = GraftTable(logits, pre, ft, base, out)
+    table.set_gradients(grads)
+    table.step_(bias, lr, l1)
 
 
 @implements("unpack_mask", "triton")
