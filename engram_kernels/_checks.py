@@ -85,6 +85,8 @@ def no_overlap(name: str, tensor: Tensor) -> None:
 def span(tensor: Tensor) -> tuple[int, int]:
     """Return the address of a tensor's first byte, and the one behind its last."""
     begin = tensor.data_ptr()
+    if tensor.is_contiguous():
+        return begin, begin + tensor.nbytes
     if tensor.numel() == 0:
         return begin, begin
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))

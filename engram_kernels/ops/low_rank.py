@@ -154,14 +154,19 @@ def _precondition(keys: Tensor, inverse: Tensor) -> Tensor:
 
 def _check_factors(weight: Tensor, left: Tensor, right: Tensor, alpha: float) -> None:
     check_weight(weight)
+    check.floating("left", left)
+    check.floating("right", right)
     *batch, rows, columns = weight.shape
-    for name, factor, meaning in (("left", left, "out, n"), ("right", right, "n, in")):
-        check.floating(name, factor)
-        check.dimensions(name, factor, names_of(weight, meaning))
-        rank = left.shape[-1]
-        expected = (rows, rank) if name == "left" else (rank, columns)
-        check.shape(name, factor, (*batch, *expected), names_of(weight, meaning))
-        check.same_device(name, factor, weight.device)
+    check.dimensions("left", left, names_of(weight, "out, n"))
+    rank, device = left.shape[-1], weight.device
+    # Words are made for what is wrong alone: this call is as short as a kernel.
+    if left.shape != (*batch, rows, rank) or right.shape != (*batch, rank, columns):
+        check.shape("left", left, (*batch, rows, rank), names_of(weight, "out, n"))
+        check.dimensions("right", right, names_of(weight, "n, in"))
+        check.shape("right", right, (*batch, rank, columns), names_of(weight, "n, in"))
+    if left.device != device or right.device != device:
+        check.same_device("left", left, device)
+        check.same_device("right", right, device)
     _check_alpha(alpha, compute_dtype(weight))
 
 
