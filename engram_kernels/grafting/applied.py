@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from .. import _checks as check
 from .._hashing import tensor_checksum
 from ..errors import EngramError
 from ..hf.placement import divide_again, is_sharded, keep_part_, local, whole
-from ..ops import sparse_apply_
+from ..ops import SparsePlan, sparse_apply_
 from .parameters import tensors_of
 
 
@@ -71,7 +71,7 @@ class AppliedGraft:
                     [graft.values[name].to(device, weights[name].dtype) for name in mine],
                 )
             )
-        self._written = [group.values for group in self._groups]
+        self._written = [[value.clone() for value in group.values] for group in self._groups]
 
     def write(self) -> None:
         """Write the values, all or none. Nothing happens where they are in the model already.
@@ -107,10 +107,10 @@ class AppliedGraft:
                 "model: expected the grafted weights as the graft left them, got them changed since: "
                 "revert later grafts first, or give force=True"
             )
-        # Values that were changed since are not the graft's.
-        self._groups = [
-            group._replace(values=written) for group, written in zip(self._groups, self._written, strict=True)
-        ]
+        if not as_written:
+            # Values that were changed since are not the graft's.
+            for group, written in zip(self._groups, self._written, strict=True):
+                group.set_values(written)
         self.applied = False
 
     def __enter__(self) -> AppliedGraft:
@@ -131,12 +131,12 @@ class AppliedGraft:
         done: list[_Group] = []
         try:
             for group in self._groups:
-                done.append(group.exchanged())
+                group.exchange()
+                done.append(group)
         except BaseException:
             for group in done:
-                group.exchanged()
+                group.exchange()
             raise
-        self._groups = done
         # A caller's autocast keeps copies of the weights in its own dtype, and does not see this write.
         torch.clear_autocast_cache()
 
@@ -153,17 +153,21 @@ class AppliedGraft:
                     )
 
 
-class _Group(NamedTuple):
+class _Group:
     """What is written on one device: a model may be spread over several."""
 
-    names: list[str]
-    weights: list[Tensor]
-    indices: list[Tensor]
-    values: list[Tensor]
+    def __init__(self, names: list[str], weights: list[Tensor], indices: list[Tensor], values: list[Tensor]):
+        self.names, self.weights, self.indices = names, weights, indices
+        self.plan = None
+        if not any(is_sharded(weight) or not weight.is_contiguous() for weight in weights):
+            self.plan = SparsePlan(weights, indices, values)
+        self.values = values if self.plan is None else self.plan.values
 
-    def exchanged(self) -> _Group:
-        if not any(map(is_sharded, self.weights)):
-            return self._replace(values=sparse_apply_(self.weights, self.indices, self.values))
+    def exchange(self) -> None:
+        """Swap the weights' entries with the values."""
+        if self.plan is not None:
+            self.plan.swap_()
+            return
         # One whole tensor at a time, of which each rank keeps its part.
         before = []
         for weight, at, values in zip(self.weights, self.indices, self.values, strict=True):
@@ -171,7 +175,11 @@ class _Group(NamedTuple):
             before += sparse_apply_([full], [at], [values])
             if is_sharded(weight):
                 keep_part_(weight, full)
-        return self._replace(values=before)
+        self.values = before
+
+    def set_values(self, values: list[Tensor]) -> None:
+        """Take what the next exchange writes."""
+        self.values = [kept.copy_(value) for kept, value in zip(self.values, values, strict=True)]
 
 
 def _check_base(weights: Mapping[str, Tensor], graft: Delta, known: dict[str, str] | None) -> None:

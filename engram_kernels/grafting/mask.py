@@ -9,15 +9,22 @@ from torch import Tensor
 
 from .. import _checks as check
 from ..ops import (
+    GraftPlan,
     _foreach_graft_blend_,
     graft_blend,
-    graft_mask_step_,
     graft_top_k,
     pack_mask,
     top_k_mask,
     unpack_mask,
 )
 from .recipes import Recipe
+
+# Choices of parameters whose lists are kept: the buckets of a step, which come again in the next.
+_PLANS = 64
+
+
+def _same(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    return len(some) == len(others) and all(x is y for x, y in zip(some, others, strict=True))
 
 
 class GraftMask:
@@ -63,6 +70,7 @@ class GraftMask:
         self.bias = recipe.bias
         self.size = size
         self.base: list[Tensor] | None = None
+        self._plans: dict[tuple[int, ...], GraftPlan] = {}
         self.logits = [
             torch.full(weight.shape, recipe.outside, dtype=torch.float32, device=weight.device)
             for weight in self.pre
@@ -94,17 +102,29 @@ class GraftMask:
     def step_(
         self, which: Sequence[int], grads: Sequence[Tensor], out: Sequence[Tensor], lr: float, l1: float
     ) -> None:
-        """Take a gradient step on the logits of some parameters, and write their next θ."""
+        """Take a gradient step on the logits of some parameters, and write their next θ, which is contiguous.
+
+        The lists are made ready once for each choice of parameters, and used again with the same `out`.
+        """
+        self._plan(tuple(which), out).step_(grads, lr, l1)
+
+    def _plan(self, which: tuple[int, ...], out: Sequence[Tensor]) -> GraftPlan:
         take = lambda tensors: [tensors[i] for i in which]  # noqa: E731
-        base = None if self.base is None else take(self.base)
-        logits, pre, ft = take(self.logits), take(self.pre), take(self.ft)
-        graft_mask_step_(logits, grads, pre, ft, base, self.bias, lr, l1, out)
+        logits, plan = take(self.logits), self._plans.get(which)
+        if plan is None or not (_same(plan.out, out) and _same(plan.logits, logits)):
+            if len(self._plans) >= _PLANS:
+                self._plans.clear()
+            base = None if self.base is None else take(self.base)
+            plan = GraftPlan(logits, take(self.pre), take(self.ft), base, self.bias, out)
+            self._plans[which] = plan
+        return plan
 
     @torch.no_grad()
     def rebase_(self) -> None:
         """Make the k positions of the highest score `s S` the base mask, and keep every score."""
         self._flip_()
         self.base = top_k_mask(self.logits, self.size)
+        self._plans.clear()
         self._flip_()
 
     def open(self) -> list[Tensor]:
