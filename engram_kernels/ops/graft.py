@@ -9,11 +9,11 @@ from .. import _checks as check
 from .._linalg import compute_dtype
 from .define import backward, define
 from .lists import (
+    Spans,
     Written,
     as_lists,
     as_masks,
     check_alike,
-    check_apart,
     check_count,
     check_dense,
     check_flat,
@@ -166,7 +166,7 @@ def _canonical_foreach(out, pre, ft, logits, base, bias) -> None:
 
 
 def _foreach_apart(out, pre, ft, logits, base, bias) -> None:
-    check_apart("out", out, pre, ft, logits, base)
+    Spans(out=out).check_apart(pre, ft, logits, base)
 
 
 _foreach_blend_ = define(
@@ -225,14 +225,13 @@ def _foreach_graft_blend_(
 
 def _check_step(logits, grads, pre, ft, base, bias, lr, l1, out) -> None:
     check_lists(out, pre, ft, logits, base, bias)
-    check_gradients(grads, pre, lr, l1)
-
-
-def check_gradients(grads: list[Tensor], pre: list[Tensor], lr: float, l1: float) -> None:
-    """Check what a step brings beside the lists."""
-    check_alike("grads", grads, pre, [weight.dtype for weight in pre])
+    check_gradients(grads, pre)
     check.number("lr", lr)
     check.number("l1", l1)
+
+
+def check_gradients(grads: list[Tensor], pre: list[Tensor]) -> None:
+    check_alike("grads", grads, pre, [weight.dtype for weight in pre])
 
 
 def _canonical_step(logits, grads, pre, ft, base, bias, lr, l1, out) -> None:
@@ -240,8 +239,7 @@ def _canonical_step(logits, grads, pre, ft, base, bias, lr, l1, out) -> None:
 
 
 def _step_apart(logits, grads, pre, ft, base, bias, lr, l1, out) -> None:
-    check_apart("logits", logits, grads, pre, ft, base)
-    check_apart("out", out, pre, ft, logits, base, grads)
+    Spans(logits=logits, out=out).check_apart(grads, pre, ft, base)
 
 
 _mask_step_ = define(

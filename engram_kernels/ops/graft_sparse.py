@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import _checks as check
 from ..backends import select
 from .define import define
-from .lists import Written, as_lists, check_alike, check_apart, check_count, check_dense, check_weights, dense
+from .lists import Spans, Written, as_lists, check_alike, check_count, check_dense, check_weights, dense
 
 __all__ = ["sparse_apply_"]
 
@@ -95,7 +95,7 @@ _sparse_apply_ = define(
     _check_write,
     _canonical_write,
     fake=lambda weights, *rest: weights[0].new_empty((), dtype=torch.int64),
-    apart=lambda weights, indices, values, overwritten, checked: check_apart("weights", weights, values),
+    apart=lambda weights, indices, values, overwritten, checked: Spans(weights=weights).check_apart(values),
     results=_write_results,
     suspect=lambda faults, *args: faults,
     complaint="sparse_apply_: expected indices in range, in ascending order, got others; nothing was written",

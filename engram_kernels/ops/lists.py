@@ -7,7 +7,8 @@ last entry are 0.
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from itertools import chain, pairwise
+from itertools import chain, pairwise, repeat
+from operator import add, le
 
 import torch
 from torch import Tensor, nn
@@ -127,20 +128,45 @@ def check_flat(**arguments: Tensor | None) -> None:
             raise ValueError(f"{name}: expected one contiguous dimension, got {got}")
 
 
-def check_apart(name: str, written: list[Tensor], *others: list[Tensor]) -> None:
-    """Check that memory that is written is written once, and is not read beside it."""
-    spans = sorted([(x.data_ptr(), x.data_ptr() + x.nbytes) for x in written if x.numel()])
-    if not spans:
-        return
-    for (_, end), (start, _) in pairwise(spans):
-        if start < end:
-            check.expect(False, name, "each tensor once", "memory that is written twice")
-    starts, ends = zip(*spans, strict=True)
-    for tensor in chain(*others):
-        start = tensor.data_ptr()
-        before = bisect_left(starts, start + tensor.nbytes)
-        if before and ends[before - 1] > start and tensor.numel():
-            check.expect(False, name, "memory of its own", "memory that is also read")
+class Spans:
+    """The memory of lists of tensors that are written, by the names of the lists.
+
+    Raises:
+        ValueError: memory that is written twice.
+    """
+
+    def __init__(self, **written: list[Tensor]):
+        self._written = written
+        tensors = [tensor for tensors in written.values() for tensor in tensors if tensor.numel()]
+        spans = sorted([(tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes) for tensor in tensors])
+        self._starts = [start for start, _ in spans]
+        self._ends = [end for _, end in spans]
+        if not all(map(le, self._ends[:-1], self._starts[1:])):
+            self._blame()
+
+    def check_apart(self, *read: list[Tensor]) -> None:
+        """Check that what is read lies elsewhere."""
+        for tensors in read if self._starts else ():
+            if self.meet([tensor.data_ptr() for tensor in tensors], [tensor.nbytes for tensor in tensors]):
+                self._blame(*read)
+
+    def meet(self, begins: list[int], sizes: list[int]) -> bool:
+        """Whether memory of these addresses and bytes lies in what is written."""
+        ends = self._ends
+        places = map(bisect_left, repeat(self._starts), map(add, begins, sizes))
+        return any([at and ends[at - 1] > begin for at, begin in zip(places, begins, strict=True)])
+
+    def _blame(self, *read: list[Tensor]) -> None:
+        """Name the list whose tensors are not apart."""
+        for name, tensors in self._written.items():
+            own = sorted(check.span(tensor) for tensor in tensors if tensor.numel())
+            for (_, end), (start, _) in pairwise(own):
+                check.expect(end <= start, name, "each tensor once", "memory that is written twice")
+            lists = [others for other, others in self._written.items() if other != name]
+            for tensor in chain(*lists, *read):
+                begin, end = check.span(tensor)
+                shared = any(first < end and begin < last for first, last in own) and begin < end
+                check.expect(not shared, name, "memory of its own", "memory that is also read")
 
 
 class Written:

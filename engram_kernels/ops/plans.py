@@ -6,6 +6,7 @@ capture it. Whoever gives one of its tensors other memory (`tensor.data = …`, 
 a new plan.
 """
 
+import weakref
 from collections.abc import Sequence
 
 import torch
@@ -16,7 +17,7 @@ from ..backends import select
 from .graft import check_gradients, check_lists
 from .graft_masks import check_top_k, top_k_results
 from .graft_sparse import check_positions, check_sparse, one_index_type, room_for, sparse_faults
-from .lists import as_lists, as_masks, check_apart, check_count, check_dense, dense
+from .lists import Spans, as_lists, as_masks, check_count, check_dense, dense
 from .waiting import later, mode_for
 
 __all__ = ["GraftPlan", "SparsePlan", "TopKPlan"]
@@ -81,11 +82,14 @@ class GraftPlan:
         check_dense(logits=self.logits, out=self.out)
         self.bias = float(bias)
         self._read = dense(self._pre), dense(self._ft), dense(masks)
-        check_apart("logits", self.logits, *self._read)
-        check_apart("out", self.out, self.logits, *self._read)
+        self._spans = Spans(logits=self.logits, out=self.out)
+        self._spans.check_apart(*self._read)
         self._table = _table("graft_table", self.logits, *self._read, self.out)
         self._blended, self._stepped = _written(self.out), _written(self.logits, self.out)
-        self._grads: list[Tensor] = []
+        self._kinds = [(weight.dtype, weight.shape, weight.device) for weight in self._pre]
+        self._sizes = [weight.nbytes for weight in self._pre]
+        # A plan keeps no gradient alive: they are the largest tensors that come and go.
+        self._grads: list[weakref.ref[Tensor]] = []
         self._places: list[int] = []
 
     @torch.no_grad()
@@ -119,21 +123,23 @@ class GraftPlan:
             TypeError: wrong dtype.
             EngramError: other gradients than before while a CUDA graph is captured.
         """
+        check.number("lr", lr)
+        check.number("l1", l1)
         places = [gradient.data_ptr() for gradient in grads] if self._same(grads) else None
         if places is None or places != self._places:
             (given,) = as_lists(grads=grads)
-            check_gradients(given, self._pre, lr, l1)
+            kinds = [(gradient.dtype, gradient.shape, gradient.device) for gradient in given]
+            if kinds != self._kinds:
+                check_gradients(given, self._pre)
             read = dense(given)
-            check_apart("logits", self.logits, read)
-            check_apart("out", self.out, read)
+            places = [gradient.data_ptr() for gradient in read]
+            if self._spans.meet(places, self._sizes):
+                self._spans.check_apart(read)
             if self._table is not None:
                 self._table.set_gradients(read)
             # What was copied is another tensor at the next step.
-            self._grads = given if read is given else []
-            self._places = [gradient.data_ptr() for gradient in read]
-        else:
-            check.number("lr", lr)
-            check.number("l1", l1)
+            self._grads = list(map(weakref.ref, given)) if read is given else []
+            self._places = places
         if self._table is not None:
             self._table.step_(self.bias, float(lr), float(l1))
             torch.autograd.graph.increment_version(self._stepped)
@@ -141,7 +147,7 @@ class GraftPlan:
 
     def _same(self, grads: Sequence[Tensor]) -> bool:
         known = self._grads
-        return len(grads) == len(known) and all([x is y for x, y in zip(grads, known, strict=True)])
+        return len(grads) == len(known) and all([x is y() for x, y in zip(grads, known, strict=True)])
 
     def __repr__(self) -> str:
         return _brief(self, self.logits)
@@ -175,7 +181,7 @@ class SparsePlan:
         self.weights, at, values = as_lists(weights=weights, indices=indices, values=values)
         check_sparse(self.weights, at, values)
         check_dense(weights=self.weights)
-        check_apart("weights", self.weights)
+        Spans(weights=self.weights)
         self.values = room_for(values) if values else []
         for kept, value in zip(self.values, values, strict=True):
             kept.copy_(value.detach())

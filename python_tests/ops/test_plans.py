@@ -1,5 +1,7 @@
 """Plans do what the one-shot functions do, again and again, and do nothing else."""
 
+import weakref
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -109,6 +111,16 @@ def test_a_step_of_a_plan_runs_no_operator_of_torch():
         plan.blend_()
         sparse.swap_()
     assert ran.names == []
+
+
+def test_a_plan_keeps_no_gradient_alive():
+    pre, ft, logits, _ = model([torch.float32], "cpu")
+    plan, grads = ek.GraftPlan(logits, pre, ft), copies(pre)
+    plan.step_(grads)
+    gone = [weakref.ref(gradient) for gradient in grads]
+    del grads
+    assert all(gradient() is None for gradient in gone)
+    plan.step_(copies(pre))
 
 
 def test_a_plan_bumps_the_versions_of_what_it_writes():

@@ -25,20 +25,28 @@ def pack_mask(mask: Tensor) -> Tensor:
     return packed
 
 
+@implements("top_k_table", "cuda", _declines_wide)
+class TopKTable:
+    """Scores, and room for the masks of the k largest."""
+
+    def __init__(self, scores: list[Tensor], reference: list[Tensor]):
+        self._first = scores[0]
+        self.masks = [score.new_empty(packed_size(score.numel()), dtype=torch.uint8) for score in scores]
+        self.invalid = torch.empty((), dtype=torch.int64, device=self._first.device)
+        self._workspace = _workspace(_cuda.top_k_workspace(len(scores)), self._first)
+        self._rows = graft_rows(scores, out=self.masks, ft=reference)
+
+    def select_(self, k: int) -> None:
+        with torch.cuda.device(self._first.device):
+            workspace, invalid = self._workspace.data_ptr(), self.invalid.data_ptr()
+            _cuda.top_k_mask(self._rows, k, workspace, invalid, stream(self._first))
+
+
 @implements("top_k_mask", "cuda", _declines_wide)
 def top_k_mask(scores: list[Tensor], reference: list[Tensor], k: int) -> tuple[list[Tensor], Tensor]:
-    masks = [score.new_empty(packed_size(score.numel()), dtype=torch.uint8) for score in scores]
-    invalid = torch.empty((), dtype=torch.int64, device=scores[0].device)
-    workspace = _workspace(_cuda.top_k_workspace(len(scores)), scores[0])
-    with torch.cuda.device(scores[0].device):
-        _cuda.top_k_mask(
-            graft_rows(scores, out=masks, ft=reference),
-            k,
-            workspace.data_ptr(),
-            invalid.data_ptr(),
-            stream(scores[0]),
-        )
-    return masks, invalid
+    table = TopKTable(scores, reference)
+    table.select_(k)
+    return table.masks, table.invalid
 
 
 @implements("sparse_faults", "cuda")
