@@ -60,7 +60,7 @@ def as_if_gpu() -> ModuleType:
         importlib.import_module(f"engram_kernels.backends.{name}").DEVICES = ("cuda", "cpu")
     for name in backends.NAMES:
         backends.unavailable(name)
-    if hasattr(backends, "order"):  # as a GPU is served
+    if hasattr(backends, "order"):  # CPU tensors in the order of a GPU's
         order = backends.order
         backends.order = lambda operator, device, *args: order(operator, "cuda", *args)
     else:

@@ -1,4 +1,4 @@
-"""Which implementation serves which operator: a table, an order for each device, a way to force one.
+"""Which implementation serves which operator: a table, an order (order.py), a way to force one.
 
 A backend is a subpackage with one file an operator family. Importing it fills the table through `implements`;
 its module-level `unavailable()` says in one sentence why it cannot run here, or None.
@@ -19,10 +19,9 @@ import torch
 from torch import Tensor
 
 from ..errors import EngramError
+from .order import Size, order, size_of
 
 NAMES = ("torch", "cpu", "triton", "cuda")
-# Native first, the reference last: it serves every device and every argument.
-_ORDER = {"cpu": ("cpu", "torch"), "cuda": ("triton", "cuda", "torch")}
 
 
 class Implementation(NamedTuple):
@@ -122,11 +121,11 @@ def use_backend(name: str) -> Iterator[None]:
         _forced.remove(block)
 
 
-def _order(device: str) -> tuple[str, ...]:
-    """Return the backends in the order in which they are asked."""
+def _asked(operator: str, device: str, size: Size | None) -> tuple[str, ...]:
+    """Return the backends in the order in which they are asked, or the one that is forced."""
     name = forced()
     if name is None:
-        return _ORDER.get(device, ("torch",))
+        return order(operator, device, size)
     if reason := unavailable(name, device):
         raise EngramError(f"backend: expected one that serves {device} tensors, got {name!r}: {reason}")
     return (name,) if name == "torch" else (name, "torch")
@@ -159,7 +158,7 @@ def _declines(backend: str, found: Implementation, args: tuple) -> str | None:
 def explain(operator: str, device: str, args: tuple | None = None) -> list[tuple[str, str | None]]:
     """List the backends that are asked to serve an operator, in order, with the reason of each refusal."""
     answers = []
-    for backend in _order(device):
+    for backend in _asked(operator, device, args and size_of(operator, args)):
         found = _implementation(operator, backend, device)
         if isinstance(found, Implementation):
             answers.append((backend, None if args is None else _declines(backend, found, args)))
@@ -170,7 +169,7 @@ def explain(operator: str, device: str, args: tuple | None = None) -> list[tuple
 
 def select(operator: str, device: torch.device, args: tuple) -> Callable:
     """Return the function that serves this call: the first backend in order that takes it."""
-    for backend in _order(device.type):
+    for backend in _asked(operator, device.type, size_of(operator, args)):
         found = _implementation(operator, backend, device.type)
         if isinstance(found, Implementation) and _declines(backend, found, args) is None:
             return found.function

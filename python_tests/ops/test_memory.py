@@ -624,7 +624,10 @@ def test_stream_of_degenerate_sizes(device, poisoned, shape, dtype):
         ),
         ("apply_low_rank_", (torch.zeros(1, 4, 0), torch.zeros(1, 4, 2), torch.zeros(1, 2, 0), 1.0)),
         ("graft_blend", (*torch.zeros(3, 0), None, 0.0)),
-        ("sparse_apply_", ([torch.zeros(0)], [torch.zeros(0).long()], [torch.zeros(0)], [torch.zeros(0)])),
+        (
+            "sparse_apply_",
+            ([torch.zeros(0)], [torch.zeros(0).long()], [torch.zeros(0)], [torch.zeros(0)], False),
+        ),
     ],
 )
 def test_no_native_kernel_sees_work_without_elements(operator, given):

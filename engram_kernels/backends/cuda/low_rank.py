@@ -6,12 +6,10 @@ from torch import Tensor
 from ... import _cuda
 from .. import implements
 from ..native import decline_strided_columns, stream, weight_arguments
+from ..order import GEMM_RANK
 
 # enum engram::SystemKind
 _KINDS = {"cholesky": 0, "unit_lower": 1, "unit_upper": 2}
-
-# Above this many factors or keys the product is a GEMM, which is cuBLAS's. Not yet measured on a GPU.
-GEMM_RANK = 32
 
 
 def _declines_update(weight: Tensor, left: Tensor, right: Tensor, alpha: float) -> str | None:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..._linalg import cholesky, damped_root, square_root
 from .. import implements, select
+from . import split
 
 # Elements of a half-precision weight converted at a time: a panel stays near the cache, the weight is never
 # held in fp32 as a whole.
@@ -20,6 +21,11 @@ def _panels(weight: Tensor) -> Iterator[slice]:
         yield slice(start, start + rows)
 
 
+def _splits(weight: Tensor, factor: Tensor) -> bool:
+    """Whether a bf16 weight meets the parts of an fp32 factor: on GPUs, which have tensor cores for them."""
+    return weight.is_cuda and weight.dtype == torch.bfloat16 and factor.dtype == torch.float32
+
+
 @implements("residual_gram", "torch")
 def residual_gram(
     weight: Tensor, keys: Tensor, values: Tensor, preconditioned: Tensor
@@ -31,6 +37,8 @@ def residual_gram(
 def _residual(weight: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     if weight.dtype == keys.dtype:
         return torch.baddbmm(values, keys, weight.mT, alpha=-1)
+    if _splits(weight, keys):
+        return split.residual(weight, keys, values)
     residual = torch.empty_like(values, memory_format=torch.contiguous_format)
     for rows in _panels(weight):
         panel = weight[:, rows].to(keys.dtype)
@@ -71,6 +79,9 @@ def apply_low_rank_(weight: Tensor, left: Tensor, right: Tensor, alpha: float) -
     with torch.no_grad():
         if weight.dtype == left.dtype:
             weight.baddbmm_(left, right, alpha=alpha)
+            return
+        if _splits(weight, left):
+            split.add_(weight, left, right, alpha)
             return
         for rows in _panels(weight):
             panel = weight[:, rows].to(left.dtype)

@@ -11,10 +11,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import implements
+from ..order import STREAM_SLOTS
 from .launch import OPTIONS
 
-# Slots whose P fits the registers of a program, and entries of a latent whose places in M fit 32 bits.
-STREAM_SLOTS = {torch.float32: 64, torch.float64: 32}
+# Entries of a latent whose places in M fit 32 bits.
 STREAM_WIDTH = 2**24
 
 # Above this many rows a memory the product is a GEMM, which is cuBLAS's. Not yet measured on a GPU.
