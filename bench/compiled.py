@@ -3,11 +3,12 @@
     python bench/compiled.py measure FILE [FOLDER ...]
     python bench/compiled.py table BEFORE AFTER
 
-The first compiles everything, with the Triton that is installed and with those in folders
-(`pip install --no-deps --target FOLDER triton==3.8.0`); the second prints two such files as the tables of
-docs/gpu-notes.md. Needs nvcc and no GPU. What Triton has compiled before comes from its cache.
+The first compiles everything that the file does not hold yet, with the Triton that is installed or with those
+in folders (`pip install --no-deps --target FOLDER triton==3.8.0`); the second prints two such files as the
+tables of docs/gpu-notes.md. Needs nvcc and no GPU. What Triton has compiled before comes from its cache.
 """
 
+import itertools
 import json
 import os
 import subprocess
@@ -17,60 +18,56 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 HELPERS = ROOT / "python_tests" / "helpers"
-ARCHITECTURES = (80, 86, 87, 89, 90, 100, 103, 120)
+ARCHITECTURES = (80, 90, 100, 120, 89, 103, 86, 87)
 
 
-def cuda() -> list[dict]:
+def keep(file: Path, used: dict) -> None:
+    with file.open("a", encoding="utf-8") as lines:
+        lines.write(json.dumps(used) + "\n")
+
+
+def load(file: Path) -> list[dict]:
+    return (
+        [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+    )
+
+
+def cuda(file: Path) -> None:
     """Compile the CUDA sources for each architecture."""
     import nvcc
 
-    found = []
+    done = {(use["case"], use["architecture"]) for use in load(file) if use["compiler"] == "nvcc"}
     with tempfile.TemporaryDirectory() as folder:
-        for source in nvcc.SOURCES:
-            for architecture in ARCHITECTURES:
+        for architecture, source in itertools.product(ARCHITECTURES, nvcc.SOURCES):
+            if (source.name, architecture) not in done:
                 for used in nvcc.resources(source, architecture, Path(folder) / "kernels.cubin"):
                     used["spilled"] += used.pop("stack")
-                    found.append({**used, "compiler": "nvcc", "architecture": architecture})
-    return found
+                    where = {"case": source.name, "compiler": "nvcc", "architecture": architecture}
+                    keep(file, {**where, **used})
 
 
-def of_triton() -> list[dict]:
-    """Compile the Triton kernels, with the Triton that this process imports."""
+def of_triton(file: Path) -> None:
+    """Compile the Triton kernels for each architecture, with the Triton that this process imports."""
     import triton
     import triton_kernels
 
-    found = []
-    for name, case in triton_kernels.cases().items():
-        for architecture in ARCHITECTURES:
+    compiler = f"Triton {triton.__version__}"
+    done = {(use["case"], use["architecture"]) for use in load(file) if use["compiler"] == compiler}
+    for architecture, (name, case) in itertools.product(ARCHITECTURES, triton_kernels.cases().items()):
+        if (name, architecture) not in done:
             used, _ = triton_kernels.resources(case, architecture)
-            found.append(
-                {
-                    "name": case.kernel.__name__.strip("_"),
-                    "case": name,
-                    "compiler": f"Triton {triton.__version__}",
-                    "architecture": architecture,
-                    "registers": used["REG"],
-                    "shared": used["SHARED"],
-                    "spilled": used["STACK"] + used["LOCAL"],
-                }
-            )
-    return found
+            kernel = case.kernel.__name__.strip("_")
+            where = {"case": name, "compiler": compiler, "architecture": architecture, "name": kernel}
+            spilled = used["STACK"] + used["LOCAL"]
+            keep(file, {**where, "registers": used["REG"], "shared": used["SHARED"], "spilled": spilled})
 
 
 def measure(file: Path, folders: list[str]) -> None:
-    found = cuda()
-    for folder in ["", *folders]:
+    cuda(file)
+    for folder in folders or [""]:
         path = os.pathsep.join(filter(None, [folder, str(ROOT), str(HELPERS), os.environ.get("PYTHONPATH")]))
-        done = subprocess.run(
-            [sys.executable, __file__, "triton"],
-            env={**os.environ, "PYTHONPATH": path},
-            stdout=subprocess.PIPE,
-            text=True,
-            check=True,
-        )
-        found += json.loads(done.stdout.splitlines()[-1])
-        print(f"{found[-1]['compiler']}: {len(found)} kernels so far", file=sys.stderr, flush=True)
-    file.write_text("\n".join(json.dumps(used) for used in found) + "\n", encoding="utf-8")
+        command = [sys.executable, __file__, "triton", str(file)]
+        subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, check=True)
 
 
 def cell(uses: list[dict]) -> str:
@@ -107,19 +104,15 @@ def tables(before: list[dict], after: list[dict]) -> list[str]:
     ]
 
 
-def _load(path: str) -> list[dict]:
-    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
-
-
 def main() -> None:
     sys.path.append(str(HELPERS))
     match sys.argv[1:]:
-        case ["triton"]:
-            print(json.dumps(of_triton()))
+        case ["triton", file]:
+            of_triton(Path(file))
         case ["measure", file, *folders]:
             measure(Path(file), folders)
         case ["table", before, after]:
-            print("\n".join(tables(_load(before), _load(after))))
+            print("\n".join(tables(load(Path(before)), load(Path(after)))))
         case _:
             sys.exit(__doc__)
 

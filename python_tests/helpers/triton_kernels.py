@@ -42,15 +42,19 @@ RESIDUAL = {
 
 # Kernel, arguments after the weight, launch, and what Triton specialises a call for: arguments that are 1 (a
 # single key), and sizes divisible by 16 or not.
+# fmt: off
 _LOW_RANK = {
-    "update": (low_rank._apply_low_rank_kernel, UPDATE, low_rank.UPDATE_LAUNCH, (), True),
-    "update of rank 1": (low_rank._apply_low_rank_kernel, UPDATE, low_rank.UPDATE_LAUNCH, ("rank",), True),
-    "update, odd": (low_rank._apply_low_rank_kernel, UPDATE, low_rank.UPDATE_LAUNCH, (), False),
+    "update": (low_rank._apply_low_rank_kernel, UPDATE, low_rank.update_launch(16, 16, 16), (), True),
+    "update of rank 1": (
+        low_rank._apply_low_rank_kernel, UPDATE, low_rank.update_launch(16, 16, 16), ("rank",), True,
+    ),
+    "update, odd": (low_rank._apply_low_rank_kernel, UPDATE, low_rank.update_launch(15, 15, 15), (), False),
     "residual": (low_rank._residual_kernel, RESIDUAL, low_rank.residual_launch(16), (), True),
     "residual, 32 keys": (low_rank._residual_kernel, RESIDUAL, low_rank.residual_launch(32), (), True),
     "residual of 1 key": (low_rank._residual_kernel, RESIDUAL, low_rank.residual_launch(1), ("count",), True),
     "residual, odd": (low_rank._residual_kernel, RESIDUAL, low_rank.residual_launch(32), (), False),
 }
+# fmt: on
 
 
 def low_rank_cases():
