@@ -20,10 +20,11 @@ PYTEST = OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses 2 --dist
 # Of test-wheel: which of make wheels', and arguments of pytest.
 WHEEL ?= cuda
 TESTS ?=
+TRITONS = 3.6.0 3.7.1 3.8.0 3.9.0
 BUILD_TESTS = python_tests/ops python_tests/packaging python_tests/cli/test_cli.py
 CPP = $(shell git ls-files 'csrc/**' 'python_tests/native/*' 'python_tests/ptx/machine/*')
 
-.PHONY: setup demo test ptx test-newest test-oldest oldest pins lint format bench gpu wheels test-wheel test-versions clean
+.PHONY: setup demo test ptx test-newest test-oldest oldest pins lint format bench gpu wheels test-wheel test-versions test-tritons compiled clean
 
 setup: $(VENV)/.ready
 
@@ -100,11 +101,24 @@ wheels:
 test-wheel:
 	PYTHON=$(PYTHON) PIP_CONSTRAINT=$(PINS) .ci/test-wheel dist/$(WHEEL)/*.whl "$(TORCH)" $(TESTS)
 
-test-versions: wheels
+test-versions: wheels test-tritons
 	$(MAKE) test-wheel PINS= TORCH=torch==2.10.0
 	$(MAKE) test-wheel
 	$(MAKE) test-wheel WHEEL=cpu TESTS="$(BUILD_TESTS)"
 	$(MAKE) test-wheel WHEEL=torch TESTS="$(BUILD_TESTS)"
+
+# Every Triton that a supported torch brings, away from the environment: its compiler alone is asked.
+build/triton/%:
+	$(BIN)/python -m pip install --quiet --no-deps --target $@ triton==$*
+
+test-tritons: setup $(TRITONS:%=build/triton/%)
+	for version in $(TRITONS); do \
+		PYTHONPATH=build/triton/$$version $(PYTEST) python_tests/ops/test_triton_aot.py || exit 1; \
+	done
+
+# Registers, shared memory and spills of every kernel by nvcc and by each Triton, for eight GPUs; some hours.
+compiled: setup $(TRITONS:%=build/triton/%)
+	$(BIN)/python bench/compiled.py measure build/compiled.jsonl $(TRITONS:%=build/triton/%)
 
 # On a machine with a GPU, with the Python that is there; GPU="--dry-run" anywhere.
 gpu:

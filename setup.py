@@ -3,7 +3,7 @@
 Environment:
     ENGRAM_CPU         auto (default: on Linux, when a C++ compiler is found), on, off
     ENGRAM_CUDA        auto (default: on Linux, when nvcc is found), on, off
-    ENGRAM_CUDA_ARCHS  GPU architectures, default 80;90a;100a; the last one also as PTX for later GPUs
+    ENGRAM_CUDA_ARCHS  GPU architectures, default 80;90;100;120; the last one also as PTX for later GPUs
     MAX_JOBS           processes at a time, default the number of cores
     CXX, CUDACXX       the compilers
 """
@@ -77,7 +77,7 @@ def wanted_modules() -> list[str]:
 def cuda_architectures() -> str:
     archs = re.sub(r"[,\s]+", ";", os.environ.get("ENGRAM_CUDA_ARCHS", "").strip())
     if not re.fullmatch(r"(\d+[af]?(;\d+[af]?)*)?", archs):
-        fail(f"ENGRAM_CUDA_ARCHS: expected architectures such as 80;90a;100a, got {archs!r}")
+        fail(f"ENGRAM_CUDA_ARCHS: expected architectures such as 80;90;100;120, got {archs!r}")
     return archs
 
 

@@ -4,7 +4,7 @@ import ast
 import re
 
 _TRITON = re.compile(r"^(?P<kernel>\S.*), sm_(?P<architecture>\d+): (?P<used>\{.*\})$")
-_SOURCE = re.compile(r"^(?P<source>\S+\.cu), sm_(?P<architecture>\d+)a?: registers")
+_SOURCE = re.compile(r"^(?P<source>\S+\.cu), sm_(?P<architecture>\d+): registers")
 _CUDA = re.compile(
     r"^ *(?P<registers>\d+) +(?P<shared>\d+) +(?P<stack>\d+) +(?P<spilled>\d+)  (?P<kernel>\S.*)$"
 )

@@ -30,10 +30,19 @@ static std::optional<std::string> runtime_error() {
   return code == 0 ? std::nullopt : std::optional<std::string>(engram::cuda::error_string(code));
 }
 
+// Why no kernel runs on the current device, or nothing.
+static std::optional<std::string> probe() {
+  const int code = engram::cuda::probe();
+  return code == 0 ? std::nullopt : std::optional<std::string>(engram::cuda::error_string(code));
+}
+
 static py::dict build_info() {
   py::dict info;
   info["cuda"] = std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10);
+  // CUDA 13 serves drivers from 580 on, every CUDA 12 those from 525 on, but compiles PTX with its own alone.
+  info["driver"] = CUDART_VERSION >= 13000 ? ">= 580" : ">= 525";
   info["archs"] = ENGRAM_CUDA_ARCHS;
+  info["ptxas"] = ENGRAM_PTXAS;
   info["compiler"] = ENGRAM_COMPILER;
   return info;
 }
@@ -42,6 +51,7 @@ PYBIND11_MODULE(_cuda, module) {
   module.doc() = "CUDA C++ kernels.";
   module.def("build_info", build_info);
   module.def("runtime_error", runtime_error);
+  module.def("probe", probe);
   module.def("small_solve_limit", engram::cuda::small_solve_limit);
 
   module.def("apply_low_rank", [](uintptr_t weight, int dtype, int64_t batch, int64_t rows, int64_t cols,
@@ -131,12 +141,14 @@ PYBIND11_MODULE(_cuda, module) {
                           uintptr_t new_precision_inverse, uintptr_t new_memory, uintptr_t readouts,
                           uintptr_t leverages, uintptr_t workspace, uintptr_t stream) {
         py::gil_scoped_release release;
-        check(engram::cuda::memory_stream(pointer<const void>(precision_inverse), pointer<const void>(memory),
-                                          pointer<const void>(weights), pointer<const void>(latents),
-                                          static_cast<DType>(dtype), StreamShape{batch, slots, width, count},
-                                          pointer<void>(new_precision_inverse), pointer<void>(new_memory),
-                                          pointer<void>(readouts), pointer<void>(leverages),
-                                          pointer<void>(workspace), pointer<void>(stream)),
-              "memory_stream");
+        const int code = engram::cuda::memory_stream(
+            pointer<const void>(precision_inverse), pointer<const void>(memory), pointer<const void>(weights),
+            pointer<const void>(latents), static_cast<DType>(dtype), StreamShape{batch, slots, width, count},
+            pointer<void>(new_precision_inverse), pointer<void>(new_memory), pointer<void>(readouts),
+            pointer<void>(leverages), pointer<void>(workspace), pointer<void>(stream));
+        // A part of a device may say only now that it has not room for all blocks at once.
+        if (code == cudaErrorCooperativeLaunchTooLarge || code == cudaErrorNotSupported) return false;
+        check(code, "memory_stream");
+        return true;
       });
 }

@@ -16,4 +16,8 @@ inline int runtime_error() {
   return error;
 }
 
+// Why the kernels of this module cannot run on the current device, such as one that none of them was compiled
+// for: a cudaError_t as an int, or 0.
+int probe();
+
 }  // namespace engram::cuda

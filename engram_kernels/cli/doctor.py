@@ -1,7 +1,11 @@
 """`engram doctor`: what is here, and what serves what."""
 
 import importlib.metadata
+import importlib.util
 import platform
+import re
+import subprocess
+from pathlib import Path
 
 from rich.table import Table
 
@@ -67,7 +71,9 @@ def _version(package: str) -> str:
 
 
 def _build(backend: str) -> str:
-    """How an extension module was built, or nothing for a backend without one."""
+    """How a backend's code is compiled, or nothing where it is not."""
+    if backend == "triton":
+        return _triton_assemblers()
     if backend not in ("cpu", "cuda"):
         return ""
     try:
@@ -75,3 +81,16 @@ def _build(backend: str) -> str:
     except ImportError:
         return ""
     return ", ".join(f"{name} {value}" for name, value in module.build_info().items())
+
+
+def _triton_assemblers() -> str:
+    """The versions of the assemblers that Triton carries: some have compiled other libraries wrongly."""
+    found = importlib.util.find_spec("triton")
+    if found is None or found.origin is None:
+        return ""
+    programs = sorted((Path(found.origin).parent / "backends" / "nvidia" / "bin").glob("ptxas*"))
+    versions = []
+    for program in programs:
+        said = subprocess.run([program, "--version"], capture_output=True, text=True).stdout
+        versions += [f"{program.name} {version}" for version in re.findall(r"V([\d.]+)", said)]
+    return ", ".join(versions)

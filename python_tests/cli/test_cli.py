@@ -1,6 +1,8 @@
 """The command line, with a small random model on disk."""
 
+import importlib.util
 import json
+import re
 import shutil
 
 import pytest
@@ -37,6 +39,8 @@ def test_doctor_names_every_operator_and_backend(engram):
     assert status == 0
     for name in (*OPERATORS, "torch", "cpu", "triton", "cuda"):
         assert name in out
+    if importlib.util.find_spec("triton"):
+        assert re.search(r"ptxas\s+\d+\.\d+", out)
     # What is a claim, and not more than that.
     assert out.count("executed as PTX on a CPU; not run on a GPU") == 2
 

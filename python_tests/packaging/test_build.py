@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -48,7 +49,8 @@ def test_cpu_module():
 def test_cuda_module_imports_without_a_gpu():
     cuda = pytest.importorskip("engram_kernels._cuda", exc_type=ImportError)
     info = cuda.build_info()
-    assert info["archs"].split() and info["cuda"]
+    assert info["archs"].split() and info["cuda"] and info["driver"]
+    assert re.fullmatch(r"\d+\.\d+\.\d+", info["ptxas"])
     assert cuda.small_solve_limit() >= 64
 
 
@@ -75,7 +77,7 @@ def test_instruction_set_can_be_lowered(level):
     [
         ({"ENGRAM_CUDA": "maybe"}, "ENGRAM_CUDA: expected auto, on or off, got 'maybe'"),
         ({"ENGRAM_CPU": "1"}, "ENGRAM_CPU: expected auto, on or off, got '1'"),
-        ({"ENGRAM_CUDA_ARCHS": "hopper"}, "ENGRAM_CUDA_ARCHS: expected architectures such as 80;90a;100a"),
+        ({"ENGRAM_CUDA_ARCHS": "hopper"}, "ENGRAM_CUDA_ARCHS: expected architectures such as 80;90;100;120"),
         ({"MAX_JOBS": "none"}, "MAX_JOBS: expected a positive number, got 'none'"),
     ],
 )

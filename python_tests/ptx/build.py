@@ -64,7 +64,11 @@ def extension(architecture: int) -> Path | None:
     # The PTX alone, as text, with lines of the source.
     target = f"-gencode=arch=compute_{architecture},code=compute_{architecture}"
     device = [*host, target, "-lineinfo", "--compress-mode=none"]
-    defines = ['-DENGRAM_COMPILER="PTX machine"', f'-DENGRAM_CUDA_ARCHS="{architecture}"']
+    defines = [
+        '-DENGRAM_COMPILER="PTX machine"',
+        f'-DENGRAM_CUDA_ARCHS="{architecture}"',
+        '-DENGRAM_PTXAS="none"',
+    ]
     parts = [(device, source, headers) for source in sorted(CSRC.glob("cuda/*.cu"))]
     parts.append(([*host, *defines], CSRC / "bind_cuda.cpp", headers))
     parts.append(([CXX, "-std=c++20", "-O2", "-fPIC"], MACHINE / "cudart.cpp", [MACHINE / "api.h"]))

@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 
 from ... import _cuda
-from .. import implements
 from ..native import graft_rows, sparse_rows, stream
 from ..torch.graft import packed_size
+from .device import implements
 
 
 def _workspace(size: int, like: Tensor) -> Tensor:

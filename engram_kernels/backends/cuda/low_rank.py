@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 
 from ... import _cuda
-from .. import implements
 from ..native import decline_strided_columns, stream, weight_arguments
 from ..order import GEMM_RANK
+from .device import implements
 
 # enum engram::SystemKind
 _KINDS = {"cholesky": 0, "unit_lower": 1, "unit_upper": 2}

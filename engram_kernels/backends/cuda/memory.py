@@ -4,12 +4,16 @@
 kernel moves once; many rows are GEMMs, which are cuBLAS's.
 """
 
+import functools
+import warnings
+
 import torch
 from torch import Tensor
 
 from ... import _cuda
-from .. import implements
 from ..native import DTYPE_CODES, stream
+from ..torch import memory as reference
+from .device import implements
 
 
 def _shape(precision_inverse: Tensor, latents: Tensor) -> tuple[int, ...]:
@@ -34,6 +38,16 @@ def _declines_stream(
     return None
 
 
+@functools.cache
+def _warn_of_a_part_of_a_gpu() -> None:
+    warnings.warn(
+        "memory_stream: this part of the GPU (a green context or a MIG instance) has not room for all blocks "
+        "at once; the torch reference serves there.",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+
+
 @implements("memory_stream", "cuda", _declines_stream)
 def memory_stream(
     precision_inverse: Tensor, memory: Tensor, weights: Tensor, latents: Tensor
@@ -48,11 +62,14 @@ def memory_stream(
     size = _workspace(precision_inverse, latents)
     workspace = torch.empty(size, dtype=torch.uint8, device=memory.device)
     with torch.cuda.device(memory.device):
-        _cuda.memory_stream(
+        launched = _cuda.memory_stream(
             *(tensor.data_ptr() for tensor in inputs),
             *_shape(precision_inverse, latents),
             *(tensor.data_ptr() for tensor in outputs),
             workspace.data_ptr(),
             stream(memory),
         )
+    if not launched:
+        _warn_of_a_part_of_a_gpu()
+        return reference.memory_stream(*inputs)
     return outputs

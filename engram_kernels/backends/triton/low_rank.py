@@ -18,10 +18,14 @@ PRECISION = "tf32x3"
 _HALVES_AND_FLOAT = (torch.float32, torch.bfloat16, torch.float16)
 
 
-# The largest tile that compiles without spills in fp32 for sm_80, sm_90 and sm_100.
-UPDATE_LAUNCH = {
-    "BLOCK_ROWS": 32, "BLOCK_COLS": 128, "BLOCK_RANK": 16, "num_warps": 4, "num_stages": 2, **OPTIONS,
-}  # fmt: skip
+def update_launch(cols: int, batch_stride: int, row_stride: int) -> dict[str, int]:
+    """Return the launch configuration of the update: the largest tile that compiles without spills."""
+    # Where a row may begin anywhere, every entry has an address of its own: too many for four warps.
+    aligned = cols % 16 == 0 and batch_stride % 16 == 0 and row_stride % 16 == 0
+    return {
+        "BLOCK_ROWS": 32, "BLOCK_COLS": 128, "BLOCK_RANK": 16, "num_warps": 4 if aligned else 8,
+        "num_stages": 2, **OPTIONS,
+    }  # fmt: skip
 
 
 def residual_launch(count: int) -> dict[str, int]:
@@ -138,11 +142,8 @@ def _declines(weight: Tensor, *args) -> str | None:
 @implements("apply_low_rank_", "triton", _declines)
 def apply_low_rank_(weight: Tensor, left: Tensor, right: Tensor, alpha: float) -> None:
     batch, rows, cols = weight.shape
-    tiles = (
-        batch
-        * triton.cdiv(rows, UPDATE_LAUNCH["BLOCK_ROWS"])
-        * triton.cdiv(cols, UPDATE_LAUNCH["BLOCK_COLS"])
-    )
+    launch = update_launch(cols, weight.stride(0), weight.stride(1))
+    tiles = batch * triton.cdiv(rows, launch["BLOCK_ROWS"]) * triton.cdiv(cols, launch["BLOCK_COLS"])
     with torch.cuda.device(weight.device):
         _apply_low_rank_kernel[(tiles,)](
             weight,
@@ -155,7 +156,7 @@ def apply_low_rank_(weight: Tensor, left: Tensor, right: Tensor, alpha: float) -
             weight.stride(1),
             alpha,
             PRECISION=PRECISION,
-            **UPDATE_LAUNCH,
+            **launch,
         )
 
 

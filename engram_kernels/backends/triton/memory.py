@@ -26,8 +26,8 @@ def stream_launch(slots: int, width: int, dtype: torch.dtype) -> dict[str, int]:
     """Return the launch configuration of the streaming write for K, C and the state's type."""
     block = max(16, triton.next_power_of_2(slots))
     columns = min(64, max(16, triton.next_power_of_2(width)))
-    # P and the block of M take 16 registers each of a thread: what comes of them needs many more.
-    warps = max(2, block * max(block, columns) * dtype.itemsize // 2048)
+    # P and the block of M take 16 registers each of a thread, in fp64 8: what comes of them needs many more.
+    warps = max(2, block * max(block, columns) * dtype.itemsize // (2048 if dtype == torch.float32 else 1024))
     return {"BLOCK_SLOTS": block, "BLOCK_WIDTH": columns, "num_warps": warps, **OPTIONS}
 
 
@@ -35,6 +35,15 @@ def stream_launch(slots: int, width: int, dtype: torch.dtype) -> dict[str, int]:
 def _entries(row, at, size, n, count):
     """A row's entries, or zeros if it is not one of the `count` rows."""
     return tl.load(row + at, mask=(at < size) & (n + 0 * at < count), other=0.0)
+
+
+@triton.jit
+def _reciprocal(x):
+    """1 / x, rounded once. A division in fp64 is a call, for which assemblers put registers on a stack."""
+    if x.dtype == tl.float64:
+        return tl.inline_asm_elementwise("rcp.rn.f64 $0, $1;", "=d,d", [x], tl.float64, is_pure=True, pack=1)
+    else:
+        return 1.0 / x
 
 
 # Of its own for 1 row and for multiples of 16, a kernel would save nothing, and be compiled at first use.
@@ -79,7 +88,7 @@ def stream_kernel(
         z_next = _entries(latents, c, columns, n + 1, count)
         u = tl.sum(p * w[None, :], axis=1)
         gain = tl.sum(u * w, axis=0)
-        share = 1.0 / (1.0 + gain)  # one division a row: in fp64 each takes many registers
+        share = _reciprocal(1.0 + gain)  # one a row: in fp64 each takes many registers
         step = (z - tl.sum(w[:, None] * m, axis=0)) * share
         p = tl.fma(u[:, None], (-u * share)[None, :], p)
         m = tl.fma(u[:, None], step[None, :], m)

@@ -94,6 +94,8 @@ int ptx_static_shared(void* module, const char* name) {
   return guarded(-1, [&] { return kernel_of(module, name).shared_bytes; });
 }
 
+int ptx_serves(void* module) { return serves(*static_cast<Module*>(module)); }
+
 int ptx_occupancy(void* module, const char* name, int threads, int64_t dynamic_shared) {
   return guarded(-1, [&] { return occupancy(kernel_of(module, name), threads, dynamic_shared); });
 }

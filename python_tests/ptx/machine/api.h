@@ -29,6 +29,8 @@ int64_t ptx_device_attribute(const char* name);
 //   approximation [0] 1: approximate instructions are off by up to what the ISA allows
 //   sums [0]         1: sums of tensor cores in random order, with a random rounding of each addition
 //   limit [2e10]     instructions of warps that a launch may take
+//   partition [0]    multiprocessors that launches may use (a green context), which the device does not tell;
+//                    0: all
 int ptx_option(const char* name, double value);
 
 // -- Memory -------------------------------------------------------------------------------------------------
@@ -63,6 +65,8 @@ void* ptx_load(const char* text, int may_fuse);
 int ptx_parameters(void* module, const char* kernel, int* out, int capacity);
 // Bytes of static shared memory of a kernel, or -1.
 int ptx_static_shared(void* module, const char* kernel);
+// Whether the device runs the architecture that a module's code is for.
+int ptx_serves(void* module);
 // Blocks of a kernel that one multiprocessor holds by threads and shared memory (not by registers, which only
 // the assembler knows), or -1.
 int ptx_occupancy(void* module, const char* kernel, int threads, int64_t dynamic_shared);

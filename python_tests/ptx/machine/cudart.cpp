@@ -9,7 +9,14 @@
 
 namespace {
 
-enum Error { kSuccess = 0, kInvalidValue = 1, kNotSupported = 801, kLaunchFailure = 719 };
+enum Error {
+  kSuccess = 0,
+  kInvalidValue = 1,
+  kNoKernelImage = 209,
+  kLaunchFailure = 719,
+  kCooperativeTooLarge = 720,
+  kNotSupported = 801
+};
 enum Attribute { kMultiprocessors = 16, kCooperative = 95, kSharedOptin = 97 };
 constexpr int kDynamicSharedAttribute = 8, kSharedDefault = 48 << 10;
 
@@ -63,8 +70,11 @@ int run(const void* host, Dim grid, Dim block, void** arguments, size_t shared, 
   const int64_t fixed = ptx_static_shared(f.module, f.name.c_str());
   const int64_t allowed = f.dynamic_allowed > kSharedDefault ? f.dynamic_allowed + fixed : kSharedDefault;
   if (ptx_launch(f.module, f.name.c_str(), grid_size, block_size, shared, memory.data(), cooperative,
-                 allowed))
-    return failed(kLaunchFailure, ptx_error());
+                 allowed)) {
+    const std::string text = ptx_error();
+    const bool too_large = text.find("launch refused: a cooperative grid") != std::string::npos;
+    return failed(too_large ? kCooperativeTooLarge : kLaunchFailure, text);
+  }
   return kSuccess;
 }
 
@@ -131,6 +141,16 @@ int cudaFuncSetAttribute(const void* kernel, int attribute, int value) {
   return kSuccess;
 }
 
+int cudaFuncGetAttributes(void* attributes, const void* kernel) {
+  constexpr size_t kAttributesBytes = 56;
+  memset(attributes, 0, kAttributesBytes);
+  void* const module = functions().at(kernel).module;
+  if (!module) return failed(kNoKernelImage, load_error());
+  return ptx_serves(module)
+             ? kSuccess
+             : failed(kNoKernelImage, "no kernel image is available for execution on the device");
+}
+
 int cudaMemsetAsync(void* to, int value, size_t bytes, void*) {
   if (bytes == 0) return kSuccess;
   void* host = ptx_host(reinterpret_cast<uint64_t>(to), bytes);
@@ -149,6 +169,8 @@ int cudaGetLastError() {
 const char* cudaGetErrorString(int error) {
   switch (error) {
     case kLaunchFailure:
+    case kCooperativeTooLarge:
+    case kNoKernelImage:
       return last_text.c_str();
     case kInvalidValue:
       return "invalid value";

@@ -177,6 +177,11 @@ int occupancy(const Kernel& kernel, int threads, int64_t dynamic_shared) {
                             device.shared_multiprocessor / shared});
 }
 
+bool serves(const Module& module) {
+  return module.only ? module.architecture == device.architecture
+                     : module.architecture <= device.architecture;
+}
+
 void launch(const Kernel& k, const Module& module, const Launch& l) {
   const auto refuse = [&](const std::string& why) {
     throw Error("launch refused: " + why + "\n  kernel " + short_name(k.name) + " on " + device.name);
@@ -184,8 +189,7 @@ void launch(const Kernel& k, const Module& module, const Launch& l) {
   const auto number = [](auto n) { return std::to_string(n); };
   const uint64_t threads = uint64_t(l.block[0]) * l.block[1] * l.block[2];
   const int64_t shared = k.shared_bytes + l.dynamic_shared;
-  if (module.architecture > device.architecture ||
-      (module.only && module.architecture != device.architecture))
+  if (!serves(module))
     refuse("code for sm_" + number(module.architecture) + ", the device is sm_" +
            number(device.architecture));
   if (threads == 0 || threads > kThreadsBlock || l.block[2] > 64)
@@ -201,7 +205,8 @@ void launch(const Kernel& k, const Module& module, const Launch& l) {
     refuse(number(shared) + " bytes of shared memory, of the " + number(l.shared_allowed) +
            " asked for and " + number(device.shared_optin) + " there are");
   if (k.parameter_bytes > kParameterBytes) refuse(number(k.parameter_bytes) + " bytes of parameters");
-  const int64_t most = int64_t(device.multiprocessors) * occupancy(k, threads, l.dynamic_shared);
+  const int64_t usable = options.partition ? int64_t(options.partition) : device.multiprocessors;
+  const int64_t most = usable * occupancy(k, threads, l.dynamic_shared);
   if (l.cooperative && int64_t(blocks) > most)
     refuse("a cooperative grid of " + number(blocks) + " blocks, of which " + number(most) + " fit");
   ++statistics.launches;

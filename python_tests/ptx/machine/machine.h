@@ -128,6 +128,7 @@ bool is_ready(const Warp& warp);
 
 // Checks the limits of the device and runs a kernel to its end.
 void launch(const Kernel& kernel, const Module& module, const Launch& launch);
+bool serves(const Module& module);
 int occupancy(const Kernel& kernel, int threads, int64_t dynamic_shared);
 
 [[noreturn]] void fault(const Warp& warp, int lane, const std::string& what);

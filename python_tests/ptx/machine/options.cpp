@@ -55,6 +55,7 @@ bool set_option(const std::string& name, double value) {
       {"approximation", &Options::approximation},
       {"sums", &Options::sums},
       {"limit", &Options::limit},
+      {"partition", &Options::partition},
   };
   const auto found = members.find(name);
   if (found == members.end()) return false;

@@ -25,6 +25,7 @@ struct Options {
   double races = 1, definedness = 1, conflicts = 1;
   double fusion = 0, approximation = 0, sums = 0;
   double limit = 2e10;
+  double partition = 0;
 };
 extern Options options;
 bool set_option(const std::string& name, double value);
