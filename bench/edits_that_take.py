@@ -25,8 +25,8 @@ from take_rows import TakeRow, read_take_rows
 
 from engram_kernels._io import write_json
 from engram_kernels.editing import load_model
+from engram_kernels.editing.held_out import text_loss, wikipedia_rows
 from engram_kernels.evaluation.answers import greedy, success
-from engram_kernels.evaluation.drift import text_loss, wikipedia_rows
 
 UNEDITED = "unedited"
 FORMS = ("prompt", "unseen", "question", "chat")

@@ -8,11 +8,15 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
+import torch
 from torch import Tensor
 
 from ._ranks import once
 from .errors import EngramError
+
+Made = TypeVar("Made")
 
 
 @contextmanager
@@ -95,6 +99,61 @@ def save_tensors(
         mode = temporary.stat().st_mode
         save_file(plain, temporary, None if metadata is None else dict(metadata))
         temporary.chmod(mode)
+
+
+def write_tensor_folder(
+    directory: str | os.PathLike, kind: str, tensors: Mapping[str, Tensor], about: Mapping[str, str]
+) -> None:
+    """Write tensors, and some words about them, into a new folder: all of it or nothing.
+
+    Args:
+        directory: a new or empty one.
+        kind: what it holds, such as "covariance"; `read_tensor_folder` accepts no other.
+        tensors: by name.
+        about: what else is to be known.
+
+    Raises:
+        EngramError: the directory is not empty or cannot be written.
+    """
+    with new_directory(directory) as folder:
+        save_tensors(folder / f"{kind}.safetensors", tensors, {"format": f"engram_kernels.{kind}", **about})
+
+
+def read_tensor_folder(
+    directory: str | os.PathLike,
+    kind: str,
+    made: Callable[[dict[str, Tensor], dict[str, str]], Made],
+    device: torch.device | str,
+) -> Made:
+    """Read a folder that `write_tensor_folder` wrote.
+
+    Args:
+        directory: the folder.
+        kind: what it holds.
+        made: of the tensors, on the device, and of what is about them.
+        device: where the tensors shall lie.
+
+    Raises:
+        ValueError: torch knows no such device.
+        EngramError: the folder holds nothing of the kind.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        device = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device: expected one that torch knows, got {device!r}") from error
+    expected = f"directory: expected a {kind}, got {os.fspath(directory)!r}"
+    try:
+        with safe_open(Path(directory) / f"{kind}.safetensors", framework="pt") as file:
+            about = file.metadata() or {}
+            if about.get("format") != f"engram_kernels.{kind}":
+                raise EngramError(f"{expected} of another format")
+            # Copies: the last bits of a product depend on how its factors are aligned.
+            tensors = {name: file.get_tensor(name).clone().to(device) for name in file.keys()}
+        return made(tensors, about)
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise EngramError(f"{expected}: {error}") from error
 
 
 def write_json(path: str | os.PathLike, content: object) -> None:

@@ -2,18 +2,16 @@
 
 import os
 from functools import cached_property
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from . import _checks as check
-from ._io import new_directory, save_tensors
+from ._io import read_tensor_folder, write_tensor_folder
 from ._linalg import cholesky
 from .errors import EngramError
 
-_FILE = "covariance.safetensors"
-_FORMAT = "engram_kernels.covariance"
+KIND = "covariance"
 
 # Each is a pass over the matrix; 20 come within a few percent on spectra that fall off slowly.
 _POWER_STEPS = 20
@@ -148,9 +146,8 @@ class Covariance:
         Example:
             >>> covariance.save_pretrained("covariance-17")
         """
-        metadata = {"format": _FORMAT, "count": str(self.count), "ridge": repr(self.ridge)}
-        with new_directory(directory) as folder:
-            save_tensors(folder / _FILE, {"inverse": self._inverse, "largest": self._largest}, metadata)
+        tensors = {"inverse": self._inverse, "largest": self._largest}
+        write_tensor_folder(directory, KIND, tensors, {"count": str(self.count), "ridge": repr(self.ridge)})
 
     @classmethod
     def from_pretrained(
@@ -172,23 +169,14 @@ class Covariance:
         Example:
             >>> covariance = ek.Covariance.from_pretrained("covariance-17", device="cuda")
         """
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            device = torch.device(device)
-        except RuntimeError as error:
-            raise ValueError(f"device: expected one that torch knows, got {device!r}") from error
-        expected = f"directory: expected a covariance, got {os.fspath(directory)!r}"
-        try:
-            with safe_open(Path(directory) / _FILE, framework="pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != _FORMAT:
-                    raise EngramError(f"{expected} of another format")
-                tensors = file.get_tensor("inverse"), file.get_tensor("largest")
-                found = cls(*tensors, int(metadata["count"]), float(metadata["ridge"]))
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
-            raise EngramError(f"{expected}: {error}") from error
-        return found.to(device)
+        return read_tensor_folder(
+            directory,
+            KIND,
+            lambda tensors, about: cls(
+                tensors["inverse"], tensors["largest"], int(about["count"]), float(about["ridge"])
+            ),
+            device,
+        )
 
     def __repr__(self) -> str:
         device = self._inverse.device

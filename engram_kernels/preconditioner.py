@@ -6,25 +6,22 @@ import json
 import math
 import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import _checks as check
-from ._io import new_directory, save_tensors
-from ._linalg import cholesky, compute_dtype, damped_root, square_root
+from ._io import read_tensor_folder, write_tensor_folder
+from ._linalg import compute_dtype, damped_root, square_root
+from ._semidefinite import Semidefinite
 from .covariance import Covariance
 from .errors import EngramError
 from .ops.low_rank_solve import ResidualGram, ResidualRidge, SmallSolve, check_weight
 
-_FILE = "preconditioner.safetensors"
-_FORMAT = "engram_kernels.preconditioner"
+KIND = "preconditioner"
 _EPS = torch.finfo(torch.float64).eps
-
-# A key is released where this share of its pivot is left: the error is eps over its square, so 1e-8.
-_RELEASED = 1e-4
 
 
 class Preconditioner:
@@ -44,7 +41,6 @@ class Preconditioner:
     An operator is never changed: each method returns another.
 
     Attributes:
-        dim: `in`.
         ridge: `λ` of `factors` where no other is given.
 
     Example:
@@ -54,25 +50,14 @@ class Preconditioner:
 
     def __init__(
         self,
-        base: Tensor | float,
-        dim: int,
+        q: Semidefinite,
         ridge: float = 0.0,
         *,
-        scale: float,
-        rows: Tensor,
-        signs: Tensor,
-        free: Tensor | None = None,
         directions: Tensor | None = None,
         alpha: float = 0.0,
     ):
-        self.dim = dim
         self.ridge = ridge
-        # Q = base + rowsᵀ diag(signs) rows, [in, in] and [m, in].
-        self._base, self._rows, self._signs = base, rows, signs
-        # The largest diagonal entry that Q ever had: against it an eigenvalue is none.
-        self._scale = scale
-        # [in], of the neurons that may be written; None: all.
-        self._free = free
+        self._q = q
         # R = I − α UᵀU, U [r, in]; None: R = I.
         self._directions, self._alpha = directions, alpha
 
@@ -113,7 +98,7 @@ class Preconditioner:
         check.expect(weight + identity > 0, "weight", "above 0, or an identity above 0", weight)
         check.number("ridge", ridge, at_least=0)
         if weight == 0:
-            return cls._of(1.0 / identity, covariance.dim, ridge, inverse.device)
+            return cls(Semidefinite.of(1.0 / identity, covariance.dim, inverse.device), float(ridge))
         if identity > 0:
             # As keys of this size in every direction would make it: so C itself is not needed.
             keys = math.sqrt(identity) * torch.eye(covariance.dim, dtype=torch.float64, device=inverse.device)
@@ -121,7 +106,7 @@ class Preconditioner:
             inverse = half.T @ half
         elif weight != 1:
             inverse = inverse / weight
-        return cls._of(inverse, covariance.dim, ridge, inverse.device)
+        return cls(Semidefinite.of(inverse, covariance.dim, inverse.device), float(ridge))
 
     @classmethod
     def from_identity(
@@ -144,7 +129,7 @@ class Preconditioner:
         check.integer("dim", dim, at_least=1)
         check.number("scale", scale, above=0)
         check.number("ridge", ridge, at_least=0)
-        return cls._of(float(scale), dim, ridge, torch.device(device))
+        return cls(Semidefinite.of(float(scale), dim, torch.device(device)), float(ridge))
 
     @classmethod
     def from_matrix(cls, matrix: Tensor, ridge: float = 0.0) -> Preconditioner:
@@ -174,34 +159,24 @@ class Preconditioner:
             f"halves {apart:.1g} apart",
         )
         wide = matrix.double()
-        return cls._of((wide + wide.mT) / 2, len(wide), ridge, matrix.device)
-
-    @classmethod
-    def _of(cls, base: Tensor | float, dim: int, ridge: float, device: torch.device) -> Preconditioner:
-        scale = float(base.diagonal().max()) if isinstance(base, Tensor) else base
-        rows = torch.empty(0, dim, dtype=torch.float64, device=device)
-        return cls(base, dim, float(ridge), scale=scale, rows=rows, signs=rows.new_empty(0))
+        return cls(Semidefinite.of((wide + wide.mT) / 2, len(wide), matrix.device), float(ridge))
 
     def _with(self, **changes: Any) -> Preconditioner:
         """The same with something else of it."""
-        parts: dict[str, Any] = {**self._numbers(), **self._tensors(), **changes}
-        return Preconditioner(**parts)
-
-    def _numbers(self) -> dict[str, float]:
-        numbers = {"dim": self.dim, "ridge": self.ridge, "scale": self._scale, "alpha": self._alpha}
-        return numbers if isinstance(self._base, Tensor) else {**numbers, "base": self._base}
-
-    def _tensors(self) -> dict[str, Tensor]:
-        names = ("base", "rows", "signs", "free", "directions")
-        parts = {name: getattr(self, f"_{name}") for name in names}
-        return {name: part for name, part in parts.items() if isinstance(part, Tensor)}
+        parts = {"q": self._q, "ridge": self.ridge, "directions": self._directions, "alpha": self._alpha}
+        return Preconditioner(**{**parts, **changes})
 
     # -- what it does ----------------------------------------------------------------------------------------
 
     @property
+    def dim(self) -> int:
+        """The number of columns of the weights that it is for, `in`."""
+        return self._q.dim
+
+    @property
     def device(self) -> torch.device:
         """Where it lies."""
-        return self._rows.device
+        return self._q.rows.device
 
     def apply(self, keys: Tensor) -> Tensor:
         """Return `K Q`, multiplied in fp64 and rounded once to the keys' type.
@@ -216,19 +191,11 @@ class Preconditioner:
             TypeError, ValueError: wrong type, shape or device.
         """
         self._check_keys(keys)
-        return self._product(keys).to(keys.dtype)
+        return self._q.product(keys).to(keys.dtype)
 
     def matrix(self) -> Tensor:
         """Return `Q [in, in]` in fp64."""
-        if isinstance(self._base, Tensor):
-            whole = self._base
-        else:
-            whole = self._base * torch.eye(self.dim, dtype=torch.float64, device=self.device)
-        if len(self._rows):
-            whole = torch.addmm(whole, self._rows.T * self._signs, self._rows)
-        if self._free is not None:
-            whole = whole * (self._free & self._free.unsqueeze(1))
-        return whole
+        return self._q.matrix()
 
     def factors(
         self,
@@ -279,13 +246,13 @@ class Preconditioner:
                         ResidualRidge.apply, weight, keys, given, self.matrix(), float(ridge)
                     )
                 else:
-                    half = self._damped(keys, ridge, "ridge")
+                    half = self._q.damped(keys, ridge, "ridge")
                     right = keys.double() @ (half.T @ half)
                 return given.T.contiguous(), self._multiplied(right).to(dtype)
             wide = keys.double()
             if values is not None:
                 given, _ = _first(ResidualGram.apply, weight, keys, given, wide)
-            product = self._product(keys)
+            product = self._q.product(keys)
             system = product @ wide.T
             _check_energy(system.diagonal(), ridge)
             system = (system + system.T) / 2
@@ -327,21 +294,7 @@ class Preconditioner:
             type(weight).__name__, TypeError,
         )  # fmt: skip
         check.expect(weight > 0, "weight", "a positive number, or infinity", weight)
-        keys = keys.detach()
-        if len(keys) == 0:
-            return self
-        if math.isinf(weight):
-            return self._beside(self._held(keys), -1.0)
-        if len(keys) < self.dim:
-            product = self._product(keys)
-            system = product @ keys.double().T
-            system = (system + system.T) / 2
-            system.diagonal().add_(1.0 / weight)
-            factor, lost = cholesky(system)
-            if not bool(lost):
-                return self._beside(torch.linalg.solve_triangular(factor, product, upper=False), -1.0)
-        half = self._damped(keys, 1.0 / weight, "weight")
-        return self._dense(half.T @ half / weight)
+        return self if len(keys) == 0 else self._with(q=self._q.preserve(keys.detach(), weight))
 
     def release(self, keys: Tensor, weight: float = 1.0) -> Preconditioner:
         """Return `(Q⁻¹ − w KᵀK)⁻¹`: what `preserve` did for these keys, with this weight, taken back.
@@ -370,19 +323,13 @@ class Preconditioner:
         check.expect(len(keys) < self.dim, "keys", f"fewer than {self.dim} rows", len(keys))
         if len(keys) == 0:
             return self
-        keys = keys.detach()
-        product = self._product(keys)
-        system = product @ keys.double().T
-        system = -(system + system.T) / 2
-        system.diagonal().add_(1.0 / weight)
-        factor, failed = torch.linalg.cholesky_ex(system)
-        left = factor.diagonal().square() * weight
-        if bool(failed) or not bool((left > _RELEASED).all()):
+        found = self._q.release(keys.detach(), weight)
+        if found is None:
             raise EngramError(
                 f"keys: expected ones that were preserved with the weight {weight:g}, of which 1e-4 is left, "
                 "got others; make the operator anew without them"
             )
-        return self._beside(torch.linalg.solve_triangular(factor, product, upper=False), 1.0)
+        return self._with(q=found)
 
     def within(self, neurons: Sequence[int] | Tensor) -> Preconditioner:
         """Return `Sᵀ (S Q⁻¹ Sᵀ)⁻¹ S`, S the rows of I of some neurons: only their columns are written.
@@ -413,11 +360,11 @@ class Preconditioner:
             free = torch.zeros(self.dim, dtype=torch.bool, device=self.device)
             free[neurons.long()] = True
         check.expect(bool(free.any()), "neurons", "at least one", "none")
-        if self._free is not None:
-            free &= self._free
+        if self._q.free is not None:
+            free &= self._q.free
         others = torch.eye(self.dim, dtype=torch.float64, device=self.device)[~free]
         # What is held to be zero is so to rounding, and by the mask exactly.
-        return self.preserve(others, math.inf)._with(free=free)
+        return self._with(q=replace(self.preserve(others, math.inf)._q, free=free))
 
     def suppress(self, directions: Tensor, alpha: float = 1.0) -> Preconditioner:
         """Return the operator with `R = I − α UᵀU` behind it: updates lose that share in some directions.
@@ -457,7 +404,7 @@ class Preconditioner:
 
     def to(self, device: torch.device | str) -> Preconditioner:
         """Return the operator on another device."""
-        return self._with(**{name: tensor.to(device) for name, tensor in self._tensors().items()})
+        return self._of(self._numbers(), {name: part.to(device) for name, part in self._tensors().items()})
 
     # -- kept ------------------------------------------------------------------------------------------------
 
@@ -473,9 +420,7 @@ class Preconditioner:
         Example:
             >>> operator.save_pretrained("layer-17")
         """
-        metadata = {"format": _FORMAT, "numbers": json.dumps(self._numbers())}
-        with new_directory(directory) as folder:
-            save_tensors(folder / _FILE, self._tensors(), metadata)
+        write_tensor_folder(directory, KIND, self._tensors(), {"numbers": json.dumps(self._numbers())})
 
     @classmethod
     def from_pretrained(
@@ -497,98 +442,41 @@ class Preconditioner:
         Example:
             >>> operator = ek.Preconditioner.from_pretrained("layer-17", device="cuda")
         """
-        from safetensors import SafetensorError, safe_open
+        return read_tensor_folder(
+            directory, KIND, lambda tensors, about: cls._of(json.loads(about["numbers"]), tensors), device
+        )
 
-        try:
-            device = torch.device(device)
-        except RuntimeError as error:
-            raise ValueError(f"device: expected one that torch knows, got {device!r}") from error
-        expected = f"directory: expected a preconditioner, got {os.fspath(directory)!r}"
-        try:
-            with safe_open(Path(directory) / _FILE, framework="pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != _FORMAT:
-                    raise EngramError(f"{expected} of another format")
-                # Copies: the last bits of a product depend on how its factors are aligned.
-                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
-            found = cls(**{**json.loads(metadata["numbers"]), **tensors})
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise EngramError(f"{expected}: {error}") from error
-        return found.to(device)
+    def _numbers(self) -> dict[str, float]:
+        numbers = {"dim": self.dim, "ridge": self.ridge, "scale": self._q.scale, "alpha": self._alpha}
+        return numbers if isinstance(self._q.base, Tensor) else {**numbers, "base": self._q.base}
+
+    def _tensors(self) -> dict[str, Tensor]:
+        q = self._q
+        parts = {"base": q.base, "rows": q.rows, "signs": q.signs, "free": q.free}
+        parts["directions"] = self._directions
+        return {name: part for name, part in parts.items() if isinstance(part, Tensor)}
+
+    @classmethod
+    def _of(cls, numbers: dict[str, float], tensors: dict[str, Tensor]) -> Preconditioner:
+        """Of what `_numbers` and `_tensors` gave."""
+        known: dict[str, Any] = {**numbers, **tensors}
+        q = Semidefinite(known["base"], known["rows"], known["signs"], known["scale"], known.get("free"))
+        return cls(q, known["ridge"], directions=known.get("directions"), alpha=known["alpha"])
 
     def __repr__(self) -> str:
-        kind = "matrix" if isinstance(self._base, Tensor) else f"{self._base:g} I"
-        parts = [f"in={self.dim}", f"base={kind}", f"terms={len(self._rows)}", f"ridge={self.ridge:g}"]
-        if self._free is not None:
-            parts.append(f"neurons={int(self._free.sum())}")
+        kind = "matrix" if isinstance(self._q.base, Tensor) else f"{self._q.base:g} I"
+        parts = [f"in={self.dim}", f"base={kind}", f"terms={len(self._q.rows)}", f"ridge={self.ridge:g}"]
+        if self._q.free is not None:
+            parts.append(f"neurons={int(self._q.free.sum())}")
         if self._directions is not None:
             parts.append(f"suppressed={len(self._directions)}")
         return f"Preconditioner({', '.join(parts)}, device={self.device})"
-
-    # -- algebra ---------------------------------------------------------------------------------------------
-
-    def _product(self, keys: Tensor) -> Tensor:
-        """`K Q [n, in]` in fp64."""
-        wide = keys.double()
-        product = wide @ self._base if isinstance(self._base, Tensor) else wide * self._base
-        if len(self._rows):
-            product = torch.addmm(product, wide @ self._rows.T * self._signs, self._rows)
-        return product if self._free is None else product * self._free
 
     def _multiplied(self, right: Tensor) -> Tensor:
         """The right factor, times R."""
         if self._directions is None:
             return right
         return torch.addmm(right, right @ self._directions.T, self._directions, alpha=-self._alpha)
-
-    def _beside(self, rows: Tensor, sign: float) -> Preconditioner:
-        """`Q ± rowsᵀ rows`."""
-        joined = torch.cat([self._rows, rows])
-        found = self._with(rows=joined, signs=torch.cat([self._signs, rows.new_full((len(rows),), sign)]))
-        # From here on a product with them costs more than one with a matrix.
-        return found._dense(found.matrix()) if 2 * len(joined) >= self.dim else found
-
-    def _dense(self, matrix: Tensor) -> Preconditioner:
-        return self._with(base=(matrix + matrix.T) / 2, rows=self._rows[:0], signs=self._signs[:0])
-
-    def _root(self) -> Tensor:
-        """L with `L Lᵀ = Q`."""
-        root, sound = square_root(self.matrix(), _EPS * self.dim)
-        if not bool(sound):
-            raise EngramError(
-                "matrix: expected a positive semidefinite one, got one with negative eigenvalues"
-            )
-        return root
-
-    def _damped(self, keys: Tensor, ridge: float, name: str) -> Tensor:
-        """H with `HᵀH = (ridge Q⁻¹ + KᵀK)⁻¹`."""
-        half, lost = damped_root(keys, self._root(), ridge)
-        if bool(lost) or not check.is_finite(half):
-            check.finite("keys", keys)
-            raise EngramError(f"{name}: expected one that rounding leaves of the keys, got {ridge:g}")
-        return half
-
-    def _held(self, keys: Tensor) -> Tensor:
-        """Rows T with `TᵀT = Pᵀ (P Kᵀ)⁺ P`, `P = K Q`: what an infinite weight takes from Q."""
-        # A key that earlier ones hold already has an answer of rounding, which must not be taken for one.
-        energy = float(keys.double().square().sum(-1).max()) * self._scale
-        if len(keys) >= self.dim:
-            root = self._root()
-            whitened = keys.double() @ root
-            values, vectors = torch.linalg.eigh(whitened.T @ whitened)
-            return (root @ vectors[:, self._kept(values, energy, len(keys))]).T
-        product = self._product(keys)
-        gram = product @ keys.double().T
-        values, vectors = torch.linalg.eigh((gram + gram.T) / 2)
-        kept = self._kept(values, energy, len(keys))
-        turn = (vectors[:, kept] / values[kept].sqrt()).T
-        rows = turn @ product
-        # Orthonormal in the metric of Q only to the condition of the Gram matrix; once more, to rounding.
-        again = rows @ (turn @ keys.double()).T
-        return torch.linalg.solve_triangular(torch.linalg.cholesky((again + again.T) / 2), rows, upper=False)
-
-    def _kept(self, values: Tensor, energy: float, count: int) -> Tensor:
-        return values > max(count, self.dim) * _EPS * max(energy, float(values[-1]))
 
     # -- checks ----------------------------------------------------------------------------------------------
 

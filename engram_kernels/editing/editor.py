@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from ..hf.loading import cache_directory, writable_directory
 from ..hf.placement import mirrors, unwrapped, whole_model
 from ..hf.projection import default_layer, searched_projection
 from .edit import Edit
+from .health import check_bounds
 from .journal import Journal
 from .keys import MeanKey, SpreadKey
 from .methods import Method, check_choices, method_of
@@ -149,6 +150,7 @@ class Editor:
         failures: str = "raise",
         directory: str | os.PathLike | None = None,
         after: EditResult | None = None,
+        stop_on: Mapping[str, float] | None = None,
     ) -> EditResult:
         """Write one fact or many. Whatever fails, the weights stay as they were, bit for bit.
 
@@ -189,6 +191,10 @@ class Editor:
                 from there, to the same result.
             after: edits that stand in the model already: their keys are preserved as earlier batches are, so
                 that a call goes on where another ended. An `EditStore` does this by itself.
+            stop_on: bounds, such as `{"perplexity": 0.02, "holding": 0.8}`, of what `Health` measures after
+                each batch. The batch that passes one is taken back, it and all later edits are listed as
+                skipped, and the edits up to there are kept. None: a run never ends on its health; past wide
+                bounds it warns.
 
         Returns:
             An `EditResult` with a record for each edit that was made, to revert, save or apply elsewhere.
@@ -202,13 +208,12 @@ class Editor:
         """
         _expect("directory", directory, "a path or None", str, os.PathLike, type(None))
         _expect("after", after, "an EditResult or None", EditResult, type(None))
-        plan = self._plan(layers, method, ridge, batch, preserve, null_space, conflicts, failures)
+        plan = self._plan(layers, method, ridge, batch, preserve, null_space, conflicts, failures, stop_on)
         edits = _edits(edits)
         for layer in plan.layers:
             searched_projection(self.model, layer)
-        held = after.writes if after else ()
         with eval_mode(self.model), self.ranks.failing_together():
-            run = Run(self.model, self.tokenizer, edits, plan, self.progress, self.ranks, held)
+            run = Run(self.model, self.tokenizer, edits, plan, self.progress, self.ranks, after)
             run.begin()
             run.encode(self.prefixes())
             covariances = self.covariances(plan.layers)
@@ -220,7 +225,7 @@ class Editor:
                 journal = Journal(directory, settings)
             return run.result(covariances, journal)
 
-    def _plan(self, layers, method, ridge, batch, preserve, null_space, conflicts, failures) -> Plan:
+    def _plan(self, layers, method, ridge, batch, preserve, null_space, conflicts, failures, stop_on) -> Plan:
         """The method's settings and the caller's, checked."""
         check_choices(method, batch, conflicts, failures)
         chosen = method_of(method)
@@ -248,6 +253,7 @@ class Editor:
             key=self._key(chosen),
             texts=chosen.texts,
             bare_denominator=not self.consistent_key,
+            stop_on=check_bounds(stop_on),
         )
 
     def _key(self, method: Method) -> MeanKey | SpreadKey:

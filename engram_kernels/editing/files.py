@@ -14,9 +14,10 @@ from .._io import read_sealed, save_tensors, write_sealed
 from ..errors import EngramError
 from .adapter import CONFIG, FILE, load_adapter, save_adapter
 from .edit import Edit
+from .health import Health
 from .records import EditedModule, EditRecord, SkippedEdit, Write, joined_factors
 
-FORMAT = 4
+FORMAT = 5
 REPORT = "edit.json"
 TENSORS = "edit.safetensors"
 SEALED = (CONFIG, FILE, TENSORS)
@@ -29,12 +30,13 @@ class Content(NamedTuple):
     writes: list[Write]
     edited_modules: list[EditedModule]
     skipped: list[SkippedEdit]
+    health: list[Health]
 
 
 def save_edits(folder: Path, content: Content) -> None:
     """Write the files of edits into a folder; `edit.json` holds the checksums of all."""
     report = {"format": FORMAT, "writes": list(map(write_report, content.writes))}
-    for name in ("edited_modules", "records", "skipped"):
+    for name in ("edited_modules", "records", "skipped", "health"):
         report[name] = list(map(asdict, getattr(content, name)))
     save_tensors(folder / TENSORS, write_tensors(content.writes, ("keys", "residuals")))
     factors = {
@@ -74,6 +76,7 @@ def load_edits(folder: Path) -> Content:
             writes=read_writes(report["writes"], tensors),
             edited_modules=edited,
             skipped=[SkippedEdit(**with_edit(entry)) for entry in report["skipped"]],
+            health=[Health(**entry) for entry in report["health"]],
         )
         _check(content, used, factors)
         return content

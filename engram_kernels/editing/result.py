@@ -16,6 +16,7 @@ from ..hf.hub import HubFolder
 from ..hf.placement import unwrapped
 from ..hf.projection import output_projection
 from .files import Content, load_edits, save_edits
+from .health import Health
 from .history import Standing, note
 from .records import EditedModule, EditRecord, SkippedEdit, Write, joined_factors, joint_write
 from .weights import Snapshot, matrix_checksum
@@ -38,6 +39,8 @@ class EditResult(HubFolder):
         writes: the writes in the order in which they were done.
         edited_modules: the matrices that were written.
         skipped: the edits that were asked for and not made.
+        health: how the model fared, a `Health` a batch; the last one of a run that `stop_on` ended is of the
+            batch that was taken back.
 
     Example:
         >>> with editor.edit(Edit("The Eiffel Tower", "{} is located in the city of", "Rome")) as result:
@@ -49,6 +52,7 @@ class EditResult(HubFolder):
     writes: list[Write]
     edited_modules: list[EditedModule]
     skipped: list[SkippedEdit] = field(default_factory=list)
+    health: list[Health] = field(default_factory=list)
     _originals: dict[str, Snapshot] = field(default_factory=dict, compare=False)
     # What the model's history has of these edits, while they stand in it.
     _standing: list[Standing] = field(default_factory=list, compare=False)
@@ -235,6 +239,7 @@ class EditResult(HubFolder):
                 merged.writes.append(replace(write, edits=tuple(first + edit for edit in write.edits)))
             merged.skipped += [replace(item, number=item.number + asked) for item in result.skipped]
             merged.records += result.records
+            merged.health += result.health
             asked += len(result.records) + len(result.skipped)
             for edited in result.edited_modules:
                 if edited.module not in merged.modules:
@@ -291,7 +296,10 @@ class EditResult(HubFolder):
         return merged
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        save_edits(save_directory, Content(self.records, self.writes, self.edited_modules, self.skipped))
+        save_edits(
+            save_directory,
+            Content(self.records, self.writes, self.edited_modules, self.skipped, self.health),
+        )
 
     @classmethod
     def _read_folder(cls, folder: Path) -> EditResult:

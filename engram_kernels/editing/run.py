@@ -21,6 +21,7 @@ from ..hf.projection import searched_projection
 from ..hf.tokens import Row
 from .batching import EncodedEdit, encode_edit, encode_held
 from .edit import Edit
+from .health import SAMPLE, Health, HealthCheck, warn
 from .history import facts_in, note
 from .journal import Journal
 from .keys import MeanKey, SpreadKey
@@ -47,6 +48,7 @@ class Plan:
     key: MeanKey | SpreadKey
     texts: int | None
     bare_denominator: bool
+    stop_on: dict[str, float]
 
 
 class Run:
@@ -59,7 +61,7 @@ class Run:
         plan: how to write them.
         progress: called with the name of a stage, the work done and the work there is.
         ranks: share the values, and make the same writes.
-        after: the writes that stand in the model already, whose keys the method holds.
+        after: what stands in the model already, whose keys the method holds.
     """
 
     def __init__(
@@ -70,11 +72,11 @@ class Run:
         plan: Plan,
         progress: Progress | None = None,
         ranks: Ranks = ALONE,
-        after: Sequence[Write] = (),
+        after: EditResult | None = None,
     ):
         self.ranks = ranks
         self.model, self.tokenizer, self.edits, self.plan = model, tokenizer, list(edits), plan
-        self.after = list(after)
+        self.after = EditResult([], [], []) if after is None else after
         self.progress = progress or (lambda *_: None)
         self.projections = [searched_projection(model, layer) for layer in plan.layers]
         self.skipped: list[SkippedEdit] = []
@@ -134,7 +136,7 @@ class Run:
             "key": repr(self.plan.key),
             "edits": digest([asdict(edit) for edit in self.edits]),
             "earlier": digest([asdict(fact.edit) for fact in self._earlier]),
-            "after": digest([(write.module, tensor_checksum(write.keys)) for write in self.after]),
+            "after": digest([(write.module, tensor_checksum(write.keys)) for write in self.after.writes]),
             "prefixes": digest(self._prefixes),
             "model": digest(weights_checksums(self.model), *adapter_settings(self.model)),
             "covariances": [f"{trace:.6e}" for trace in traces],
@@ -145,19 +147,35 @@ class Run:
         method = self.plan.method
         operators = {layer: LayerOperator(method, covariances[layer]) for layer in self.plan.layers}
         layers = {projection.name: projection.layer for projection in self.projections}
-        for write in self.after:
+        for write in self.after.writes:
             if write.module in layers:
                 operators[layers[write.module]].remember(write.keys)
         edited = [EditedModule.of(projection) for projection in self.projections]
         originals = {projection.name: Snapshot(projection) for projection in self.projections}
         values: dict[int, Value] = {}
         writes: list[Write] = []
+        health: list[Health] = []
+        look = HealthCheck(
+            self.model, self.tokenizer, self.projections, self.after.writes, self.plan.stop_on,
+            len(self.encoded),
+        )  # fmt: skip
         try:
             for number, batch in enumerate(self.batches):
+                before = list(map(Snapshot, self.projections)) if self.plan.stop_on else []
                 self._hold(batch, values)
                 found = self._values(batch, len(values), journal)
                 written = self._written(number, found, operators, journal)
-                if written and number + 1 < len(self.batches):
+                if not written:
+                    continue
+                seen = self._look(look, writes + written, list(values), len(found))
+                health.append(seen)
+                passed = self.ranks.everyone.decided(lambda seen=seen: seen.past(self.plan.stop_on))
+                if passed:
+                    for original in before:
+                        original.restore()
+                    self._stop(self.batches[number:], len(values), "; ".join(passed))
+                    break
+                if number + 1 < len(self.batches):
                     for layer, write in zip(self.plan.layers, written, strict=True):
                         operators[layer].remember(write.keys)
                 values |= found
@@ -173,6 +191,7 @@ class Run:
                 writes=[replace(write, edits=tuple(places[i] for i in write.edits)) for write in writes],
                 edited_modules=edited,
                 skipped=sorted(self.skipped, key=lambda skipped: skipped.number),
+                health=health,
                 _originals=originals,
             )
         except BaseException:
@@ -181,7 +200,26 @@ class Run:
             raise
         result._standing = note(self.model, result.records, result.writes)
         _warn(result.records)
+        warn(health)
         return result
+
+    def _look(self, look: HealthCheck, writes: Sequence[Write], earlier: Sequence[int], made: int) -> Health:
+        """The model's health after a batch; `earlier`: the edits of the batches before, in this call."""
+        before = self.after.records
+        sample = [before[i * len(before) // SAMPLE].edit for i in range(SAMPLE)] if before else []
+        rows = [
+            encode_edit(self.model, self.tokenizer, edit, ()).rewriting[0] for edit in dict.fromkeys(sample)
+        ]
+        rows += [self.encoded[number].rewriting[0] for number in earlier]
+        made += len(earlier)
+        return look.look([*self.after.writes, *writes], rows, made, len(before) + made)
+
+    def _stop(self, batches: Sequence[Sequence[int]], made: int, passed: str) -> None:
+        """Leave out a batch that passed a bound, and those behind it."""
+        reason = EngramError(f"stop_on: the run ended after {made} edits, as the next ones came to {passed}")
+        for number in [number for batch in batches for number in batch]:
+            if number in self.encoded:
+                self._skip(number, reason, always=True)
 
     def _encode(self, numbers: Iterable[int], prefixes: Sequence[str]) -> None:
         for number in numbers:

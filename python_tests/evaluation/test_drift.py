@@ -8,9 +8,10 @@ import torch
 from model_zoo import small_model
 
 from engram_kernels import EngramError
+from engram_kernels.editing.held_out import text_loss, text_rows
 from engram_kernels.evaluation import Question
 from engram_kernels.evaluation.answers import greedy
-from engram_kernels.evaluation.drift import Drift, drift_rows_of, read_known, text_loss, text_rows
+from engram_kernels.evaluation.drift import Drift, drift_rows_of, read_known
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -79,7 +79,7 @@ def test_apply_and_matrix(kind):
 def test_the_inverse_covariance_is_shared():
     _, given = make()
     operator = ek.Preconditioner.from_covariance(given).preserve(draw(3, WIDTH))
-    assert operator._base is given.inverse()
+    assert operator._q.base is given.inverse()
 
 
 @pytest.mark.parametrize("count", [1, 7, 19, 20, 39, 40, 90])

@@ -1,0 +1,179 @@
+"""How a model fares under its edits: measured after every batch, and held to bounds."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .. import _checks as check
+from ..errors import EngramError
+from ..hf.projection import Projection
+from ..hf.tokens import Row
+from .corpus import wikipedia_file
+from .held_out import text_loss, wikipedia_rows
+from .reach import reached
+from .records import Write, joined_factors
+
+# Past these a warning says so. Up to half of a matrix's own norm or largest singular value models were seen
+# to bear; of edits that hold or of ordinary text they had lost nothing by then.
+BOUNDS = {"growth": 1.5, "update": 1.0, "holding": 0.5, "perplexity": 0.1}
+
+# Edits between two looks at what costs passes of the model, how many earlier ones are asked, and the text's
+# rows of 128 tokens.
+EVERY, SAMPLE, ROWS = 50, 32, 4
+_ITERATIONS = 20
+
+
+@dataclass(frozen=True)
+class Health:
+    """A model after a batch of edits; of several matrices the worst counts.
+
+    Attributes:
+        edits: how many stand in it, those of earlier calls among them.
+        growth: `‖W‖ / ‖W₀‖`, Frobenius norms, with W₀ before any edit.
+        update: `σ₁(ΔW) / σ₁(W₀)`, of the sum of all updates: largest singular values.
+        holding: the share of a sample of edits of earlier batches whose prompt the model still answers with
+            the target; None: not asked after this batch, or there are none.
+        perplexity: by how much that of a fixed text has risen, as a share; None: not measured after this
+            batch, or there is no text.
+    """
+
+    edits: int
+    growth: float
+    update: float
+    holding: float | None = None
+    perplexity: float | None = None
+
+    def past(self, bounds: Mapping[str, float]) -> list[str]:
+        """Which bounds are passed, in words."""
+        found = []
+        for name, bound in bounds.items():
+            value = getattr(self, name)
+            if value is not None and (value < bound if name == "holding" else not value <= bound):
+                relation = "below" if name == "holding" else "above"
+                found.append(f"{name} {value:.3g}, {relation} {bound:g}")
+        return found
+
+
+def check_bounds(stop_on: object) -> dict[str, float]:
+    """The bounds that end a run.
+
+    Raises:
+        TypeError: it is no mapping of names to numbers.
+        ValueError: there is no such measure, or a bound is negative.
+        EngramError: there is no text for a perplexity.
+    """
+    if stop_on is None:
+        return {}
+    if not isinstance(stop_on, Mapping):
+        raise TypeError(
+            f"stop_on: expected a mapping of names to bounds or None, got {type(stop_on).__name__}"
+        )
+    for name, bound in stop_on.items():
+        check.expect(name in BOUNDS, "stop_on", f"names among {', '.join(BOUNDS)}", repr(name))
+        check.number("stop_on", bound, at_least=0)
+    if "perplexity" in stop_on and wikipedia_file() is None:
+        raise EngramError("stop_on: expected the package gensim, whose articles are the text, got no text")
+    return {name: float(bound) for name, bound in stop_on.items()}
+
+
+class HealthCheck:
+    """Looks at a model after each batch, and remembers what it was before.
+
+    The norms cost products of thin factors and are always measured; what costs passes of the model only
+    where a run ends on it, and else once in `EVERY` edits.
+
+    Args:
+        model: as it is before the run.
+        tokenizer: its tokenizer.
+        projections: the matrices that are written.
+        after: the writes that stand in it already.
+        stop_on: the bounds that end the run.
+        planned: how many edits the run is to make.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer,
+        projections: Sequence[Projection],
+        after: Sequence[Write],
+        stop_on: Mapping[str, float],
+        planned: int,
+    ):
+        self.model, self.projections, self.stop_on = model, projections, stop_on
+        self._norms, self._largest = {}, {}
+        for projection in projections:
+            matrix = projection.whole().detach().float()
+            own = [write for write in after if write.module == projection.name]
+            if own:
+                left, right = (part.to(matrix.device) for part in joined_factors(own))
+                matrix = torch.addmm(matrix, left, right, alpha=-1)
+            self._norms[projection.name] = float(matrix.norm())
+            self._largest[projection.name] = largest_singular_value(matrix)
+        self._looked = 0
+        self._rows: list[list[int]] = []
+        if "perplexity" in stop_on or (planned >= EVERY and wikipedia_file() is not None):
+            self._rows = wikipedia_rows(tokenizer, ROWS)
+            self._loss = text_loss(model, self._rows)
+
+    def look(self, writes: Sequence[Write], earlier: Sequence[Row], made: int, standing: int) -> Health:
+        """The model as it is now.
+
+        Args:
+            writes: all that stand in it.
+            earlier: the prompts with targets of the edits of earlier batches.
+            made: how many edits the run has made.
+            standing: how many stand in the model.
+        """
+        growth = update = 0.0
+        for projection in self.projections:
+            own = [write for write in writes if write.module == projection.name]
+            if own:
+                norm, largest = self._norms[projection.name], self._largest[projection.name]
+                growth = max(growth, float(projection.whole().float().norm()) / norm)
+                update = max(update, largest_singular_value(*joined_factors(own)) / largest)
+        due = made - self._looked >= EVERY
+        holding = perplexity = None
+        if earlier and (due or "holding" in self.stop_on):
+            sample = [earlier[i * len(earlier) // SAMPLE] for i in range(SAMPLE)]
+            sample = sample if len(earlier) > SAMPLE else list(earlier)
+            said = [one.said for one in reached(self.model, sample, ["an earlier edit"] * len(sample))]
+            holding = sum(said) / len(said)
+        if self._rows and (due or "perplexity" in self.stop_on):
+            perplexity = math.expm1(min(text_loss(self.model, self._rows) - self._loss, 700.0))
+        if due:
+            self._looked = made
+        return Health(standing, growth, update, holding, perplexity)
+
+
+def warn(found: Sequence[Health]) -> None:
+    """Say which bounds are passed, once each, with where it began."""
+    said: set[str] = set()
+    for health in found:
+        fresh = {name: bound for name, bound in BOUNDS.items() if name not in said}
+        for name, bound in fresh.items():
+            for words in health.past({name: bound}):
+                said.add(name)
+                warnings.warn(f"after {health.edits} edits: {words}", stacklevel=5)
+
+
+def largest_singular_value(left: Tensor, right: Tensor | None = None) -> float:
+    """`σ₁` of `left @ right`, or of one matrix, by power iteration: from below, and close where it stands out."""
+    left = left.float()
+    right = None if right is None else right.float()
+    generator, width = torch.Generator().manual_seed(0), (left if right is None else right).shape[1]
+    vector = torch.randn(width, generator=generator, device="cpu").to(left.device)
+    value = 0.0
+    for _ in range(_ITERATIONS):
+        vector = vector / vector.norm().clamp_min(torch.finfo(vector.dtype).tiny)
+        image = left @ (vector if right is None else right @ vector)
+        value = float(image.norm())
+        vector = left.T @ image
+        vector = vector if right is None else right.T @ vector
+    return value
