@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import itertools
-import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,6 +17,7 @@ from .._progress import Progress
 from .._ranks import Ranks
 from ..errors import EngramError
 from ..hf.placement import unwrapped, whole_model
+from .batches import checked, endless, moved, own_loss
 from .graft import Graft
 from .mask import GraftMask
 from .parameters import base_of, graftable_parameters
@@ -112,8 +111,8 @@ def localize(
     check_difference(pre, ft, outside, "ft_model")
     size = round(sparsity * sum(tensor.numel() for tensor in pre.values()))
     check.expect(size >= 1, "sparsity", "one weight or more", f"{sparsity:g}, which is none")
-    stream = itertools.islice(_endless(batches), ranks.rank, None, ranks.size)
-    loss_of = loss_fn or _own_loss
+    stream = itertools.islice(endless(batches), ranks.rank, None, ranks.size)
+    loss_of = loss_fn or own_loss
     with ranks.failing_together(), torch.inference_mode(False), torch.enable_grad():
         mask = GraftMask(pre, ft, plan, size, seed)
         losses = []
@@ -122,8 +121,8 @@ def localize(
             def backward() -> float:
                 total, share = 0.0, accumulate // ranks.size
                 for i in range(share):
-                    loss = loss_of(pre_model, _moved(next(stream), pre_model))
-                    total += _checked(loss)
+                    loss = loss_of(pre_model, moved(next(stream), pre_model))
+                    total += checked(loss)
                     training.last = i == share - 1
                     (loss / accumulate).backward()
                 return total
@@ -159,45 +158,3 @@ def _matching(ft: dict[str, Tensor], pre: dict[str, Tensor]) -> dict[str, Tensor
         if tensor.dtype != pre[name].dtype:
             raise EngramError(f"ft_model: expected {pre[name].dtype} in {name!r}, got {tensor.dtype}")
     return {name: tensor.to(pre[name].device) for name, tensor in ft.items()}
-
-
-def _endless(batches: Iterable) -> Iterator:
-    while True:
-        empty = True
-        for batch in batches:
-            empty = False
-            yield batch
-        if empty:
-            raise EngramError("batches: expected at least one for each step, got no more")
-
-
-def _moved(batch: object, model: nn.Module) -> object:
-    if not isinstance(batch, Mapping):
-        return batch
-    device = next(model.parameters()).device
-    if hasattr(batch, "to"):  # a BatchEncoding stays one
-        # Of a copy: it moves what it holds, and the caller's batch stays where it is.
-        return copy.copy(batch).to(device)
-    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
-
-
-def _own_loss(model: nn.Module, batch: object) -> Tensor:
-    if not isinstance(batch, Mapping):
-        raise TypeError(f"batches: expected mappings where no loss_fn is given, got {type(batch).__name__}")
-    loss = getattr(model(**batch), "loss", None)
-    if loss is None:
-        raise ValueError(
-            "batches: expected labels where no loss_fn is given, got none: the model gave no loss"
-        )
-    return loss
-
-
-def _checked(loss: Tensor) -> float:
-    check.expect(isinstance(loss, Tensor), "loss_fn", "a scalar tensor", type(loss).__name__, TypeError)
-    check.expect(loss.numel() == 1, "loss_fn", "a scalar tensor", f"shape {list(loss.shape)}")
-    if not loss.requires_grad:
-        raise EngramError("loss_fn: expected a loss that depends on the graftable weights, got none")
-    value = loss.item()
-    if not math.isfinite(value):
-        raise EngramError(f"loss_fn: expected a finite loss, got {value}")
-    return value
