@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 def localize(
     pre_model: nn.Module,
     ft_model: nn.Module | Mapping[str, Tensor] | str | os.PathLike,
-    batches: Iterable,
+    batches: Iterable = (),
     loss_fn: Callable[[nn.Module, object], Tensor] | None = None,
     sparsity: float = 1e-4,
     recipe: str | Recipe = "rounds",
@@ -61,11 +62,11 @@ def localize(
             into memory (for models on the CPU); an adapter's folder; a checkpoint that transformers converts
             as it loads it (experts, other prefixes, GGUF), which takes the memory of a model.
         batches: what `loss_fn` takes, gone through again and again; an iterator only once. Mappings of
-            tensors are moved to the model's device.
+            tensors are moved to the model's device. Not needed by "largest".
         loss_fn: `loss_fn(model, batch)`, a scalar, such as `PromptTask.loss`. Default: `model(**batch).loss`,
             which Hugging Face's models for language and for classification compute from labels.
         sparsity: the share of the graftable weights to find; 1e-4 is 0.01 %.
-        recipe: "rounds", "panigrahi", "localize-and-stitch" (see `RECIPES`), or a `Recipe`.
+        recipe: "rounds", "largest", "panigrahi", "localize-and-stitch" (see `RECIPES`), or a `Recipe`.
         steps: gradient steps. Default: the recipe's; under "rounds", five times through the batches.
         lr: learning rate. Default: the recipe's.
         l1: weight of the sum of all gates. Default: the recipe's.
@@ -81,9 +82,10 @@ def localize(
             Gradients are kept until the end of a step. None: this process alone.
 
     Returns:
-        The graft. Under "rounds" it has exactly `round(sparsity · weights)` entries. Its metrics hold the
-        first and the last step's loss, and as `changed_outside` the names of the parameters that are not
-        graftable, and so stay the base's, though the fine-tuned model changed them.
+        The graft. Under "rounds" and "largest" it has exactly `round(sparsity · weights)` entries. Its
+        metrics hold the first and the last step's loss, where there are steps, and as `changed_outside` the
+        names of the parameters that are not graftable, and so stay the base's, though the fine-tuned model
+        changed them.
 
     Raises:
         ValueError, TypeError: an argument that cannot be used.
@@ -93,6 +95,7 @@ def localize(
     Example:
         >>> graft = localize(base, tuned, loader, sparsity=1e-4)
         >>> graft.save_pretrained("my-skill")
+        >>> smaller = localize(base, tuned, sparsity=1e-5, recipe="largest").refit(base, loader)
 
     Source: Panigrahi et al. 2023 (arXiv 2302.06600); He et al. 2024 (arXiv 2408.13656).
     """
@@ -116,7 +119,9 @@ def localize(
     with ranks.failing_together(), torch.inference_mode(False), torch.enable_grad():
         mask = GraftMask(pre, ft, plan, size, seed)
         losses = []
-        with MaskTraining(pre_model, parameters, mask, plan, ranks) as training:
+        training = MaskTraining(pre_model, parameters, mask, plan, ranks)
+        # What takes no step needs no memory for θ.
+        with training if steps else nullcontext():
 
             def backward() -> float:
                 total, share = 0.0, accumulate // ranks.size
@@ -134,7 +139,8 @@ def localize(
                     training.rebase()
                 if progress:
                     progress("localize", step + 1, steps)
-            training.report()
+            if steps:
+                training.report()
         chosen = mask.base if plan.rounds and mask.base else mask.open()
         ranks.check_same("pre_model", [tensor_checksum(packed) for packed in chosen])
     return Graft.from_masks(
@@ -144,7 +150,7 @@ def localize(
         **base_of(pre_model, base_model),
         recipe={"name": recipe if isinstance(recipe, str) else "own", **dataclasses.asdict(plan)}
         | {"sparsity": sparsity, "accumulate": accumulate, "seed": seed},
-        metrics={"first_loss": losses[0], "last_loss": losses[-1]}
+        metrics=({"first_loss": losses[0], "last_loss": losses[-1]} if losses else {})
         | ({"changed_outside": outside} if outside else {}),
     )
 

@@ -100,9 +100,7 @@ def test_refit_gives_the_model_back_after_errors():
         weight = model.get_parameter(next(iter(graft.indices)))
         return model(**batch).loss + (weight - weight.detach()).abs().sqrt().sum()
 
-    with pytest.raises(
-        EngramError, match="loss_fn: expected finite gradients, got NaN or infinity in"
-    ):
+    with pytest.raises(EngramError, match="loss_fn: expected finite gradients, got NaN or infinity in"):
         graft.refit(model, batches, steep)
     assert not changed(before, model)
     assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
