@@ -39,8 +39,6 @@ from engram_kernels.grafting import (
 from engram_kernels.grafting.tasks import by_length, padded
 from engram_kernels.memory import SentenceEncoder, load_encoder
 
-# Of the values' refit: eight rows a step.
-STEPS, RATE = 100, 1e-2
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -157,8 +155,9 @@ def fine_tune(base, task, rows, seed: int, epochs: int, lr: float, size: int = 8
 class Run:
     """One seed of one data set: the fine-tuned model, its grafts, and their accuracy; kept in a folder."""
 
-    def __init__(self, family: Family, data: Data, seed: int, folder: Path, rows: int | None = None):
+    def __init__(self, family: Family, data: Data, seed: int, folder: Path, rows: int | None, steps: int):
         self.family, self.base, self.data, self.seed = family, family.base, data, seed
+        self.steps = steps
         self.folder = folder / family.name / f"{data.train.split('.')[0]}-{seed}"
         self.folder.mkdir(parents=True, exist_ok=True)
         self.task = family.task(data)
@@ -220,11 +219,11 @@ class Run:
         return self.kept("learned refitted", sparsity, lambda: self.refit(self.learned(sparsity)))
 
     def refit(self, graft: Graft) -> Graft:
-        return graft.refit(self.base, self.epochs(STEPS), self.task.loss, STEPS, RATE)
+        return graft.refit(self.base, self.epochs(), self.task.loss, self.steps)
 
-    def epochs(self, steps: int, size: int = 8) -> list[dict]:
-        """Batches for so many steps, drawn anew in each pass through the rows."""
-        passes = range(-(-steps * size // len(self.train)))
+    def epochs(self, size: int = 8) -> list[dict]:
+        """Batches for all steps of a refit, drawn anew in each pass through the rows."""
+        passes = range(-(-self.steps * size // len(self.train)))
         return [batch for i in passes for batch in self.task.batches(self.train, size, seed=i)]
 
     def largest(self, sparsity: float) -> Graft:
@@ -279,6 +278,7 @@ def main(
     series: Annotated[list[str] | None, typer.Option(help="Ways to graft; default: all.")] = None,
     curve: Annotated[bool, typer.Option(help="Seed 0 from 1 % to 0.001 %, on 300 test rows.")] = False,
     trec: Annotated[bool, typer.Option(help="A second skill, and both merged.")] = False,
+    steps: Annotated[int, typer.Option(help="Of a refit, eight rows each.")] = 100,
     rows: Annotated[int | None, typer.Option(help="Test rows to use; default: all.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for grafts, results and pictures.")] = Path("graft-sst2"),
 ) -> None:
@@ -287,13 +287,13 @@ def main(
     if unknown := set(series or ()) - set(Run.SERIES):
         raise typer.BadParameter(f"series: expected of {', '.join(Run.SERIES)}, got {unknown}")
     for seed in range(seeds):
-        runs = [Run(family, data, seed, out, rows) for data in (SST2, TREC)[: 1 + trec]]
+        runs = [Run(family, data, seed, out, rows, steps) for data in (SST2, TREC)[: 1 + trec]]
         for run in runs:
             report(run, sparsity, series or list(Run.SERIES))
         if trec:
             join(*runs, sparsity)
     if curve:
-        first = Run(family, SST2, 0, out, min(rows or 300, 300))
+        first = Run(family, SST2, 0, out, min(rows or 300, 300), steps)
         draw(first, series or list(Run.SERIES), out / "curve.png")
         plots.heat_map(first.layered(sparsity), out / "density.png")
 
@@ -332,12 +332,12 @@ def join(sentiment: Run, questions: Run, sparsity: float) -> None:
     merged = Graft.merge([one, two])
 
     def refit() -> Graft:
-        turns = zip(*(run.epochs(STEPS) for run in runs), strict=False)
+        turns = zip(*(run.epochs() for run in runs), strict=False)
         batches = [
             batch | {"task": run.task} for turn in turns for run, batch in zip(runs, turn, strict=True)
         ]
         loss = lambda model, batch: batch["task"].loss(model, batch)  # noqa: E731
-        return merged.refit(sentiment.base, batches, loss, 2 * STEPS, RATE)
+        return merged.refit(sentiment.base, batches, loss, 2 * sentiment.steps)
 
     for name, make in (
         ("merged", lambda: merged),

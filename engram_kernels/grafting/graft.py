@@ -240,7 +240,7 @@ class Graft(HubFolder):
         batches: Iterable,
         loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
         steps: int = 100,
-        lr: float = 1e-3,
+        lr: float = 1e-2,
         progress: Progress | None = None,
     ) -> Graft:
         """Train the values, and let the positions be: `min over v of loss(weight[indices] = v)`.

