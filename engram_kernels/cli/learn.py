@@ -33,7 +33,7 @@ Word = Annotated[
     list[str] | None, typer.Option(help="The word that answers for label 0, 1, …; repeated, one token each.")
 ]
 Shots = Annotated[int | None, typer.Option(help="Rows of each label to learn from; default: all.")]
-RecipeName = Annotated[str, typer.Option(help="rounds, panigrahi or localize-and-stitch.")]
+RecipeName = Annotated[str, typer.Option(help="rounds, largest, panigrahi or localize-and-stitch.")]
 Steps = Annotated[int | None, typer.Option(help="Gradient steps; default: the recipe's.")]
 Rate = Annotated[float | None, typer.Option(help="Learning rate of the mask; default: the recipe's.")]
 Lasso = Annotated[float | None, typer.Option(help="Weight of the sum of all gates; default: the recipe's.")]
@@ -62,6 +62,9 @@ def localize(
     exclude: Exclude = None,
     batch_size: BatchSize = 16,
     accumulate: Accumulate = None,
+    refit: Annotated[
+        int | None, typer.Option(help="Steps of Adam on the values at the positions that were found.")
+    ] = None,
     max_length: MaxLength = 256,
     shots: Shots = None,
     test: Annotated[Path | None, typer.Option(help="Rows to count right answers on, as in --data.")] = None,
@@ -77,6 +80,8 @@ def localize(
     """
     check_folder("out", out)
     check_picture("heat_map", heat_map)
+    if refit is not None and refit < 1:
+        raise ValueError(f"refit: expected at least 1, got {refit}")
     examples = Examples.read(data, test, template, word, shots, seed)
     options = {"recipe": recipe, "steps": steps, "lr": lr, "l1": l1, "accumulate": accumulate}
     choice = {"include": include, "exclude": exclude or ()}
@@ -85,6 +90,8 @@ def localize(
         trial = Trial(base, tuned, examples, DTYPES[dtype], device_of(device), batch_size, max_length, seed)
         trial.check_sizes([sparsity], **choice)
         graft = trial.learned(sparsity, progress, **options, **choice)
+        if refit is not None:
+            graft = trial.refitted(graft, refit, progress)
         try:
             if test:
                 results = _ends(trial, progress)

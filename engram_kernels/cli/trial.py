@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +13,7 @@ from .common import Report, group_of_ranks, reading
 from .examples import Examples, document_batches
 
 if TYPE_CHECKING:
+    from .._progress import Progress
     from ..grafting import ClassificationScore, Graft
 
 
@@ -64,6 +65,28 @@ class Trial:
     def learned(self, sparsity: float, progress: Report, stage: str = "learn", **options) -> Graft:
         from ..grafting import localize
 
+        loss, told = self._loss(progress, stage)
+        return localize(
+            self.model,
+            self.tuned,
+            self.batches,
+            loss,
+            sparsity=sparsity,
+            seed=self.seed,
+            progress=told,
+            group=group_of_ranks(),
+            base_model=self.base,  # as the user named it: smollm2 lies in a cache of this machine
+            **options,
+        )
+
+    def refitted(self, graft: Graft, steps: int, progress: Report) -> Graft:
+        if group_of_ranks() is not None:
+            raise ValueError("refit: expected one process, got several ranks")
+        loss, told = self._loss(progress, "refit")
+        return graft.refit(self.model, self.batches, loss, steps=steps, progress=told)
+
+    def _loss(self, progress: Report, stage: str) -> tuple[Callable, Progress]:
+        """The task's loss, and a progress that shows what it was."""
         loss_of = self.task.loss if self.task else lambda model, batch: model(**batch).loss
         note = ""
 
@@ -73,18 +96,7 @@ class Trial:
             note = f"loss {float(value.detach()):.4f}"
             return value
 
-        return localize(
-            self.model,
-            self.tuned,
-            self.batches,
-            loss,
-            sparsity=sparsity,
-            seed=self.seed,
-            progress=lambda _, done, total: progress(stage, done, total, note),
-            group=group_of_ranks(),
-            base_model=self.base,  # as the user named it: smollm2 lies in a cache of this machine
-            **options,
-        )
+        return loss, lambda _, done, total: progress(stage, done, total, note)
 
     def chosen(self, sparsity: float, how: str, **choice) -> Graft:
         """A baseline of the same size that is not learned: the "largest changes", or "random" weights."""

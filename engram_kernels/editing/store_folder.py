@@ -10,14 +10,15 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from .._io import read_json, write_json
+from .._io import file_checksum, read_sealed, write_sealed
 from ..errors import EngramError
 from ..hf.loading import writable_directory
+from .files import REPORT
 from .methods import Method
 from .result import EditResult
 from .values import ValueOptions
 
-FORMAT = 1
+FORMAT = 2
 _OWN = ("statistics", "edits", "pending")
 
 
@@ -82,12 +83,13 @@ class StoreFolder:
                 )
             return
         try:
-            manifest = read_json(path)
+            manifest = read_sealed(path)
             if manifest["format"] != FORMAT:
                 raise ValueError(f"format {manifest['format']}, not {FORMAT}")
             method_from(manifest["method"])
             for entry in manifest["entries"]:
-                if not isinstance(entry["folder"], str) or not all(type(id) is int for id in entry["ids"]):
+                texts = isinstance(entry["folder"], str) and isinstance(entry["checksum"], str)
+                if not texts or not all(type(id) is int for id in entry["ids"]):
                     raise ValueError(f"an entry {entry}")
         except (OSError, ValueError, TypeError, LookupError) as error:
             raise EngramError(
@@ -105,11 +107,11 @@ class StoreFolder:
         Raises:
             EngramError: they are missing or spoilt.
         """
-        result = EditResult.from_pretrained(self.path / "edits" / entry["folder"])
-        if len(result) != len(entry["ids"]):
-            raise EngramError(
-                f"directory: expected {len(entry['ids'])} edits in {entry['folder']!r}, got {len(result)}"
-            )
+        folder = self.path / "edits" / entry["folder"]
+        result = EditResult.from_pretrained(folder)
+        # Whole, but of another store or of another time.
+        if file_checksum(folder / REPORT) != entry["checksum"]:
+            raise EngramError(f"directory: expected in {str(folder)!r} the edits that were kept, got others")
         return result
 
     def keep(self, before: list[dict], ids: list[int], result: EditResult | None) -> None:
@@ -120,15 +122,17 @@ class StoreFolder:
         if result is not None:
             manifest["folders"] += 1
             manifest["next"] = max(manifest["next"], 1 + max(ids))
-            entry = {"folder": f"{manifest['folders']:06d}", "ids": ids}
-            result.save_pretrained(self.path / "edits" / entry["folder"])
+            name = f"{manifest['folders']:06d}"
+            folder = self.path / "edits" / name
+            result.save_pretrained(folder)
+            entry = {"folder": name, "ids": ids, "checksum": file_checksum(folder / REPORT)}
             manifest["entries"].append(entry)
         self._write(manifest)
         self._sweep()
         shutil.rmtree(self.path / "pending", ignore_errors=True)
 
     def _write(self, manifest: dict) -> None:
-        write_json(self.path / "store.json", manifest)
+        write_sealed(self.path / "store.json", manifest)
         self.manifest = manifest
 
     def _sweep(self) -> None:

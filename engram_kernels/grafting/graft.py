@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .. import _checks as check
 from .._hashing import tensor_checksum
+from .._progress import Progress
 from ..errors import EngramError
 from ..hf.hub import HubFolder
 from ..ops import pack_mask, sparse_diff, unpack_mask
@@ -22,6 +23,7 @@ from .files import read_files, write_files
 from .joining import Options
 from .merging import RULES, by_method, by_rule, check_method, common_base
 from .parameters import tensors_of
+from .refit import refit
 
 
 class Overlap(NamedTuple):
@@ -231,6 +233,51 @@ class Graft(HubFolder):
         """
         self.apply(model, force)
         return model
+
+    def refit(
+        self,
+        model: nn.Module,
+        batches: Iterable,
+        loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
+        steps: int = 100,
+        lr: float = 1e-2,
+        progress: Progress | None = None,
+    ) -> Graft:
+        """Train the values, and let the positions be: `min over v of loss(weight[indices] = v)`.
+
+        Fine-tuned values belong to a whole that a graft has not: where few weights are set, other values do
+        more. Adam in fp32, from the graft's values on, its learning rate falling to 0 in a line. Gradients
+        are freed as they come in the backward pass but for the graft's positions.
+
+        Args:
+            model: the base that the graft was made for; it is given back as it was, after errors too.
+            batches, loss_fn: as for `localize`. For several skills in one graft: batches of each by turns.
+            steps: of Adam, one batch each.
+            lr: Adam's learning rate at the start: about what a weight moves in a step.
+            progress: called as `progress("refit", steps done, steps)` after every step.
+
+        Returns:
+            A new graft. Its recipe says `refit`; its metrics hold the first and the last step's loss.
+
+        Raises:
+            ValueError, TypeError: an argument that cannot be used.
+            EngramError: the model is not the graft's base, no batch, a loss or gradients that are not finite.
+
+        Example:
+            >>> graft = localize(base, tuned, loader, sparsity=1e-5).refit(base, loader)
+            >>> both = Graft.merge([sentiment, questions]).refit(base, loader_of_both)
+        """
+        check.integer("steps", steps, at_least=1)
+        check.number("lr", lr, above=0)
+        check.expect(self.size > 0, "indices", "positions, whose values are refitted", "none")
+        values, losses = refit(model, self, batches, loss_fn, steps, lr, progress)
+        kept = {key: value for key, value in self.metrics.items() if key == "changed_outside"}
+        return replace(
+            self,
+            values=values,
+            recipe=self.recipe | {"refit": {"steps": steps, "lr": lr}},
+            metrics=kept | {"first_loss": losses[0], "last_loss": losses[-1]},
+        )
 
     def density(self) -> list[Density]:
         """Entries by layer and kind of module, in the model's order; layer −1 for what is in no layer."""

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import itertools
-import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,6 +18,7 @@ from .._progress import Progress
 from .._ranks import Ranks
 from ..errors import EngramError
 from ..hf.placement import unwrapped, whole_model
+from .batches import checked, endless, moved, own_loss
 from .graft import Graft
 from .mask import GraftMask
 from .parameters import base_of, graftable_parameters
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 def localize(
     pre_model: nn.Module,
     ft_model: nn.Module | Mapping[str, Tensor] | str | os.PathLike,
-    batches: Iterable,
+    batches: Iterable = (),
     loss_fn: Callable[[nn.Module, object], Tensor] | None = None,
     sparsity: float = 1e-4,
     recipe: str | Recipe = "rounds",
@@ -62,11 +62,11 @@ def localize(
             into memory (for models on the CPU); an adapter's folder; a checkpoint that transformers converts
             as it loads it (experts, other prefixes, GGUF), which takes the memory of a model.
         batches: what `loss_fn` takes, gone through again and again; an iterator only once. Mappings of
-            tensors are moved to the model's device.
+            tensors are moved to the model's device. Not needed by "largest".
         loss_fn: `loss_fn(model, batch)`, a scalar, such as `PromptTask.loss`. Default: `model(**batch).loss`,
             which Hugging Face's models for language and for classification compute from labels.
         sparsity: the share of the graftable weights to find; 1e-4 is 0.01 %.
-        recipe: "rounds", "panigrahi", "localize-and-stitch" (see `RECIPES`), or a `Recipe`.
+        recipe: "rounds", "largest", "panigrahi", "localize-and-stitch" (see `RECIPES`), or a `Recipe`.
         steps: gradient steps. Default: the recipe's; under "rounds", five times through the batches.
         lr: learning rate. Default: the recipe's.
         l1: weight of the sum of all gates. Default: the recipe's.
@@ -82,9 +82,10 @@ def localize(
             Gradients are kept until the end of a step. None: this process alone.
 
     Returns:
-        The graft. Under "rounds" it has exactly `round(sparsity · weights)` entries. Its metrics hold the
-        first and the last step's loss, and as `changed_outside` the names of the parameters that are not
-        graftable, and so stay the base's, though the fine-tuned model changed them.
+        The graft. Under "rounds" and "largest" it has exactly `round(sparsity · weights)` entries. Its
+        metrics hold the first and the last step's loss, where there are steps, and as `changed_outside` the
+        names of the parameters that are not graftable, and so stay the base's, though the fine-tuned model
+        changed them.
 
     Raises:
         ValueError, TypeError: an argument that cannot be used.
@@ -94,6 +95,7 @@ def localize(
     Example:
         >>> graft = localize(base, tuned, loader, sparsity=1e-4)
         >>> graft.save_pretrained("my-skill")
+        >>> smaller = localize(base, tuned, sparsity=1e-5, recipe="largest").refit(base, loader)
 
     Source: Panigrahi et al. 2023 (arXiv 2302.06600); He et al. 2024 (arXiv 2408.13656).
     """
@@ -112,18 +114,20 @@ def localize(
     check_difference(pre, ft, outside, "ft_model")
     size = round(sparsity * sum(tensor.numel() for tensor in pre.values()))
     check.expect(size >= 1, "sparsity", "one weight or more", f"{sparsity:g}, which is none")
-    stream = itertools.islice(_endless(batches), ranks.rank, None, ranks.size)
-    loss_of = loss_fn or _own_loss
+    stream = itertools.islice(endless(batches), ranks.rank, None, ranks.size)
+    loss_of = loss_fn or own_loss
     with ranks.failing_together(), torch.inference_mode(False), torch.enable_grad():
         mask = GraftMask(pre, ft, plan, size, seed)
         losses = []
-        with MaskTraining(pre_model, parameters, mask, plan, ranks) as training:
+        training = MaskTraining(pre_model, parameters, mask, plan, ranks)
+        # What takes no step needs no memory for θ.
+        with training if steps else nullcontext():
 
             def backward() -> float:
                 total, share = 0.0, accumulate // ranks.size
                 for i in range(share):
-                    loss = loss_of(pre_model, _moved(next(stream), pre_model))
-                    total += _checked(loss)
+                    loss = loss_of(pre_model, moved(next(stream), pre_model))
+                    total += checked(loss)
                     training.last = i == share - 1
                     (loss / accumulate).backward()
                 return total
@@ -135,7 +139,8 @@ def localize(
                     training.rebase()
                 if progress:
                     progress("localize", step + 1, steps)
-            training.report()
+            if steps:
+                training.report()
         chosen = mask.base if plan.rounds and mask.base else mask.open()
         ranks.check_same("pre_model", [tensor_checksum(packed) for packed in chosen])
     return Graft.from_masks(
@@ -145,7 +150,7 @@ def localize(
         **base_of(pre_model, base_model),
         recipe={"name": recipe if isinstance(recipe, str) else "own", **dataclasses.asdict(plan)}
         | {"sparsity": sparsity, "accumulate": accumulate, "seed": seed},
-        metrics={"first_loss": losses[0], "last_loss": losses[-1]}
+        metrics=({"first_loss": losses[0], "last_loss": losses[-1]} if losses else {})
         | ({"changed_outside": outside} if outside else {}),
     )
 
@@ -159,45 +164,3 @@ def _matching(ft: dict[str, Tensor], pre: dict[str, Tensor]) -> dict[str, Tensor
         if tensor.dtype != pre[name].dtype:
             raise EngramError(f"ft_model: expected {pre[name].dtype} in {name!r}, got {tensor.dtype}")
     return {name: tensor.to(pre[name].device) for name, tensor in ft.items()}
-
-
-def _endless(batches: Iterable) -> Iterator:
-    while True:
-        empty = True
-        for batch in batches:
-            empty = False
-            yield batch
-        if empty:
-            raise EngramError("batches: expected at least one for each step, got no more")
-
-
-def _moved(batch: object, model: nn.Module) -> object:
-    if not isinstance(batch, Mapping):
-        return batch
-    device = next(model.parameters()).device
-    if hasattr(batch, "to"):  # a BatchEncoding stays one
-        # Of a copy: it moves what it holds, and the caller's batch stays where it is.
-        return copy.copy(batch).to(device)
-    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
-
-
-def _own_loss(model: nn.Module, batch: object) -> Tensor:
-    if not isinstance(batch, Mapping):
-        raise TypeError(f"batches: expected mappings where no loss_fn is given, got {type(batch).__name__}")
-    loss = getattr(model(**batch), "loss", None)
-    if loss is None:
-        raise ValueError(
-            "batches: expected labels where no loss_fn is given, got none: the model gave no loss"
-        )
-    return loss
-
-
-def _checked(loss: Tensor) -> float:
-    check.expect(isinstance(loss, Tensor), "loss_fn", "a scalar tensor", type(loss).__name__, TypeError)
-    check.expect(loss.numel() == 1, "loss_fn", "a scalar tensor", f"shape {list(loss.shape)}")
-    if not loss.requires_grad:
-        raise EngramError("loss_fn: expected a loss that depends on the graftable weights, got none")
-    value = loss.item()
-    if not math.isfinite(value):
-        raise EngramError(f"loss_fn: expected a finite loss, got {value}")
-    return value

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from ..ops import (
     top_k_mask,
     unpack_mask,
 )
+from .density import layer_and_kind
 from .recipes import Recipe
 
 # Choices of parameters whose lists are kept: the buckets of a step, which come again in the next.
@@ -75,8 +76,10 @@ class GraftMask:
             torch.full(weight.shape, recipe.outside, dtype=torch.float32, device=weight.device)
             for weight in self.pre
         ]
+        everything = [(list(range(len(self.names))), size)]
+        self._shares = self._by_layer() if recipe.layered else everything
         if recipe.base or recipe.inside != recipe.outside:
-            largest = graft_top_k(self.pre, self.ft, size)
+            largest = self._best(graft_top_k, self.pre, self.ft)
             for logits, mask in zip(self.logits, largest, strict=True):
                 logits[unpack_mask(mask, logits.shape)] = recipe.inside
             self.base = largest if recipe.base else None
@@ -123,7 +126,7 @@ class GraftMask:
     def rebase_(self) -> None:
         """Make the k positions of the highest score `s S` the base mask, and keep every score."""
         self._flip_()
-        self.base = top_k_mask(self.logits, self.size)
+        self.base = self._best(top_k_mask, self.logits)
         self._plans.clear()
         self._flip_()
 
@@ -138,6 +141,27 @@ class GraftMask:
     def __repr__(self) -> str:
         total = sum(logits.numel() for logits in self.logits)
         return f"GraftMask({self.size:,} of {total:,} weights in {len(self.names)} parameters)"
+
+    def _by_layer(self) -> list[tuple[list[int], int]]:
+        """The parameters of each layer, and its share of the k positions, by how many weights changed."""
+        layers: dict[int, list[int]] = {}
+        for i, name in enumerate(self.names):
+            layers.setdefault(layer_and_kind(name)[0], []).append(i)
+        changed = [int((one != other).sum()) for one, other in zip(self.pre, self.ft, strict=True)]
+        counts = changed if sum(changed) >= self.size else [weight.numel() for weight in self.pre]
+        total, seen, shares = sum(counts), 0, []
+        for which in layers.values():
+            before = self.size * seen // total
+            seen += sum(counts[i] for i in which)
+            shares.append((which, self.size * seen // total - before))
+        return shares
+
+    def _best(self, choose: Callable[..., list[Tensor]], *tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Packed masks of the best positions, of each share its number."""
+        masks: dict[int, Tensor] = {}
+        for which, count in self._shares:
+            masks |= zip(which, choose(*([given[i] for i in which] for given in tensors), count), strict=True)
+        return [masks[i] for i in range(len(self.names))]
 
     def _bases(self) -> Sequence[Tensor | None]:
         return self.base if self.base is not None else [None] * len(self.names)

@@ -104,6 +104,14 @@ def base_of(model: nn.Module, name: str | None = None) -> dict[str, str | None]:
     return {"base_model": name or known or None, "base_revision": getattr(config, "_commit_hash", None)}
 
 
+def named_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """A model's parameters, by every name that a graft may have for them."""
+    parameters = unwrapped(model).named_parameters(remove_duplicate=False)
+    named = {plain_name(name): parameter for name, parameter in parameters}
+    # An adapter moves the weight `x.weight` that it adapts to `x.base_layer.weight`: it is the same one.
+    return named | {name.replace(".base_layer.", "."): weight for name, weight in named.items()}
+
+
 def tensors_of(source: object, names: Sequence[str], argument: str) -> dict[str, Tensor]:
     """The tensors of those names in a model, a mapping, or a safetensors file or folder (mapped, not read).
 
@@ -112,11 +120,7 @@ def tensors_of(source: object, names: Sequence[str], argument: str) -> dict[str,
         EngramError: a tensor is missing, or a file cannot be read.
     """
     if isinstance(source, nn.Module):
-        parameters = unwrapped(source).named_parameters(remove_duplicate=False)
-        named = {plain_name(name): parameter for name, parameter in parameters}
-        # An adapter moves the weight `x.weight` that it adapts to `x.base_layer.weight`: it is the same one.
-        adapted = {name.replace(".base_layer.", "."): weight for name, weight in named.items()}
-        found: Mapping[str, Tensor] = named | adapted
+        found: Mapping[str, Tensor] = named_weights(source)
     elif isinstance(source, Mapping):
         found = source
     elif isinstance(source, (str, os.PathLike)):

@@ -20,6 +20,8 @@ class Recipe:
         bias: the gate's bias.
         lr: the learning rate of plain gradient descent on S.
         l1: the weight of the sum of all gates in the loss.
+        layered: whether each layer has its share of the k positions, by how many of its weights changed;
+            else they are the best of all layers together.
         steps: gradient steps; None: each round goes once through the batches.
         rounds: how often the base mask becomes the k positions of the highest score `s S`, at even
             intervals, the last time at the end; 0: never, and the result is every gate above ½.
@@ -32,6 +34,7 @@ class Recipe:
     bias: float = 10.0
     lr: float = 1.0
     l1: float = 0.0
+    layered: bool = False
     steps: int | None = None
     rounds: int = 0
 
@@ -41,6 +44,9 @@ RECIPES = {
     # score s S collects −g (ft − pre), the first-order change of the loss, first at pre and then at the
     # grafted point; each round takes the best k. Gates never open half, and exactly k are open.
     "rounds": Recipe(rounds=5),
+    # Not from a paper. The k largest |ft − pre|, in each layer its share: for `Graft.refit`, after which they
+    # do more than positions of the highest scores, which many weights of a few matrices share.
+    "largest": Recipe(base=True, layered=True, steps=0),
     # Panigrahi et al. 2023: S from U[0, 1), bias 10 (Grafting.py); lr 1e7, 10 steps (run_graft_task.sh), each
     # on the mean gradient of up to 128 batches; γ rounded (src/graft_trainer.py). There the mask of the step
     # with the best training and validation score is kept, here the last.
@@ -73,7 +79,10 @@ def complete(
     given = {name: value for name, value in given.items() if value is not None}
     for name, value in given.items():
         check.number(name, value)
+    least = 0 if recipe.steps == 0 else max(1, recipe.rounds)
     recipe = replace(recipe, **given)
+    if recipe.steps == 0 == least:
+        return recipe, 0, ranks
     rounds = max(1, recipe.rounds)
     if accumulate is None:
         every = 1 if recipe.rounds else max(1, _count("accumulate", batches))
@@ -83,7 +92,7 @@ def complete(
     steps = recipe.steps
     if steps is None:
         steps = rounds * max(1, math.ceil(_count("steps", batches) / accumulate))
-    check.integer("steps", steps, at_least=rounds)
+    check.integer("steps", steps, at_least=least)
     return replace(recipe, steps=steps), steps, accumulate
 
 

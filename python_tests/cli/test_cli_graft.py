@@ -123,6 +123,24 @@ def test_localize_on_documents(engram, tmp_path, recipe):
     assert {values.dtype for values in graft.values.values()} == {torch.bfloat16}
 
 
+def test_localize_refits_the_values(engram, tmp_path):
+    graft = {}
+    for name, change in (("largest", ()), ("refitted", ("--refit", "3"))):
+        out = tmp_path / name
+        status, _, err = engram(
+            "localize", *LEARN, *WORDS, "--out", out, "--recipe", "largest", "--sparsity", "1e-3", *change
+        )
+        assert (status, err) == (0, "")
+        graft[name] = Graft.from_pretrained(out)
+    assert graft["refitted"].overlap(graft["largest"]).jaccard == 1
+    assert graft["refitted"].recipe["refit"]["steps"] == 3 and graft["refitted"].recipe["name"] == "largest"
+    assert {"first_loss", "last_loss"} <= graft["refitted"].metrics.keys()
+    assert any(
+        not torch.equal(values, graft["largest"].values[name])
+        for name, values in graft["refitted"].values.items()
+    )
+
+
 @pytest.mark.parametrize("default", DEFAULTS)
 def test_random_weights_do_not_depend_on_defaults(folder, default):
     from engram_kernels.cli.examples import Examples
@@ -258,6 +276,7 @@ BAD = {
     "pattern to include": (("--include", "x*"), "--include: expected a pattern that matches"),
     "pattern to exclude": (("--exclude", "x*"), "--exclude: expected a pattern that matches"),
     "batch size": (("--batch-size", "0"), "--batch-size: expected at least 1"),
+    "refit": (("--refit", "0"), "--refit: expected at least 1"),
     "max length": (("--max-length", "0"), "--max-length: expected at least 1"),
     "accumulate": (("--accumulate", "0"), "--accumulate: expected at least 1"),
     "too many shots": (("--shots", "99"), "--shots: expected from 1 to the 10 rows that label 0 has"),

@@ -127,6 +127,47 @@ def test_sources_recipes_learn(recipe, lr):
         assert model(**batches[0]).loss < first + 0.05
 
 
+def test_largest_takes_each_layers_share_of_the_changes():
+    """Without a batch; a layer that did not change has none."""
+    model = model_zoo.small_model()
+    other = tuned(model)
+    with torch.no_grad():
+        for name, weight in other.named_parameters():
+            if ".layers.1." in name:
+                weight.copy_(model.get_parameter(name))
+            if ".layers.2." in name:  # much larger than all others: they would have every place
+                weight.copy_(model.get_parameter(name) + 10 * (weight - model.get_parameter(name)))
+    graft = localize(model, other, sparsity=0.01, recipe="largest")
+    pre = graftable_parameters(model)
+    assert graft.size == round(0.01 * sum(weight.numel() for weight in pre.values()))
+    assert "first_loss" not in graft.metrics
+    by_layer = {}
+    for name in pre:
+        layer, change = name.split(".")[2], (other.get_parameter(name) - pre[name]).detach().abs().flatten()
+        at = graft.indices.get(name, torch.tensor([], dtype=torch.int32)).long()
+        mask = torch.zeros(len(change), dtype=torch.bool)
+        mask[at] = True
+        chosen, left = by_layer.setdefault(layer, ([], []))
+        chosen.append(change[mask])
+        left.append(change[~mask])
+    counts = {layer: sum(map(len, chosen)) for layer, (chosen, _) in by_layer.items()}
+    assert counts.pop("1") == 0 and max(counts.values()) - min(counts.values()) <= 1
+    for layer in counts:
+        chosen, left = map(torch.cat, by_layer[layer])
+        assert chosen.min() >= left.max()
+
+
+def test_rounds_with_shares_have_exactly_the_size():
+    model = model_zoo.small_model()
+    plan = dataclasses.replace(RECIPES["rounds"], layered=True)
+    graft = localize(model, tuned(model), language_batches(), sparsity=0.01, steps=5, recipe=plan)
+    counts = {}
+    for name, at in graft.indices.items():
+        counts[name.split(".")[2]] = counts.get(name.split(".")[2], 0) + at.numel()
+    assert len(counts) == 4 and max(counts.values()) - min(counts.values()) <= 1
+    assert graft.size == round(0.01 * sum(p.numel() for p in graftable_parameters(model).values()))
+
+
 def test_accumulated_gradients_are_a_larger_batch():
     model = model_zoo.small_model()
     other, batches = tuned(model), language_batches(4)
@@ -327,7 +368,7 @@ BAD = {
         "loss_fn: expected a loss that depends",
         dict(loss_fn=lambda m, b: torch.ones(())),
     ),
-    "recipe": (ValueError, "recipe: expected one of rounds, panigrahi", dict(recipe="best")),
+    "recipe": (ValueError, "recipe: expected one of rounds, largest, panigrahi", dict(recipe="best")),
     "steps": (ValueError, "steps: expected at least 5, got 1", dict(steps=1)),
     "accumulate": (ValueError, "accumulate: expected at least 1, got 0", dict(accumulate=0)),
     "seed": (TypeError, "seed: expected an integer, got str", dict(seed="0")),

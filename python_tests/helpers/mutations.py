@@ -20,7 +20,7 @@ def mutations(folder: Path, other: Path, count: int = COUNT, seed: int = 0) -> I
         seed: of what is changed.
     """
     chance = random.Random(seed)
-    names = sorted(path.name for path in folder.iterdir() if path.name != "README.md")
+    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if _holds(path))
     for _ in range(count):
         name = chance.choice(names)
         path = folder / name
@@ -28,13 +28,19 @@ def mutations(folder: Path, other: Path, count: int = COUNT, seed: int = 0) -> I
         kinds = [_flipped, _replaced, _removed, _inserted, _truncated, _swapped, _repeated]
         if name.endswith(".json"):
             kinds += [_entry] * 4 + [_spaced, _nested]
-        kind = chance.choice([*kinds, _gone, None])
+        # The only file of another folder is that folder, and nothing changed.
+        kind = chance.choice([*kinds, _gone] + [None] * (len(names) > 1))
         content = (other / name).read_bytes() if kind is None else kind(original, chance)
         if content == original:
             continue
         path.unlink() if content is None else path.write_bytes(content)
         yield f"{name}: {'another folder' if kind is None else kind.__name__}"
         path.write_bytes(original)
+
+
+def _holds(path: Path) -> bool:
+    """Whether a file has content; models' cards have none, nor have locks, and caches can be made anew."""
+    return path.is_file() and path.name not in ("README.md", ".lock") and path.parent.name != "statistics"
 
 
 def _flipped(content, chance):
