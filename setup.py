@@ -3,6 +3,7 @@
 Environment:
     ENGRAM_CPU         auto (default: on Linux, when a C++ compiler is found), on, off
     ENGRAM_CUDA        auto (default: on Linux, when nvcc is found), on, off
+    ENGRAM_PYTHON      a folder: headers of the Python to build for, if it is not the one that runs this
     ENGRAM_CUDA_ARCHS  GPU architectures, default 80;90;100;120; the last one also as PTX for later GPUs
     MAX_JOBS           processes at a time, default the number of cores
     CXX, CUDACXX       the compilers
@@ -14,6 +15,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -101,7 +103,7 @@ class CMakeBuild(build_ext):
 
     def build_extensions(self) -> None:
         names = [extension.name.rpartition(".")[2] for extension in self.extensions]
-        tree = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}-{self.plat_name}"
+        tree = ROOT / "build" / f"cmake-{self.plat_name}"
         self._configure(tree, names)
         for extension, name in zip(self.extensions, names, strict=True):
             self._step(["cmake", "--build", str(tree), "--target", name, "--parallel", str(jobs())], name)
@@ -114,26 +116,30 @@ class CMakeBuild(build_ext):
     def _configure(self, tree: Path, names: list[str]) -> None:
         import pybind11
 
-        options = {
+        tools = {
             "CMAKE_MAKE_PROGRAM": shutil.which("ninja"),
             "CMAKE_CXX_COMPILER": os.environ.get("CXX") and find_compiler(),
             "CMAKE_CUDA_COMPILER": find_nvcc(),
-            "Python_EXECUTABLE": sys.executable,
-            "pybind11_DIR": pybind11.get_cmake_dir(),
+        }
+        options = {
+            "PYTHON_INCLUDE_DIR": os.environ.get("ENGRAM_PYTHON") or sysconfig.get_path("include"),
+            "PYBIND11_INCLUDE_DIR": pybind11.get_include(),
             "ENGRAM_BUILD_CPU": "ON" if "_cpu" in names else "OFF",
             "ENGRAM_BUILD_CUDA": "ON" if "_cuda" in names else "OFF",
             "ENGRAM_CUDA_ARCHS": cuda_architectures(),
             "ENGRAM_JOBS": jobs(),
         }
-        arguments = [f"-D{key}={value}" for key, value in options.items() if value is not None]
-        # CMake keeps what it once found: a tree configured otherwise (another compiler, the temporary
-        # directory of a build that pip isolates) starts afresh.
-        record = tree / "configuration.json"
-        same = record.exists() and record.read_text() == json.dumps(arguments)
+        given = {key: value for key, value in (tools | options).items() if value is not None}
+        # CMake keeps the tools that it once found: with others (another compiler, the temporary directory of
+        # a build that pip isolates) the tree starts afresh. Options it takes anew, and what they do not
+        # touch stays: for another Python the bindings alone are compiled.
+        record = tree / "tools.json"
+        same = record.exists() and record.read_text() == json.dumps(tools)
         record.unlink(missing_ok=True)
         fresh = [] if same else ["--fresh"]
+        arguments = [f"-D{key}={value}" for key, value in given.items()]
         self._step(["cmake", *fresh, "-S", str(ROOT), "-B", str(tree), "-G", "Ninja", *arguments], names[-1])
-        record.write_text(json.dumps(arguments))
+        record.write_text(json.dumps(tools))
 
     def _step(self, command: list[str], module: str) -> None:
         try:

@@ -249,7 +249,7 @@ void residual_and_gram(const typename Type::Element* weight, WeightShape shape,
                        const double* preconditioned, int64_t count, typename Type::Compute* residual,
                        double* gram, int threads) {
   using T = typename Type::Compute;
-  const auto [batch, rows, cols, batch_stride, row_stride] = shape;
+  const int64_t batch = shape.batch, rows = shape.rows, cols = shape.cols;
   const int64_t weight_panels = batch * ceil_div(rows, kPanelRows);
   const int64_t gram_panels = batch * ceil_div(count, kPanelRows);
   threads = threads_for(threads, batch * (rows + count) * cols * count);
@@ -263,7 +263,7 @@ void residual_and_gram(const typename Type::Element* weight, WeightShape shape,
       const int64_t b = unit / ceil_div(rows, kPanelRows);
       const int64_t first = unit % ceil_div(rows, kPanelRows) * kPanelRows;
       const int64_t origin = b * count * rows + first;
-      products<Type>(weight + b * batch_stride + first * row_stride, row_stride,
+      products<Type>(weight + b * shape.batch_stride + first * shape.row_stride, shape.row_stride,
                      smaller(kPanelRows, rows - first), keys + b * count * cols, count, cols,
                      static_cast<T*>(sums), [&](int64_t i, int64_t j, double product) {
                        const int64_t at = origin + j * rows + i;

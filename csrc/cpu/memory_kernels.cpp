@@ -160,7 +160,7 @@ void stream(const Memory<T>& m, const StreamShape& shape, T* scratch, int parts)
 
 template <class T>
 void stream_all(const Memory<T>& all, const StreamShape& shape, int threads) {
-  const auto [batch, slots, width, count] = shape;
+  const int64_t batch = shape.batch, slots = shape.slots, width = shape.width, count = shape.count;
   const int64_t work = slots * (slots + width);
   // Many memories: each has one thread. Few large ones: each has all threads, which meet at every row.
   const int64_t most = smaller(batch, ceil_div(batch * count * work, kWorkPerThread));

@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(kThreads)
 template <typename Tensor>
 int copy(const HostList<Tensor>& list, void* to, void* stream) {
   static_assert(sizeof(Listed<Tensor>) % sizeof(uint64_t) == 0);
-  const auto* const from = reinterpret_cast<const uint64_t*>(list.entries.data());
+  const auto* const from = reinterpret_cast<const uint64_t*>(list.entries.get());
   const int64_t total = list.bytes() / static_cast<int64_t>(sizeof(uint64_t));
   for (int64_t first = 0; first < total; first += Words::kCount) {
     const int count = static_cast<int>(total - first < Words::kCount ? total - first : Words::kCount);

@@ -1,7 +1,7 @@
 // A list of tensors as one row of chunks: work for blocks that does not care where a tensor ends.
 #pragma once
 
-#include <vector>
+#include <memory>
 
 #include "numeric.cuh"
 
@@ -36,22 +36,25 @@ struct List {
   }
 };
 
-// A list on the host, as `copy` brings it to `entries` on the device.
+// A list on the host, as `copy` brings it to `entries` on the device. No std::vector: what nvcc compiles
+// calls nothing of its host compiler's standard library, so that any compiler may link the module.
 template <typename Tensor>
 struct HostList {
-  std::vector<Listed<Tensor>> entries;
+  int64_t count;
   int64_t chunks = 0;
+  std::unique_ptr<Listed<Tensor>[]> entries;
 
-  HostList(const Tensor* tensors, int64_t count, int64_t Tensor::* size, int64_t chunk) {
+  HostList(const Tensor* tensors, int64_t count, int64_t Tensor::* size, int64_t chunk)
+      : count(count), entries(new Listed<Tensor>[count]) {
     for (int64_t i = 0; i < count; ++i) {
-      entries.push_back({tensors[i], chunks});
+      entries[i] = {tensors[i], chunks};
       chunks += ceil_divide(tensors[i].*size, chunk);
     }
   }
 
-  int64_t bytes() const { return static_cast<int64_t>(entries.size() * sizeof(Listed<Tensor>)); }
+  int64_t bytes() const { return count * static_cast<int64_t>(sizeof(Listed<Tensor>)); }
   List<Tensor> at(const void* device) const {
-    return {static_cast<const Listed<Tensor>*>(device), static_cast<int64_t>(entries.size()), chunks};
+    return {static_cast<const Listed<Tensor>*>(device), count, chunks};
   }
 };
 

@@ -1,0 +1,158 @@
+"""Build what a release publishes into dist/: the sdist, the wheels, and manifest.json with their hashes.
+
+    python release/build.py                                   # Python 3.10 to 3.14 on x86-64 and aarch64
+    python release/build.py --cuda /usr/local/cuda-13.0       # and wheels with CUDA kernels, for x86-64
+    python release/build.py --python 3.12 --machine x86_64    # one wheel
+
+A wheel of a Python is built with its headers alone, by the compiler of the package ziglang, which links
+against the symbols of glibc 2.28 and brings its own C++ library. So one machine builds for all, without
+containers. The kernels are compiled once for a processor, the bindings once for a Python.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+from pathlib import Path
+
+from headers import headers
+
+ROOT = Path(__file__).resolve().parents[1]
+DIST = ROOT / "dist"
+WORK = ROOT / "build" / "release"
+PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
+MACHINES = ("x86_64", "aarch64")
+GLIBC = "2.28"
+
+
+def run(*command: str | Path, **environment: str) -> str:
+    """Run a command and return what it printed; end with that where it fails."""
+    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"release: {' '.join(map(str, command))} failed:\n{done.stdout}{done.stderr}")
+    return done.stdout
+
+
+def tool(name: str) -> str:
+    return str(Path(sysconfig.get_path("scripts"), name))
+
+
+def compiler(machine: str) -> Path:
+    """Write the compiler for a processor as one program: nvcc and CMake take no arguments with it."""
+    program = WORK / f"c++-{machine}"
+    # Zig's own default stops at undefined behaviour, which C++ elsewhere only has when it is asked for.
+    target = f"-target {machine}-linux-gnu.{GLIBC} -fno-sanitize=undefined"
+    program.write_text(f'#!/bin/sh\nexec "{tool("python-zig")}" c++ {target} "$@"\n')
+    program.chmod(0o755)
+    return program
+
+
+def sdist() -> Path:
+    run(sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", DIST, ROOT)
+    (archive,) = DIST.glob("*.tar.gz")
+    return archive
+
+
+def unpack(archive: Path) -> Path:
+    with tarfile.open(archive) as tar:
+        tar.extractall(WORK, filter="data")
+    return WORK / archive.name.removesuffix(".tar.gz")
+
+
+def wheel(source: Path, raw: Path, **environment: str) -> Path:
+    shutil.rmtree(raw, ignore_errors=True)
+    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", raw, source, **environment)
+    (found,) = raw.glob("*.whl")
+    return found
+
+
+def pure(source: Path) -> None:
+    """The wheel without native modules: for other systems, and Pythons that are newer than the release."""
+    shutil.copy(wheel(source, WORK / "raw", ENGRAM_CPU="off", ENGRAM_CUDA="off"), DIST)
+
+
+def native(source: Path, version: str, machine: str, cuda: Path | None = None) -> None:
+    """Build the wheel of a Python and a processor, and have auditwheel say for which systems it is."""
+    tag = "cp" + version.replace(".", "")
+    environment = {
+        "ENGRAM_CPU": "on",
+        "ENGRAM_CUDA": "on" if cuda else "off",
+        "ENGRAM_PYTHON": str(WORK / "headers" / version),
+        "CXX": str(compiler(machine)),
+        "LDFLAGS": "-s",
+        # What setuptools and sysconfig read where a wheel is for another machine.
+        "_PYTHON_HOST_PLATFORM": f"linux-{machine}",
+        "SETUPTOOLS_EXT_SUFFIX": f".cpython-{tag[2:]}-{machine}-linux-gnu.so",
+    }
+    if cuda:
+        environment |= {"CUDACXX": str(cuda / "bin" / "nvcc"), "CUDAHOSTCXX": shutil.which("g++") or "g++"}
+    built = wheel(source, WORK / "raw", **environment)
+    name = run(tool("wheel"), "tags", "--python-tag", tag, "--abi-tag", tag, "--remove", built).strip()
+    platform = f"manylinux_{GLIBC.replace('.', '_')}_{machine}"
+    search = f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ['PATH']}"
+    run(
+        *(
+            tool("auditwheel"),
+            "repair",
+            "--plat",
+            platform,
+            "--only-plat",
+            "--wheel-dir",
+            DIST,
+            built.parent / name,
+        ),
+        PATH=search,
+    )
+
+
+def cuda_version(toolkit: Path) -> str:
+    """Return "cu130" of CUDA 13.0."""
+    text = run(toolkit / "bin" / "nvcc", "--version")
+    return "cu" + text.partition("release ")[2].partition(",")[0].replace(".", "")
+
+
+def manifest() -> None:
+    files = [
+        {
+            "name": path.name,
+            "bytes": path.stat().st_size,
+            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        }
+        for path in sorted(DIST.iterdir())
+        if path.suffix in (".whl", ".gz")
+    ]
+    (DIST / "manifest.json").write_text(json.dumps({"files": files}, indent=2) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--python", nargs="+", default=PYTHONS, metavar="3.X")
+    parser.add_argument("--machine", nargs="+", default=MACHINES, choices=MACHINES)
+    parser.add_argument("--cuda", nargs="*", type=Path, default=[], metavar="FOLDER", help="CUDA toolkits")
+    chosen = parser.parse_args()
+    for folder in (DIST, WORK):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+    for version in chosen.python:
+        headers(version, WORK / "headers" / version)
+    source = unpack(sdist())
+    pure(source)
+    for machine in chosen.machine:
+        for version in chosen.python:
+            native(source, version, machine)
+    for toolkit in chosen.cuda:
+        # A local version: PyPI has the wheels without CUDA, a release's page those with it.
+        (source / "setup.cfg").write_text(f"[egg_info]\ntag_build = +{cuda_version(toolkit)}\n")
+        for version in chosen.python:
+            native(source, version, "x86_64", toolkit)
+    manifest()
+    print((DIST / "manifest.json").read_text(), end="")
+
+
+if __name__ == "__main__":
+    main()
