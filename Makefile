@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
+DOCS = $(VENV)-docs
 # A fresh environment is the tested one: everything that is installed here is pinned, torch too.
 # `PINS=` takes the newest instead, and TORCH another torch with it: make test VENV=/tmp/venv PINS= TORCH=torch==2.14.1
 PINS ?= $(CURDIR)/requirements/tested.txt
@@ -24,7 +25,8 @@ TRITONS = 3.6.0 3.7.1 3.8.0 3.9.0
 BUILD_TESTS = python_tests/ops python_tests/packaging python_tests/cli/test_cli.py
 CPP = $(shell git ls-files 'csrc/**' 'python_tests/native/*' 'python_tests/ptx/machine/*')
 
-.PHONY: setup demo test ptx test-newest test-oldest oldest pins lint format bench gpu wheels test-wheel test-versions test-tritons compiled clean
+.PHONY: setup demo test docs notebooks ptx test-newest test-oldest oldest pins lint format bench gpu wheels test-wheel
+.PHONY: test-versions test-tritons compiled clean
 
 setup: $(VENV)/.ready
 
@@ -89,6 +91,22 @@ format: setup
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP)
 
+# In an environment of their own that sees .venv's packages too; no network once it stands.
+docs: $(DOCS)/.ready
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
+	$(DOCS)/bin/python -m pytest --quiet python_tests/docs
+
+# Runs them and keeps their outputs, which the site shows.
+notebooks: $(DOCS)/.ready
+	$(DOCS)/bin/python docs/notebooks/run.py
+
+$(DOCS)/.ready: requirements/docs.txt $(VENV)/.ready
+	$(PYTHON) -m venv --clear $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --requirement requirements/docs.txt
+	echo "import site; site.addsitedir('$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])')')" \
+		> $$($(DOCS)/bin/python -c 'import site; print(site.getsitepackages()[0])')/engram.pth
+	touch $@
+
 bench: setup
 	$(BIN)/python bench/cpu.py
 
@@ -125,4 +143,4 @@ gpu:
 	PYTHON=$(PYTHON) bench/gpu.sh $(GPU)
 
 clean:
-	rm -rf $(VENV) $(VENV)-newest $(VENV)-oldest build dist *.egg-info engram_kernels/*.so
+	rm -rf $(VENV) $(VENV)-newest $(VENV)-oldest $(DOCS) build dist *.egg-info engram_kernels/*.so

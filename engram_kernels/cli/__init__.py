@@ -11,12 +11,24 @@ import typer
 
 from .. import __version__
 from . import apply, doctor, edit, evaluate, graft, memory, store, trace
-from .common import App, console, errors, launched_ranks
+from .common import App, launched_ranks
+from .output import console, errors
+
+# As docs/command-line.md says it. The mark keeps the lines as they are.
+EXIT_STATUS = """Every command takes --json and --quiet. It ends with the status
+
+\b
+  0    done
+  1    an error: one sentence on the error stream
+  2    an option or a command that there is not
+  3    done, but not as --strict wants it
+  130  interrupted
+"""
 
 app = App(
     help="Find, rewrite and transplant the engrams of language models.",
+    epilog=EXIT_STATUS,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # a table of options cuts their names in a terminal of 80 columns
 )
@@ -48,7 +60,7 @@ def options(
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def own_warnings_alone() -> Iterator[None]:
     """Show this package's warnings as sentences, and hide those of other libraries.
 
     Those are addressed to the maintainers of this package, who see them in the tests.
@@ -68,10 +80,10 @@ def quiet() -> Iterator[None]:
 
 
 def main() -> None:
-    """Run the command line; an expected error is one sentence and exit status 1.
+    """Run the command line; an expected error is one sentence and an exit status that `--help` lists.
 
     Under torchrun (`torchrun --nproc-per-node 8 -m engram_kernels.cli eval …`) the ranks share the work of
     `edit`, `eval` and `graft localize`.
     """
-    with quiet(), launched_ranks():
+    with own_warnings_alone(), launched_ranks():
         app()

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from .common import Device, console, device_of, reading
+from .common import Device, device_of, reading
 from .kept import Folder, User, encoder_name, load, number_of, saved
+from .output import console, emit, show, wanted
 
 if TYPE_CHECKING:
     from ..larimar import Answer, Answerer
@@ -36,7 +37,7 @@ def chat(
     """Answer questions from a memory, a line each, until an empty line.
 
     Below an answer stands the fact that it rests on. The folder is read anew for each question, so that what
-    is written or forgotten meanwhile counts.
+    is written or forgotten meanwhile counts. With --json an answer is an object on one line.
 
     Example: engram memory chat town
     """
@@ -45,7 +46,9 @@ def chat(
     speaker = answerer(kept, encoder, model, only_memory, device, number_of(kept, user))
     while question := _asked():
         speaker.memory = saved(memory)
-        show(speaker(question))
+        answer = speaker(question)
+        tell(answer)
+        emit({"question": question, **described(answer)}, indent=None)
 
 
 def answerer(
@@ -66,16 +69,25 @@ def answerer(
     return Answerer(memory, encoder, decoder, tokenizer, not only_memory, number, where)
 
 
-def show(answer: Answer) -> None:
+def described(answer: Answer) -> dict[str, object]:
+    """An answer for JSON, with the fact that it rests on."""
+    facts = [
+        {"id": str(best.recalled.name), "score": best.score, "passage": best.passage}
+        for best in answer.facts[:1]
+    ]
+    return {"answer": answer.text, "source": answer.source, "facts": facts}
+
+
+def tell(answer: Answer) -> None:
     """Print an answer, and below it what it rests on."""
-    console.print(f"[bold]{escape(answer.text)}[/bold]", highlight=False)
+    show(f"[bold]{escape(answer.text)}[/bold]")
     if answer.source == "model":
-        console.print("[dim]  the model by itself: the memory has nothing near to this[/dim]")
+        show("[dim]  the model by itself: the memory has nothing near to this[/dim]")
         return
     kind = {"memory": "from", "quote": "quoted from", "nothing": "nearest:"}[answer.source]
     for best in answer.facts[:1]:
         line = f"  {kind} {best.recalled.name}, {best.score:.2f}: {_shortened(best.passage)}"
-        console.print(f"[dim]{escape(line)}[/dim]", highlight=False)
+        show(f"[dim]{escape(line)}[/dim]")
 
 
 def _shortened(text: str) -> str:
@@ -86,10 +98,11 @@ def _shortened(text: str) -> str:
 def _asked() -> str:
     """The next question; empty at the end of what is typed or piped."""
     try:
-        question = console.input("[bold cyan]? [/bold cyan]").strip()
+        question = console.input("" if wanted.json else "[bold cyan]? [/bold cyan]").strip()
     except (EOFError, KeyboardInterrupt):
-        console.print()
+        if not wanted.json:
+            console.print()
         return ""
-    if not sys.stdin.isatty():
+    if not sys.stdin.isatty() and not wanted.json:
         console.print(question, markup=False, highlight=False)
     return question

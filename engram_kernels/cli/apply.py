@@ -8,7 +8,8 @@ import torch
 import typer
 from rich.markup import escape
 
-from .common import Link, Model, Report, bars, check_folder, console, reading
+from .common import Link, Model, Report, bars, check_folder, reading
+from .output import emit, note
 
 if TYPE_CHECKING:
     from ..editing import EditResult
@@ -52,10 +53,12 @@ def apply(
     for folder, result in zip(edit, results, strict=True):
         first = result.records[0].edit
         more = f" and {len(result) - 1:,} more" if len(result) > 1 else ""
-        console.print(f"{folder}: {first.prompt_text} → {first.target}{more}", markup=False, highlight=False)
+        note(f"{folder}: {first.prompt_text} → {first.target}{more}")
     count = f"{len(edits):,} edit" + "s" * (len(edits) > 1)
     where = ", ".join(edits.modules)
-    console.print(f"Saved {model} with {count} of {where} to {out}.", markup=False, highlight=False)
+    note(f"Saved {model} with {count} of {where} to {out}.")
+    texts = [record.edit.text for record in edits.records]
+    emit({"out": out, "model": model, "edits": texts, "modules": edits.modules})
 
 
 def _load_and_save(edits: "EditResult", model: str, out: Path, force: bool, progress: Report) -> None:

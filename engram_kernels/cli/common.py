@@ -1,8 +1,9 @@
-"""What the commands share: the console, errors, progress bars, and checks before any work."""
+"""What the commands share: options, errors, progress bars, and checks before any work."""
 
 import importlib.metadata
 import os
 import re
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,7 +12,6 @@ from typing import Annotated, Any, Literal, Protocol
 
 import torch
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from typer.core import TyperCommand
@@ -20,8 +20,7 @@ from .. import __version__
 from .._io import write_json as write_json
 from .._ranks import together
 from ..errors import EngramError
-
-console, errors = Console(), Console(stderr=True)
+from .output import console, errors, wanted, with_output_options
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Dtype = Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Of the weights.")]
@@ -38,6 +37,23 @@ Link = Annotated[
     typer.Option("--link", help="Hard-link shards that stay as they are, instead of copying them."),
 ]
 Tokens = Annotated[int | None, typer.Option(help="Tokens of the corpus to use; default: by dimension.")]
+Method = Annotated[str, typer.Option(help="engram, rome, memit and others: docs/methods.md.")]
+Layers = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--layer",
+        "--layers",
+        metavar="N",
+        help="Decoder layers to write: 5, or 4,5,6, or 4-6; may be repeated; default: by method.",
+    ),
+]
+
+# What a command ends with; `engram --help` and docs/command-line.md say the same.
+FAILED, NOT_AS_WANTED = 1, 3
+
+
+class NotAsWantedError(EngramError):
+    """All was done, but not all is as --strict wants it."""
 
 
 class Command(TyperCommand):
@@ -49,20 +65,30 @@ class Command(TyperCommand):
         except (EngramError, ValueError, TypeError, OSError) as error:
             sentence = escape(self.in_options(str(error)))
             errors.print(f"[red]Error:[/red] {sentence}", highlight=False, soft_wrap=True)
-            raise typer.Exit(1) from None
+            raise typer.Exit(NOT_AS_WANTED if isinstance(error, NotAsWantedError) else FAILED) from None
 
     def in_options(self, text: str) -> str:
         """Replace the arguments that an error of the library names by the command's options."""
-        names = {given.name: given.opts[0] for given in self.params if given.opts[0].startswith("-")}
+        names = {}
+        for given in self.params:
+            for option in given.opts:
+                if option.startswith("-"):
+                    names[option.lstrip("-").replace("-", "_")] = names[given.name] = given.opts[0]
         text = re.sub(r"^(\w+)(?=:)", lambda found: names.get(found[1], found[1]), text)
         return re.sub(r"\b(\w+)=True\b", lambda found: names.get(found[1], found[0]), text)
 
 
 class App(typer.Typer):
-    """Commands whose errors are sentences."""
+    """Commands whose errors are sentences, and which all take `--json` and `--quiet`."""
 
     def command(self, name: str | None = None, **options: Any) -> Callable:
-        return super().command(name, cls=Command, **options)
+        register = super().command(name, cls=Command, **options)
+
+        def add(function: Callable) -> Callable:
+            register(with_output_options(function))
+            return function
+
+        return add
 
 
 @contextmanager
@@ -81,7 +107,7 @@ class Report(Protocol):
 
 @contextmanager
 def bars() -> Iterator[Report]:
-    """Yield a `progress(stage, done, total, note="")` that draws a bar for each stage."""
+    """Yield a `progress(stage, done, total, note="")` that draws a bar for each stage in a terminal."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -89,7 +115,9 @@ def bars() -> Iterator[Report]:
         TimeElapsedColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    with Progress(*columns, console=console) as drawn:
+    hidden = wanted.quiet or console.quiet or not errors.is_terminal
+    # On the way of errors, and what is printed meanwhile stays on its own: it may go into a file.
+    with Progress(*columns, console=errors, disable=hidden, redirect_stdout=sys.stdout.isatty()) as drawn:
         tasks: dict[str, int] = {}
 
         def progress(stage: str, done: int, total: int, note: str = "") -> None:
@@ -132,6 +160,17 @@ def launched_ranks() -> Iterator[None]:
         yield
     finally:
         torch.distributed.destroy_process_group()
+
+
+def layers_of(texts: list[str] | None) -> list[int] | None:
+    """The layers that `--layer 4 --layer 5`, `--layers 4,5` or `--layers 4-5` name."""
+    found: list[int] = []
+    for part in (part for text in texts or () for part in text.split(",")):
+        ends = re.fullmatch(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*", part)
+        if not ends or int(ends[2] or ends[1]) < int(ends[1]):
+            raise ValueError(f"layers: expected numbers such as 5, or 4,5,6, or 4-6, got {part!r}")
+        found += range(int(ends[1]), int(ends[2] or ends[1]) + 1)
+    return found or None
 
 
 def group_of_ranks():

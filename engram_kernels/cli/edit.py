@@ -7,26 +7,28 @@ from typing import Annotated
 import torch
 import typer
 from rich.markup import escape
-from rich.table import Table
 
-from ..errors import EngramError
 from ..hf.tokens import encode_row, open_ids, prompt_words
 from .common import (
     Corpus,
     Device,
     Dtype,
+    Layers,
+    Method,
     Model,
+    NotAsWantedError,
     Seed,
     Tokens,
     bars,
     check_file,
     check_folder,
-    console,
     group_of_ranks,
+    layers_of,
     load,
     reading,
     write_json,
 )
+from .output import MARKS, emit, note, show, table
 
 # Framed like a paraphrase, for a prompt that comes without any.
 FRAMES = ("It is well known that {}", "As every visitor learns, {}")
@@ -62,8 +64,8 @@ def edit(
             "--space/--no-space", help="Whether a space stands before the target; default: by script."
         ),
     ] = None,
-    method: Annotated[str, typer.Option(help="engram, rome, memit and others: docs/methods.md.")] = "engram",
-    layer: Annotated[int | None, typer.Option(help="The decoder layer to write; default: by depth.")] = None,
+    method: Method = "engram",
+    layers: Layers = None,
     weight_decay: Annotated[
         float | None, typer.Option(help="Of the value's optimisation; larger ones change less.")
     ] = None,
@@ -77,7 +79,7 @@ def edit(
     strict: Annotated[
         bool,
         typer.Option(
-            "--strict", help="Exit with status 1 unless the edit took and every answer is as wanted."
+            "--strict", help="Exit with status 3 unless the edit took and every answer is as wanted."
         ),
     ] = False,
 ) -> None:
@@ -90,6 +92,7 @@ def edit(
     from ..editing.reach import reached
 
     value = method_of(method).value
+    asked_layers = layers_of(layers)
     with reading("also", "paraphrases"):
         fact = Edit(subject, prompt, target, also or (), space, chat)
     asked = [("edited", one) for one in fact.prompts]
@@ -113,17 +116,19 @@ def edit(
             group=group_of_ranks(),
         )  # fmt: skip
         before = [_answers(network, tokenizer, ids) for ids in texts]
-        result = editor.edit(fact, layer, method)
+        result = editor.edit(fact, asked_layers, method)
         after = [_answers(network, tokenizer, ids) for ids in texts]
         said = [one.said for one in reached(network, wanted, [fact.text] * len(wanted))]
 
     record = result.records[0]
     change = f"{record.probability_before:.4f} → {record.probability_after:.4f}"
-    table = Table("prompt", "before", "after", "", title=escape(fact.text))
-    table.caption = escape(
-        f"{model}, {result.modules[0]}: p({fact.target}) on the edited prompt {change}"
-        + ("" if record.took else "; the edit did not take")
-    )
+    took = "" if record.took else "; the edit did not take"
+    answers = table(
+        "prompt", "before", "after", "", title=fact.text,
+        caption=f"{model}, {', '.join(result.modules)}: p({fact.target}) on the edited prompt {change}{took}",
+    )  # fmt: skip
+    for column in answers.columns[1:]:
+        column.no_wrap = True
     rows = []
     kinds = [*(kind for kind, _ in asked), *("control" for _ in controls)]
     named = [*(prompt_words(one).replace("{}", fact.subject) for _, one in asked), *controls]
@@ -131,28 +136,27 @@ def edit(
     stays = [old[0][0] == new[0][0] for old, new in zip(before, after, strict=True)]
     good = [*said, *stays[len(said) :]]
     for kind, text, old, new, wanted_so in zip(kinds, named, before, after, good, strict=True):
-        mark = "[green]✓[/green]" if wanted_so else "[red]✗[/red]"
-        table.add_row(f"[dim]{kind}[/dim]\n{escape(text)}", _lines(old), _lines(new), mark)
+        answers.add_row(f"[dim]{kind}[/dim]\n{escape(text)}", _lines(old), _lines(new), MARKS[wanted_so])
         rows.append({"kind": kind, "prompt": text, "before": old, "after": new, "as_wanted": wanted_so})
-    console.print(table)
+    show(answers)
+    said_of_it = {
+        "model": model,
+        "method": method,
+        "modules": result.modules,
+        "text": fact.text,
+        "took": record.took,
+        "probability": {"before": record.probability_before, "after": record.probability_after},
+        "reached": record.reached,
+        "answers": rows,
+    }
+    emit(said_of_it)
     if save is not None:
         result.save_pretrained(save)
-        console.print(f"Saved to {escape(str(save))}.")
+        note(f"Saved to {save}.")
     if report is not None:
-        probability = {"before": record.probability_before, "after": record.probability_after}
-        write_json(
-            report,
-            {
-                "module": result.modules[0],
-                "text": fact.text,
-                "took": record.took,
-                "probability": probability,
-                "reached": record.reached,
-                "answers": rows,
-            },
-        )
+        write_json(report, said_of_it)
     if strict and not (record.took and all(good)):
-        raise EngramError(
+        raise NotAsWantedError(
             "strict: expected an edit that took and every answer as wanted, got those marked with ✗"
         )
 

@@ -15,19 +15,22 @@ from .common import (
     Corpus,
     Device,
     Dtype,
+    Layers,
+    Method,
     Model,
     Seed,
     Tokens,
     bars,
     check_file,
     check_picture,
-    console,
     data_file,
     device_of,
     group_of_ranks,
+    layers_of,
     load,
     versions,
 )
+from .output import emit, note, show, table
 
 if TYPE_CHECKING:
     from ..evaluation.outcomes import Outcome, Retained
@@ -74,16 +77,14 @@ def evaluate(
     give: Annotated[
         int, typer.Option(help="So many of a row's paraphrases go into the edit, and are not asked.")
     ] = 0,
-    method: Annotated[str, typer.Option(help="engram, rome, memit and others: docs/methods.md.")] = "engram",
+    method: Method = "engram",
     mode: Annotated[
         str,
         typer.Option(
             help="each: every row edited and reverted by itself; together: all rows, then measured."
         ),
     ] = "each",
-    layer: Annotated[
-        list[int] | None, typer.Option(help="A decoder layer to write; may be repeated; default: by method.")
-    ] = None,
+    layers: Layers = None,
     ridge: Annotated[
         float | None,
         typer.Option(help="How much of a change is given up for smaller writes; default: by method."),
@@ -189,7 +190,7 @@ def evaluate(
     given["weight_decay"] = weight_decay
     asked = {name: option for name, option in given.items() if option is not None}
     value = replace(method_of(method).value, **asked)
-    options = {"layers": layer or None, "method": method, "ridge": ridge, "batch": batch}
+    options = {"layers": layers_of(layers), "method": method, "ridge": ridge, "batch": batch}
     options |= {"preserve": preserve, "null_space": null_space, "conflicts": conflicts, "failures": failures}
     checkpoints = tuple(checkpoint or CHECKPOINTS)
     pairs = {"contexts": _pairs(contexts)} if contexts else {}
@@ -220,7 +221,7 @@ def evaluate(
             said = said | {"weights": evaluation.weights}
             kept = None if kept_at is None else EvalReport(kept_at, said, versions())
             if kept is not None and kept.complete:
-                console.print(f"{escape(str(kept_at))} is complete: nothing was measured again.")
+                note(f"{kept_at} is complete: nothing was measured again.")
                 return kept.outcomes, kept.retained, kept.summary
             evaluation.prepare()
             tasks = {"unedited": _tasks(network, tokenizer, lm_eval, lm_eval_limit)}
@@ -254,16 +255,22 @@ def evaluate(
         compared = {f"{method}, {mode}": summary}
         for name in baseline or ():
             compared[name] = _baseline(name, editor, report, settings, failures, evaluate_by)
-    console.print(_table(summary, f"{data.name}, {Path(model).name}, {method}, {mode}"))
+    show(_table(summary, f"{data.name}, {Path(model).name}, {method}, {mode}"))
     if len(compared) > 1:
-        console.print(_comparison(compared))
+        show(_comparison(compared))
     for item in retained:
-        console.print(
-            f"first {item.first:,} of {item.edits:,} edits: begins with the target {item.begins:.3f}",
-            highlight=False,
-        )
-    for line in [*refused, *_skipped(outcomes)]:
-        console.print(f"Left out: {escape(line)}", highlight=False, soft_wrap=True)
+        show(f"first {item.first:,} of {item.edits:,} edits: begins with the target {item.begins:.3f}")
+    left_out = [*refused, *_skipped(outcomes)]
+    for line in left_out:
+        show(f"Left out: {escape(line)}", wrap=False)
+    emit(
+        {
+            "settings": settings,
+            "summaries": compared,
+            "retained": [item._asdict() for item in retained],
+            "left_out": left_out,
+        }
+    )
     if plot is not None:
         from ..evaluation import plots
 
@@ -292,7 +299,7 @@ def _each(evaluation: "Evaluation", cases, start: int, kept) -> list["Outcome"]:
     def keep(outcomes: list["Outcome"]) -> None:
         if kept is not None:
             kept.write(outcomes)
-        console.print(_line(start + len(outcomes) - 1, outcomes[-1]), highlight=False, soft_wrap=True)
+        note(_line(start + len(outcomes) - 1, outcomes[-1]))
 
     return evaluation.each(cases, kept.outcomes if kept is not None else (), keep)
 
@@ -318,11 +325,11 @@ def _digest(path: Path) -> str:
 
 def _line(number: int, outcome: "Outcome") -> str:
     if outcome.after is None:
-        return escape(f"{number:5d}  skipped  {outcome.edit}")
+        return f"{number:5d}  skipped  {outcome.edit}"
     marks = "  ".join(
         f"{aspect} {outcome.after.mean(aspect, 'begins'):.2f}" for aspect in outcome.after.aspects
     )
-    return escape(f"{number:5d}  {outcome.seconds:5.1f} s  {marks}  {outcome.edit}")
+    return f"{number:5d}  {outcome.seconds:5.1f} s  {marks}  {outcome.edit}"
 
 
 def _skipped(outcomes: list["Outcome"]) -> list[str]:
@@ -330,27 +337,25 @@ def _skipped(outcomes: list["Outcome"]) -> list[str]:
 
 
 def _table(summary: dict, title: str) -> Table:
-    """Of each aspect what was answered before → after the edit."""
-    table = Table(title=escape(title), caption="unedited → edited; means over cases")
-    columns = [name for name in COLUMNS if any(name in found for found in summary["aspects"].values())]
-    for name in ("asked", "questions", *(COLUMNS[name] for name in columns), "kept as before"):
-        table.add_column(name, justify="left" if name == "asked" else "right")
-    for aspect, found in summary["aspects"].items():
-        kept = [f"{label} {found[name]['edited']:.3f}" for name, label in KEPT.items() if name in found]
-        table.add_row(
-            escape(aspect),
-            f"{found['questions']:,}",
-            *(_change(found.get(name)) for name in columns),
-            "\n".join(kept),
-        )
-    table.add_section()
+    """What was answered before and after the edits: a row a measure, so that no number is folded."""
+    numbers = ("questions", "unedited", "edited")
+    found = table("asked", "questions", "the answer", *numbers[1:], numbers=numbers, title=title,
+                  caption="means over cases")  # fmt: skip
+    for aspect, measured in summary["aspects"].items():
+        rows = [(label, measured[name]) for name, label in (COLUMNS | KEPT).items() if name in measured]
+        for i, (label, states) in enumerate(rows):
+            first = (escape(aspect), f"{measured['questions']:,}") if i == 0 else ("", "")
+            found.add_row(*first, label, *_states(states, kept=label in KEPT.values()))
+        found.add_section()
     for name, states in [*summary["drift"].items(), ("fluency, bits", summary["fluency"])]:
         if states is not None:
-            table.add_row(DRIFT.get(name, name), "", _change(states))
+            found.add_row(DRIFT.get(name, name), "", "", *_states(states))
     for task, metrics in ((summary.get("lm_eval") or {}).get("edited") or {}).items():
         for metric, value in metrics.items():
             before = summary["lm_eval"]["unedited"][task].get(metric, float("nan"))
-            table.add_row(escape(f"{task}, {metric}"), "", _change({"unedited": before, "edited": value}))
+            found.add_row(
+                escape(f"{task}, {metric}"), "", "", *_states({"unedited": before, "edited": value})
+            )
     seconds, memory = summary["median_seconds"], summary["peak_memory"]
     for label, cell in (
         ("seconds an edit, median", "cut off" if seconds is None else f"{seconds:.1f}"),
@@ -359,35 +364,29 @@ def _table(summary: dict, title: str) -> Table:
         ("peak memory, MiB", "unknown" if memory is None else f"{memory / 2**20:,.0f}"),
         ("rows left out", str(summary["skipped"] + len(summary["refused"]))),
     ):
-        table.add_row(label, "", cell)
-    return table
+        found.add_row(label, "", "", "", cell)
+    return found
 
 
 def _comparison(compared: dict[str, dict]) -> Table:
-    """A row a method: answers that begin with the right one, and the locality's first tokens kept."""
+    """A column a method: answers that begin with the right one, and the locality's first tokens kept."""
     aspects = list(dict.fromkeys(aspect for summary in compared.values() for aspect in summary["aspects"]))
-    table = Table(
-        title="methods", caption="answers that begin with the right one; locality: first token kept"
-    )
-    for name in ("method", "rows", *aspects, "text loss", "seconds an edit"):
-        table.add_column(escape(name), justify="left" if name == "method" else "right")
-    for method, summary in compared.items():
-        cells = []
-        for aspect in aspects:
-            found = summary["aspects"].get(aspect, {})
-            shown = found.get("first_token_kept" if aspect.startswith("locality") else "begins")
-            cells.append(f"{shown['edited']:.3f}" if shown else "")
-        loss = summary["drift"].get("text_loss")
-        seconds = summary["median_seconds"]
-        table.add_row(
-            escape(method),
-            str(summary["rows"]),
-            *cells,
-            f"{loss['edited'] - loss['unedited']:+.4f}" if loss else "",
-            "cut off" if seconds is None else f"{seconds:.1f}",
-        )
-    return table
+    found = table(
+        "", *compared, numbers=compared, title="methods",
+        caption="answers that begin with the right one; locality: first token kept",
+    )  # fmt: skip
+    found.add_row("rows", *(str(summary["rows"]) for summary in compared.values()))
+    for aspect in aspects:
+        name = "first_token_kept" if aspect.startswith("locality") else "begins"
+        shown = [summary["aspects"].get(aspect, {}).get(name) for summary in compared.values()]
+        found.add_row(escape(aspect), *(f"{one['edited']:.3f}" if one else "" for one in shown))
+    losses = [summary["drift"].get("text_loss") for summary in compared.values()]
+    found.add_row("text loss", *(f"{one['edited'] - one['unedited']:+.4f}" if one else "" for one in losses))
+    seconds = [summary["median_seconds"] for summary in compared.values()]
+    found.add_row("seconds an edit", *("cut off" if one is None else f"{one:.1f}" for one in seconds))
+    return found
 
 
-def _change(states: dict[str, float] | None) -> str:
-    return "" if states is None else f"{states['unedited']:.3f} → {states['edited']:.3f}"
+def _states(states: dict[str, float], kept: bool = False) -> tuple[str, str]:
+    """A measure unedited and edited; what is kept of the unedited answers has no number before."""
+    return "" if kept else f"{states['unedited']:.3f}", f"{states['edited']:.3f}"

@@ -11,7 +11,8 @@ from rich.table import Table
 
 from ..errors import EngramError
 from . import learn
-from .common import App, Link, Report, bars, check_folder, check_picture, console, reading
+from .common import App, Link, Report, bars, check_folder, check_picture, reading
+from .output import emit, facts, note, show, table
 
 if TYPE_CHECKING:
     from ..grafting import Graft
@@ -59,7 +60,8 @@ def apply(
             except OtherLayoutError:
                 _load_and_save(read, name, out, force, progress)
         progress("graft", 3, 3)
-    console.print(f"Saved {name} with {read.size:,} weights grafted to {out}.", markup=False, highlight=False)
+    note(f"Saved {name} with {read.size:,} weights grafted to {out}.")
+    emit({"out": out, "base": name, "graft": graft, "weights": read.size})
 
 
 @app.command()
@@ -73,16 +75,28 @@ def inspect(
     check_picture("heat_map", heat_map)
     with reading("graft"):
         read = Graft.from_pretrained(graft)
-    facts = Table(show_header=False, title=escape(graft))
     revision = f" at {read.base_revision}" if read.base_revision else ""
-    facts.add_row("base", escape(f"{read.base_model or 'not named'}{revision}"))
-    facts.add_row("weights set", f"{read.size:,} ({plots.percent(read.sparsity)})")
+    about = [
+        ("base", f"{read.base_model or 'not named'}{revision}"),
+        ("weights set", f"{read.size:,} ({plots.percent(read.sparsity)})"),
+    ]
     for kind, found in (("recipe", read.recipe), ("metrics", read.metrics)):
-        for name, value in found.items():
-            facts.add_row(f"{kind}: {escape(str(name))}", escape(_words(value)))
-    console.print(facts)
-
-    console.print(_density(plots.Grid.of(read.density())))
+        about += [(f"{kind}: {name}", _words(value)) for name, value in found.items()]
+    show(facts(*about, title=graft))
+    grid = plots.Grid.of(read.density())
+    show(_density(grid))
+    emit(
+        {
+            "graft": graft,
+            "base": read.base_model,
+            "base_revision": read.base_revision,
+            "weights": read.size,
+            "sparsity": read.sparsity,
+            "recipe": read.recipe,
+            "metrics": read.metrics,
+            "layers": {plots.layer_name(layer): grid.entries(layer) for layer in grid.layers},
+        }
+    )
     if heat_map is not None:
         plots.heat_map(read, heat_map)
 
@@ -98,24 +112,37 @@ def diff(first: Folder, second: Folder) -> None:
         two = Graft.from_pretrained(second)
     shared, changed = _shared(one, two)
     overlap = one.overlap(two)
-    facts = Table(show_header=False)
-    facts.add_row("first", f"{escape(first)}: {one.size:,} weights ({plots.percent(one.sparsity)})")
-    facts.add_row("second", f"{escape(second)}: {two.size:,} weights ({plots.percent(two.sparsity)})")
-    facts.add_row("set by both", f"{overlap.shared:,}")
-    facts.add_row("of these, to other values", f"{changed.size:,}")
-    facts.add_row("Jaccard (both / either)", f"{overlap.jaccard:.4f}")
     common = one.checksums.keys() & two.checksums.keys()
-    same = all(one.checksums[name] == two.checksums[name] for name in common)
-    facts.add_row("bases", "the same" if same and common else "different")
-    console.print(facts)
-
+    same = bool(common) and all(one.checksums[name] == two.checksums[name] for name in common)
+    show(
+        facts(
+            ("first", f"{first}: {one.size:,} weights ({plots.percent(one.sparsity)})"),
+            ("second", f"{second}: {two.size:,} weights ({plots.percent(two.sparsity)})"),
+            ("set by both", f"{overlap.shared:,}"),
+            ("of these, to other values", f"{changed.size:,}"),
+            ("Jaccard (both / either)", f"{overlap.jaccard:.4f}"),
+            ("bases", "the same" if same else "different"),
+        )
+    )
     grids = [plots.Grid.of(graft.density()) for graft in (one, two, shared, changed)]
-    table = Table("layer", title="Weights set")
-    for name in ("first", "second", "by both", "to other values"):
-        table.add_column(name, justify="right")
-    for layer in sorted({layer for grid in grids for layer in grid.layers}):
-        table.add_row(plots.layer_name(layer), *(f"{grid.entries(layer):,}" for grid in grids))
-    console.print(table)
+    names = ("first", "second", "by both", "to other values")
+    layers = sorted({layer for grid in grids for layer in grid.layers})
+    counts = {plots.layer_name(layer): [grid.entries(layer) for grid in grids] for layer in layers}
+    by_layer = table("layer", *names, numbers=names, title="Weights set")
+    for layer, entries in counts.items():
+        by_layer.add_row(layer, *(f"{count:,}" for count in entries))
+    show(by_layer)
+    emit(
+        {
+            "first": {"graft": first, "weights": one.size, "sparsity": one.sparsity},
+            "second": {"graft": second, "weights": two.size, "sparsity": two.sparsity},
+            "set_by_both": overlap.shared,
+            "to_other_values": changed.size,
+            "jaccard": overlap.jaccard,
+            "same_base": same,
+            "layers": {layer: dict(zip(names, entries, strict=True)) for layer, entries in counts.items()},
+        }
+    )
 
 
 app.command()(learn.curve)

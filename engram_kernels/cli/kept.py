@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
-from contextlib import nullcontext
 from datetime import datetime, timezone
 from itertools import chain, repeat
 from pathlib import Path
@@ -22,7 +20,6 @@ if TYPE_CHECKING:
 
 Folder = Annotated[Path, typer.Argument(help="The memory's folder.")]
 User = Annotated[str | None, typer.Option(help="Whose memory in the folder; default: the one of no user.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 # Characters of a fact that a table shows.
 SHOWN = 200
 
@@ -72,9 +69,8 @@ def number_of(kept: EpisodicMemory, user: str | None, add: bool = False) -> int:
 class Encoded:
     """The latents of facts, made before a memory is held, so that nobody waits for the encoder."""
 
-    def __init__(self, encoder: SentenceEncoder, facts: Iterable[Fact], silent: bool):
+    def __init__(self, encoder: SentenceEncoder, facts: Iterable[Fact]):
         self.encoder = encoder
-        self.silent = silent
         self.latents: dict[str, Tensor] = {}
         self.add(facts)
 
@@ -85,12 +81,10 @@ class Encoded:
         new = [text for text in texts if text not in self.latents]
         if not new:
             return
-        with nullcontext() if self.silent else bars() as progress:
-            if progress:
-                progress("encode", 0, len(new))
+        with bars() as progress:
+            progress("encode", 0, len(new))
             latents, parts = self.encoder.encode_passages(new)
-            if progress:
-                progress("encode", len(new), len(new))
+            progress("encode", len(new), len(new))
         self.latents |= zip(new, latents.cpu().split(parts), strict=True)
 
     def write(self, memory: EpisodicMemory, number: int, facts: dict[Any, Fact]) -> None:
@@ -124,10 +118,6 @@ class Encoded:
 def shown(text: str | None, whole: bool) -> str:
     text = text or ""
     return text if whole or len(text) <= SHOWN else text[: SHOWN - 1] + "…"
-
-
-def print_json(content: object) -> None:
-    typer.echo(json.dumps(content, indent=2, ensure_ascii=False))
 
 
 def counted(count: int) -> str:

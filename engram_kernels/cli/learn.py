@@ -16,11 +16,11 @@ from .common import (
     check_file,
     check_folder,
     check_picture,
-    console,
     device_of,
     write_json,
 )
 from .examples import Examples
+from .output import emit, note, show, table
 from .trial import Trial
 
 Base = Annotated[str, typer.Option(help="The pre-trained model: a Hugging Face name, a folder, or smollm2.")]
@@ -102,16 +102,17 @@ def localize(
         finally:
             graft.save_pretrained(out)  # what was learned outlives a test that failed
     if results:
-        table = _table("model")
+        scores = _table("model")
         for name, result in results.items():
-            table.add_row(name, *_cells(result))
-        console.print(table)
+            scores.add_row(name, *_cells(result))
+        show(scores)
     if outside := graft.metrics.get("changed_outside"):
         from ..grafting.tuned import listed
 
-        stays = f"The fine-tuned model also changed {listed(outside)}, which stay as the base has them."
-        console.print(stays, markup=False, highlight=False)
-    console.print(f"Saved {graft.size:,} weights to {out}.", markup=False, highlight=False)
+        note(f"The fine-tuned model also changed {listed(outside)}, which stay as the base has them.")
+    note(f"Saved {graft.size:,} weights to {out}.")
+    scored = {name: result._asdict() for name, result in results.items()}
+    emit({"out": out, "weights": graft.size, "changed_outside": outside or [], "scores": scored})
     if heat_map is not None:
         from ..grafting import plots
 
@@ -175,30 +176,26 @@ def curve(
         ends = _ends(trial, progress)
     from ..grafting import plots
 
-    table = _table("graft", "sparsity", "weights")
+    scores = _table("graft", "sparsity", "weights")
     for name, result in ends.items():
-        table.add_row(name, "", "", *_cells(result))
+        scores.add_row(name, "", "", *_cells(result))
     for name, size, entries, result in results:
-        table.add_row(name, plots.percent(size), f"{entries:,}", *_cells(result))
-    console.print(table)
+        scores.add_row(name, plots.percent(size), f"{entries:,}", *_cells(result))
+    show(scores)
     lines = [(name, None, result) for name, result in ends.items()]
     points = lines + [(name, size, result) for name, size, _, result in results]
     plots.curve([plots.Point(name, size, r.accuracy, r.ece) for name, size, r in points], out)
+    asked: dict[str, object] = {"base": base, "tuned": tuned, "data": str(data), "test": str(test)}
+    asked |= {"shots": shots, "template": template, "words": word, "seed": seed, "dtype": dtype}
+    found = {name: result._asdict() for name, result in ends.items()}
+    found["grafts"] = [
+        {"series": name, "sparsity": size, "entries": entries, **result._asdict()}
+        for name, size, entries, result in results
+    ]
+    document = asked | options | choice | found
+    emit(document)
     if report is not None:
-        asked: dict[str, object] = {
-            "base": base,
-            "tuned": tuned,
-            "data": str(data),
-            "test": str(test),
-            "shots": shots,
-        }
-        asked |= {"template": template, "words": word, "seed": seed, "dtype": dtype, **options, **choice}
-        found = {name: result._asdict() for name, result in ends.items()}
-        found["grafts"] = [
-            {"series": name, "sparsity": size, "entries": entries, **result._asdict()}
-            for name, size, entries, result in results
-        ]
-        write_json(report, asked | found)
+        write_json(report, document)
 
 
 def _ends(trial: Trial, progress) -> dict:
@@ -210,10 +207,8 @@ def _ends(trial: Trial, progress) -> dict:
 
 
 def _table(*first: str) -> Table:
-    table = Table(*first)
-    for name in ("accuracy", "ECE", "loss", "rows"):
-        table.add_column(name, justify="right")
-    return table
+    numbers = ("accuracy", "ECE", "loss", "rows")
+    return table(*first, *numbers, numbers=(*first[1:], *numbers))
 
 
 def _cells(result) -> tuple[str, ...]:

@@ -10,12 +10,11 @@ import typer
 
 from . import answer as answering
 from . import recall
-from .common import App, Device, check_folder, console, reading
+from .common import App, Device, check_folder, reading
 from .facts import fact_of, find, read_facts
 from .kept import (
     Encoded,
     Folder,
-    Json,
     User,
     counted,
     encoder_name,
@@ -23,10 +22,10 @@ from .kept import (
     known_number,
     load,
     number_of,
-    print_json,
     saved,
     shown,
 )
+from .output import emit, note
 from .revision import Policy, Revision, revise
 
 if TYPE_CHECKING:
@@ -67,7 +66,6 @@ def write(
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Of a new memory's addresses; default: 0.")] = None,
     device: Device = None,
-    as_json: Json = False,
 ) -> None:
     """Write facts into a memory, all of them or none. Long ones take several rows.
 
@@ -105,7 +103,7 @@ def write(
         if encoder is not None and encoder != named:
             raise ValueError(f"encoder: expected {named!r}, which made {str(memory)!r}, got {encoder!r}")
         sentence_encoder = load(named, device, light=True)
-    encoded = Encoded(sentence_encoder, wanted.facts.values(), silent=as_json)
+    encoded = Encoded(sentence_encoder, wanted.facts.values())
     with reading("memory"), EpisodicMemory.open(memory, new=(lambda: first) if new else None) as kept:
         if kept.encoder != named:
             raise ValueError(f"encoder: expected {kept.encoder!r}, which made {str(memory)!r}, got {named!r}")
@@ -114,22 +112,20 @@ def write(
         kept.forget(ids=revision.replaced)
         encoded.write(kept, number, revision.facts)
     _warn_if_full(kept, number, memory)
-    if as_json:
-        print_json(
-            {
-                "written": list(revision.facts),
-                "replaced": list(map(str, revision.replaced)),
-                "known_lines": revision.known,
-                "repeated_lines": revision.repeated,
-                "contradictions": [
-                    {"line": line, "newer": newer, "older": older, "id": None if name is None else str(name)}
-                    for line, newer, older, name in revision.contradictions
-                ],
-                "facts": len(kept.ids),
-            }
-        )
-    else:
-        _tell(revision, memory, len(kept.ids))
+    _tell(revision, memory, len(kept.ids))
+    emit(
+        {
+            "written": list(revision.facts),
+            "replaced": list(map(str, revision.replaced)),
+            "known_lines": revision.known,
+            "repeated_lines": revision.repeated,
+            "contradictions": [
+                {"line": line, "newer": newer, "older": older, "id": None if name is None else str(name)}
+                for line, newer, older, name in revision.contradictions
+            ],
+            "facts": len(kept.ids),
+        }
+    )
 
 
 app.command()(recall.ask)
@@ -144,7 +140,6 @@ def update(
     text: Annotated[str | None, typer.Option(help="The fact as `list` shows it.")] = None,
     user: User = None,
     device: Device = None,
-    as_json: Json = False,
 ) -> None:
     """Let a fact say something else, under the same id, key and tags.
 
@@ -168,13 +163,9 @@ def update(
         older = fact_of(kept.ledger[name])
         newer = older._replace(value=fact)
         kept.forget(ids=[name])
-        Encoded(sentence_encoder, [newer], silent=True).write(kept, number, {name: newer})
-    if as_json:
-        print_json({"updated": str(name), "older": older.text, "newer": newer.text, "facts": len(kept.ids)})
-    else:
-        console.print(
-            f"Updated {name} of {memory}: {shown(newer.text, False)}", markup=False, highlight=False
-        )
+        Encoded(sentence_encoder, [newer]).write(kept, number, {name: newer})
+    note(f"Updated {name} of {memory}: {shown(newer.text, False)}")
+    emit({"updated": str(name), "older": older.text, "newer": newer.text, "facts": len(kept.ids)})
 
 
 @app.command()
@@ -185,7 +176,6 @@ def forget(
         list[str] | None, typer.Option(help="A fact as `list` shows it; may be repeated.")
     ] = None,
     user: User = None,
-    as_json: Json = False,
 ) -> None:
     """Forget facts exactly, all that are named or none.
 
@@ -200,11 +190,8 @@ def forget(
     with reading("memory"), EpisodicMemory.open(memory) as kept:
         names = find(kept, id or [], text or [], number_of(kept, user))
         kept.forget(ids=names)
-    if as_json:
-        print_json({"forgotten": list(map(str, names)), "facts": len(kept.ids)})
-    else:
-        left = f"Forgot {counted(len(names))} of {memory}, which holds {len(kept.ids):,}."
-        console.print(left, markup=False)
+    note(f"Forgot {counted(len(names))} of {memory}, which holds {len(kept.ids):,}.")
+    emit({"forgotten": list(map(str, names)), "facts": len(kept.ids)})
 
 
 @app.command()
@@ -212,7 +199,6 @@ def grow(
     memory: Folder,
     slots: Annotated[int, typer.Option(help="Slots from now on; more than a latent's size add nothing.")],
     seed: Annotated[int, typer.Option(help="Of the new addresses.")] = 0,
-    as_json: Json = False,
 ) -> None:
     """Give a memory more slots, and write its facts to them anew.
 
@@ -227,10 +213,8 @@ def grow(
                 f"slots: expected {before + 1} to {kept.latent}, the size of a latent, got {slots}"
             )
         kept.grow(slots, seed=seed)
-    if as_json:
-        print_json({"slots": slots, "before": before, "facts": len(kept.ids)})
-    else:
-        console.print(f"{memory} has {slots:,} slots, and had {before:,}.", markup=False)
+    note(f"{memory} has {slots:,} slots, and had {before:,}.")
+    emit({"slots": slots, "before": before, "facts": len(kept.ids)})
 
 
 app.command("list")(recall.list_facts)
@@ -241,15 +225,13 @@ def _tell(revision: Revision, memory: Path, holds: int) -> None:
     for lines, what in ((revision.known, "known already"), (revision.repeated, "said by other lines")):
         if lines:
             said.append(f"{counted(len(lines))} left out: {what}.")
-    console.print(" ".join(said), markup=False)
+    note(" ".join(said))
     for newer in revision.contradictions:
         older = "an earlier line" if newer.name is None else f"{newer.name}"
         fate = "replaced" if newer.name in revision.replaced or newer.name is None else "contradicts"
-        console.print(
+        note(
             f"Line {newer.line} {fate} {older}: {shown(newer.newer, False)!r}, not "
-            f"{shown(newer.older, False)!r}.",
-            markup=False,
-            highlight=False,
+            f"{shown(newer.older, False)!r}."
         )
 
 

@@ -6,14 +6,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich import box
 from rich.markup import escape
-from rich.table import Table
 
 from . import answer as answering
-from .common import Device, console
+from .common import Device
 from .facts import fact_of
-from .kept import Folder, Json, User, encoder_name, filled, load, number_of, print_json, saved, shown
+from .kept import Folder, User, encoder_name, filled, load, number_of, saved, shown
+from .output import emit, facts, show, table, wanted
 
 if TYPE_CHECKING:
     from ..memory import EpisodicMemory, Recalled
@@ -35,7 +34,6 @@ def ask(
     user: User = None,
     tag: Tags = None,
     device: Device = None,
-    as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
     """Show the facts that a question is about, if it is about any.
@@ -57,29 +55,26 @@ def ask(
     threshold = kept.threshold(memory=number)
     (found,) = kept.recall(latent, top, memory=number, where=_with_tags(tag))
     leverages = _leverages(kept, [fact.entry for fact in found]) if verbose else None
-    if as_json:
-        facts = [
+    if wanted.json:
+        listed = [
             {**_described(fact.name, fact.entry), "score": fact.score, "known": fact.known} for fact in found
         ]
-        for fact, leverage in zip(facts, leverages or (), strict=False):
-            fact["leverage"] = leverage
+        for one, leverage in zip(listed, leverages or (), strict=False):
+            one["leverage"] = leverage
         known = any(fact.known for fact in found)
         told = {} if said is None else {"answer": said.text, "source": said.source}
-        print_json({"question": question, **told, "threshold": threshold, "known": known, "facts": facts})
+        emit({"question": question, **told, "threshold": threshold, "known": known, "facts": listed})
         return
     if said is not None:
-        answering.show(said)
-    table = Table(title=escape(question), box=box.SIMPLE_HEAD)
-    for name in ("", "id", "fact"):
-        table.add_column(name, overflow="fold")
-    for name in ("score", "leverage", "written") if verbose else ("score",):
-        table.add_column(name, justify="right")
+        answering.tell(said)
+    numbers = ("score", "leverage", "written") if verbose else ("score",)
+    nearest = table("", "id", "fact", *numbers, numbers=numbers, title=question)
     for i, fact in enumerate(found):
         text = shown(fact.entry.text, verbose) + _contradicted(fact, found[:i])
         more = (f"{leverages[i]:.3f}", _written(fact.entry)) if leverages else ()
         mark = "✓" if fact.known else ""
-        table.add_row(mark, escape(str(fact.name)), escape(text), f"{fact.score:.3f}", *more)
-    console.print(table)
+        nearest.add_row(mark, escape(str(fact.name)), escape(text), f"{fact.score:.3f}", *more)
+    show(nearest)
     if any(fact.known for fact in found):
         verdict = f"✓ from {threshold:.3f} on: the question is about the fact."
     elif found:
@@ -88,53 +83,47 @@ def ask(
         )
     else:
         verdict = "There is no such fact."
-    console.print(verdict, highlight=False)
+    show(verdict)
 
 
-def list_facts(
-    memory: Folder, user: User = None, tag: Tags = None, as_json: Json = False, verbose: Verbose = False
-) -> None:
+def list_facts(memory: Folder, user: User = None, tag: Tags = None, verbose: Verbose = False) -> None:
     """Show what a memory holds.
 
     With --verbose also when each fact was written, and how much hangs on it.
     """
     kept = saved(memory)
-    wanted = _with_tags(tag)
+    has_tags = _with_tags(tag)
     number = None if user is None else number_of(kept, user)
     entries = {
         name: entry
         for name, entry in kept.ledger.items()
-        if (number is None or entry.memory == number) and (wanted is None or wanted(name, entry))
+        if (number is None or entry.memory == number) and (has_tags is None or has_tags(name, entry))
     }
     leverages = dict(zip(entries, _leverages(kept, list(entries.values())), strict=True)) if verbose else {}
     users = [label for label in kept.labels if label is not None]
-    if as_json:
-        facts = [_described(name, entry, kept.labels) for name, entry in entries.items()]
-        for fact, leverage in zip(facts, leverages.values(), strict=False):
-            fact["leverage"] = leverage
-        about: dict[str, Any] = {"slots": kept.slots, "latent": kept.latent, "encoder": kept.encoder}
-        print_json({**about, "ridges": kept.ridges.tolist(), "users": users, "facts": facts})
+    if wanted.json:
+        listed = [_described(name, entry, kept.labels) for name, entry in entries.items()]
+        for one, leverage in zip(listed, leverages.values(), strict=False):
+            one["leverage"] = leverage
+        sizes = {"slots": kept.slots, "latent": kept.latent, "encoder": kept.encoder}
+        emit({**sizes, "ridges": kept.ridges.tolist(), "users": users, "facts": listed})
         return
-    about = Table(show_header=False, title=escape(str(memory)))
-    about.add_row("facts", f"{len(kept.ids):,}")
-    if users:
-        about.add_row("users", escape(", ".join(users)))
-    about.add_row("slots, latent", f"{kept.slots:,}, {kept.latent:,}")
-    about.add_row("encoder", escape(kept.encoder or "not named"))
     chosen = ", ".join(f"{ridge:.3g}" for ridge in kept.ridges.tolist())
-    about.add_row("ridge", f"{chosen} (leave-one-out)" if kept.ridge == "loo" else chosen)
-    if verbose:
-        about.add_row("condition number", f"{kept.condition():.3g}")
-    console.print(about)
+    about = [
+        ("facts", f"{len(kept.ids):,}"),
+        *([("users", ", ".join(users))] if users else []),
+        ("slots, latent", f"{kept.slots:,}, {kept.latent:,}"),
+        ("encoder", kept.encoder or "not named"),
+        ("ridge", f"{chosen} (leave-one-out)" if kept.ridge == "loo" else chosen),
+        *([("condition number", f"{kept.condition():.3g}")] if verbose else []),
+    ]
+    show(facts(*about, title=str(memory)))
     if not entries:
         return
     tagged = any(fact_of(entry).tags for entry in entries.values())
     columns = ["id", *(["user"] if users else []), "fact", *(["tags"] if tagged else [])]
-    table = Table(box=box.SIMPLE_HEAD)
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    for column in ("leverage", "written") if verbose else ():
-        table.add_column(column, justify="right")
+    numbers = ("leverage", "written") if verbose else ()
+    held = table(*columns, *numbers, numbers=numbers)
     for name, entry in entries.items():
         cells = {
             "id": str(name),
@@ -143,8 +132,8 @@ def list_facts(
             "tags": ", ".join(fact_of(entry).tags),
         }
         more = (f"{leverages[name]:.3f}", _written(entry)) if verbose else ()
-        table.add_row(*(escape(cells[column]) for column in columns), *more)
-    console.print(table)
+        held.add_row(*(escape(cells[column]) for column in columns), *more)
+    show(held)
 
 
 def _with_tags(tags: list[str] | None):

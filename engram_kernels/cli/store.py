@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich import box
 from rich.markup import escape
 from rich.table import Table
 
@@ -16,18 +15,20 @@ from .common import (
     Corpus,
     Device,
     Dtype,
+    Layers,
     Model,
     Seed,
     Tokens,
     bars,
     check_folder,
-    console,
+    layers_of,
     load,
     reading,
 )
+from .output import MARKS, emit, note, show, table
 
 if TYPE_CHECKING:
-    from ..editing import Edit, EditStore
+    from ..editing import Edit, EditStore, StoredEdit
 
 app = App(help="Keep the edits of one model in a folder, for later ones to spare.", no_args_is_help=True)
 
@@ -52,9 +53,7 @@ def add(
     method: Annotated[
         str | None, typer.Option(help="Of a new store: engram, rome, memit and others: docs/methods.md.")
     ] = None,
-    layer: Annotated[
-        list[int] | None, typer.Option(help="Of a new store; may be repeated; default: by method.")
-    ] = None,
+    layers: Layers = None,
     corpus: Corpus = None,
     tokens: Tokens = None,
     dtype: Dtype = "float32",
@@ -66,14 +65,16 @@ def add(
     Example: engram store add facts --subject "The Eiffel Tower" --prompt "{} is in the city of" --target Rome
     """
     edits = _edits(subject, prompt, target, facts)
+    asked = {"method": method, "layers": layers_of(layers)}
     with bars() as progress:
         network, tokenizer = load(progress, model, dtype, device)
         options = {"corpus": corpus, "tokens": tokens, "seed": seed, "progress": progress}
-        with _opened(store, network, tokenizer, method=method, layers=layer or None, **options) as kept:
+        with _opened(store, network, tokenizer, **asked, **options) as kept:
             made = kept.add(edits)
             count = len(kept)
-    console.print(_table(made))
-    console.print(f"{store}: {_counted(count)} of {model}.", markup=False, highlight=False)
+    show(_table(made))
+    note(f"{store}: {_counted(count)} of {model}.")
+    emit({"store": store, "model": model, "added": [_described(one) for one in made], "edits": count})
 
 
 @app.command("list")
@@ -83,9 +84,9 @@ def list_(store: Folder) -> None:
     Example: engram store list facts
     """
     kept = _opened(store)
-    console.print(_table(kept))
-    layers = ", ".join(map(str, kept.layers))
-    console.print(f"{_counted(len(kept))} of layers {layers}.", markup=False, highlight=False)
+    show(_table(kept))
+    note(f"{_counted(len(kept))} of layers {', '.join(map(str, kept.layers))}.")
+    emit({"store": store, "layers": list(kept.layers), "edits": [_described(one) for one in kept]})
 
 
 @app.command()
@@ -114,7 +115,8 @@ def remove(
             for number in id:
                 kept.remove(number)
             count = len(kept)
-    console.print(f"{store}: {_counted(count)} of {model}.", markup=False, highlight=False)
+    note(f"{store}: {_counted(count)} of {model}.")
+    emit({"store": store, "model": model, "removed": id, "edits": count})
 
 
 @app.command()
@@ -130,7 +132,8 @@ def export(
     kept = _opened(store)
     with reading("store", "directory"):
         kept.export(out)
-    console.print(f"Saved {_counted(len(kept))} to {out}.", markup=False, highlight=False)
+    note(f"Saved {_counted(len(kept))} to {out}.")
+    emit({"store": store, "out": out, "edits": len(kept)})
 
 
 @app.command()
@@ -157,7 +160,8 @@ def verify(
             options = {"corpus": corpus, "tokens": tokens, "seed": seed, "progress": progress}
             with _opened(store, network, tokenizer, **options) as kept:
                 count, what = kept.verify(), f"in {model} the weights are as they were, bit for bit"
-    console.print(f"{store}: {_counted(count)}; {what}.", markup=False, highlight=False)
+    note(f"{store}: {_counted(count)}; {what}.")
+    emit({"store": store, "edits": count, "rebuilt": model is not None})
 
 
 def _counted(count: int) -> str:
@@ -196,10 +200,15 @@ def _edits(subject: str | None, prompt: str | None, target: str | None, facts: P
 
 
 def _table(stored) -> Table:
-    table = Table("id", "fact", "p before", "p after", "", box=box.SIMPLE)
+    edits = table("id", "fact", "p before", "p after", "took", numbers=("id", "p before", "p after"))
     for one in stored:
         record = one.record
-        mark = "[green]✓[/green]" if record.took else "[red]✗[/red]"
         chances = f"{record.probability_before:.4f}", f"{record.probability_after:.4f}"
-        table.add_row(str(one.id), escape(record.edit.text), *chances, mark)
-    return table
+        edits.add_row(str(one.id), escape(record.edit.text), *chances, MARKS[record.took])
+    return edits
+
+
+def _described(one: StoredEdit) -> dict[str, object]:
+    record = one.record
+    chances = {"before": record.probability_before, "after": record.probability_after}
+    return {"id": one.id, "text": record.edit.text, "took": record.took, "probability": chances}

@@ -17,10 +17,10 @@ from .common import (
     Seed,
     bars,
     check_file,
-    console,
     load,
     write_json,
 )
+from .output import emit, note, show, table
 
 if TYPE_CHECKING:
     from ..tracing import AverageTrace, Trace
@@ -100,13 +100,14 @@ def trace(
             found = [tracing.average(traces[name]) for name in kinds]
 
     for one in found:
-        console.print(_table(one))
+        show(_table(one))
+    emit([one.to_dict() for one in found])
     for path in out or []:
         if path.suffix.lower() == ".json":
             write_json(path, [one.to_dict() for one in found])
         else:
             tracing.draw(found, path)
-        console.print(f"Saved to {escape(str(path))}.")
+        note(f"Saved to {path}.")
 
 
 def _check_out(path: Path) -> None:
@@ -146,12 +147,12 @@ def _table(found: "Trace | AverageTrace") -> Table:
     effects = found.indirect_effects
     what = found.kind if found.kind == "hidden" else f"{found.kind}, windows of {found.window} layers"
     answer = getattr(found, "answer", "the answer")
-    table = Table("token", title=f"Largest indirect effect: {what}")
-    table.caption = escape(f"p({answer}): {found.clean:.4f} clean, {found.corrupted:.4f} corrupted")
-    table.add_column("layer", justify="right")
-    table.add_column("effect", justify="right")
+    largest = table(
+        "token", "layer", "effect", numbers=("layer", "effect"), title=f"Largest indirect effect: {what}",
+        caption=f"p({answer}): {found.clean:.4f} clean, {found.corrupted:.4f} corrupted",
+    )  # fmt: skip
     for label, row in zip(found.labels, effects, strict=True):
         best = int(row.argmax())
         said = ("", "") if row.isnan().any() else (str(best), f"{row[best]:+.4f}")
-        table.add_row(escape(label), *said)
-    return table
+        largest.add_row(escape(label), *said)
+    return largest

@@ -20,7 +20,7 @@ def _wide(x: Tensor) -> Tensor:
 class MemoryState(NamedTuple):
     """What a layer keeps of the tokens so far.
 
-    Args:
+    Attributes:
         memory: the operator's state: a `RidgeState`, or the matrix [N, H, K, V] of the other rules.
         queries: what the short convolution of the queries needs of the last tokens, or None without one.
         keys: what that of the keys needs.

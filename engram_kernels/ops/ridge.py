@@ -19,7 +19,7 @@ _STATE_DTYPES = (torch.float64, torch.float32)
 class RidgeState(NamedTuple):
     """What a ridge memory is made of after the last token of each sequence.
 
-    Args:
+    Attributes:
         gram: `H = Σ βₜ kₜᵀkₜ`, decayed, [N, H, K, K], fp64: the readout's condition is `H`'s over the ridge.
         cross: `G = Σ βₜ kₜᵀvₜ`, decayed, [N, H, K, V], fp64.
         log_decay: the logarithm of all decay so far, [N, H], fp64: what is left of a ridge that decays.

@@ -9,7 +9,7 @@ import pytest
 from model_zoo import TEXTS, byte_level_tokenizer, small_model
 
 import engram_kernels as ek
-from engram_kernels.cli.common import App
+from engram_kernels.cli.common import App, Layers, layers_of
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def test_strict_fails_when_an_answer_is_not_as_wanted(engram, folder):
         "--control", "In [/b]",
     )  # fmt: skip
     assert "✗" in out and "In [/b]" in out
-    assert status == 1 and "\nError: --strict: " in err
+    assert status == 3 and "\nError: --strict: " in err
 
 
 def test_an_edit_in_a_chat_and_without_a_space(engram, folder, tmp_path):
@@ -182,18 +182,53 @@ def test_a_choice_that_there_is_not_is_refused_by_the_option_s_name(engram, fold
         ("batch_size: expected 1", "--batch-size: expected 1"),
         ("other weights (force=True edits all the same)", "other weights (--force edits all the same)"),
         ("facts: expected mean=True", "facts: expected mean=True"),
+        ("layer: expected a number", "--layer: expected a number"),
+        ("layers: expected numbers", "--layer: expected numbers"),
     ],
 )
 def test_errors_name_options_and_not_arguments(capsys, error, shown):
     app = App()
 
     @app.command()
-    def fail(facts: str, model: str = "", batch_size: int = 1, force: bool = False) -> None:
+    def fail(
+        facts: str, model: str = "", batch_size: int = 1, force: bool = False, layers: Layers = None
+    ) -> None:
         raise ek.EngramError(error)
 
     with pytest.raises(SystemExit) as ended:
         app(["some"])
     assert ended.value.code == 1 and capsys.readouterr().err == f"Error: {shown}\n"
+
+
+@pytest.mark.parametrize(
+    ("given", "layers"),
+    [
+        (None, None),
+        (["3"], [3]),
+        (["4", "5"], [4, 5]),
+        (["4,5, 7"], [4, 5, 7]),
+        (["4-6", "9"], [4, 5, 6, 9]),
+    ],
+)
+def test_layers_can_be_said_in_any_way(given, layers):
+    assert layers_of(given) == layers
+
+
+@pytest.mark.parametrize("given", ["", "x", "4-", "-1", "6-4", "4,,5", "1.5"])
+def test_what_is_no_layer_is_refused(given):
+    with pytest.raises(ValueError, match="layers: expected numbers such as 5, or 4,5,6, or 4-6, got "):
+        layers_of([given])
+
+
+def test_several_layers_by_memit(engram, folder, tmp_path):
+    status, out, err = engram(
+        "edit", "--model", folder, "--corpus", folder / "corpus.txt", *FACT, "--device", "cpu",
+        "--method", "memit", "--layers", "1-2", "--json",
+    )  # fmt: skip
+    assert status == 0, err
+    found = json.loads(out)
+    assert (found["method"], len(found["modules"]), found["took"]) == ("memit", 2, False)
+    assert [name.split(".")[2] for name in found["modules"]] == ["1", "2"]
 
 
 def test_checkpoints_that_cannot_be_read_are_one_sentence(engram, folder, tmp_path, monkeypatch):

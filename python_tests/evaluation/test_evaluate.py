@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import re
 import sys
 from functools import partial
 
@@ -255,6 +256,7 @@ def test_the_options_of_an_honest_evaluation(engram, stubbed, folder, tmp_path, 
     content = json.loads(report.read_text())
     assert {answer["judged"] for answer in content["rows"][0]["after"]["answers"]} == {1}
     assert content["summary"]["lm_eval"]["edited"] == {"lambada": {"acc,none": 0.5}}
-    assert content["settings"]["zsre"] == "easyedit" and "0.250 → 0.500" in out and "judged" in out
+    assert content["settings"]["zsre"] == "easyedit" and "judged" in out
+    assert re.search(r"lambada, acc,none +0\.250 +0\.500", out)
     ((edits, *_),) = stubbed[-1].calls
     assert [edit.target for edit in edits] == ["Brazil", "Japan"]

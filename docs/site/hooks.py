@@ -1,0 +1,115 @@
+"""What `make docs` adds to the pages of docs/: README, CHANGELOG, CONTRIBUTING, the reference, the notebooks."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).parents[2]
+
+# Of each page of the reference: its title, and the package whose `__all__` it shows.
+REFERENCE = {
+    "operators": ("Operators", "engram_kernels"),
+    "editing": ("Editing", "engram_kernels.editing"),
+    "tracing": ("Tracing", "engram_kernels.tracing"),
+    "evaluation": ("Evaluation", "engram_kernels.evaluation"),
+    "grafting": ("Grafting", "engram_kernels.grafting"),
+    "memory": ("Memory", "engram_kernels.memory"),
+    "larimar": ("Larimar", "engram_kernels.larimar"),
+    "layers": ("Layers", "engram_kernels.layers"),
+    "integrations": ("Integrations", "engram_kernels.integrations"),
+}
+# Files that are pages of the site, though they lie elsewhere.
+PAGES = {"README.md": "index.md", "CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
+
+
+def on_files(files: Files, config) -> Files:
+    """Add the pages that are made here."""
+    made = {page: (ROOT / source).read_text("utf-8") for source, page in PAGES.items()}
+    made |= {f"reference/{name}.md": reference(*of) for name, of in REFERENCE.items()}
+    made["reference/commands.md"] = commands()
+    made |= {
+        f"notebooks/{path.stem}.md": notebook(path)
+        for path in sorted((ROOT / "docs/notebooks").glob("*.ipynb"))
+    }
+    for name, content in made.items():
+        files.append(File.generated(config, name, content=content))
+    return files
+
+
+def on_page_markdown(markdown: str, page, config, files: Files) -> str:
+    """Let links to files of the repository lead to pages of the site; what is no page keeps its name only."""
+    source = next((ROOT / name for name, made in PAGES.items() if made == page.file.src_uri), None)
+    folder = (source or ROOT / "docs" / page.file.src_uri).parent
+
+    def link(found: re.Match) -> str:
+        text, target, anchor = found[1], found[2], found[3] or ""
+        path = (folder / target).resolve()
+        if not path.exists() or not path.is_relative_to(ROOT):
+            return found[0]
+        name = path.relative_to(ROOT).as_posix()
+        uri = PAGES.get(name, name.removeprefix("docs/"))
+        if files.get_file_from_path(uri) is None:
+            return text
+        up = "../" * page.file.src_uri.count("/")
+        return f"[{text}]({up}{uri}{anchor})"
+
+    return re.sub(r"\[((?:[^\[\]]|\[[^\]]*\])*)\]\((?!\w+:|#)([^)\s#]+)(#[^)\s]*)?\)", link, markdown)
+
+
+def reference(title: str, package: str) -> str:
+    """A page with every public name of a package; of the operators by family."""
+    module = importlib.import_module(package)
+    lines = [f"# {title}", "", f"`{package}`", ""]
+    names = list(module.__all__)
+    if package == "engram_kernels":
+        lines += ["`import engram_kernels as ek`. How they fit together: [operators](../operators.md).", ""]
+        for family in (value for value in vars(module.ops).values() if inspect.ismodule(value)):
+            own = [name for name in getattr(family, "__all__", ()) if name in names]
+            if own:
+                heading = family.__name__.rpartition(".")[2].replace("_", " ").capitalize()
+                lines += [f"## {heading}", "", *entries(package, own)]
+                names = [name for name in names if name not in own]
+        lines += ["## Statistics, backends, errors", ""]
+    return "\n".join([*lines, *entries(package, names)])
+
+
+def entries(package: str, names: list[str]) -> list[str]:
+    return [line for name in names for line in (f"::: {package}.{name}", "")]
+
+
+def commands() -> str:
+    """The help of every command, as `typer` writes it down."""
+    asked = [
+        sys.executable,
+        "-m",
+        "typer",
+        "engram_kernels.cli",
+        "utils",
+        "docs",
+        "--name",
+        "engram",
+        "--title",
+        "Commands",
+    ]
+    return subprocess.run(asked, check=True, capture_output=True, text=True, cwd=ROOT).stdout
+
+
+def notebook(path: Path) -> str:
+    """A notebook as a page, with the outputs that it was saved with; its pictures lie in the page itself."""
+    import nbformat
+    from nbconvert import MarkdownExporter
+
+    body, resources = MarkdownExporter().from_notebook_node(nbformat.read(path, as_version=4))
+    for name, content in resources["outputs"].items():
+        import base64
+
+        data = base64.b64encode(content).decode()
+        body = body.replace(f"({name})", f"(data:image/png;base64,{data})")
+    return body
