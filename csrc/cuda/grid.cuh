@@ -24,11 +24,16 @@ ENGRAM_DEVICE T load_exchanged(const T* from) {
 ENGRAM_DEVICE void grid_barrier(uint32_t* counter, uint32_t arrivals) {
   __syncthreads();
   if (threadIdx.x == 0) {
-    __threadfence();
-    atomicAdd(counter, 1u);
-    while (static_cast<int32_t>(*static_cast<volatile uint32_t*>(counter) - arrivals) < 0) {
-    }
-    __threadfence();
+    // Cheaper than fences around a plain atomic: what is ordered is ordered once, and by no stronger rule.
+    asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(__cvta_generic_to_global(counter))
+                 : "memory");
+    uint32_t arrived;
+    do {
+      asm volatile("ld.acquire.gpu.global.u32 %0, [%1];"
+                   : "=r"(arrived)
+                   : "l"(__cvta_generic_to_global(counter))
+                   : "memory");
+    } while (static_cast<int32_t>(arrived - arrivals) < 0);
   }
   __syncthreads();
 }

@@ -7,9 +7,9 @@
 namespace engram::cuda {
 namespace {
 
-template <typename T>
+template <typename T, bool kResident>
 __global__ void __launch_bounds__(kThreads, 1)
-    memory_stream_kernel(const __grid_constant__ MemoryStream<T> stream) {
+    memory_stream_kernel(const __grid_constant__ MemoryStream<T, kResident> stream) {
   extern __shared__ uint4 bytes[];
   const auto member = stream.member(blockIdx.x);
   const auto shared = stream.share(blockIdx.x, reinterpret_cast<T*>(bytes));
@@ -38,22 +38,22 @@ int plan_for(DType dtype, const StreamShape& shape, StreamPlan& plan) {
 }
 
 // As many blocks as are on the device at once: they wait for one another.
-template <typename T>
+template <typename T, bool kResident>
 int launch_stream(const void* precision_inverse, const void* memory, const void* weights, const void* latents,
                   void* new_precision_inverse, void* new_memory, void* readouts, void* leverages,
                   void* workspace, const StreamShape& shape, const StreamPlan& plan, void* stream) {
-  MemoryStream<T> program{static_cast<const T*>(precision_inverse),
-                          static_cast<const T*>(memory),
-                          static_cast<const T*>(weights),
-                          static_cast<const T*>(latents),
-                          static_cast<T*>(new_precision_inverse),
-                          static_cast<T*>(new_memory),
-                          static_cast<T*>(readouts),
-                          static_cast<T*>(leverages),
-                          static_cast<char*>(workspace),
-                          shape,
-                          plan};
-  void (*const kernel)(MemoryStream<T>) = memory_stream_kernel<T>;
+  MemoryStream<T, kResident> program{static_cast<const T*>(precision_inverse),
+                                     static_cast<const T*>(memory),
+                                     static_cast<const T*>(weights),
+                                     static_cast<const T*>(latents),
+                                     static_cast<T*>(new_precision_inverse),
+                                     static_cast<T*>(new_memory),
+                                     static_cast<T*>(readouts),
+                                     static_cast<T*>(leverages),
+                                     static_cast<char*>(workspace),
+                                     shape,
+                                     plan};
+  void (*const kernel)(MemoryStream<T, kResident>) = memory_stream_kernel<T, kResident>;
   void* arguments[] = {&program};
   const auto queue = static_cast<cudaStream_t>(stream);
   if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
@@ -72,10 +72,11 @@ int memory_stream(const void* precision_inverse, const void* memory, const void*
                   void* readouts, void* leverages, void* workspace, void* stream) {
   StreamPlan plan;
   if (const int error = plan_for(dtype, shape, plan)) return error;
-  return (dtype == DType::f64 ? launch_stream<double>
-                              : launch_stream<float>)(precision_inverse, memory, weights, latents,
-                                                      new_precision_inverse, new_memory, readouts, leverages,
-                                                      workspace, shape, plan, stream);
+  const auto launch = dtype == DType::f64
+                          ? (plan.resident ? launch_stream<double, true> : launch_stream<double, false>)
+                          : (plan.resident ? launch_stream<float, true> : launch_stream<float, false>);
+  return launch(precision_inverse, memory, weights, latents, new_precision_inverse, new_memory, readouts,
+                leverages, workspace, shape, plan, stream);
 }
 
 int64_t memory_stream_workspace(DType dtype, StreamShape shape) {

@@ -1,7 +1,7 @@
 // N sequential writes to a memory, a readout after each, kWrites rows W and their latents Z at a time.
 //
 // X = [P | M] is the state, Y = [0 | Z] what W X should be. A chunk is one recursion for all columns of X:
-//   U = P W^T,  I + W U = L D L^T,  E = D^-1 L^-1 (Y - W X),  X += (U L^-T) E
+//   U = P W^T,  I + W U = L D L^T,  E = D^-1 L^-1 (Y - W X),  X += U (L^-T E)
 // Row t reads z_t - E_t of M's columns, and has the leverage 1 - 1/D_t. Every block owns some columns of X.
 // Once a chunk it needs U and W U of the others; both follow from X after the chunk before, so that one
 // barrier of the grid a chunk is enough. P is symmetric: a column of P is the row that lies in memory. Rows
@@ -14,7 +14,7 @@
 
 namespace engram::cuda {
 
-template <typename T>
+template <typename T, bool kResident>  // whether a block's columns fit in shared memory
 struct MemoryStream {
   static constexpr int kWrites = StreamPlan::kWrites;
   static constexpr int kVec = kVector<T>;
@@ -28,15 +28,18 @@ struct MemoryStream {
   // What a block has of its own from one barrier of the grid to the next.
   struct Shared {
     T* tile;  // [slots of a tile, Products::kPitch]: rows of the chunk that comes, transposed
-    T* sums;  // what the products need
+    T* sums;  // what the products need, and before them the sum of the Gram matrix' parts
     Factor small;
+    T* weights;   // [columns, kWrites]: the tile's rows at the columns of P
     T* products;  // [columns, kWrites]: W X of the chunk that comes
-    T* steps;     // [columns, kWrites]: Y, then E
+    T* steps;     // [columns, kWrites]: Y, then L^-T E
     T* state;     // [columns, pitch]: X
   };
 
-  // A thread's rows of U, then of U L^-T.
-  using Inverse = T[kEach][kWrites];
+  // Rows of U or of W^T that a thread has of a tile.
+  using Rows = T[kEach][kWrites];
+  // Whether the registers hold the next chunk's rows from before the factorisation on.
+  static constexpr bool kEarly = kResident && sizeof(T) == 4;
 
   // A block's part of a group's work.
   struct Member {
@@ -69,24 +72,23 @@ struct MemoryStream {
   }
 
   ENGRAM_DEVICE Shared share(int index, T* memory_of_block) const {
-    Shared s;
-    s.tile = memory_of_block;
-    s.sums = s.tile + padded(smaller(shape.slots, kTile)) * Products::kPitch;
-    s.small.lower = s.sums + kWarps * StreamPlan::kGroup * kWrites;
-    s.products = s.small.lower + kWrites * kWrites;
-    s.steps = s.products + plan.columns * kWrites;
-    s.state = plan.resident
-                  ? s.steps + plan.columns * kWrites
-                  : reinterpret_cast<T*>(workspace + plan.state) + index * plan.columns * plan.pitch;
-    return s;
+    T* const sums = memory_of_block + padded(smaller(shape.slots, kTile)) * Products::kPitch;
+    T* const columns = sums + StreamPlan::kSums + Factor::kEntries;
+    const int64_t each = plan.columns * kWrites;
+    T* state = columns + 3 * each;
+    if constexpr (!kResident)
+      state = reinterpret_cast<T*>(workspace + plan.state) + index * plan.columns * plan.pitch;
+    return {memory_of_block,    sums, Factor(sums + StreamPlan::kSums), columns, columns + each,
+            columns + 2 * each, state};
   }
 
   // Takes memory b, and hands out what the first chunk needs as exchange number `turn`.
   ENGRAM_DEVICE void begin(const Member& m, int64_t b, uint32_t turn, const Shared& shared) const {
     move<true>(m, b, shared);
     if (shape.count == 0) return;
-    Inverse inverse;
-    sweep(m, b, 0, turn, false, inverse, shared);
+    Rows weight, inverse;
+    if constexpr (kEarly) fetch_weights(b, 0, 0, threadIdx.x, weight);
+    sweep<false>(m, b, 0, turn, weight, inverse, shared);
     publish(m, b, 0, turn, shared);
   }
 
@@ -95,31 +97,18 @@ struct MemoryStream {
   ENGRAM_DEVICE void write(const Member& m, int64_t b, int64_t row, uint32_t turn,
                            const Shared& shared) const {
     const int thread = threadIdx.x;
-    Inverse inverse;
-    gather(m, turn, inverse, shared);
-    const int valid = smaller(shape.count - row, kWrites);
-    shared.small.factor(valid);
-    if (m.index == 0 && thread < valid) {
-      const T gain = shared.small.gain(thread);
-      leverages[b * shape.count + row + thread] = gain / (1 + gain);
-    }
-    for (int column = thread; column < m.columns; column += kThreads) {
-      T* const steps = shared.steps + column * kWrites;
-      T step[1][kWrites];
-#pragma unroll
-      for (int t = 0; t < kWrites; ++t) step[0][t] = steps[t] - shared.products[column * kWrites + t];
-      shared.small.eliminate(step);
-#pragma unroll
-      for (int t = 0; t < kWrites; ++t) {
-        step[0][t] /= 1 + shared.small.gain(t);
-        if (column >= m.squares && t < valid)
-          readouts[(b * shape.count + row + t) * shape.width + m.first + column - shape.slots] =
-              steps[t] - step[0][t];
-        steps[t] = step[0][t];
-      }
-    }
+    Rows weight, inverse;  // on their way while the chunk is factored
+    fetch_inverse(m, turn, 0, thread, inverse);
+    if constexpr (kEarly) fetch_weights(b, row + kWrites, 0, thread, weight);
+    gather(m, turn, thread, shared);
+    if (thread < kWarp) shared.small.factor(thread);
     __syncthreads();
-    sweep(m, b, row + kWrites, turn, true, inverse, shared);
+    const int valid = smaller(shape.count - row, kWrites);
+    if (m.index == 0 && thread < valid)
+      leverages[b * shape.count + row + thread] = shared.small.gains[thread] * shared.small.shares[thread];
+    eliminate(m, b, row, valid, thread, shared);
+    __syncthreads();
+    sweep<true>(m, b, row + kWrites, turn, weight, inverse, shared);
     if (row + kWrites < shape.count) publish(m, b, row + kWrites, turn + 1, shared);
   }
 
@@ -133,12 +122,20 @@ struct MemoryStream {
   }
   static ENGRAM_DEVICE int padded(int amount) { return (amount + kVec - 1) / kVec * kVec; }
 
-  // Where the blocks of a group leave U [K, kWrites], and each with columns of P its part of W U.
+  // Where the blocks of a group leave U, as pieces of kVec of its entries [kWrites / kVec, K, kVec] so that
+  // neighbouring threads read neighbours, and each with columns of P its part of W U, a packed lower
+  // triangle.
   ENGRAM_DEVICE T* inverse_of(const Member& m, uint32_t turn) const {
     return reinterpret_cast<T*>(workspace + plan.inverse) + (2 * m.group + turn % 2) * shape.slots * kWrites;
   }
   ENGRAM_DEVICE T* gram_of(const Member& m, uint32_t turn) const {
-    return reinterpret_cast<T*>(workspace + plan.gram) + (2 * m.group + turn % 2) * plan.holders * kThreads;
+    return reinterpret_cast<T*>(workspace + plan.gram) +
+           (2 * m.group + turn % 2) * plan.holders * StreamPlan::kPart;
+  }
+  static ENGRAM_DEVICE bool in_lower(int thread) { return thread % kWrites <= thread / kWrites; }
+  static ENGRAM_DEVICE int packed(int thread) {
+    const int row = thread / kWrites;
+    return row * (row + 1) / 2 + thread % kWrites;
   }
 
   // Brings the block's columns of memory b into the state, or out of it. Neighbours in memory are
@@ -173,7 +170,7 @@ struct MemoryStream {
   }
 
   ENGRAM_DEVICE void fetch_inverse(const Member& m, uint32_t turn, int64_t first, int thread,
-                                   Inverse& inverse) const {
+                                   Rows& inverse) const {
 #pragma unroll
     for (int e = 0; e < kEach; ++e) {
       const int64_t slot = first + e * kThreads + thread;
@@ -181,35 +178,90 @@ struct MemoryStream {
       for (int t = 0; t < kWrites; t += kVec) {
         Vector values = {};
         if (slot < shape.slots)
-          values = load_exchanged(reinterpret_cast<const Vector*>(inverse_of(m, turn) + slot * kWrites + t));
+          values = load_exchanged(
+              reinterpret_cast<const Vector*>(inverse_of(m, turn) + t * shape.slots + slot * kVec));
 #pragma unroll
         for (int v = 0; v < kVec; ++v) inverse[e][t + v] = values.at[v];
       }
     }
   }
 
-  // The lower triangle of W U as the sum of its parts, in an order that never varies; beside it, on its way
-  // together, U. The upper one is not read.
-  ENGRAM_DEVICE void gather(const Member& m, uint32_t turn, Inverse& inverse, const Shared& shared) const {
-    constexpr int kBatch = 32;
-    const int thread = threadIdx.x;
-    fetch_inverse(m, turn, 0, thread, inverse);
-    const T* const parts = gram_of(m, turn) + thread;
-    const int64_t holders = in_lower(thread) ? plan.holders : 0;
-    T sum = 0;
-    for (int64_t begin = 0; begin < holders; begin += kBatch) {
-      T part[kBatch];
+  // W^T of the chunk that begins at `row`, at the tile's slots from `first` on.
+  ENGRAM_DEVICE void fetch_weights(int64_t b, int64_t row, int64_t first, int thread, Rows& weight) const {
+    const int rows = smaller(shape.slots - first, kTile);
+#pragma unroll
+    for (int e = 0; e < kEach; ++e)
+#pragma unroll
+      for (int t = 0; t < kWrites; ++t) {
+        const int slot = e * kThreads + thread;
+        weight[e][t] = slot < rows && row + t < shape.count
+                           ? weights[(b * shape.count + row + t) * shape.slots + first + slot]
+                           : T(0);
+      }
+  }
+
+  // The lower triangle of W U as the sum of its parts, in an order that never varies: teams of threads sum
+  // every so many of them, a vector a thread, all on their way at once.
+  ENGRAM_DEVICE void gather(const Member& m, uint32_t turn, int thread, const Shared& shared) const {
+    constexpr int kPart = StreamPlan::kPart, kPieces = kPart / kVec, kTeams = kThreads / kPieces;
+    constexpr int kBatch = 8;
+    static_assert(kTeams * kPart <= StreamPlan::kSums);
+    const int team = thread / kPieces;
+    const T* const parts = gram_of(m, turn) + thread % kPieces * kVec;
+    Vector sum = {};
+    for (int64_t begin = team; team < kTeams && begin < plan.holders; begin += kBatch * kTeams) {
+      Vector part[kBatch];
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const int64_t holder = begin + i * kTeams;
+        part[i] = {};
+        if (holder < plan.holders)
+          part[i] = load_exchanged(reinterpret_cast<const Vector*>(parts + holder * kPart));
+      }
 #pragma unroll
       for (int i = 0; i < kBatch; ++i)
-        part[i] = begin + i < holders ? load_exchanged(parts + (begin + i) * kThreads) : T(0);
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i) sum += part[i];
+        for (int v = 0; v < kVec; ++v) sum.at[v] += part[i].at[v];
     }
-    shared.small.lower[thread] = sum;
+    if (team < kTeams) *reinterpret_cast<Vector*>(shared.sums + thread * kVec) = sum;
+    __syncthreads();
+    T total = 0;
+    if (in_lower(thread))
+#pragma unroll
+      for (int i = 0; i < kTeams; ++i) total += shared.sums[i * kPart + packed(thread)];
+    shared.small.gram[thread % kWrites * kWrites + thread / kWrites] = total;
     __syncthreads();
   }
 
-  static ENGRAM_DEVICE bool in_lower(int thread) { return thread % kWrites <= thread / kWrites; }
+  // E and the readouts, then L^-T E in the place of Y: a column a thread.
+  ENGRAM_DEVICE void eliminate(const Member& m, int64_t b, int64_t row, int valid, int thread,
+                               const Shared& shared) const {
+    for (int column = thread; column < m.columns; column += kThreads) {
+      T* const steps = shared.steps + column * kWrites;
+      T error[kWrites];
+#pragma unroll
+      for (int t = 0; t < kWrites; t += kVec) {
+        const auto y = *reinterpret_cast<const Vector*>(steps + t);
+        const auto product = *reinterpret_cast<const Vector*>(shared.products + column * kWrites + t);
+#pragma unroll
+        for (int v = 0; v < kVec; ++v) error[t + v] = y.at[v] - product.at[v];
+      }
+      shared.small.eliminate(error);
+#pragma unroll
+      for (int t = 0; t < kWrites; ++t)
+        if (column >= m.squares && t < valid)
+          readouts[(b * shape.count + row + t) * shape.width + m.first + column - shape.slots] =
+              steps[t] - error[t];
+      shared.small.substitute(error);
+#pragma unroll
+      for (int t = 0; t < kWrites; t += kVec) {
+        Vector step;
+#pragma unroll
+        for (int v = 0; v < kVec; ++v) step.at[v] = error[t + v];
+        *reinterpret_cast<Vector*>(steps + t) = step;
+      }
+    }
+  }
 
   // Y of the chunk that begins at `row`.
   ENGRAM_DEVICE void fetch_latents(const Member& m, int64_t b, int64_t row, int thread,
@@ -232,51 +284,45 @@ struct MemoryStream {
     }
   }
 
-  // X += (U L^-T) E if asked to, then the products of X with the chunk that begins at `next`, in one pass
-  // over X.
-  ENGRAM_DEVICE void sweep(const Member& m, int64_t b, int64_t next, uint32_t turn, bool update,
-                           Inverse& inverse, const Shared& shared) const {
+  // X += U (L^-T E) if asked to, then the products of X with the chunk that begins at `next`, in one pass
+  // over X. The first tile's rows of U have been fetched, and those of the chunk if that is early.
+  template <bool kUpdate>
+  ENGRAM_DEVICE void sweep(const Member& m, int64_t b, int64_t next, uint32_t turn, Rows& weight,
+                           Rows& inverse, const Shared& shared) const {
     const int thread = threadIdx.x;
     for (int64_t first = 0; first < shape.slots; first += kTile) {
       const int rows = smaller(shape.slots - first, kTile);
-      T weight[kEach][kWrites];  // on its way while the state changes
-#pragma unroll
-      for (int e = 0; e < kEach; ++e)
-#pragma unroll
-        for (int t = 0; t < kWrites; ++t) {
-          const int slot = e * kThreads + thread;
-          weight[e][t] = slot < rows && next + t < shape.count
-                             ? weights[(b * shape.count + next + t) * shape.slots + first + slot]
-                             : T(0);
-        }
-      if (update) {
+      if (!kEarly || first > 0) fetch_weights(b, next, first, thread, weight);
+      if constexpr (kUpdate) {
         if (first > 0) fetch_inverse(m, turn, first, thread, inverse);
-        shared.small.eliminate(inverse);
         change_state(m, first, rows, thread, inverse, shared);
       }
 #pragma unroll
       for (int e = 0; e < kEach; ++e) {
         const int slot = e * kThreads + thread;
         if (slot >= padded(rows)) continue;
+        const int64_t square = first + slot - m.first;
+        const bool own = 0 <= square && square < m.squares;
 #pragma unroll
         for (int t = 0; t < kWrites; t += kVec) {
           Vector values;
 #pragma unroll
           for (int v = 0; v < kVec; ++v) values.at[v] = weight[e][t + v];
           *reinterpret_cast<Vector*>(shared.tile + slot * Products::kPitch + t) = values;
+          if (own) *reinterpret_cast<Vector*>(shared.weights + square * kWrites + t) = values;
         }
       }
       __syncthreads();
       if (next >= shape.count) continue;
-      const Products products = {shared.state + first, plan.pitch,  m.columns,      shared.tile,
-                                 padded(rows),         shared.sums, shared.products};
+      const Products products = {shared.state + first, plan.pitch,   m.columns,   plan.group,
+                                 shared.tile,          padded(rows), shared.sums, shared.products};
       products.run(first > 0);
     }
   }
 
-  ENGRAM_DEVICE void change_state(const Member& m, int64_t first, int rows, int thread,
-                                  const Inverse& inverse, const Shared& shared) const {
-    constexpr int kBatch = 8;
+  ENGRAM_DEVICE void change_state(const Member& m, int64_t first, int rows, int thread, const Rows& inverse,
+                                  const Shared& shared) const {
+    constexpr int kBatch = kVector<T> * 2;
 #pragma unroll 1
     for (int begin = 0; begin < m.columns; begin += kBatch) {
       T* const state = shared.state + begin * plan.pitch + first + thread;
@@ -315,16 +361,17 @@ struct MemoryStream {
     const int thread = threadIdx.x;
     fetch_latents(m, b, row, thread, shared);
     if (m.squares == 0) return;
-    T* const inverse = inverse_of(m, turn) + m.first * kWrites;
-    for (int i = thread; i < m.squares * kWrites; i += kThreads) inverse[i] = shared.products[i];
-    if (!in_lower(thread)) return;
-    const int s = thread / kWrites, t = thread % kWrites;
-    T sum = 0;
-    if (row + s < shape.count) {
-      const T* const weight = weights + (b * shape.count + row + s) * shape.slots + m.first;
-      for (int i = 0; i < m.squares; ++i) sum += weight[i] * shared.products[i * kWrites + t];
+    T* const inverse = inverse_of(m, turn) + m.first * kVec;
+    for (int i = thread; i < m.squares * (kWrites / kVec); i += kThreads) {
+      const int slot = i % m.squares, piece = i / m.squares;
+      *reinterpret_cast<Vector*>(inverse + (piece * shape.slots + slot) * kVec) =
+          *reinterpret_cast<const Vector*>(shared.products + slot * kWrites + piece * kVec);
     }
-    gram_of(m, turn)[m.index * kThreads + thread] = sum;
+    if (!in_lower(thread)) return;
+    T sum = 0;
+    for (int i = 0; i < m.squares; ++i)
+      sum += shared.weights[i * kWrites + thread / kWrites] * shared.products[i * kWrites + thread % kWrites];
+    gram_of(m, turn)[m.index * StreamPlan::kPart + packed(thread)] = sum;
   }
 };
 

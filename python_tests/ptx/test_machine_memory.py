@@ -105,6 +105,10 @@ def test_undefined_halves_of_registers(ptx):
             ptx.run(body.format(f"mov.b64 %rd1, {pack};", half), zeros(), threads=1)
     with pytest.raises(Fault, match="undefined value is used, operand 2"):
         ptx.run("mov.b64 %rd1, {%r0, %r2}; st.global.b64 [%rd0], %rd1;", zeros(), threads=1)
+    cut = "mov.b64 %rd1, {}; cvt.u32.u64 %r3, %rd1; st.global.b32 [%rd0], %r3;"
+    ptx.run(cut.format("{%r0, %r2}"), zeros(), threads=1)
+    with pytest.raises(Fault, match="undefined value is used, operand 2"):
+        ptx.run(cut.format("{%r2, %r0}"), zeros(), threads=1)
 
 
 def test_undefined_lanes_of_a_shuffle(ptx):

@@ -1,5 +1,6 @@
 """The PTX machine's races: of each pair of kernels, the one that lacks an order is caught."""
 
+import functools
 import re
 
 import pytest
@@ -118,6 +119,20 @@ def test_a_barrier_of_the_grid(ptx):
             with pytest.raises(Fault, match="race: a read of byte"):
                 body = GRID_BARRIER.format(**parts | {missing: ""})
                 ptx.run(body, zeros(), zeros(), grid=4, threads=64, cooperative=True)
+
+
+def test_a_barrier_of_the_grid_by_release_and_acquire(ptx):
+    orders = {"atom.global": "atom.release.gpu.global", "ld.volatile": "ld.acquire.gpu"}
+    for missing in ("", *orders):
+        body = GRID_BARRIER.format(barrier="bar.sync 0;", fence="", second="")
+        for weak, strong in orders.items():
+            body = body.replace(weak, strong if weak != missing else weak)
+        launch = functools.partial(ptx.run, body, zeros(), zeros(), grid=4, threads=64, cooperative=True)
+        if missing:
+            with pytest.raises(Fault, match="race: a read of byte"):
+                launch()
+        else:
+            launch()
 
 
 def test_lanes_of_one_store_that_disagree(ptx):

@@ -137,6 +137,10 @@ void finish_copy(Warp& w, int lane, const AsyncCopy& c) {
 
 void fence(Warp& w, int lane) {
   w.fenced[lane] = w.block->clock;
+  order_after(w, lane);
+}
+
+void order_after(Warp& w, int lane) {
   const auto found = w.acquired.find(lane);
   if (found == w.acquired.end()) return;
   auto& pending = w.block->pending;

@@ -184,6 +184,8 @@ void conversion(Kernel& kernel, Instruction& i, Opcode& opcode) {
   if (!is_float(i.source_type) && i.variant) throw Error("this rounding");
   if (i.type == Type::none || i.type == Type::pred) return;
   shape(kernel, i, {0, 0});
+  const bool cuts = !is_float(i.type) && !is_float(i.source_type) && bytes_of(i.type) <= 4;
+  if (cuts && bytes_of(i.source_type) == 8) i.parts = Instruction::Parts::low;
   i.run = convert;
 }
 

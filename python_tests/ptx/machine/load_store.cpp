@@ -32,6 +32,7 @@ void load(Warp& w, const Instruction& i, uint32_t lanes) {
     const uint64_t address = w.address(from, l);
     const unsigned char* p = access(w, l, address, size * i.vector, i.space, false);
     if (i.atomic) acquire(w, l, address);
+    if (i.acquires) order_after(w, l);
     for (int j = 0; j < i.vector; ++j) result[j][l] = extended(i.type, p + j * size);
   });
   // Only now: the address may be in a register that is written.
@@ -66,8 +67,12 @@ void atomic_add(Warp& w, const Instruction& i, uint32_t lanes) {
     const uint64_t address = w.address(to, l);
     access(w, l, address, sizeof(T), i.space, false);
     unsigned char* p = access(w, l, address, sizeof(T), i.space, true);
+    const auto fenced = w.fenced[l];
+    if (i.releases) w.fenced[l] = w.block->clock;
     release(w, l, address, false);
+    w.fenced[l] = fenced;
     acquire(w, l, address);
+    if (i.acquires) order_after(w, l);
     T old;
     memcpy(&old, p, sizeof old);
     const T sum = canonical(T(old + w.in<T>(with)[l]));
@@ -120,8 +125,10 @@ void take_vector(Instruction& i, Opcode& opcode) {
 }
 
 void bind_load(Kernel& kernel, Instruction& i, Opcode& opcode) {
-  i.atomic = !opcode.take_one_of({"volatile", "relaxed", "acquire"}).empty();
-  opcode.take_one_of({"gpu", "sys", "weak"});
+  const std::string order = opcode.take_one_of({"volatile", "relaxed", "acquire"});
+  i.atomic = !order.empty();
+  i.acquires = order == "acquire";
+  if (opcode.take_one_of({"gpu", "sys", "weak", "cta"}) == "cta") throw Error("an order within a block");
   opcode.take_one_of({"ca", "cg", "cs", "cv", "lu"});
   opcode.take("nc");
   take_space(i, opcode);
@@ -146,7 +153,9 @@ void bind_store(Kernel& kernel, Instruction& i, Opcode& opcode) {
 
 void bind_atomic(Kernel& kernel, Instruction& i, Opcode& opcode) {
   i.atomic = true;
-  opcode.take("relaxed");
+  const std::string order = opcode.take_one_of({"relaxed", "acquire", "release", "acq_rel"});
+  i.acquires = order == "acquire" || order == "acq_rel";
+  i.releases = order == "release" || order == "acq_rel";
   opcode.take_one_of({"gpu", "sys"});
   take_space(i, opcode);
   if (!opcode.take("add")) throw Error("an operation that is not known");

@@ -150,6 +150,8 @@ void finish_copy(Warp& warp, int lane, const AsyncCopy& copy);
 // next barrier on. That is less than PTX promises: what a thread does between its block's barriers and its
 // fences is taken to be in no order.
 void fence(Warp& warp, int lane);
+// What a lane has acquired, for its block, from its next barrier on.
+void order_after(Warp& warp, int lane);
 void release(Warp& warp, int lane, uint64_t address, bool replaces);
 void acquire(Warp& warp, int lane, uint64_t address);
 

@@ -83,9 +83,9 @@ struct Instruction {
   bool selects = false;  // selp: what is not selected may be undefined
   // Which parts of a register are defined matters: it is made of two halves, divided into two, or taken by
   // halves; its bytes are permuted or masked; lanes take each other's.
-  enum class Parts : uint8_t { none, pack, unpack, each, permute, mask, shuffle } parts = Parts::none;
+  enum class Parts : uint8_t { none, pack, unpack, each, low, permute, mask, shuffle } parts = Parts::none;
   bool uses = false;  // what it takes leaves the registers, and must be defined
-  bool atomic = false, trans = false, flush = false;
+  bool atomic = false, releases = false, acquires = false, trans = false, flush = false;
   Space space = Space::generic;
   Type type = Type::none, source_type = Type::none;
   uint8_t outputs = 0;  // the first so many operands are written

@@ -139,6 +139,8 @@ void follow_halves(Warp& w, const Instruction& i, uint32_t lanes) {
     }
   if (i.parts == Parts::each) {
     define(w, o[0], lanes, bad_low, bad_high);
+  } else if (i.parts == Parts::low) {
+    define(w, o[0], lanes, bad_low, bad_low);
   } else {
     define(w, o[0], lanes, bad_low, bad_low);
     define(w, o[1], lanes, bad_high, bad_high);
