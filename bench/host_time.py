@@ -1,4 +1,4 @@
-"""Microseconds of the host in each call, and how often it waits for the device, with the GPU's kernels left out.
+"""Microseconds of the host in each call, and its waits for the device, with the kernels of a GPU left out.
 
     python bench/host_time.py                      this checkout
     python bench/host_time.py --before FOLDER      beside another one, in turns, in one run

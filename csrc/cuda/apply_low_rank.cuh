@@ -22,7 +22,12 @@ struct LowRankUpdate {
   static constexpr int kRows = 4;
   static constexpr int kTileRows = kThreads / kLanes * kRows;
   static constexpr int kTileCols = kLanes * kVec;
-  static constexpr int kBlocks = kVec == 8 ? 2 : 3;  // a multiprocessor, as many as its registers allow
+  // A multiprocessor, as many as its registers allow: for sm_120 the same code is given more of them.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+  static constexpr int kBlocks = kVec == 8 ? 1 : 2;
+#else
+  static constexpr int kBlocks = kVec == 8 ? 2 : 3;
+#endif
 
   struct Shared {
     Pack<Sum, kTileCols> right[kDepth];

@@ -1,4 +1,4 @@
-"""What `make docs` adds to the pages of docs/: README, CHANGELOG, CONTRIBUTING, the reference, the notebooks."""
+"""What `make docs` adds to docs/: README, CHANGELOG, CONTRIBUTING, the reference, the notebooks."""
 
 from __future__ import annotations
 
