@@ -19,12 +19,12 @@ _PRINCIPAL: WeakKeyDictionary[Covariance, dict[float, Tensor]] = WeakKeyDictiona
 
 
 class Solved(NamedTuple):
-    """The factors of a write, and the residuals and the ridge that they solve for."""
+    """The factors of a write, and the residuals and the ridge that they solve for, if they do."""
 
     left: Tensor
     right: Tensor
-    residuals: Tensor
-    ridge: float
+    residuals: Tensor | None
+    ridge: float | None
 
 
 class LayerOperator:

@@ -284,6 +284,8 @@ class EditResult(HubFolder):
                     f"number {number}: batches that were found one on top of the other"
                 )
         ridges = {write.ridge for write in merged.writes}
+        if None in ridges:
+            raise EngramError("results: expected joint writes, got some whose rows stand alone: merge them")
         if len(ridges) > 1:
             raise EngramError(f"results: expected one ridge, got {', '.join(f'{one:g}' for one in ridges)}")
         try:
