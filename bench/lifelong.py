@@ -1,7 +1,7 @@
 """Thousands of edits, one call after the other: what holds, and what becomes of ordinary text.
 
-    ENGRAM_DATA=... python bench/lifelong.py --method natural --output out     one method a run
-    python bench/lifelong.py --output out --draw docs/lifelong.svg             the figure of all that are there
+    ENGRAM_DATA=... python bench/lifelong.py --method natural --output out   one method
+    python bench/lifelong.py --output out --draw docs/lifelong.svg           their figure
 
 Rows of CounterFact, in their order, in batches of 100 (ROME: one by one) into one `EditStore`. After some
 numbers of edits the model is asked: of the edits so far, evenly spread (all of them at the end), how many
