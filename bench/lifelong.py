@@ -5,7 +5,7 @@
 
 Rows of CounterFact, in their order, in batches of 100 (ROME: one by one) into one `EditStore`. After some
 numbers of edits the model is asked: of the edits so far, evenly spread (all of them at the end), how many
-prompts it answers with the whole target, each token the likeliest; and the perplexity of 24 pieces of
+prompts it answers with the whole target, each token the likeliest; and the perplexity of 16 pieces of
 Wikipedia text that no statistics read. A run that was cut off goes on by the same command.
 `out/METHOD.json` has a row for each number of edits.
 """
@@ -29,8 +29,8 @@ from engram_kernels.editing.batching import encode_edit
 from engram_kernels.editing.held_out import text_loss, wikipedia_rows
 from engram_kernels.editing.reach import reached
 
-STAGES = (50, 100, 200, 300, 400, 700, 1000, 1500, 2000)
-ASKED, TEXTS = 400, 24
+STAGES = (50, 100, 200, 400, 700, 1000, 1500, 2000)
+ASKED, TEXTS = 300, 16
 # The methods as they are, but that values are searched after the bare prompt alone and not after twenty
 # sampled texts too, which would take six times as long and changes what is asked here little.
 SEARCHED = ("rome", "memit", "alphaedit", "engram", "rlsedit", "encore")

@@ -15,9 +15,9 @@ from .gradients import GradientOptions, Gradients, Stream, layer_gradients
 from .preconditioner import LayerOperator, Solved
 from .records import Write
 from .values import Value
-from .weights import Snapshot
+from .weights import Snapshot, add_
 
-# Of the mean diagonal of the system of all edits: for two of them whose gradients and keys are alike.
+# Of the mean diagonal of the system of all edits, with no earlier ones to spare: for two that are alike.
 _DAMPING = 1e-2
 # Of the mean diagonal of a layer's second moment of gradients, which fewer tokens than dimensions make.
 _METRIC_DAMPING = 0.1
@@ -74,7 +74,7 @@ def _normalised(model, projections, encoded, operators, options, edits, seen: Gr
         solved = operators[projection.layer].factors(projection.whole(), keys, wanted)
         writes.append(_write(projection, seen, keys, solved, edits, stream.tensor().cpu()))
     for projection, write in zip(projections, writes, strict=True):
-        _apply(projection, write)
+        _add(projection, write.left, write.right)
     after = layer_gradients(model, projections, encoded, options.tokens, backward=False)
     return Written(writes, _values(writes[-1], seen, [seen.losses, after.losses]))
 
@@ -84,7 +84,7 @@ def _smallest(model, projections, encoded, operators, options, edits, seen: Grad
 
     With `g` the gradient of an edit's loss `L` at a token, and `A = (mean gᵀg)⁻¹` of a layer, damped,
 
-        ΔW = −Σ c (g A)ᵀ (k Q),   N c = max(L − loss, 0),   N_ij = Σ (g_t A g_sᵀ) (k_t Q k_sᵀ)
+        ΔW = −Σ c (g A)ᵀ (k Q),   (N + dI) c = max(L − loss, 0),   N_ij = Σ (g_t A g_sᵀ) (k_t Q k_sᵀ)
 
     over all layers and the tokens t and s of edits i and j. To first order the losses are `loss` then, and
     the sum over layers of `tr(A⁻¹ ΔW Q⁻¹ ΔWᵀ)` is smallest: where `Q` is `C⁻¹`, by how much answers to
@@ -101,12 +101,18 @@ def _smallest(model, projections, encoded, operators, options, edits, seen: Grad
         torch.zeros(own.shape[1], len(own), dtype=torch.float64, device=own.device) for own in seen.gradients
     ]
     metrics = list(map(_metric, seen.gradients))
+    # Where earlier edits hold nearly all that gradients reach, the rest must not be bought at any price.
+    free = [
+        operators[projection.layer].first.apply(keys.double())
+        for projection, keys in zip(projections, seen.keys, strict=True)
+    ]
+    damping = _DAMPING * _system(seen, free, metrics)[0].diagonal().mean()
     losses, solved = [], []
     for number in range(options.passes):
         if number:
             seen = layer_gradients(model, projections, encoded, options.tokens)
         losses.append(seen.losses)
-        steps = _steps(seen, rights, metrics, options.loss)
+        steps = _steps(seen, rights, metrics, damping, options.loss)
         lefts = [left + step for left, step in zip(lefts, steps, strict=True)]
         solved = [
             Solved(left.float(), right.float(), None, None) for left, right in zip(lefts, rights, strict=True)
@@ -114,7 +120,7 @@ def _smallest(model, projections, encoded, operators, options, edits, seen: Grad
         # The sum of all passes, added once: as a saved edit does it.
         for original, projection, own in zip(originals, projections, solved, strict=True):
             original.restore()
-            _apply(projection, _write(projection, seen, seen.keys[0], own, edits))
+            _add(projection, own.left, own.right)
     # The keys that later batches are to spare are those of the model as it is now.
     after = layer_gradients(model, projections, encoded, options.tokens, backward=False)
     writes = [
@@ -133,8 +139,23 @@ def _metric(gradients: Tensor) -> Tensor:
     return torch.cholesky_inverse(torch.linalg.cholesky(moment))
 
 
-def _steps(seen: Gradients, rights: Sequence[Tensor], metrics: Sequence[Tensor], loss: float) -> list[Tensor]:
+def _steps(
+    seen: Gradients, rights: Sequence[Tensor], metrics: Sequence[Tensor], damping: Tensor, loss: float
+) -> list[Tensor]:
     """`−c (g A)ᵀ [out, tokens]` of each layer."""
+    system, scaled = _system(seen, rights, metrics)
+    system.diagonal().add_(damping)
+    factor, failed = torch.linalg.cholesky_ex(system)
+    if bool(failed):
+        raise EngramError("edits: expected some that gradients reach, got none that they do")
+    share = torch.cholesky_solve((seen.losses - loss).clamp_min(0).unsqueeze(1), factor)[:, 0][seen.owner]
+    return [-(own * share.to(own.device).unsqueeze(1)).T for own in scaled]
+
+
+def _system(
+    seen: Gradients, rights: Sequence[Tensor], metrics: Sequence[Tensor]
+) -> tuple[Tensor, list[Tensor]]:
+    """`N [edits, edits]`, and `g A [tokens, out]` of each layer."""
     count, owner = len(seen.losses), seen.owner
     system = torch.zeros(count, count, dtype=torch.float64)
     scaled = [own.double() @ metric for own, metric in zip(seen.gradients, metrics, strict=True)]
@@ -142,14 +163,7 @@ def _steps(seen: Gradients, rights: Sequence[Tensor], metrics: Sequence[Tensor],
         each = ((gradients.double() @ own.T) * (keys.double() @ right.T)).cpu()
         columns = torch.zeros(len(owner), count, dtype=torch.float64).index_add_(1, owner, each)
         system.index_add_(0, owner, columns)
-    system = (system + system.T) / 2
-    system.diagonal().add_(_DAMPING * system.diagonal().mean())
-    wanted = (seen.losses - loss).clamp_min(0)
-    try:
-        share = torch.linalg.solve(system, wanted)[owner]
-    except torch.linalg.LinAlgError as error:
-        raise EngramError("edits: expected some that gradients reach, got none that they do") from error
-    return [-(own * share.to(own.device).unsqueeze(1)).T for own in scaled]
+    return (system + system.T) / 2, scaled
 
 
 def _write(
@@ -168,8 +182,8 @@ def _write(
     return write
 
 
-def _apply(projection: Projection, write: Write) -> None:
-    write.apply_(projection)
+def _add(projection: Projection, left: Tensor, right: Tensor) -> None:
+    add_(projection, left, right)
     if not projection.whole().isfinite().all():
         raise EngramError(f"edits: expected weights in the range of {projection.matrix.dtype}, got infinity")
 

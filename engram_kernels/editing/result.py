@@ -270,6 +270,8 @@ class EditResult(HubFolder):
         """
         results = list(results)
         merged = cls.merge(results)
+        if any(write.ridge is None for write in merged.writes):
+            raise EngramError("results: expected joint writes, got some whose rows stand alone: merge them")
         modules = {edited.module: edited.base_checksum for edited in results[0].edited_modules}
         for number, result in enumerate(results):
             bases = {edited.module: edited.base_checksum for edited in result.edited_modules}
@@ -284,8 +286,6 @@ class EditResult(HubFolder):
                     f"number {number}: batches that were found one on top of the other"
                 )
         ridges = {write.ridge for write in merged.writes}
-        if None in ridges:
-            raise EngramError("results: expected joint writes, got some whose rows stand alone: merge them")
         if len(ridges) > 1:
             raise EngramError(f"results: expected one ridge, got {', '.join(f'{one:g}' for one in ridges)}")
         try:

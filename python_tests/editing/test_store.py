@@ -41,7 +41,14 @@ def open_store(folder, model=None, **options):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    "method", [None, "rome", replace(METHODS["memit"], layers=2, batch=1, preserve=True)]
+    "method",
+    [
+        None,
+        "rome",
+        replace(METHODS["memit"], layers=2, batch=1, preserve=True),
+        replace(METHODS["natural"], layers=2, batch=1),
+        replace(METHODS["ultraedit"], layers=2, batch=1),
+    ],
 )
 def test_many_calls_are_one_call_bit_for_bit(tmp_path, method, dtype):
     """Each of the calls in a store that was opened anew, as other processes do, on a model loaded anew."""
