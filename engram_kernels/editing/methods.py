@@ -142,6 +142,16 @@ def method_of(method: object) -> Method:
     return METHODS[method]
 
 
+def check_values(values: object) -> None:
+    """Check how answers are to be found.
+
+    Raises:
+        ValueError: there is no such way.
+    """
+    if values is not None:
+        _check_name("values", values, VALUES)
+
+
 def check_choices(
     method: object, batch: object, conflicts: object, failures: object, values: object = None
 ) -> None:
@@ -154,8 +164,7 @@ def check_choices(
     method_of(method)
     _check_name("conflicts", conflicts, CONFLICTS)
     _check_name("failures", failures, FAILURES)
-    if values is not None:
-        _check_name("values", values, VALUES)
+    check_values(values)
     if batch is not None:
         check.integer("batch", batch)
         check.expect(batch > 0, "batch", "a positive number or None", batch)
