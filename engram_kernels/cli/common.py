@@ -48,6 +48,19 @@ Layers = Annotated[
     ),
 ]
 
+Values = Annotated[
+    str | None,
+    typer.Option(help="How answers are found: search, gradient or warm; default: by method.", metavar="HOW"),
+]
+StopOn = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=BOUND",
+        help="End the run before growth, update, holding or perplexity passes a bound, such as "
+        "perplexity=0.02; may be repeated.",
+    ),
+]
+
 # What a command ends with; `engram --help` and docs/command-line.md say the same.
 FAILED, NOT_AS_WANTED = 1, 3
 
@@ -171,6 +184,20 @@ def layers_of(texts: list[str] | None) -> list[int] | None:
             raise ValueError(f"layers: expected numbers such as 5, or 4,5,6, or 4-6, got {part!r}")
         found += range(int(ends[1]), int(ends[2] or ends[1]) + 1)
     return found or None
+
+
+def bounds_of(texts: list[str] | None) -> dict[str, float] | None:
+    """The bounds that `--stop-on perplexity=0.02` and the like name."""
+    from ..editing.health import check_bounds
+
+    found = {}
+    for text in texts or ():
+        name, _, bound = text.partition("=")
+        try:
+            found[name.strip()] = float(bound)
+        except ValueError:
+            raise ValueError(f"stop_on: expected a name and a number, a=b, got {text!r}") from None
+    return check_bounds(found) or None
 
 
 def group_of_ranks():

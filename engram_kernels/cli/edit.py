@@ -19,6 +19,7 @@ from .common import (
     NotAsWantedError,
     Seed,
     Tokens,
+    Values,
     bars,
     check_file,
     check_folder,
@@ -66,6 +67,7 @@ def edit(
     ] = None,
     method: Method = "engram",
     layers: Layers = None,
+    values: Values = None,
     weight_decay: Annotated[
         float | None, typer.Option(help="Of the value's optimisation; larger ones change less.")
     ] = None,
@@ -116,7 +118,7 @@ def edit(
             group=group_of_ranks(),
         )  # fmt: skip
         before = [_answers(network, tokenizer, ids) for ids in texts]
-        result = editor.edit(fact, asked_layers, method)
+        result = editor.edit(fact, asked_layers, method, values=values)
         after = [_answers(network, tokenizer, ids) for ids in texts]
         said = [one.said for one in reached(network, wanted, [fact.text] * len(wanted))]
 

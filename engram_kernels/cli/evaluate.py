@@ -20,6 +20,7 @@ from .common import (
     Model,
     Seed,
     Tokens,
+    Values,
     bars,
     check_file,
     check_picture,
@@ -85,6 +86,7 @@ def evaluate(
         ),
     ] = "each",
     layers: Layers = None,
+    values: Values = None,
     ridge: Annotated[
         float | None,
         typer.Option(help="How much of a change is given up for smaller writes; default: by method."),
@@ -171,7 +173,7 @@ def evaluate(
 
     if mode not in MODES:
         raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
-    check_choices(method, batch, conflicts, failures)
+    check_choices(method, batch, conflicts, failures, values)
     for name, count in (("fluency", fluency), ("drift_rows", drift_rows), ("give", give)):
         if count < 0:
             raise ValueError(f"{name}: expected at least 0, got {count}")
@@ -192,6 +194,7 @@ def evaluate(
     value = replace(method_of(method).value, **asked)
     options = {"layers": layers_of(layers), "method": method, "ridge": ridge, "batch": batch}
     options |= {"preserve": preserve, "null_space": null_space, "conflicts": conflicts, "failures": failures}
+    options |= {"values": values} if values else {}
     checkpoints = tuple(checkpoint or CHECKPOINTS)
     pairs = {"contexts": _pairs(contexts)} if contexts else {}
     settings = {

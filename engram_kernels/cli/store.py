@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,8 +19,11 @@ from .common import (
     Layers,
     Model,
     Seed,
+    StopOn,
     Tokens,
+    Values,
     bars,
+    bounds_of,
     check_folder,
     layers_of,
     load,
@@ -28,7 +32,7 @@ from .common import (
 from .output import MARKS, emit, note, show, table
 
 if TYPE_CHECKING:
-    from ..editing import Edit, EditStore, StoredEdit
+    from ..editing import Edit, EditStore, Health, StoredEdit
 
 app = App(help="Keep the edits of one model in a folder, for later ones to spare.", no_args_is_help=True)
 
@@ -54,6 +58,8 @@ def add(
         str | None, typer.Option(help="Of a new store: engram, rome, memit and others: docs/methods.md.")
     ] = None,
     layers: Layers = None,
+    values: Values = None,
+    stop_on: StopOn = None,
     corpus: Corpus = None,
     tokens: Tokens = None,
     dtype: Dtype = "float32",
@@ -65,16 +71,28 @@ def add(
     Example: engram store add facts --subject "The Eiffel Tower" --prompt "{} is in the city of" --target Rome
     """
     edits = _edits(subject, prompt, target, facts)
-    asked = {"method": method, "layers": layers_of(layers)}
+    asked = {"method": method, "layers": layers_of(layers), "values": values}
+    bounds = bounds_of(stop_on)
     with bars() as progress:
         network, tokenizer = load(progress, model, dtype, device)
         options = {"corpus": corpus, "tokens": tokens, "seed": seed, "progress": progress}
         with _opened(store, network, tokenizer, **asked, **options) as kept:
-            made = kept.add(edits)
-            count = len(kept)
+            made = kept.add(edits, stop_on=bounds)
+            count, health = len(kept), kept.health[-1]
     show(_table(made))
     note(f"{store}: {_counted(count)} of {model}.")
-    emit({"store": store, "model": model, "added": [_described(one) for one in made], "edits": count})
+    note(_in_words(health))
+    if len(made) < len(edits):
+        note(f"The run ended before a bound was passed: {_counted(len(edits) - len(made))} not made.")
+    emit(
+        {
+            "store": store,
+            "model": model,
+            "added": [_described(one) for one in made],
+            "edits": count,
+            "health": asdict(health),
+        }
+    )
 
 
 @app.command("list")
@@ -123,6 +141,9 @@ def remove(
 def export(
     store: Folder,
     out: Annotated[Path, typer.Option(help="New folder for the adapter.")],
+    rank: Annotated[
+        int | None, typer.Option(help="At most this rank a matrix, for serving; default: as it is.", min=1)
+    ] = None,
 ) -> None:
     """Write all edits as one LoRA adapter.
 
@@ -131,9 +152,11 @@ def export(
     check_folder("out", out)
     kept = _opened(store)
     with reading("store", "directory"):
-        kept.export(out)
+        lost = kept.export(out, rank)
     note(f"Saved {_counted(len(kept))} to {out}.")
-    emit({"store": store, "out": out, "edits": len(kept)})
+    if rank is not None:
+        note(f"Of the changes' norm {max(lost.values()):.1%} is lost where most is.")
+    emit({"store": store, "out": out, "edits": len(kept), "lost": lost})
 
 
 @app.command()
@@ -162,6 +185,16 @@ def verify(
                 count, what = kept.verify(), f"in {model} the weights are as they were, bit for bit"
     note(f"{store}: {_counted(count)}; {what}.")
     emit({"store": store, "edits": count, "rebuilt": model is not None})
+
+
+def _in_words(health: Health) -> str:
+    """What was measured after the last batch."""
+    found = [f"‖W‖ × {health.growth:.3f}", f"σ₁(ΔW)/σ₁(W) {health.update:.3f}"]
+    if health.holding is not None:
+        found.append(f"earlier edits that hold {health.holding:.2f}")
+    if health.perplexity is not None:
+        found.append(f"perplexity {health.perplexity:+.1%}")
+    return f"Health: {', '.join(found)}."
 
 
 def _counted(count: int) -> str:

@@ -6,6 +6,7 @@ from ..hf.loading import load_model
 from .checkpoint import edit_checkpoint
 from .edit import Edit
 from .editor import Editor
+from .gradients import GradientOptions
 from .health import Health
 from .methods import METHODS, Method
 from .npz import load_npz, save_npz
@@ -22,6 +23,7 @@ __all__ = [
     "EditResult",
     "EditStore",
     "Editor",
+    "GradientOptions",
     "Health",
     "Method",
     "SkippedEdit",

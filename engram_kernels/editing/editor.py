@@ -151,6 +151,7 @@ class Editor:
         directory: str | os.PathLike | None = None,
         after: EditResult | None = None,
         stop_on: Mapping[str, float] | None = None,
+        values: str | None = None,
     ) -> EditResult:
         """Write one fact or many. Whatever fails, the weights stay as they were, bit for bit.
 
@@ -195,6 +196,10 @@ class Editor:
                 each batch. The batch that passes one is taken back, it and all later edits are listed as
                 skipped, and the edits up to there are kept. None: a run never ends on its health; past wide
                 bounds it warns.
+            values: how the model's new answers are found. `"search"`: optimised for each edit, in one layer.
+                `"gradient"`: no search, a batch is written where a few gradients of all its losses lead,
+                in all layers at once (`GradientOptions`). `"warm"`: searched, from where the first
+                gradient leads. None: as the method does.
 
         Returns:
             An `EditResult` with a record for each edit that was made, to revert, save or apply elsewhere.
@@ -208,14 +213,17 @@ class Editor:
         """
         _expect("directory", directory, "a path or None", str, os.PathLike, type(None))
         _expect("after", after, "an EditResult or None", EditResult, type(None))
-        plan = self._plan(layers, method, ridge, batch, preserve, null_space, conflicts, failures, stop_on)
+        plan = self._plan(
+            layers, method, ridge, batch, preserve, null_space, conflicts, failures, stop_on, values
+        )
         edits = _edits(edits)
         for layer in plan.layers:
             searched_projection(self.model, layer)
         with eval_mode(self.model), self.ranks.failing_together():
             run = Run(self.model, self.tokenizer, edits, plan, self.progress, self.ranks, after)
             run.begin()
-            run.encode(self.prefixes())
+            # Gradients are of the prompts alone.
+            run.encode(() if plan.method.values == "gradient" else self.prefixes())
             covariances = self.covariances(plan.layers)
             journal = None
             if directory is not None:
@@ -225,9 +233,11 @@ class Editor:
                 journal = Journal(directory, settings)
             return run.result(covariances, journal)
 
-    def _plan(self, layers, method, ridge, batch, preserve, null_space, conflicts, failures, stop_on) -> Plan:
+    def _plan(
+        self, layers, method, ridge, batch, preserve, null_space, conflicts, failures, stop_on, values
+    ) -> Plan:
         """The method's settings and the caller's, checked."""
-        check_choices(method, batch, conflicts, failures)
+        check_choices(method, batch, conflicts, failures, values)
         chosen = method_of(method)
         _expect("ridge", ridge, "a number or None", int, float, type(None))
         _expect("preserve", preserve, "True, False, a number or None", bool, int, float, type(None))
@@ -236,8 +246,12 @@ class Editor:
         check.number("ridge", ridge, at_least=0)
         if preserve is not None and preserve != math.inf:
             check.number("preserve", float(preserve), at_least=0)
-        asked = {"ridge": float(ridge), "preserve": preserve, "null_space": null_space, "batch": batch}
+        asked = {
+            "ridge": float(ridge), "preserve": preserve, "null_space": null_space, "batch": batch,
+            "values": values,
+        }  # fmt: skip
         chosen = replace(chosen, **{name: value for name, value in asked.items() if value is not None})
+        _check_gradients(chosen)
         layers = self.layers(method) if layers is None else _asked_layers(layers)
         if (len(layers) > 1 or ridge > 0) and not self.consistent_key:
             raise ValueError(
@@ -249,7 +263,7 @@ class Editor:
             method=chosen,
             last_wins=conflicts == "last",
             skip_failures=failures == "skip",
-            value=self.value or chosen.value,
+            value=replace(self.value or chosen.value, **({"warm": True} if chosen.values == "warm" else {})),
             key=self._key(chosen),
             texts=chosen.texts,
             bare_denominator=not self.consistent_key,
@@ -267,9 +281,9 @@ class Editor:
         Raises:
             ValueError: there is no such method.
         """
-        count = method_of(method).layers
-        first = max(0, default_layer(self.model) - count // 2)
-        return tuple(range(len(decoder_layers(self.model)[1])))[first : first + count]
+        method = method_of(method)
+        first = max(0, default_layer(self.model, method.depth) - method.layers // 2)
+        return tuple(range(len(decoder_layers(self.model)[1])))[first : first + method.layers]
 
     def prefixes(self) -> list[str]:
         """The texts that are put before every prompt, sampled once."""
@@ -322,6 +336,15 @@ def _edits(edits) -> list[Edit]:
         if not isinstance(edit, Edit):
             raise TypeError(f"edits: expected Edit objects, got {type(edit).__name__}")
     return edits
+
+
+def _check_gradients(method: Method) -> None:
+    """The rule without a rate sums rank-one terms: what methods put around a joint write has no place."""
+    around = [name for name in ("neurons", "suppress", "ideal") if getattr(method, name) is not None]
+    if method.values == "gradient" and method.gradient.rate is None and around:
+        raise ValueError(
+            f"values: expected 'search', or a gradient's rate, for a method with {around[0]}, got 'gradient'"
+        )
 
 
 def _asked_layers(layers) -> tuple[int, ...]:

@@ -98,7 +98,9 @@ def write_report(write: Write) -> dict:
 
 def write_tensors(writes: Sequence[Write], names: Iterable[str]) -> dict[str, Tensor]:
     """Tensors of writes, named by their number."""
-    return {f"{i}.{name}": getattr(write, name) for i, write in enumerate(writes) for name in names}
+    tensors = {f"{i}.{name}": getattr(write, name) for i, write in enumerate(writes) for name in names}
+    streams = {f"{i}.stream": write.stream for i, write in enumerate(writes) if write.stream is not None}
+    return tensors | streams
 
 
 def read_writes(reports: Sequence[Mapping], tensors: Mapping[str, Tensor]) -> list[Write]:
@@ -111,8 +113,9 @@ def read_writes(reports: Sequence[Mapping], tensors: Mapping[str, Tensor]) -> li
                 name: tensors[f"{number}.{name}"].clone(memory_format=torch.contiguous_format)
                 for name in ("left", "right", "keys", "residuals")
             },
-            ridge=float(report["ridge"]),
+            ridge=None if report["ridge"] is None else float(report["ridge"]),
             edits=tuple(report["edits"]),
+            stream=tensors.get(f"{number}.stream"),
         )
         for number, report in enumerate(reports)
     ]

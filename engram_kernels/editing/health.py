@@ -164,7 +164,7 @@ def warn(found: Sequence[Health]) -> None:
 
 
 def largest_singular_value(left: Tensor, right: Tensor | None = None) -> float:
-    """`σ₁` of `left @ right`, or of one matrix, by power iteration: from below, and close where it stands out."""
+    """`σ₁` of `left @ right`, or of one matrix, by power iteration: a lower bound, close if it stands out."""
     left = left.float()
     right = None if right is None else right.float()
     generator, width = torch.Generator().manual_seed(0), (left if right is None else right).shape[1]

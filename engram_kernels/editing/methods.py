@@ -7,10 +7,13 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from .. import _checks as check
+from ..hf.projection import DEFAULT_DEPTH
+from .gradients import GradientOptions
 from .values import ValueOptions
 
 CONFLICTS = ("refuse", "last")
 FAILURES = ("raise", "skip")
+VALUES = ("search", "gradient", "warm")
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,7 @@ class Method:
 
     Attributes:
         layers: over how many layers a change is spread.
+        depth: around which share of the model's depth these lie.
         batch: how many edits are written at once; None: all of them.
         ridge: `λ`, how much of a change is given up for a smaller write; 0 writes it exactly.
         moment: `w`, the weight of the statistics `C` in `Q`.
@@ -40,10 +44,14 @@ class Method:
         key_ridge: `λ` of the key that all texts answer to alike (`SpreadKey`); None: the mean key.
         texts: about how many texts a value is searched over; None: every prompt after every context.
         value: options of the value's optimisation, where the caller gives none.
+        values: `"search"`: each value is optimised; `"gradient"`: batches are written where their gradients
+            lead; `"warm"`: each value is optimised from where its first gradient leads.
+        gradient: how that is, for `"gradient"`.
         source: the paper.
     """
 
     layers: int = 1
+    depth: float = DEFAULT_DEPTH
     batch: int | None = None
     ridge: float = 0.0
     moment: float = 1.0
@@ -57,6 +65,8 @@ class Method:
     key_ridge: float | None = None
     texts: int | None = None
     value: ValueOptions = field(default_factory=ValueOptions)
+    values: str = "search"
+    gradient: GradientOptions = field(default_factory=GradientOptions)
     source: str = ""
 
     @property
@@ -106,6 +116,14 @@ METHODS = {
         layers=5, batch=100, ridge=10.0, moment=0.0, identity=1.0, null_space=0.02, preserve=True,
         suppress=(0.5, 0.5), source="Liu et al. 2025, arXiv 2510.01172",
     ),
+    "ultraedit": Method(
+        layers=9, batch=100, ridge=1.0, moment=0.0, identity=1.0, values="gradient",
+        gradient=GradientOptions("all", rate=1e-5, passes=1), source="Gu et al. 2025, arXiv 2505.14679",
+    ),
+    "natural": Method(
+        layers=14, depth=0.37, batch=100, preserve=True, values="gradient",
+        source="this package: natural gradients under the statistics of keys",
+    ),
     "simie": Method(
         layers=5, batch=100, ridge=20.0, ideal=10.0, source="Guo et al. 2025, ICML, PMLR 267:20793",
     ),
@@ -124,7 +142,19 @@ def method_of(method: object) -> Method:
     return METHODS[method]
 
 
-def check_choices(method: object, batch: object, conflicts: object, failures: object) -> None:
+def check_values(values: object) -> None:
+    """Check how answers are to be found.
+
+    Raises:
+        ValueError: there is no such way.
+    """
+    if values is not None:
+        _check_name("values", values, VALUES)
+
+
+def check_choices(
+    method: object, batch: object, conflicts: object, failures: object, values: object = None
+) -> None:
     """Check the arguments that can be checked without a model.
 
     Raises:
@@ -134,6 +164,7 @@ def check_choices(method: object, batch: object, conflicts: object, failures: ob
     method_of(method)
     _check_name("conflicts", conflicts, CONFLICTS)
     _check_name("failures", failures, FAILURES)
+    check_values(values)
     if batch is not None:
         check.integer("batch", batch)
         check.expect(batch > 0, "batch", "a positive number or None", batch)

@@ -19,12 +19,12 @@ _PRINCIPAL: WeakKeyDictionary[Covariance, dict[float, Tensor]] = WeakKeyDictiona
 
 
 class Solved(NamedTuple):
-    """The factors of a write, and the residuals and the ridge that they solve for."""
+    """The factors of a write, and the residuals and the ridge that they solve for, if they do."""
 
     left: Tensor
     right: Tensor
-    residuals: Tensor
-    ridge: float
+    residuals: Tensor | None
+    ridge: float | None
 
 
 class LayerOperator:
@@ -51,8 +51,8 @@ class LayerOperator:
         # What a renewal needs: all keys, and how many were there at the last one.
         self._keys: list[Tensor] = []
         self._renewed = 0
-        #: for the next batch, before its own keys have a say
-        self.current = self._made(principal_directions(covariance, method.null_space))
+        #: before any batch, and for the next one, before its own keys have a say
+        self.first = self.current = self._made(principal_directions(covariance, method.null_space))
         self._ideal = None
         if method.ideal is not None:
             self._ideal = Preconditioner.from_identity(

@@ -71,8 +71,9 @@ class Write:
         module: name of the projection.
         left, right: float32, `[out, n]` and `[n, in]`.
         keys, residuals: `K [n, in]` and `E [n, out]`, float32: what was to be written.
-        ridge: `λ`.
+        ridge: `λ`; None: every row stands by itself, and `E` is what all of them change of the answers.
         edits: `n` numbers: to which record each row belongs.
+        stream: what all keys and gradients so far are like, where a method normalises by it (`Stream`).
     """
 
     module: str
@@ -80,8 +81,9 @@ class Write:
     right: Tensor = field(repr=False)
     keys: Tensor = field(repr=False)
     residuals: Tensor = field(repr=False)
-    ridge: float
+    ridge: float | None
     edits: tuple[int, ...]
+    stream: Tensor | None = field(default=None, repr=False)
 
     def apply_(self, projection: Projection) -> None:
         """Do the write again."""
@@ -97,7 +99,10 @@ class Write:
         if not gone:
             return replace(self, edits=edits)
         keys, residuals = self.keys[kept], self.residuals[kept]
-        if torch.equal(self.left.T, self.residuals):
+        if self.ridge is None:
+            left, right = self.left[:, kept], self.right[kept]
+            residuals = ((keys.double() @ right.double().T) @ left.double().T).float()
+        elif torch.equal(self.left.T, self.residuals):
             # `K rightᵀ = I − λS`, and the inverse of a part of a matrix comes from blocks of its inverse.
             whole = self.right.double()
             leverage = self.keys.double() @ whole.T
@@ -109,7 +114,7 @@ class Write:
             _check_joint(left_factor(self.keys, self.right, self.residuals, self.ridge), self.left)
             right = self.right[kept]
             left = left_factor(keys, right, residuals, self.ridge)
-        return Write(self.module, left, right, keys, residuals, self.ridge, edits)
+        return Write(self.module, left, right, keys, residuals, self.ridge, edits, self.stream)
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -11,10 +12,13 @@ import torch
 from torch import Tensor
 
 from .. import _checks as check
+from .._io import new_directory
 from ..errors import EngramError
 from ..hf.hub import HubFolder
 from ..hf.placement import unwrapped
 from ..hf.projection import output_projection
+from .adapter import save_adapter
+from .compression import compressed
 from .files import Content, load_edits, save_edits
 from .health import Health
 from .history import Standing, note
@@ -270,6 +274,8 @@ class EditResult(HubFolder):
         """
         results = list(results)
         merged = cls.merge(results)
+        if any(write.ridge is None for write in merged.writes):
+            raise EngramError("results: expected joint writes, got some whose rows stand alone: merge them")
         modules = {edited.module: edited.base_checksum for edited in results[0].edited_modules}
         for number, result in enumerate(results):
             bases = {edited.module: edited.base_checksum for edited in result.edited_modules}
@@ -294,6 +300,36 @@ class EditResult(HubFolder):
         except torch.linalg.LinAlgError as error:
             raise EngramError("results: expected independent keys, or a ridge, got dependent ones") from error
         return merged
+
+    def save_adapter(self, directory: str | os.PathLike, rank: int | None = None) -> dict[str, float]:
+        """Write the changes alone as a LoRA adapter that PEFT loads, of a smaller rank if one is asked for.
+
+        An adapter's rank is the number of edits, or of their tokens, and servers take some hundred at most.
+
+        Args:
+            directory: a new or empty one.
+            rank: at most that many a matrix, those of the largest singular values; None: all.
+
+        Returns:
+            By module, which share of the changes' Frobenius norm is lost.
+
+        Raises:
+            TypeError, ValueError: `rank` is no positive integer.
+            EngramError: the directory is not empty or cannot be written.
+
+        Example:
+            >>> lost = result.save_adapter("facts-64", rank=64)
+        """
+        if rank is not None:
+            check.integer("rank", rank, at_least=1)
+        factors, lost = {}, {}
+        for module in self.modules:
+            left, right = self.factors(module)
+            narrow = (left, right, 0.0) if rank is None else compressed(left, right, rank)
+            factors[module], lost[module] = narrow[:2], narrow[2]
+        with new_directory(directory) as folder:
+            save_adapter(folder, self.edited_modules, factors)
+        return lost
 
     def _save_pretrained(self, save_directory: Path) -> None:
         save_edits(

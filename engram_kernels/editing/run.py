@@ -21,6 +21,8 @@ from ..hf.projection import searched_projection
 from ..hf.tokens import Row
 from .batching import EncodedEdit, encode_edit, encode_held
 from .edit import Edit
+from .gradient_writes import write_gradients
+from .gradients import Stream
 from .health import SAMPLE, Health, HealthCheck, warn
 from .history import facts_in, note
 from .journal import Journal
@@ -150,6 +152,9 @@ class Run:
         for write in self.after.writes:
             if write.module in layers:
                 operators[layers[write.module]].remember(write.keys)
+        streams = {
+            write.module: Stream.of(write.stream) for write in self.after.writes if write.stream is not None
+        }
         edited = [EditedModule.of(projection) for projection in self.projections]
         originals = {projection.name: Snapshot(projection) for projection in self.projections}
         values: dict[int, Value] = {}
@@ -163,8 +168,11 @@ class Run:
             for number, batch in enumerate(self.batches):
                 before = list(map(Snapshot, self.projections)) if self.plan.stop_on else []
                 self._hold(batch, values)
-                found = self._values(batch, len(values), journal)
-                written = self._written(number, found, operators, journal)
+                if method.values == "gradient":
+                    found, written = self._by_gradients(number, batch, operators, streams, journal)
+                else:
+                    found = self._values(batch, len(values), journal)
+                    written = self._written(number, found, operators, journal)
                 if not written:
                     continue
                 seen = self._look(look, writes + written, list(values), len(found))
@@ -178,6 +186,7 @@ class Run:
                 if number + 1 < len(self.batches):
                     for layer, write in zip(self.plan.layers, written, strict=True):
                         operators[layer].remember(write.keys)
+                streams |= {one.module: Stream.of(one.stream) for one in written if one.stream is not None}
                 values |= found
                 writes += written
             self._check_any()
@@ -389,6 +398,45 @@ class Run:
         if journal:
             self.ranks.decided(lambda: journal.save_writes(number, writes))
         return writes
+
+    def _by_gradients(
+        self,
+        number: int,
+        batch: list[int],
+        operators: dict[int, LayerOperator],
+        streams: dict[str, Stream],
+        journal: Journal | None,
+    ) -> tuple[dict[int, Value], list[Write]]:
+        """A batch written where its gradients lead, one write a layer; they are done."""
+        device = self.projections[-1].matrix.device
+        kept = self.ranks.everyone.decided(lambda: journal.load_writes(number)) if journal else None
+        if kept is not None:
+            known = self.ranks.everyone.decided(lambda: [journal.load_value(i, "cpu") for i in batch])
+            if None not in known:
+                for projection, write in zip(self.projections, kept, strict=True):
+                    write.apply_(projection)
+                return dict(zip(batch, known, strict=True)), kept
+        alone = len(batch) == 1 and self.plan.skip_failures
+        originals = list(map(Snapshot, self.projections)) if alone else []
+        try:
+            written = write_gradients(
+                self.model, self.projections, [self.encoded[i] for i in batch], operators,
+                self.plan.method.gradient, batch, streams,
+            )  # fmt: skip
+        except EngramError as error:
+            if not alone:
+                raise
+            for original in originals:
+                original.restore()
+            self._skip(batch[0], error)
+            return {}, []
+        done = len(self._before)
+        self.progress("values", min(done, (number + 1) * len(batch)), done)
+        if journal:
+            for i, value in zip(batch, written.values, strict=True):
+                self.ranks.decided(lambda i=i, value=value: journal.save_value(i, value))
+            self.ranks.decided(lambda: journal.save_writes(number, written.writes))
+        return {i: value.to(device) for i, value in zip(batch, written.values, strict=True)}, written.writes
 
     def _agreeing(self, batch: list[int]) -> list[int]:
         """The edits of a batch of which no two ask for different targets after one prompt."""

@@ -17,8 +17,9 @@ from ..errors import EngramError
 from ..hf.fingerprints import weights_checksums
 from .edit import Edit
 from .editor import Editor
+from .health import Health
 from .joint import joint_writes
-from .methods import METHODS, Method, method_of
+from .methods import METHODS, Method, check_values, method_of
 from .records import EditRecord
 from .result import EditResult
 from .store_folder import StoreFolder, method_from, method_plain
@@ -76,6 +77,7 @@ class EditStore:
         method: a name or settings, of a new store; None: the store's own, or of a new one `"engram"` with a
             ridge, which preserves earlier keys.
         layers: which are written, of a new store; None: by the method.
+        values: of a new store, how answers are found, as for `Editor.edit`; None: by the method.
         timeout: seconds to wait for another writer.
         options: of the `Editor`, the same at every call.
 
@@ -98,6 +100,7 @@ class EditStore:
         *,
         method: str | Method | None = None,
         layers: int | Sequence[int] | None = None,
+        values: str | None = None,
         timeout: float = 60.0,
         **options: Any,
     ):
@@ -114,30 +117,34 @@ class EditStore:
         self._folder = StoreFolder(Path(directory), timeout)
         with self._folder.locked():
             if model is not None:
-                self._open(model, tokenizer, method, layers, options)
+                self._open(model, tokenizer, method, layers, values, options)
 
-    def _open(self, model, tokenizer, method, layers, options) -> None:
+    def _open(self, model, tokenizer, method, layers, values, options) -> None:
         """Bind the model, which must be the base, and bring it to where the store is."""
         folder = self._folder
         editor = Editor(model, tokenizer, cache_dir=folder.path / "statistics", **options)
         base = digest(weights_checksums(model))
-        values = {name: repr(getattr(editor, name)) for name in _SETTINGS}
+        settings = {name: repr(getattr(editor, name)) for name in _SETTINGS}
+        check_values(values)
         if folder.manifest is None:
             chosen = DEFAULT if method is None else method_of(method)
+            chosen = replace(chosen, values=values or chosen.values)
             layers = editor.layers(chosen) if layers is None else layers
             layers = [layers] if isinstance(layers, int) else list(layers)
-            folder.begin(base=base, method=method_plain(chosen), layers=layers, editor=values)
+            folder.begin(base=base, method=method_plain(chosen), layers=layers, editor=settings)
         elif folder.manifest["base"] != base:
             raise EngramError(
                 f"model: expected the one of {str(folder.path)!r}, without edits, got other weights"
             )
-        elif method is not None and method_of(method) != self.method:
-            raise EngramError(
-                f"method: expected the store's, {self.method}, or None, got {method_of(method)}"
-            )
+        else:
+            asked = self.method if method is None else method_of(method)
+            asked = replace(asked, values=values or asked.values)
+            if asked != self.method:
+                name = "method" if values in (None, self.method.values) else "values"
+                raise EngramError(f"{name}: expected the store's, {self.method}, or None, got {asked}")
         for name, value in folder.manifest["editor"].items():
-            if values.get(name) != value:
-                raise EngramError(f"{name}: expected the store's, {value}, got {values.get(name)}")
+            if settings.get(name) != value:
+                raise EngramError(f"{name}: expected the store's, {value}, got {settings.get(name)}")
         # Of the unedited model, before anything is applied to it.
         editor.prefixes()
         for layer, covariance in editor.covariances(self.layers).items():
@@ -191,21 +198,37 @@ class EditStore:
         with self._folder.locked():
             return list(map(self._folder.load, self._folder.entries))
 
+    @property
+    def health(self) -> list[Health]:
+        """How the model fared after each batch that a call has made, the oldest first."""
+        return [health for result in self._results() for health in result.health]
+
     def result(self) -> EditResult | None:
         """All edits as one `EditResult` that is not applied; None where there are no edits."""
         results = self._results()
         return EditResult.merge(results) if results else None
 
-    def export(self, directory: str | os.PathLike) -> None:
+    def export(self, directory: str | os.PathLike, rank: int | None = None) -> dict[str, float]:
         """Write all edits as one folder: a LoRA adapter, and what `EditResult.from_pretrained` needs.
 
+        Args:
+            directory: a new or empty one.
+            rank: for serving: an adapter alone, of at most that rank a matrix; None: every edit as it is.
+
+        Returns:
+            By module, which share of the changes' Frobenius norm is lost.
+
         Raises:
+            TypeError, ValueError: `rank` is no positive integer.
             EngramError: there are no edits, or the directory is not empty or cannot be written.
         """
         result = self.result()
         if result is None:
             raise EngramError(f"directory: expected a store with edits, got {str(self.directory)!r} without")
+        if rank is not None:
+            return result.save_adapter(directory, rank)
         result.save_pretrained(directory)
+        return dict.fromkeys(result.modules, 0.0)
 
     def verify(self) -> int:
         """Read everything, and with a model rebuild it from the base and compare every bit.
@@ -236,7 +259,7 @@ class EditStore:
 
         Args:
             edits: the facts.
-            options: `conflicts` and `failures` of `Editor.edit`.
+            options: `conflicts`, `failures` and `stop_on` of `Editor.edit`.
 
         Returns:
             The edits that were made; they stand in the model now.

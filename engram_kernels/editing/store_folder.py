@@ -14,6 +14,7 @@ from .._io import file_checksum, read_sealed, write_sealed
 from ..errors import EngramError
 from ..hf.loading import writable_directory
 from .files import REPORT
+from .gradients import GradientOptions
 from .methods import Method
 from .result import EditResult
 from .values import ValueOptions
@@ -155,4 +156,5 @@ def method_from(plain: dict) -> Method:
     preserve = float(plain["preserve"]) if preserve is None else preserve
     suppress = None if plain["suppress"] is None else tuple(plain["suppress"])
     changed = {"preserve": preserve, "suppress": suppress, "value": ValueOptions(**plain["value"])}
+    changed["gradient"] = GradientOptions(**plain["gradient"])
     return Method(**{**plain, **changed})

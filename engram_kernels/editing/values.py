@@ -44,6 +44,8 @@ class ValueOptions:
             learning rate a share of the root mean square of `v₀`, whatever a model's scale; clamp and decay
             are of all changes of the subject together. False, as published: `‖v₀‖` is that of the bare prompt
             as it is, which can be a sixth of the others.
+        warm: begin where the first gradient `g` leads: `δ = −L g / ‖g‖²`, after which the loss `L` would be 0
+            if it were linear; Adam goes on from there.
         incremental: a step runs only what depends on the value; False: the whole model on whole texts.
         widen: on a CPU without units for half precision, find values with the weights as float32, which takes
             four bytes a weight meanwhile. False: always in the weights' own type.
@@ -62,6 +64,7 @@ class ValueOptions:
     stop_probability: float | None = None
     batch: int | None = None
     relative: bool = False
+    warm: bool = False
     incremental: bool = True
     widen: bool = True
 
@@ -69,7 +72,7 @@ class ValueOptions:
         check.integer("steps", self.steps, at_least=1)
         if self.batch is not None:
             check.integer("batch", self.batch, at_least=1)
-        for name in ("relative", "incremental", "widen"):
+        for name in ("relative", "warm", "incremental", "widen"):
             value = getattr(self, name)
             check.expect(isinstance(value, bool), name, "True or False", type(value).__name__, TypeError)
         check.number("stop_loss", self.stop_loss)
@@ -162,7 +165,7 @@ def find_values(
     )
     wide = _widened(model) if options.widen else {}
     with (
-        _only_delta_learns(model), swapped_weights(model, wide), grouped_queries(device),
+        only_states_learn(model), swapped_weights(model, wide), grouped_queries(device),
         weights_read_again(model),
     ):  # fmt: skip
         if options.incremental:
@@ -242,10 +245,15 @@ def _search(
         if not going:
             break
         gradients = torch.autograd.grad(loss[kept].sum(), [deltas[i] for i in going])
-        for i, gradient in zip(going, gradients, strict=True):
-            deltas[i].grad = gradient
-        optimizer.step()
-        optimizer.zero_grad()
+        if options.warm and step == 0:
+            with torch.no_grad():
+                for i, gradient in zip(going, gradients, strict=True):
+                    deltas[i].sub_(gradient * (losses[i][0] / gradient.square().sum()))
+        else:
+            for i, gradient in zip(going, gradients, strict=True):
+                deltas[i].grad = gradient
+            optimizer.step()
+            optimizer.zero_grad()
         with torch.no_grad():
             for i in going:
                 whole = deltas[i] + offsets[i]
@@ -269,8 +277,8 @@ def _search(
 
 
 @contextmanager
-def _only_delta_learns(model: torch.nn.Module) -> Iterator[None]:
-    """Freeze all parameters for a while, so that the backward pass ends at the edited layer."""
+def only_states_learn(model: torch.nn.Module) -> Iterator[None]:
+    """Freeze all parameters for a while, so that a backward pass ends at the lowest state that learns."""
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in learning:
         parameter.requires_grad_(False)

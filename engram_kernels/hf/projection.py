@@ -75,9 +75,9 @@ class Projection:
         return states.full_tensor()
 
 
-def default_layer(model: nn.Module) -> int:
-    """The layer that is edited when none is asked for: the one at 0.2 of the depth."""
-    return round(DEFAULT_DEPTH * len(decoder_layers(model)[1]))
+def default_layer(model: nn.Module, depth: float = DEFAULT_DEPTH) -> int:
+    """The layer that is edited when none is asked for: the one at that share of the depth."""
+    return round(depth * len(decoder_layers(model)[1]))
 
 
 def output_projection(model: nn.Module, layer: int) -> Projection:

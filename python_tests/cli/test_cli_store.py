@@ -59,6 +59,24 @@ def test_add_list_remove_export_verify(engram, folder):
         assert applied.applied
 
 
+def test_gradients_bounds_and_ranks(engram, folder):
+    """`--values`, `--stop-on` and `--rank`: a run that ends on its health keeps what came before."""
+    natural = ("--method", "natural", "--layers", "0-1", *BASE)
+    status, out, err = engram("add", "steps", *TOWER, *natural)
+    assert status == 0 and "Health: ‖W‖ × " in out and "kept" not in out, err
+    status, out, err = engram("add", "steps", "--facts", "facts.jsonl", "--stop-on", "growth=1000", *BASE)
+    assert status == 0 and "steps: 3 edits of base." in out and "not made" not in out, err
+    status, out, err = engram("add", "steps", *TOWER[:-1], "Paris", "--stop-on", "update=1e-9", *BASE)
+    assert status == 1 and "stop_on: the run ended after 0 edits" in err
+    status, out, err = engram("list", "steps")
+    assert "3 edits of layers 0, 1." in out
+    status, out, err = engram("export", "steps", "--out", "narrow", "--rank", 1)
+    assert status == 0 and "Saved 3 edits to narrow." in out and "norm" in out and "% is lost" in out, err
+    assert json.loads((folder / "narrow" / "adapter_config.json").read_text())["r"] == 1
+    status, out, err = engram("add", "searched", *TOWER, "--values", "warm", "--method", "rome", *BASE)
+    assert status == 0, err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -68,6 +86,12 @@ def test_add_list_remove_export_verify(engram, folder):
         (("add", "new", "--facts", "corpus.txt", *BASE), "--facts: expected a fact in line 1"),
         (("add", "new", *TOWER, "--method", "rom", *BASE), "--method: expected one of"),
         (("list", "base"), "store: expected a store"),
+        (
+            ("add", "new", *TOWER, "--values", "guess", *BASE),
+            "--values: expected one of 'search', 'gradient'",
+        ),
+        (("add", "new", *TOWER, "--stop-on", "growth", *BASE), "--stop-on: expected a name and a number"),
+        (("add", "new", *TOWER, "--stop-on", "loss=1", *BASE), "--stop-on: expected names among growth"),
     ],
 )
 def test_bad_input(engram, folder, arguments, message):

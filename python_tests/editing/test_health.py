@@ -93,7 +93,7 @@ def test_a_run_ends_before_it_ruins_a_model():
 def test_a_first_batch_past_the_bound_changes_nothing():
     editor = small_editor(value=LOOSE)
     before = weights(editor.model)
-    with pytest.raises(EngramError, match="stop_on: the run ended after 0 edits.*update"):
+    with pytest.raises(EngramError, match=r"stop_on: the run ended after 0 edits.*update"):
         editor.edit(EDITS, 1, replace(ROME, batch=3, ridge=0.1), stop_on={"update": 1e-3})
     assert changed(before, editor.model) == []
 

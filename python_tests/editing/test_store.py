@@ -41,7 +41,14 @@ def open_store(folder, model=None, **options):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    "method", [None, "rome", replace(METHODS["memit"], layers=2, batch=1, preserve=True)]
+    "method",
+    [
+        None,
+        "rome",
+        replace(METHODS["memit"], layers=2, batch=1, preserve=True),
+        replace(METHODS["natural"], layers=2, batch=1),
+        replace(METHODS["ultraedit"], layers=2, batch=1),
+    ],
 )
 def test_many_calls_are_one_call_bit_for_bit(tmp_path, method, dtype):
     """Each of the calls in a store that was opened anew, as other processes do, on a model loaded anew."""
@@ -156,6 +163,46 @@ def test_compact_and_export_keep_every_bit(tmp_path):
     assert {"adapter_config.json", "adapter_model.safetensors"} <= {
         path.name for path in (tmp_path / "adapter").iterdir()
     }
+
+
+def test_export_of_a_smaller_rank(tmp_path):
+    """The nearest adapter of that rank, by the SVD of the whole change; lost is a share of its norm."""
+    from safetensors.torch import load_file
+
+    with open_store(tmp_path / "kept") as store:
+        store.add(EDITS[:5])
+        left, right = store.result().factors(store.result().modules[0])
+        lost = store.export(tmp_path / "narrow", rank=2)
+        assert store.export(tmp_path / "whole") == dict.fromkeys(lost, 0.0)
+    whole = left.double() @ right.double()
+    values = torch.linalg.svdvals(whole)
+    tensors = load_file(tmp_path / "narrow" / "adapter_model.safetensors")
+    (narrow,) = [
+        tensors[name].double() @ tensors[name.replace("lora_B", "lora_A")].double()
+        for name in tensors
+        if "lora_B" in name
+    ]
+    share = float(values[2:].norm() / values.norm())
+    assert list(lost.values()) == [pytest.approx(share, rel=1e-9)] and 0 < share < 1
+    assert float((whole - narrow).norm() / whole.norm()) == pytest.approx(share, rel=1e-5)
+    assert torch.linalg.matrix_rank(narrow) == 2
+    for rank, kind in ((0, ValueError), (True, TypeError), (2.0, TypeError)):
+        with pytest.raises(kind, match="rank: expected"):
+            store.export(tmp_path / "none", rank=rank)
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_store_ends_on_its_health_and_goes_on(tmp_path):
+    with open_store(tmp_path, method="rome") as store:
+        store.add(EDITS[:2])
+        growth = store.health[-1].growth
+        with pytest.raises(EngramError, match="stop_on: the run ended after 0 edits"):
+            store.add(EDITS[2:4], stop_on={"growth": growth / 2})
+        assert len(store) == 2 and len(store.health) == 2
+        store.add(EDITS[2:4], stop_on={"growth": 1e9})
+        assert len(store) == 4 and [one.edits for one in store.health] == [1, 2, 3, 4]
+    with pytest.raises(EngramError, match="values: expected the store's"):
+        open_store(tmp_path, values="gradient")
 
 
 def test_without_a_model_a_store_lists_and_exports(tmp_path):
