@@ -6,7 +6,8 @@ from torch import Tensor
 from .. import _checks as check
 from .._linalg import compute_dtype
 from ..covariance import Covariance
-from .define import backward, define
+from .batching import folded
+from .define import apply, backward, define
 from .low_rank_solve import ResidualGram, ResidualRidge, SmallSolve, check_pairs, check_weight, names_of
 
 __all__ = ["apply_low_rank_", "low_rank_factors", "low_rank_update"]
@@ -123,20 +124,20 @@ def _factors(
     with torch.autocast(weight.device.type, enabled=False):
         if mode == "joint" and ridge > 0 and count >= width > 0:
             whole = inverse if inverse.dim() == 3 else inverse.unsqueeze(0)
-            residual, right = ResidualRidge.apply(weight, keys, values, whole, float(ridge))
+            residual, right, _ = apply(ResidualRidge, weight, keys, values, whole, float(ridge))
             return residual.mT, right.to(dtype)
         preconditioned = _precondition(keys, inverse)
-        residual, gram = ResidualGram.apply(weight, keys, values, preconditioned)
+        residual, gram = apply(ResidualGram, weight, keys, values, preconditioned)
         energy = gram.diagonal(dim1=-2, dim2=-1)
         if mode == "joint":
             identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
             system = (gram + gram.mT) / 2 + ridge * identity
             if direct and 2 * count >= width:
-                return residual.mT, SmallSolve.apply(system, preconditioned, "cholesky").to(dtype)
-            return SmallSolve.apply(system, residual, "cholesky").mT, preconditioned.to(dtype)
+                return residual.mT, apply(SmallSolve, system, preconditioned, "cholesky").to(dtype)
+            return apply(SmallSolve, system, residual, "cholesky").mT, preconditioned.to(dtype)
         right = preconditioned / energy.unsqueeze(-1)
         if mode == "sequential":
-            residual = SmallSolve.apply(gram / energy.unsqueeze(-2), residual, "unit_lower")
+            residual = apply(SmallSolve, gram / energy.unsqueeze(-2), residual, "unit_lower")
         return residual.mT, right.to(dtype)
 
 
@@ -221,17 +222,23 @@ _low_rank_update = define(
     guard=lambda weight, left, right, alpha: (check.not_finite(left, right), (weight, left, right, alpha)),
     complaint="low_rank_update: expected finite factors, got NaN or infinite",
     fake=lambda weight, left, right, alpha: torch.empty_like(weight, memory_format=torch.contiguous_format),
+    batched=folded,
 )
 
 
 class LowRankUpdate(torch.autograd.Function):
     """W + α L R [B, out, in]; dW = g, dL = α g Rᵀ, dR = α Lᵀ g."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, weight: Tensor, left: Tensor, right: Tensor, alpha: float) -> Tensor:
-        ctx.save_for_backward(left, right)
-        ctx.alpha = alpha
+    def forward(weight: Tensor, left: Tensor, right: Tensor, alpha: float) -> Tensor:
         return _low_rank_update(weight, left, right, alpha)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+        _, left, right, ctx.alpha = inputs
+        ctx.save_for_backward(left, right)
 
     @backward
     def backward(ctx, gradient: Tensor):
@@ -280,7 +287,7 @@ def low_rank_update(
     _check_alpha(alpha, compute_dtype(weight))
     left, right = _factors(weight, keys, values, inverse, mode, ridge, direct=True)
     matrix = weight if weight.dim() == 3 else weight.unsqueeze(0)
-    return LowRankUpdate.apply(matrix, left, right, float(alpha)).view(weight.shape)
+    return apply(LowRankUpdate, matrix, left, right, float(alpha)).view(weight.shape)
 
 
 def apply_low_rank_(weight: Tensor, left: Tensor, right: Tensor, alpha: float = 1.0) -> Tensor:
