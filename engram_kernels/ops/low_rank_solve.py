@@ -22,18 +22,18 @@ def check_weight(weight: Tensor) -> None:
     check.expect(weight.dim() in (2, 3), "weight", "shape [out, in] or [B, out, in]", list(weight.shape))
 
 
-def check_pairs(weight: Tensor, keys: Tensor, values: Tensor) -> None:
-    """Check a weight and what it shall answer to which keys."""
+def check_pairs(weight: Tensor, keys: Tensor, values: Tensor, name: str = "values") -> None:
+    """Check a weight and what it shall answer to which keys; `name` is what the values are called."""
     check_weight(weight)
     *batch, rows, columns = weight.shape
-    for name, tensor, width, meaning in (
+    for argument, tensor, width, meaning in (
         ("keys", keys, columns, "n, in"),
-        ("values", values, rows, "n, out"),
+        (name, values, rows, "n, out"),
     ):
-        check.floating(name, tensor)
-        check.dimensions(name, tensor, names_of(weight, meaning))
-        check.shape(name, tensor, (*batch, keys.shape[-2], width), names_of(weight, meaning))
-        check.same_device(name, tensor, weight.device)
+        check.floating(argument, tensor)
+        check.dimensions(argument, tensor, names_of(weight, meaning))
+        check.shape(argument, tensor, (*batch, keys.shape[-2], width), names_of(weight, meaning))
+        check.same_device(argument, tensor, weight.device)
 
 
 # -- residual_gram -------------------------------------------------------------------------------------------
