@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from ._linalg import compute_dtype, damped_root, square_root
 from ._semidefinite import Semidefinite
 from .covariance import Covariance
 from .errors import EngramError
+from .ops.define import apply
 from .ops.low_rank_solve import ResidualGram, ResidualRidge, SmallSolve, check_weight
 
 KIND = "preconditioner"
@@ -242,16 +243,14 @@ class Preconditioner:
         with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
             if ridge > 0 and count >= self.dim:
                 if values is not None:
-                    given, right = _first(
-                        ResidualRidge.apply, weight, keys, given, self.matrix(), float(ridge)
-                    )
+                    given, right, _ = _first(ResidualRidge, weight, keys, given, self.matrix(), float(ridge))
                 else:
                     half = self._q.damped(keys, ridge, "ridge")
                     right = keys.double() @ (half.T @ half)
                 return given.T.contiguous(), self._multiplied(right).to(dtype)
             wide = keys.double()
             if values is not None:
-                given, _ = _first(ResidualGram.apply, weight, keys, given, wide)
+                given, _ = _first(ResidualGram, weight, keys, given, wide)
             product = self._q.product(keys)
             system = product @ wide.T
             _check_energy(system.diagonal(), ridge)
@@ -520,11 +519,11 @@ def _check_energy(energy: Tensor, ridge: float) -> None:
         )
 
 
-def _first(function: Callable, *arguments: Tensor | float) -> list[Tensor]:
+def _first(function: type[torch.autograd.Function], *arguments: Tensor | float) -> list[Tensor]:
     """What an operator for batches of matrices gives for one."""
     batch = (one.unsqueeze(0) if isinstance(one, Tensor) else one for one in arguments)
-    return [one[0] for one in function(*batch)]
+    return [one[0] for one in apply(function, *batch)]
 
 
 def _solve(system: Tensor, right_hand_side: Tensor) -> Tensor:
-    return SmallSolve.apply(system.unsqueeze(0), right_hand_side.unsqueeze(0), "cholesky")[0]
+    return apply(SmallSolve, system.unsqueeze(0), right_hand_side.unsqueeze(0), "cholesky")[0]

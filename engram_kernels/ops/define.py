@@ -42,6 +42,7 @@ def define(
     guard: Callable[..., tuple] | None = None,
     suspect: Callable[..., Tensor] | None = None,
     complaint: str = "",
+    batched: Callable[[Callable], Callable] | None = None,
 ) -> Callable:
     """Define an operator, and return the call of it for arguments that have passed `check`.
 
@@ -62,6 +63,7 @@ def define(
             arguments which then leave what is written as it is.
         suspect: `results` without a wait. Returns a flag on the device, not 0 where that would raise.
         complaint: what is said of a flag that is not 0.
+        batched: makes of the operator its rule under `torch.func.vmap` (batching.py).
     """
     name = schema[: schema.index("(")]
     written = [
@@ -114,6 +116,8 @@ def define(
     _library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", trace, lib=_library)
     operator = getattr(ops, name)
+    if batched is not None:
+        torch.library.register_vmap(f"{NAMESPACE}::{name}", batched(operator), lib=_library)
 
     def call(*args):
         if torch.compiler.is_compiling():
@@ -131,6 +135,13 @@ def define(
     return call
 
 
+def apply(function: type[torch.autograd.Function], *args):
+    """`function.apply(*args)`; outside torch.func without its slow look at signatures."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return function.apply(*args)
+    return super(torch.autograd.Function, function).apply(*args)
+
+
 def dynamic_size() -> int:
     """A size that depends on data, for a fake."""
     return torch.library.get_ctx().new_dynamic_size()
@@ -140,8 +151,11 @@ def backward(body: Callable) -> staticmethod:
     """A backward in its tensors' own types, also where autocast is on; differentiable once."""
 
     @functools.wraps(body)
-    def run(ctx, *gradients: Tensor):
-        with torch.autocast(gradients[0].device.type, enabled=False):
+    def run(ctx, *gradients: Tensor | None):
+        known = [gradient for gradient in gradients if gradient is not None]
+        if not known:
+            return (None,) * len(ctx.needs_input_grad)
+        with torch.autocast(known[0].device.type, enabled=False):
             return body(ctx, *gradients)
 
     return staticmethod(once_differentiable(run))

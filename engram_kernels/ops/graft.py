@@ -1,13 +1,15 @@
 """Grafting: the masked blend of two models, of one tensor and of all, and the step of its masks."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from .. import _checks as check
 from .._linalg import compute_dtype
-from .define import backward, define
+from .batching import with_mask
+from .define import apply, backward, define
 from .lists import (
     Spans,
     Written,
@@ -65,6 +67,7 @@ _graft_blend = define(
     _check_blend,
     _canonical_blend,
     fake=lambda pre, ft, logits, base, bias: torch.empty_like(pre),
+    batched=partial(with_mask, place=3),
 )
 
 _graft_logits_gradient = define(
@@ -73,6 +76,7 @@ _graft_logits_gradient = define(
     _check_gradient,
     _canonical_gradient,
     fake=lambda gradient, pre, ft, logits, base, bias: torch.empty_like(logits),
+    batched=partial(with_mask, place=4),
 )
 
 
@@ -82,11 +86,16 @@ class GraftBlend(torch.autograd.Function):
     dS = s g (ft − pre) γ (1 − γ), dft = g γ, dpre = g (1 − γ).
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, pre: Tensor, ft: Tensor, logits: Tensor, base: Tensor | None, bias: float) -> Tensor:
-        ctx.save_for_backward(pre, ft, logits, base)
-        ctx.bias = bias
+    def forward(pre: Tensor, ft: Tensor, logits: Tensor, base: Tensor | None, bias: float) -> Tensor:
         return _graft_blend(pre, ft, logits, base, bias)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+        *saved, ctx.bias = inputs
+        ctx.save_for_backward(*saved)
 
     @backward
     def backward(ctx, gradient: Tensor):
@@ -136,7 +145,7 @@ def graft_blend(
     """
     _check_blend(pre, ft, logits, base, bias)
     flat = [x.reshape(-1).contiguous() for x in (pre, ft, logits.to(compute_dtype(pre)))]
-    return GraftBlend.apply(*flat, base, float(bias)).view(pre.shape)
+    return apply(GraftBlend, *flat, base, float(bias)).view(pre.shape)
 
 
 # -- _foreach_graft_blend_ -----------------------------------------------------------------------------------

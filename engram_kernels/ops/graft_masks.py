@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -9,7 +10,8 @@ from torch import Tensor
 from .. import _checks as check
 from .._linalg import compute_dtype
 from ..backends.torch.graft import packed_size
-from .define import backward, define
+from .batching import with_mask
+from .define import apply, backward, define
 from .lists import (
     as_lists,
     check_alike,
@@ -116,16 +118,22 @@ _graft_blend_packed = define(
     _check_choice,
     lambda pre, ft, mask: check_flat(pre=pre, ft=ft, mask=mask),
     fake=lambda pre, ft, mask: torch.empty_like(pre),
+    batched=partial(with_mask, place=2),
 )
 
 
 class GraftBlendPacked(torch.autograd.Function):
     """θ = ft where the mask's bit is 1, else pre [N]; dft = g there and 0 elsewhere, dpre the reverse."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, pre: Tensor, ft: Tensor, mask: Tensor) -> Tensor:
-        ctx.save_for_backward(mask)
+    def forward(pre: Tensor, ft: Tensor, mask: Tensor) -> Tensor:
         return _graft_blend_packed(pre, ft, mask)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[2])
 
     @backward
     def backward(ctx, gradient: Tensor):
@@ -161,7 +169,7 @@ def graft_blend_packed(pre: Tensor, ft: Tensor, mask: Tensor) -> Tensor:
     """
     _check_choice(pre, ft, mask)
     flat = (x.reshape(-1).contiguous() for x in (pre, ft, mask))
-    return GraftBlendPacked.apply(*flat).view(pre.shape)
+    return apply(GraftBlendPacked, *flat).view(pre.shape)
 
 
 # -- top_k_mask ----------------------------------------------------------------------------------------------

@@ -6,7 +6,8 @@ from torch import Tensor
 from .. import _checks as check
 from .._linalg import compute_dtype
 from ..covariance import Covariance
-from .define import backward, define
+from .batching import folded
+from .define import apply, backward, define
 from .low_rank_solve import ResidualGram, ResidualRidge, SmallSolve, check_pairs, check_weight, names_of
 
 __all__ = ["apply_low_rank_", "low_rank_factors", "low_rank_update"]
@@ -20,11 +21,12 @@ _PANEL = 1024
 def low_rank_factors(
     weight: Tensor,
     keys: Tensor,
-    values: Tensor,
+    values: Tensor | None = None,
     covariance: Covariance | None = None,
     mode: str = "joint",
     ridge: float = 0.0,
     *,
+    residual: Tensor | None = None,
     inverse_covariance: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the factors of the associative write that makes a weight answer keys with values.
@@ -42,12 +44,14 @@ def low_rank_factors(
     from n = in/2 on: in fp32 the others would cancel too much. From n = in on the latter comes as
     `S P = K (λC + KᵀK)⁻¹`, from a Cholesky factorisation of in × in instead of n × n.
 
-    Differentiable in weight, keys and values.
+    Differentiable in weight, keys, and values or residual.
 
     Args:
         weight: W, [out, in] or [B, out, in], fp32, bf16, fp16 or fp64.
         keys: K, [n, in] or [B, n, in], a key a row, any of these types.
-        values: V, [n, out] or [B, n, out], the output wanted for each key, any of these types.
+        values: V, [n, out] or [B, n, out], the output wanted for each key, any of these types. Or else:
+        residual: E, of the same shape, by how much each output shall change. Then no entry of the weight is
+            read; nor is E looked at: `apply_low_rank_` looks at the factors.
         covariance: C. Or else:
         mode: "joint", "sequential" or "independent".
         ridge: λ of the joint mode, absolute; 0 for the others.
@@ -60,7 +64,7 @@ def low_rank_factors(
 
     Raises:
         ValueError: wrong shape, device, mode or ridge; a key or value that is NaN or infinite; a zero key;
-            neither covariance nor inverse_covariance, or both.
+            of covariance and inverse_covariance, or of values and residual, neither or both.
         TypeError: wrong dtype; a covariance that is a bare tensor.
         EngramError: dependent keys without a ridge, or an inverse_covariance that is not positive definite.
 
@@ -72,8 +76,11 @@ def low_rank_factors(
         al. 2024 (arXiv 2403.14236), EMMET.
     """
     inverse = _inverse_of(covariance, inverse_covariance)
-    _check_write(weight, keys, values, inverse, mode, ridge)
-    left, right = _factors(weight, keys, values, inverse, mode, ridge, direct=ridge > 0)
+    given, name = (values, "values") if residual is None else (residual, "residual")
+    both = f"{'neither' if given is None else 'both'}"
+    check.expect((values is None) != (residual is None), "values", "either them or a residual", both)
+    _check_write(weight, keys, given, inverse, mode, ridge, name)
+    left, right = _factors(weight, keys, given, inverse, mode, ridge, ridge > 0, residual is not None)
     return (left, right) if weight.dim() == 3 else (left[0], right[0])
 
 
@@ -90,9 +97,15 @@ def _inverse_of(covariance: Covariance | None, inverse_covariance: Tensor | None
 
 
 def _check_write(
-    weight: Tensor, keys: Tensor, values: Tensor, inverse: Tensor, mode: str, ridge: float
+    weight: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    inverse: Tensor,
+    mode: str,
+    ridge: float,
+    name: str = "values",
 ) -> None:
-    check_pairs(weight, keys, values)
+    check_pairs(weight, keys, values, name)
     check.expect(mode in MODES, "mode", f"one of {', '.join(MODES)}", repr(mode))
     check.number("ridge", ridge, at_least=0)
     check.expect(mode == "joint" or ridge == 0, "ridge", f"0 in mode {mode!r}", ridge)
@@ -109,34 +122,47 @@ def _check_write(
 
 
 def _factors(
-    weight: Tensor, keys: Tensor, values: Tensor, inverse: Tensor, mode: str, ridge: float, direct: bool
+    weight: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    inverse: Tensor,
+    mode: str,
+    ridge: float,
+    direct: bool,
+    given: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The factors [B, out, n] and [B, n, in] in the type that the weight is computed in.
 
     `direct`: of many keys in the joint mode they may be Eᵀ and S P, which are the more exact ones.
+    `given`: the values are residuals; then the operators get no row of the weight.
     """
     if weight.dim() == 2:
         weight, keys, values = weight.unsqueeze(0), keys.unsqueeze(0), values.unsqueeze(0)
     dtype = compute_dtype(weight)
     keys, values = keys.to(dtype), values.to(dtype)
     count, width = keys.shape[-2:]
+    if given:
+        read, wanted = weight[:, :0], values[..., :0]
+    else:
+        read, wanted = weight, values
     with torch.autocast(weight.device.type, enabled=False):
         if mode == "joint" and ridge > 0 and count >= width > 0:
             whole = inverse if inverse.dim() == 3 else inverse.unsqueeze(0)
-            residual, right = ResidualRidge.apply(weight, keys, values, whole, float(ridge))
-            return residual.mT, right.to(dtype)
+            residual, right, _ = apply(ResidualRidge, read, keys, wanted, whole, float(ridge))
+            return (values if given else residual).mT, right.to(dtype)
         preconditioned = _precondition(keys, inverse)
-        residual, gram = ResidualGram.apply(weight, keys, values, preconditioned)
+        residual, gram = apply(ResidualGram, read, keys, wanted, preconditioned)
+        residual = values if given else residual
         energy = gram.diagonal(dim1=-2, dim2=-1)
         if mode == "joint":
             identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
             system = (gram + gram.mT) / 2 + ridge * identity
             if direct and 2 * count >= width:
-                return residual.mT, SmallSolve.apply(system, preconditioned, "cholesky").to(dtype)
-            return SmallSolve.apply(system, residual, "cholesky").mT, preconditioned.to(dtype)
+                return residual.mT, apply(SmallSolve, system, preconditioned, "cholesky").to(dtype)
+            return apply(SmallSolve, system, residual, "cholesky").mT, preconditioned.to(dtype)
         right = preconditioned / energy.unsqueeze(-1)
         if mode == "sequential":
-            residual = SmallSolve.apply(gram / energy.unsqueeze(-2), residual, "unit_lower")
+            residual = apply(SmallSolve, gram / energy.unsqueeze(-2), residual, "unit_lower")
         return residual.mT, right.to(dtype)
 
 
@@ -221,17 +247,23 @@ _low_rank_update = define(
     guard=lambda weight, left, right, alpha: (check.not_finite(left, right), (weight, left, right, alpha)),
     complaint="low_rank_update: expected finite factors, got NaN or infinite",
     fake=lambda weight, left, right, alpha: torch.empty_like(weight, memory_format=torch.contiguous_format),
+    batched=folded,
 )
 
 
 class LowRankUpdate(torch.autograd.Function):
     """W + α L R [B, out, in]; dW = g, dL = α g Rᵀ, dR = α Lᵀ g."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, weight: Tensor, left: Tensor, right: Tensor, alpha: float) -> Tensor:
-        ctx.save_for_backward(left, right)
-        ctx.alpha = alpha
+    def forward(weight: Tensor, left: Tensor, right: Tensor, alpha: float) -> Tensor:
         return _low_rank_update(weight, left, right, alpha)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+        _, left, right, ctx.alpha = inputs
+        ctx.save_for_backward(left, right)
 
     @backward
     def backward(ctx, gradient: Tensor):
@@ -280,7 +312,7 @@ def low_rank_update(
     _check_alpha(alpha, compute_dtype(weight))
     left, right = _factors(weight, keys, values, inverse, mode, ridge, direct=True)
     matrix = weight if weight.dim() == 3 else weight.unsqueeze(0)
-    return LowRankUpdate.apply(matrix, left, right, float(alpha)).view(weight.shape)
+    return apply(LowRankUpdate, matrix, left, right, float(alpha)).view(weight.shape)
 
 
 def apply_low_rank_(weight: Tensor, left: Tensor, right: Tensor, alpha: float = 1.0) -> Tensor:

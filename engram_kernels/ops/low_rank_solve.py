@@ -6,6 +6,7 @@ from torch import Tensor
 from .. import _checks as check
 from .._linalg import compute_dtype
 from ..errors import EngramError
+from .batching import folded
 from .define import backward, define
 
 SYSTEM_KINDS = ("cholesky", "unit_lower", "unit_upper")
@@ -21,18 +22,18 @@ def check_weight(weight: Tensor) -> None:
     check.expect(weight.dim() in (2, 3), "weight", "shape [out, in] or [B, out, in]", list(weight.shape))
 
 
-def check_pairs(weight: Tensor, keys: Tensor, values: Tensor) -> None:
-    """Check a weight and what it shall answer to which keys."""
+def check_pairs(weight: Tensor, keys: Tensor, values: Tensor, name: str = "values") -> None:
+    """Check a weight and what it shall answer to which keys; `name` is what the values are called."""
     check_weight(weight)
     *batch, rows, columns = weight.shape
-    for name, tensor, width, meaning in (
+    for argument, tensor, width, meaning in (
         ("keys", keys, columns, "n, in"),
-        ("values", values, rows, "n, out"),
+        (name, values, rows, "n, out"),
     ):
-        check.floating(name, tensor)
-        check.dimensions(name, tensor, names_of(weight, meaning))
-        check.shape(name, tensor, (*batch, keys.shape[-2], width), names_of(weight, meaning))
-        check.same_device(name, tensor, weight.device)
+        check.floating(argument, tensor)
+        check.dimensions(argument, tensor, names_of(weight, meaning))
+        check.shape(argument, tensor, (*batch, keys.shape[-2], width), names_of(weight, meaning))
+        check.same_device(argument, tensor, weight.device)
 
 
 # -- residual_gram -------------------------------------------------------------------------------------------
@@ -113,6 +114,7 @@ _residual_gram = define(
         torch.empty_like(values, memory_format=torch.contiguous_format),
         preconditioned.new_empty(keys.shape[0], keys.shape[1], keys.shape[1]),
     ),
+    batched=folded,
     results=_residual_gram_results,
     suspect=_residual_gram_suspect,
     complaint="residual_gram: expected finite keys, values and weights, and a symmetric positive definite "
@@ -123,12 +125,18 @@ _residual_gram = define(
 class ResidualGram(torch.autograd.Function):
     """E = V − K Wᵀ and G = K Pᵀ; dW = −dEᵀ K, dK = −dE W + dG P, dV = dE, dP = dGᵀ K."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(
-        ctx, weight: Tensor, keys: Tensor, values: Tensor, preconditioned: Tensor
+        weight: Tensor, keys: Tensor, values: Tensor, preconditioned: Tensor
     ) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(weight, keys, preconditioned)
         return _residual_gram(weight, keys, values, preconditioned)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+        weight, keys, _, preconditioned = inputs
+        ctx.save_for_backward(weight, keys, preconditioned)
 
     @backward
     def backward(ctx, d_residual: Tensor, d_gram: Tensor):
@@ -195,6 +203,7 @@ _residual_ridge = define(
         keys.new_empty(keys.shape[0], keys.shape[2], keys.shape[2], dtype=torch.float64),
         keys.new_empty(keys.shape[0], dtype=torch.int32),
     ),
+    batched=folded,
     results=_residual_ridge_results,
     suspect=lambda result, *args: check.not_finite(*result[:2]).logical_or_((result[3] != 0).any()),
     complaint="residual_ridge: expected finite keys, values and weights, a positive semidefinite "
@@ -203,22 +212,33 @@ _residual_ridge = define(
 
 
 class ResidualRidge(torch.autograd.Function):
-    """E = V − K Wᵀ and R = K N, N = (λC + KᵀK)⁻¹ = HᵀH.
+    """E = V − K Wᵀ and R = K N, N = (λC + KᵀK)⁻¹ = HᵀH; with them H, a constant.
 
     With T = dR N: dW = −dEᵀ K, dK = −dE W + T − K (RᵀT + TᵀR), dV = dE.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(
-        ctx, weight: Tensor, keys: Tensor, values: Tensor, inverse: Tensor, ridge: float
-    ) -> tuple[Tensor, Tensor]:
-        residual, right, half, _ = _residual_ridge(weight, keys, values, inverse, ridge)
-        ctx.save_for_backward(weight, keys, right, half)
-        return residual, right
+        weight: Tensor, keys: Tensor, values: Tensor, inverse: Tensor, ridge: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return _residual_ridge(weight, keys, values, inverse, ridge)[:3]
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+        _, right, half = output
+        ctx.mark_non_differentiable(half)
+        ctx.set_materialize_grads(False)  # that of H would be as large as C
+        ctx.save_for_backward(*inputs[:2], right, half)
 
     @backward
-    def backward(ctx, d_residual: Tensor, d_right: Tensor):
+    def backward(ctx, d_residual: Tensor | None, d_right: Tensor | None, _d_half: None):
         weight, keys, right, half = ctx.saved_tensors
+        if d_residual is None:
+            d_residual = keys.new_zeros(*keys.shape[:-1], weight.shape[-2])
+        if d_right is None:
+            d_right = torch.zeros_like(right)
         d_weight = d_keys = None
         if ctx.needs_input_grad[0]:
             d_weight = (-d_residual.mT @ keys).to(weight.dtype)
@@ -278,6 +298,7 @@ _small_solve = define(
         torch.empty_like(right_hand_side, memory_format=torch.contiguous_format),
         system.new_empty(system.shape[0], dtype=torch.int32),
     ),
+    batched=folded,
     results=_small_solve_results,
     suspect=_small_solve_suspect,
     complaint="small_solve: expected linearly independent keys whose update fits the type, got others",
@@ -287,12 +308,16 @@ _small_solve = define(
 class SmallSolve(torch.autograd.Function):
     """X = A⁻¹ Y [B, n, m]; dY = A⁻ᵀ dX, dA = −dY Xᵀ (on the stored triangle where A is unit triangular)."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, system: Tensor, right_hand_side: Tensor, kind: str) -> Tensor:
-        solution, _ = _small_solve(system, right_hand_side, kind)
-        ctx.save_for_backward(system, solution)
-        ctx.kind = kind
-        return solution
+    def forward(system: Tensor, right_hand_side: Tensor, kind: str) -> Tensor:
+        return _small_solve(system, right_hand_side, kind)[0]
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+        system, _, ctx.kind = inputs
+        ctx.save_for_backward(system, output)
 
     @backward
     def backward(ctx, d_solution: Tensor):

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from .. import _checks as check
 from ..errors import EngramError
-from .define import backward, define
+from .batching import folded
+from .define import apply, backward, define
 from .memory_state import (
     check_boundaries,
     check_boundary_values,
@@ -281,6 +282,7 @@ _memory_solve = define(
         torch.empty_like(cross, memory_format=torch.contiguous_format),
         gram.new_empty(gram.shape[0], dtype=torch.int32),
     ),
+    batched=folded,
     results=_solve_results,
     suspect=_solve_suspect,
     complaint="memory_solve: expected a finite state that with its ridge is positive definite, got another",
@@ -290,12 +292,16 @@ _memory_solve = define(
 class MemorySolve(torch.autograd.Function):
     """M = (A + λI)⁻¹B [B, K, C]; dB = (A + λI)⁻¹ g, dA = the symmetric part of −dB Mᵀ, as A counts by its."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, gram: Tensor, cross: Tensor, ridge: float) -> Tensor:
-        memory, _ = _memory_solve(gram, cross, ridge, True)
-        ctx.save_for_backward(gram, memory)
-        ctx.ridge = ridge
-        return memory
+    def forward(gram: Tensor, cross: Tensor, ridge: float) -> Tensor:
+        return _memory_solve(gram, cross, ridge, True)[0]
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+        gram, _, ctx.ridge = inputs
+        ctx.save_for_backward(gram, output)
 
     @backward
     def backward(ctx, gradient: Tensor):
@@ -333,7 +339,7 @@ def memory_solve(A: Tensor, B: Tensor, *, ridge: float = 0.0) -> Tensor:
     Source: Das et al. 2024 (arXiv 2403.11901), eq. 3.
     """
     _check_solve(A, B, ridge, True)
-    return MemorySolve.apply(flat(A), flat(B), float(ridge)).reshape(B.shape)
+    return apply(MemorySolve, flat(A), flat(B), float(ridge)).reshape(B.shape)
 
 
 # -- memory_forget_: the leverages, then the write with α = −1 -----------------------------------------------

@@ -8,7 +8,8 @@ from torch import Tensor
 from .. import _checks as check
 from .._linalg import compute_dtype
 from ..errors import EngramError
-from .define import backward, define
+from .batching import folded
+from .define import apply, backward, define
 from .memory_state import flat
 
 __all__ = ["pseudo_inverse"]
@@ -73,6 +74,7 @@ _pseudo_inverse = define(
         a.new_empty(a.shape[0], a.shape[2], a.shape[2]),
         a.new_empty(a.shape[0], dtype=torch.int32),
     ),
+    batched=folded,
     results=_results,
     suspect=_suspect,
     complaint="pseudo_inverse: expected a finite matrix whose pseudo-inverse fits its type, of full rank "
@@ -83,14 +85,20 @@ _pseudo_inverse = define(
 class PseudoInverse(torch.autograd.Function):
     """X = (AᵀA + λI)⁻¹Aᵀ [B, n, m] of a tall A; with S = (AᵀA + λI)⁻¹, dA = (I − A X) gᵀ S − Xᵀ g Xᵀ."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, a: Tensor, ridge: float | None, relative: float, largest: float) -> Tensor:
-        inverse, factor, _ = _pseudo_inverse(a, ridge, relative, largest)
-        ctx.save_for_backward(a, inverse, factor)
-        return inverse
+    def forward(a: Tensor, ridge: float | None, relative: float, largest: float) -> tuple[Tensor, Tensor]:
+        return _pseudo_inverse(a, ridge, relative, largest)[:2]
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+        inverse, factor = output
+        ctx.mark_non_differentiable(factor)
+        ctx.save_for_backward(inputs[0], inverse, factor)
 
     @backward
-    def backward(ctx, gradient: Tensor):
+    def backward(ctx, gradient: Tensor, _d_factor: Tensor):
         a, inverse, factor = ctx.saved_tensors
         solved = torch.cholesky_solve(gradient, factor).mT
         return solved - a @ (inverse @ solved) - inverse.mT @ (gradient @ inverse.mT), None, None, None
@@ -148,7 +156,7 @@ def pseudo_inverse(
     ridge, largest = None if ridge is None else float(ridge), torch.finfo(a.dtype).max
     tall = flat((a if rows >= columns else a.mT).double())
     with torch.autocast(a.device.type, enabled=False):
-        inverse = PseudoInverse.apply(tall, ridge, relative, largest)
+        inverse, _ = apply(PseudoInverse, tall, ridge, relative, largest)
     inverse = inverse if rows >= columns else inverse.mT
     return inverse.reshape(*a.shape[:-2], columns, rows).to(a.dtype)
 

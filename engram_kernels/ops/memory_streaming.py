@@ -5,7 +5,8 @@ from torch import Tensor
 
 from .. import _checks as check
 from ..errors import EngramError
-from .define import backward, define
+from .batching import folded
+from .define import apply, backward, define
 from .memory_state import check_rows, check_state, flat
 
 __all__ = ["memory_stream"]
@@ -54,6 +55,7 @@ _memory_stream = define(
     _check_stream,
     _canonical_stream,
     fake=_stream_fake,
+    batched=folded,
     results=_stream_results,
     suspect=lambda result, *args: check.not_finite(*result[2:]) | (result[3] > 1).any(),
     complaint="memory_stream: expected a finite state with a positive definite P, and rows that its type can "
@@ -80,18 +82,24 @@ _memory_stream_gradient = define(
         torch.empty_like(tensor, memory_format=torch.contiguous_format)
         for tensor in (precision_inverse, memory, weights, latents)
     ),
+    batched=folded,
 )
 
 
 class MemoryStream(torch.autograd.Function):
     """N sequential writes: P, M after the last, readouts [B, N, C] and leverages [B, N] after each."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(
-        ctx, precision_inverse: Tensor, memory: Tensor, weights: Tensor, latents: Tensor
+        precision_inverse: Tensor, memory: Tensor, weights: Tensor, latents: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        ctx.save_for_backward(precision_inverse, memory, weights, latents)
         return _memory_stream(precision_inverse, memory, weights, latents)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.save_for_backward(*inputs)
 
     @backward
     def backward(ctx, *gradients: Tensor):
@@ -129,7 +137,7 @@ def memory_stream(P: Tensor, M: Tensor, w: Tensor, z: Tensor) -> tuple[Tensor, T
     _check_stream(P, M, w, z)
     w, z = w.to(P.dtype), z.to(P.dtype)
     arguments = (flat(tensor).contiguous() for tensor in (P, M, w, z))
-    P_after, M_after, readouts, leverages = MemoryStream.apply(*arguments)
+    P_after, M_after, readouts, leverages = apply(MemoryStream, *arguments)
     return (
         P_after.reshape(P.shape),
         M_after.reshape(M.shape),

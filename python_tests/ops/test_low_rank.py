@@ -130,6 +130,32 @@ def test_joint_without_ridge_meets_every_constraint():
     assert error(keys @ edited.T, values) < torch.finfo(torch.float64).eps * 1e6
 
 
+@pytest.mark.parametrize("count", [3, 20])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_given_residual_is_the_same_write_and_reads_no_weight(mode, count):
+    """More keys than columns too, in fp64, and the weight is NaN."""
+    weight, keys, values = (
+        torch.randn(2, 5, 12).double(),
+        *(torch.randn(2, count, w).double() for w in (12, 5)),
+    )
+    inverse, ridge = torch.linalg.inv(covariance_of(12, 10.0)), 0.3 if mode == "joint" else 0.0
+    rows = slice(None) if mode == "joint" or count < 12 else slice(0, 11)
+    keys, values = keys[:, rows], values[:, rows]
+    residual = values - keys @ weight.mT
+    options = dict(mode=mode, ridge=ridge, inverse_covariance=inverse)
+    expected = ek.low_rank_factors(weight, keys, values, **options)
+    got = ek.low_rank_factors(torch.full_like(weight, torch.nan), keys, residual=residual, **options)
+    for mine, truth in zip(got, expected, strict=True):
+        torch.testing.assert_close(mine, truth)
+    for bad in (dict(), dict(values=values, residual=residual)):
+        with pytest.raises(
+            ValueError, match=r"values: expected either them or a residual, got (neither|both)"
+        ):
+            ek.low_rank_factors(weight, keys, **bad, **options)
+    with pytest.raises(ValueError, match=r"residual: expected shape .* got"):
+        ek.low_rank_factors(weight, keys, residual=residual[:, 1:], **options)
+
+
 def test_alpha_is_the_strength_of_the_write():
     weight, keys, values, covariance = problem(5, 9, 3)
     given = ek.Covariance.from_second_moment(covariance, 1)

@@ -1,4 +1,4 @@
-"""fp32 as three bf16 parts: exact, and in products as exact as fp32. A CPU sums here what a GEMM of a GPU sums."""
+"""fp32 as three bf16 parts: exact, and in products as exact as fp32. A CPU sums what a GPU's GEMMs will."""
 
 import pytest
 import torch

@@ -78,7 +78,10 @@ def apply_low_rank_(weight: Tensor, left: Tensor, right: Tensor, alpha: float) -
     """W += alpha · L R, accumulated in the factors' type and rounded once."""
     with torch.no_grad():
         if weight.dtype == left.dtype:
-            weight.baddbmm_(left, right, alpha=alpha)
+            if len(weight) == 1:  # a GEMM as such is faster than a batch of one
+                weight[0].addmm_(left[0], right[0], alpha=alpha)
+            else:
+                weight.baddbmm_(left, right, alpha=alpha)
             return
         if _splits(weight, left):
             split.add_(weight, left, right, alpha)
