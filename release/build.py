@@ -45,8 +45,7 @@ def tool(name: str) -> str:
 def compiler(machine: str) -> Path:
     """Write the compiler for a processor as one program: nvcc and CMake take no arguments with it."""
     program = WORK / f"c++-{machine}"
-    # Zig's own default stops at undefined behaviour, which C++ elsewhere only has when it is asked for.
-    target = f"-target {machine}-linux-gnu.{GLIBC} -fno-sanitize=undefined"
+    target = f"-target {machine}-linux-gnu.{GLIBC}"
     program.write_text(f'#!/bin/sh\nexec "{tool("python-zig")}" c++ {target} "$@"\n')
     program.chmod(0o755)
     return program
@@ -85,6 +84,8 @@ def native(source: Path, version: str, machine: str, cuda: Path | None = None) -
         "ENGRAM_PYTHON": str(WORK / "headers" / version),
         "CXX": str(compiler(machine)),
         "LDFLAGS": "-s",
+        # Also for CMake's first tries: Zig builds its C++ library once for each level.
+        "CXXFLAGS": "-O3",
         # What setuptools and sysconfig read where a wheel is for another machine.
         "_PYTHON_HOST_PLATFORM": f"linux-{machine}",
         "SETUPTOOLS_EXT_SUFFIX": f".cpython-{tag[2:]}-{machine}-linux-gnu.so",
