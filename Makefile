@@ -25,8 +25,14 @@ TRITONS = 3.6.0 3.7.1 3.8.0 3.9.0
 BUILD_TESTS = python_tests/ops python_tests/packaging python_tests/cli/test_cli.py
 CPP = $(shell git ls-files 'csrc/**' 'python_tests/native/*' 'python_tests/ptx/machine/*')
 
+# Of release: CUDA toolkits to build wheels with CUDA kernels by, as CUDA="/usr/local/cuda-13.0 /usr/local/cuda-12.9".
+CUDA ?=
+RELEASED = $(shell ls dist/*-$(shell $(PYTHON) -c 'import sys; print("cp%d%d" % sys.version_info[:2])')-*_$(shell uname -m).whl | grep -v +)
+RELEASE_TESTS = python_tests/packaging/test_build.py python_tests/cli/test_cli.py \
+	python_tests/ops/test_low_rank.py python_tests/ops/test_memory.py python_tests/ops/test_graft.py
+
 .PHONY: setup demo test docs notebooks ptx test-newest test-oldest oldest pins lint format bench gpu wheels test-wheel
-.PHONY: test-versions test-tritons compiled clean
+.PHONY: test-versions test-tritons release test-release hub-kernel compiled clean
 
 setup: $(VENV)/.ready
 
@@ -138,9 +144,26 @@ test-tritons: setup $(TRITONS:%=build/triton/%)
 compiled: setup $(TRITONS:%=build/triton/%)
 	$(BIN)/python bench/compiled.py measure build/compiled.jsonl $(TRITONS:%=build/triton/%)
 
+# What is published, checked, into dist/.
+release:
+	test -x $(VENV)-release/bin/python || $(PYTHON) -m venv $(VENV)-release
+	PIP_CONSTRAINT= $(VENV)-release/bin/python -m pip install --quiet --requirement requirements/release.txt
+	$(VENV)-release/bin/python release/wheels.py $(if $(CUDA),--cuda $(CUDA))
+	$(VENV)-release/bin/python release/check.py
+	$(MAKE) test-release
+
+# The released wheel of this Python and processor, with the oldest torch and with the tested one.
+test-release:
+	PYTHON=$(PYTHON) .ci/test-wheel $(RELEASED) torch==2.10.0 $(RELEASE_TESTS)
+	PYTHON=$(PYTHON) PIP_CONSTRAINT=$(PINS) .ci/test-wheel $(RELEASED) torch $(RELEASE_TESTS)
+
+# A kernel for the Hugging Face Hub: the operators in Python, laid out for the package `kernels`.
+hub-kernel: setup
+	$(BIN)/python release/hub.py build/hub-kernel
+
 # On a machine with a GPU, with the Python that is there; GPU="--dry-run" anywhere.
 gpu:
 	PYTHON=$(PYTHON) bench/gpu.sh $(GPU)
 
 clean:
-	rm -rf $(VENV) $(VENV)-newest $(VENV)-oldest $(DOCS) build dist *.egg-info engram_kernels/*.so
+	rm -rf $(VENV) $(VENV)-newest $(VENV)-oldest $(VENV)-release $(DOCS) build dist *.egg-info engram_kernels/*.so

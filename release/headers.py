@@ -8,15 +8,13 @@ import sys
 import tempfile
 from pathlib import Path
 
-_INCLUDE = "import sysconfig, sys; print(*sys.version_info[:2], sysconfig.get_path('include'), sep='\\n')"
-
 
 def headers(version: str, into: Path) -> Path:
     """Copy the headers of a Python, "3.12", into a folder and return it.
 
-    They are those of an interpreter that is installed: `python3.12` in the path, or one that uv or pyenv
-    keeps. Where there is none, Debian's package manager is asked for testing's. They serve every processor of
-    64 bits: what `pyconfig.h` says of a processor is for the interpreter's own sources.
+    They are those of an interpreter that is installed. Where there is none, Debian's package manager is asked
+    for testing's. They serve every processor of 64 bits: what `pyconfig.h` says of a processor is for the
+    interpreter's own sources.
 
     Raises:
         SystemExit: none are to be had.
@@ -34,21 +32,27 @@ def headers(version: str, into: Path) -> Path:
     return into
 
 
-def _installed(version: str) -> Path | None:
+def interpreter(version: str) -> str | None:
+    """Return an interpreter of a version that is installed: in the path, or kept by uv or pyenv."""
+    pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
     found = [
         shutil.which(f"python{version}"),
         *Path.home().glob(f".local/share/uv/python/cpython-{version}.*/bin/python{version}"),
-        *Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")).glob(
-            f"versions/{version}.*/bin/python{version}"
-        ),
+        *pyenv.glob(f"versions/{version}.*/bin/python{version}"),
     ]
     for python in filter(None, found):
-        done = subprocess.run([python, "-c", _INCLUDE], capture_output=True, text=True)
-        if done.returncode == 0:
-            major, minor, include = done.stdout.splitlines()
-            if f"{major}.{minor}" == version and Path(include, "Python.h").exists():
-                return Path(include)
+        # pyenv's stand-ins in the path are there for versions that they do not start.
+        if subprocess.run([python, "-c", ""], capture_output=True).returncode == 0:
+            return str(python)
     return None
+
+
+def _installed(version: str) -> Path | None:
+    if (python := interpreter(version)) is None:
+        return None
+    ask = "import sysconfig; print(sysconfig.get_path('include'))"
+    include = subprocess.run([python, "-c", ask], capture_output=True, text=True, check=True).stdout.strip()
+    return Path(include) if Path(include, "Python.h").exists() else None
 
 
 def _debian(version: str, scratch: Path) -> Path | None:

@@ -1,22 +1,44 @@
 #include "isa.h"
 
+#ifdef ENGRAM_X86
+#include <cpuid.h>
+#endif
+
+#include <cstdint>
 #include <cstdlib>
 #include <cstring>
 
 namespace engram::cpu {
 
+#ifdef ENGRAM_X86
+static bool has(uint32_t word, uint32_t bits) { return (word & bits) == bits; }
+
+// Which of the machine's registers the system saves when it switches threads: XCR0.
+static uint32_t saved_registers() {
+  uint32_t low, high;
+  asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return low;
+}
+#endif
+
+// Asked of the processor itself: what __builtin_cpu_supports reads is filled in by the compiler's runtime
+// library, and that of Zig, which links the wheels, leaves it at zero.
 static Isa best() {
 #ifdef ENGRAM_X86
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
-    return Isa::avx512;
+  uint32_t eax, ebx, ecx, edx;
+  if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx) || !has(ecx, bit_OSXSAVE | bit_AVX | bit_FMA | bit_F16C)) {
+    return Isa::baseline;
   }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
-    return Isa::avx2;
+  constexpr uint32_t kYmm = 0x6, kZmm = 0xe6;
+  const uint32_t saved = saved_registers();
+  if (!has(saved, kYmm) || !__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || !has(ebx, bit_AVX2)) {
+    return Isa::baseline;
   }
-#endif
+  const bool avx512 = has(ebx, bit_AVX512F | bit_AVX512DQ | bit_AVX512BW | bit_AVX512VL);
+  return avx512 && has(saved, kZmm) ? Isa::avx512 : Isa::avx2;
+#else
   return Isa::baseline;
+#endif
 }
 
 static Isa choose() {

@@ -46,6 +46,19 @@ def test_cpu_module():
     assert info["compiler"]
 
 
+def test_the_best_instruction_set_is_chosen():
+    cpu = pytest.importorskip("engram_kernels._cpu", exc_type=ImportError)
+    found = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    flags = found[1].split() if found else []
+    needed = {"baseline": [], "avx2": ["avx2", "fma", "f16c"]}
+    needed["avx512"] = [*needed["avx2"], "avx512f", "avx512bw", "avx512vl", "avx512dq"]
+    info = cpu.build_info()
+    usable = [level for level in info["isa_compiled"] if set(needed[level]) <= set(flags)]
+    if "ENGRAM_CPU_ISA" in os.environ:
+        pytest.skip("ENGRAM_CPU_ISA lowers it")
+    assert info["isa"] == usable[-1]
+
+
 def test_cuda_module_imports_without_a_gpu():
     cuda = pytest.importorskip("engram_kernels._cuda", exc_type=ImportError)
     info = cuda.build_info()

@@ -1,8 +1,8 @@
-"""Build what a release publishes into dist/: the sdist, the wheels, and manifest.json with their hashes.
+"""Build what a release publishes into dist/: the sdist and the wheels.
 
-    python release/build.py                                   # Python 3.10 to 3.14 on x86-64 and aarch64
-    python release/build.py --cuda /usr/local/cuda-13.0       # and wheels with CUDA kernels, for x86-64
-    python release/build.py --python 3.12 --machine x86_64    # one wheel
+    python release/wheels.py                                   # Python 3.10 to 3.14 on x86-64 and aarch64
+    python release/wheels.py --cuda /usr/local/cuda-13.0       # and wheels with CUDA kernels, for x86-64
+    python release/wheels.py --python 3.12 --machine x86_64    # one wheel
 
 A wheel of a Python is built with its headers alone, by the compiler of the package ziglang, which links
 against the symbols of glibc 2.28 and brings its own C++ library. So one machine builds for all, without
@@ -10,8 +10,6 @@ containers. The kernels are compiled once for a processor, the bindings once for
 """
 
 import argparse
-import hashlib
-import json
 import os
 import shutil
 import subprocess
@@ -45,8 +43,7 @@ def tool(name: str) -> str:
 def compiler(machine: str) -> Path:
     """Write the compiler for a processor as one program: nvcc and CMake take no arguments with it."""
     program = WORK / f"c++-{machine}"
-    # Zig's own default stops at undefined behaviour, which C++ elsewhere only has when it is asked for.
-    target = f"-target {machine}-linux-gnu.{GLIBC} -fno-sanitize=undefined"
+    target = f"-target {machine}-linux-gnu.{GLIBC}"
     program.write_text(f'#!/bin/sh\nexec "{tool("python-zig")}" c++ {target} "$@"\n')
     program.chmod(0o755)
     return program
@@ -85,6 +82,8 @@ def native(source: Path, version: str, machine: str, cuda: Path | None = None) -
         "ENGRAM_PYTHON": str(WORK / "headers" / version),
         "CXX": str(compiler(machine)),
         "LDFLAGS": "-s",
+        # Also for CMake's first tries: Zig builds its C++ library once for each level.
+        "CXXFLAGS": "-O3",
         # What setuptools and sysconfig read where a wheel is for another machine.
         "_PYTHON_HOST_PLATFORM": f"linux-{machine}",
         "SETUPTOOLS_EXT_SUFFIX": f".cpython-{tag[2:]}-{machine}-linux-gnu.so",
@@ -116,19 +115,6 @@ def cuda_version(toolkit: Path) -> str:
     return "cu" + text.partition("release ")[2].partition(",")[0].replace(".", "")
 
 
-def manifest() -> None:
-    files = [
-        {
-            "name": path.name,
-            "bytes": path.stat().st_size,
-            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-        }
-        for path in sorted(DIST.iterdir())
-        if path.suffix in (".whl", ".gz")
-    ]
-    (DIST / "manifest.json").write_text(json.dumps({"files": files}, indent=2) + "\n")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--python", nargs="+", default=PYTHONS, metavar="3.X")
@@ -150,8 +136,6 @@ def main() -> None:
         (source / "setup.cfg").write_text(f"[egg_info]\ntag_build = +{cuda_version(toolkit)}\n")
         for version in chosen.python:
             native(source, version, "x86_64", toolkit)
-    manifest()
-    print((DIST / "manifest.json").read_text(), end="")
 
 
 if __name__ == "__main__":
