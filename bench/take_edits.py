@@ -2,6 +2,8 @@
 
     python bench/take_edits.py --method plain --output out
     ENGRAM_EASYEDIT=../EasyEdit python bench/take_edits.py --method easyedit-rome --output out
+    python bench/take_edits.py --method plain --by natural --label gradients --output out
+    python bench/take_edits.py --method plain --values warm --label warm --output out
     PYTHONPATH=../older-checkout python bench/take_edits.py --method plain --label older --output out
 
 A run that was cut off goes on by the same command. `out/LABEL/ROW.safetensors` holds, for each weight that is
@@ -44,14 +46,17 @@ GIVEN = {
 }
 
 
-def editor_method(model, tokenizer, given: Callable[[TakeRow], dict]) -> Callable[[TakeRow], Callable]:
+def editor_method(
+    model, tokenizer, given: Callable[[TakeRow], dict], by: str, **options: str
+) -> Callable[[TakeRow], Callable]:
     """`Editor.edit` by its defaults; what it returns gives the factors, off the clock."""
     editor = Editor(model, tokenizer)
-    editor.covariances([default_layer(model)])
+    editor.covariances(editor.layers(by))
     editor.prefixes()
 
     def edit(row: TakeRow):
-        result = editor.edit(Edit(row.subject, row.prompt, row.target, **given(row)))
+        fact = Edit(row.subject, row.prompt, row.target, **given(row))
+        result = editor.edit(fact, method=by, **options)
 
         def factors() -> Factors:
             result.revert()
@@ -139,6 +144,8 @@ def main(
     label: Annotated[str | None, typer.Option(help="The folder's name; default: the method.")] = None,
     model: Annotated[str, typer.Option(help="A name that engram knows, or a folder.")] = "smollm2",
     rows: Annotated[int | None, typer.Option(help="The first so many; default: all.")] = None,
+    by: Annotated[str, typer.Option(help="The editor's method.")] = "engram",
+    values: Annotated[str | None, typer.Option(help="How it finds answers; default: by method.")] = None,
     accelerated: Annotated[bool, typer.Option("--accelerated", help="EasyEdit's by `accelerate`.")] = False,
 ) -> None:
     wanted = read_take_rows()[:rows]
@@ -149,7 +156,8 @@ def main(
         if method == EASYEDIT:
             edit = easyedit_rome(network, tokenizer, accelerated)
         else:
-            edit = editor_method(network, tokenizer, GIVEN[method])
+            options = {"values": values} if values else {}
+            edit = editor_method(network, tokenizer, GIVEN[method], by, **options)
         for row in wanted:
             path = folder / f"{row.number}.safetensors"
             if path.exists():

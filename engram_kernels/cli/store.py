@@ -18,6 +18,7 @@ from .common import (
     Dtype,
     Layers,
     Model,
+    NotAsWantedError,
     Seed,
     StopOn,
     Tokens,
@@ -79,11 +80,10 @@ def add(
         with _opened(store, network, tokenizer, **asked, **options) as kept:
             made = kept.add(edits, stop_on=bounds)
             count, health = len(kept), kept.health[-1]
+            reason = "; ".join(health.past(bounds or {}))
     show(_table(made))
     note(f"{store}: {_counted(count)} of {model}.")
     note(_in_words(health))
-    if len(made) < len(edits):
-        note(f"The run ended before a bound was passed: {_counted(len(edits) - len(made))} not made.")
     emit(
         {
             "store": store,
@@ -93,6 +93,8 @@ def add(
             "health": asdict(health),
         }
     )
+    if len(made) < len(edits):
+        raise NotAsWantedError(f"stop_on: {_counted(len(edits) - len(made))} not made, {reason}")
 
 
 @app.command("list")

@@ -7,7 +7,7 @@ from command_line import refused
 from editing_helpers import small_editor
 from model_zoo import TEXTS, small_model
 
-from engram_kernels.editing import EditResult
+from engram_kernels.editing import EditResult, EditStore
 from engram_kernels.hf.checkpoints import save_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -68,13 +68,25 @@ def test_gradients_bounds_and_ranks(engram, folder):
     assert status == 0 and "steps: 3 edits of base." in out and "not made" not in out, err
     status, out, err = engram("add", "steps", *TOWER[:-1], "Paris", "--stop-on", "update=1e-9", *BASE)
     assert status == 1 and "stop_on: the run ended after 0 edits" in err
-    status, out, err = engram("list", "steps")
-    assert "3 edits of layers 0, 1." in out
+    assert len(EditStore("steps")) == 3
     status, out, err = engram("export", "steps", "--out", "narrow", "--rank", 1)
     assert status == 0 and "Saved 3 edits to narrow." in out and "norm" in out and "% is lost" in out, err
     assert json.loads((folder / "narrow" / "adapter_config.json").read_text())["r"] == 1
     status, out, err = engram("add", "searched", *TOWER, "--values", "warm", "--method", "rome", *BASE)
     assert status == 0, err
+
+
+def test_a_run_that_a_bound_ends_has_a_status_of_its_own(engram, folder):
+    lines = [{"subject": name, "prompt": "{} is in", "target": "Rome"} for name in ("Ulm", "Bern", "Graz")]
+    (folder / "three.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    asked = ("--facts", "three.jsonl", "--values", "gradient", *BASE)
+    assert engram("add", "free", *asked)[0] == 0
+    updates = [one.update for one in EditStore("free").health]
+    bound = (max(updates[:2]) + updates[2]) / 2
+    assert updates[2] > bound  # else this test shows nothing
+    status, _, err = engram("add", "bounded", *asked, "--stop-on", f"update={bound}")
+    assert status == 3 and "--stop-on: 1 edit not made, update" in err
+    assert [one.edit.subject for one in EditStore("bounded")] == ["Ulm", "Bern"]
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,35 @@ def test_many_calls_are_one_call_bit_for_bit(tmp_path, method, dtype):
     assert changed(expected, again.model) != []
 
 
+@pytest.mark.slow
+def test_sixty_calls_of_one_are_one_call_of_sixty(tmp_path, monkeypatch):
+    """The same bits, one pass over the corpus, one moment file a layer."""
+    passes, whole = [], statistics_module.second_moments
+
+    def counting(*arguments, **named):
+        passes.append(1)
+        return whole(*arguments, **named)
+
+    monkeypatch.setattr(statistics_module, "second_moments", counting)
+    edits = [Edit(f"Tower {number}", "{} is located in the city of", "Rome") for number in range(60)]
+    options = {
+        "method": replace(METHODS["memit"], layers=2, batch=1, preserve=True),
+        "contexts": (),
+    }
+    with open_store(tmp_path / "one", **options) as together:
+        together.add(edits)
+        expected = weights(together.model)
+    assert len(passes) == 1
+    for edit in edits:
+        with open_store(tmp_path / "many", **options) as apart:
+            apart.add(edit)
+            final = weights(apart.model)
+    assert all(torch.equal(expected[name], final[name]) for name in expected)
+    assert changed(expected, model_zoo.small_model("llama")) != []
+    assert len(passes) == 2 and len(apart) == 60
+    assert len(list((tmp_path / "many" / "statistics").rglob("*.safetensors"))) == 2
+
+
 def test_one_corpus_pass_and_one_moment_file_a_layer(tmp_path, monkeypatch):
     passes, whole = [], statistics_module.second_moments
 
