@@ -29,7 +29,7 @@ from .lists import (
 __all__ = ["_foreach_graft_blend_", "graft_blend", "graft_mask_step_"]
 
 
-# On a GPU it copies a table of addresses to the device, which a CUDA graph does not keep; a plan has copied it.
+# On GPUs they copy a table of addresses to the device, which a CUDA graph does not keep; a plan has it there.
 _TABLE = (torch.Tag.cudagraph_unsafe,)
 
 
