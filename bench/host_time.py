@@ -77,8 +77,14 @@ def single(ek: ModuleType) -> dict[str, Callable[[], object]]:
     A, B = torch.eye(4, dtype=torch.float64), torch.ones(4, 4, dtype=torch.float64)
     w, z = torch.ones(2, 4), torch.ones(2, 4)
     factors = ek.low_rank_factors
+
+    def unchecked() -> None:
+        with ek.checks("off"):
+            ek.apply_low_rank_(weight, left, right)
+
     return {
         "apply_low_rank_": lambda: ek.apply_low_rank_(weight, left, right),
+        **({"apply_low_rank_, checks off": unchecked} if hasattr(ek, "checks") else {}),
         **{
             f"low_rank_factors, {mode}": lambda mode=mode: factors(
                 weight, keys, values, inverse_covariance=inverse, mode=mode
