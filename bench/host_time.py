@@ -1,4 +1,4 @@
-"""Microseconds of the host in each call, and its waits for the device, with the kernels of a GPU left out.
+"""Microseconds of the host in each call, and its waits for the device, with the kernels of GPUs left out.
 
     python bench/host_time.py                      this checkout
     python bench/host_time.py --before FOLDER      beside another one, in turns, in one run
@@ -38,11 +38,8 @@ class Nothing(ModuleType):
     def __getattr__(self, name: str) -> object:
         if name.startswith("__"):
             raise AttributeError(name)
-        return {
-            "runtime_error": lambda *args: None,
-            "device_error": lambda *args: None,
-            "small_solve_limit": lambda *args: 128,
-        }.get(name, lambda *args: 0)
+        known = {"runtime_error": None, "probe": None, "small_solve_limit": 128}
+        return lambda *args: known.get(name, 0)
 
 
 def as_if_gpu() -> ModuleType:
@@ -80,8 +77,14 @@ def single(ek: ModuleType) -> dict[str, Callable[[], object]]:
     A, B = torch.eye(4, dtype=torch.float64), torch.ones(4, 4, dtype=torch.float64)
     w, z = torch.ones(2, 4), torch.ones(2, 4)
     factors = ek.low_rank_factors
+
+    def unchecked() -> None:
+        with ek.checks("off"):
+            ek.apply_low_rank_(weight, left, right)
+
     return {
         "apply_low_rank_": lambda: ek.apply_low_rank_(weight, left, right),
+        **({"apply_low_rank_, checks off": unchecked} if hasattr(ek, "checks") else {}),
         **{
             f"low_rank_factors, {mode}": lambda mode=mode: factors(
                 weight, keys, values, inverse_covariance=inverse, mode=mode

@@ -30,7 +30,7 @@ def number(name: str, value: object, at_least: float = -math.inf, above: float =
 
 def integer(name: str, value: object, at_least: int | None = None) -> None:
     """Check that a value is an integer, and not under a bound; True and False are none."""
-    is_integer = isinstance(value, int) and not isinstance(value, bool)
+    is_integer = isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
     expect(is_integer, name, "an integer", type(value).__name__, TypeError)
     expect(at_least is None or value >= at_least, name, f"at least {at_least}", value)
 

@@ -10,6 +10,7 @@ For GPUs the numbers are predictions for an H200 (docs/gpu-notes.md), not yet me
 - `memory_stream`: Triton holds a state in registers, 0.45 µs a write; CUDA spreads it over the GPU.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -50,6 +51,7 @@ def size_of(operator: str, args: tuple) -> Size | None:
     return None if count is None else Size(count(*args), args[0].dtype)
 
 
+@functools.cache
 def order(operator: str, device: str, size: Size | None = None) -> tuple[str, ...]:
     """Return the backends in the order in which they are asked, the reference last.
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from .. import _checks as check
 from .._ranks import ALONE, Ranks
 from ..errors import EngramError
 from ..hf.hooks import Stop, capture, run_until
@@ -21,6 +22,7 @@ from .partial_forward import adding
 from .preconditioner import LayerOperator, Solved
 from .records import Write, left_factor
 from .values import Value
+from .weights import add_
 
 # Of a forward pass; and edits whose states are in memory at once.
 ROWS = 64
@@ -126,15 +128,15 @@ def _write(projection: Projection, encoded, keys, bare_keys, residuals, operator
             raise
         raise EngramError(_dependent(encoded, keys.shape[1])) from error
     constrained = keys if bare_keys is None else bare_keys
-    # In main memory, wherever the weights are: thousands of edits would fill a device.
-    left, right, wanted = (one.float().cpu() for one in (solved.left, solved.right, solved.residuals))
-    write = Write(projection.name, left, right, constrained.cpu(), wanted, solved.ridge, tuple(edits))
-    if not (write.left.isfinite().all() and write.right.isfinite().all()):
+    left, right = solved.left.float(), solved.right.float()
+    if not (check.is_finite(left) and check.is_finite(right)):
         raise EngramError(f"edits: expected finite factors for {projection.name!r}, got NaN or infinity")
-    write.apply_(projection)
-    if not projection.whole().isfinite().all():
+    add_(projection, left, right)
+    if not check.is_finite(projection.whole()):
         raise EngramError(f"edits: expected weights in the range of {projection.matrix.dtype}, got infinity")
-    return write
+    # In main memory, wherever the weights are: thousands of edits would fill a device.
+    kept = (one.float().cpu() for one in (left, right, constrained, solved.residuals))
+    return Write(projection.name, *kept, solved.ridge, tuple(edits))
 
 
 def _dependent(encoded: Sequence[EncodedEdit], width: int) -> str:

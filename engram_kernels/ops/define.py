@@ -43,6 +43,7 @@ def define(
     suspect: Callable[..., Tensor] | None = None,
     complaint: str = "",
     batched: Callable[[Callable], Callable] | None = None,
+    tags: tuple[torch.Tag, ...] = (),
 ) -> Callable:
     """Define an operator, and return the call of it for arguments that have passed `check`.
 
@@ -64,6 +65,7 @@ def define(
         suspect: `results` without a wait. Returns a flag on the device, not 0 where that would raise.
         complaint: what is said of a flag that is not 0.
         batched: makes of the operator its rule under `torch.func.vmap` (batching.py).
+        tags: what else compilers may want to know of it.
     """
     name = schema[: schema.index("(")]
     written = [
@@ -72,7 +74,8 @@ def define(
         if argument.alias_info is not None and argument.alias_info.is_write
     ]
     OPERATORS.append(name)
-    _library.define(schema)
+    # Its strides are as the caller has them: a layout of a compiler's choice could be one that is refused.
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides, *tags))
 
     def check_once(*args):
         if getattr(_calling, "checked", False):

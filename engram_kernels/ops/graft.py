@@ -29,6 +29,10 @@ from .lists import (
 __all__ = ["_foreach_graft_blend_", "graft_blend", "graft_mask_step_"]
 
 
+# On GPUs they copy a table of addresses to the device, which a CUDA graph does not keep; a plan has it there.
+_TABLE = (torch.Tag.cudagraph_unsafe,)
+
+
 def _check_pair(pre: Tensor, ft: Tensor, base: Tensor | None) -> None:
     check.floating("pre", pre)
     check.floating("ft", ft)
@@ -184,6 +188,7 @@ _foreach_blend_ = define(
     _check_foreach,
     _canonical_foreach,
     fake=lambda out, pre, ft, logits, base, bias: None,
+    tags=_TABLE,
     apart=_foreach_apart,
 )
 
@@ -257,6 +262,7 @@ _mask_step_ = define(
     _check_step,
     _canonical_step,
     fake=lambda logits, grads, pre, ft, base, bias, lr, l1, out: None,
+    tags=_TABLE,
     apart=_step_apart,
 )
 

@@ -48,6 +48,7 @@ _sparse_diff = define(
     _check_pair,
     lambda old, new, threshold, wide: check_dense(old=old, new=new),
     fake=_empty_diff,
+    tags=(torch.Tag.dynamic_output_shape, torch.Tag.cudagraph_unsafe),
 )
 
 

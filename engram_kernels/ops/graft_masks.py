@@ -196,7 +196,7 @@ def top_k_results(result: tuple[list[Tensor], Tensor], scores, reference: list[T
 
 # The k largest scores, or the k largest |scores − reference|; and how many of these are not finite.
 _top_k_mask = define(
-    "top_k_mask(Tensor[] scores, Tensor[] reference, int k) -> (Tensor[] masks, Tensor invalid)",
+    "top_k_mask(Tensor[] scores, Tensor[] reference, SymInt k) -> (Tensor[] masks, Tensor invalid)",
     check_top_k,
     lambda scores, reference, k: check_dense(scores=scores, reference=reference),
     fake=lambda scores, reference, k: (

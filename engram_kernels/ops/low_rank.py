@@ -183,10 +183,10 @@ def _check_factors(weight: Tensor, left: Tensor, right: Tensor, alpha: float) ->
     check.floating("left", left)
     check.floating("right", right)
     *batch, rows, columns = weight.shape
-    check.dimensions("left", left, names_of(weight, "out, n"))
-    rank, device = left.shape[-1], weight.device
     # Words are made for what is wrong alone: this call is as short as a kernel.
+    rank, device = left.shape[-1] if left.dim() else 0, weight.device
     if left.shape != (*batch, rows, rank) or right.shape != (*batch, rank, columns):
+        check.dimensions("left", left, names_of(weight, "out, n"))
         check.shape("left", left, (*batch, rows, rank), names_of(weight, "out, n"))
         check.dimensions("right", right, names_of(weight, "n, in"))
         check.shape("right", right, (*batch, rank, columns), names_of(weight, "n, in"))
@@ -341,7 +341,8 @@ def apply_low_rank_(weight: Tensor, left: Tensor, right: Tensor, alpha: float = 
     """
     _check_apply(weight, left, right, alpha)
     dtype = compute_dtype(weight)
-    matrix, left, right = weight.detach(), left.detach().to(dtype), right.detach().to(dtype)
+    matrix, left, right = (x.detach() if x.requires_grad else x for x in (weight, left, right))
+    left, right = left.to(dtype), right.to(dtype)
     if weight.dim() == 2:
         matrix, left, right = matrix.unsqueeze(0), left.unsqueeze(0), right.unsqueeze(0)
     if matrix.stride(-1) != 1 and matrix.stride(-2) == 1:

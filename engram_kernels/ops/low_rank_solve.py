@@ -19,7 +19,8 @@ def names_of(weight: Tensor, names: str) -> str:
 
 def check_weight(weight: Tensor) -> None:
     check.floating("weight", weight)
-    check.expect(weight.dim() in (2, 3), "weight", "shape [out, in] or [B, out, in]", list(weight.shape))
+    if weight.dim() not in (2, 3):
+        check.expect(False, "weight", "shape [out, in] or [B, out, in]", list(weight.shape))
 
 
 def check_pairs(weight: Tensor, keys: Tensor, values: Tensor, name: str = "values") -> None:

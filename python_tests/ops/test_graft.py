@@ -415,6 +415,19 @@ def test_compiles_whole(compiler):
             torch.testing.assert_close(mine, truth)
 
 
+def test_the_number_of_top_entries_may_be_a_symbol():
+    """One graph serves every k."""
+
+    @torch.compile(fullgraph=True, dynamic=True, backend="aot_eager")
+    def choose(score, chosen):
+        return ek.top_k_mask([score], chosen.shape[0])[0]
+
+    score, compiled = torch.randn(30), torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for k in (5, 7, 9):
+        assert torch.equal(choose(score, torch.zeros(k)), ek.top_k_mask([score], k)[0])
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled + 1
+
+
 @pytest.mark.parametrize("compiler", COMPILERS)
 def test_lists_compile_whole(compiler):
     """In-place operators over lists, of which one tensor has no elements."""

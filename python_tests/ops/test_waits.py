@@ -37,7 +37,7 @@ def waits(monkeypatch):
 
 def calls() -> dict:
     """Every public operator but those whose results have sizes that depend on data, and sequences, whose
-    lengths are the host's; as the reference serves them, on GPUs too."""
+    lengths are the host's; as the reference serves them, on GPUs too. On the default device."""
     weight, keys, values = torch.randn(2, 5, 7), torch.randn(2, 1, 7), torch.randn(2, 1, 5)
     left, right, inverse = values.mT, keys, torch.eye(7, dtype=torch.float64)
     pre, ft, logits = ([torch.randn(5, 4), torch.randn(3)] for _ in range(3))
@@ -83,6 +83,21 @@ def test_no_call_waits(waits, name):
     with ek.use_backend("torch"), ek.checks("async"):
         assert waits(call) == 0
         ek.synchronize_checks()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", CALLS)
+def test_no_call_waits_on_a_gpu(name):
+    with torch.device("cuda"):
+        call = calls()[name]
+        call()  # what is compiled or allocated at first
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            call()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    ek.synchronize_checks()
 
 
 def test_the_count_sees_what_waits(waits):

@@ -13,7 +13,7 @@ _HALF = (torch.bfloat16, torch.float16)
 def largest_rank(dtype: torch.dtype) -> int:
     """Return the rank up to which the C++ update beats the library's GEMM (bench/bench_low_rank.py)."""
     # Half-precision weights spare the conversion to fp32 and back; fp32 ones gain only while bound by memory.
-    return 128 if dtype in _HALF else 8
+    return 128 if dtype in _HALF else 32
 
 
 def _declines_update(weight: Tensor, left: Tensor, right: Tensor, alpha: float) -> str | None:
