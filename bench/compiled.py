@@ -5,8 +5,8 @@
 
 The first compiles everything that the file does not hold yet, with the Triton that is installed or with those
 in folders (`pip install --no-deps --target FOLDER triton==3.8.0`); the second prints two such files as the
-tables of docs/gpu-notes.md. Needs nvcc and no GPU. What Triton has compiled before comes from its cache. All cases take some hours; those with which
-docs/gpu-notes.md was made are the widest of each kernel, WIDEST.
+tables of docs/gpu-notes.md. Needs nvcc and no GPU. What Triton has compiled before comes from its cache. Of each
+Triton kernel it is the widest case by default: all of them (`--cases .*`) take some hours.
 """
 
 import argparse
@@ -25,11 +25,25 @@ ARCHITECTURES = (80, 90, 100, 120, 89, 103, 86, 87)
 
 
 # Of each kernel the case with the most registers.
-WIDEST = (
-    "update, bf16|update, odd, bf16|residual, bf16|residual, odd, bf16|blend, bf16, base|gradient, bf16, base|"
-    "blend of all, bf16, base|step of all, bf16, base, out|choose, 16 bits|unpack|diff, bf16 with a threshold|"
-    "select, 16 bits, torch.int64|stream, fp32, K=64, C=768|stream, fp64, K=31, C=999|"
-    "accumulate, fp64 from fp32, ragged|ridge, V=64"
+WIDEST = "|".join(
+    [
+        "update, bf16",
+        "update, odd, bf16",
+        "residual, bf16",
+        "residual, odd, bf16",
+        "blend, bf16, base",
+        "gradient, bf16, base",
+        "blend of all, bf16, base",
+        "step of all, bf16, base, out",
+        "choose, 16 bits",
+        "unpack",
+        "diff, bf16 with a threshold",
+        "select, 16 bits, torch.int64",
+        "stream, fp32, K=64, C=768",
+        "stream, fp64, K=31, C=999",
+        "accumulate, fp64 from fp32, ragged",
+        "ridge, V=64",
+    ]
 )
 
 
@@ -118,9 +132,7 @@ def tables(before: list[dict], after: list[dict]) -> list[str]:
 
 def main() -> None:
     sys.path.append(str(HELPERS))
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(usage=__doc__)
     parser.add_argument("command", choices=["measure", "triton", "table"])
     parser.add_argument("file", type=Path)
     parser.add_argument("others", nargs="*", help="folders with Triton; of table the second file")
