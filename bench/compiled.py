@@ -5,8 +5,8 @@
 
 The first compiles everything that the file does not hold yet, with the Triton that is installed or with those
 in folders (`pip install --no-deps --target FOLDER triton==3.8.0`); the second prints two such files as the
-tables of docs/gpu-notes.md. Needs nvcc and no GPU. What Triton has compiled before comes from its cache. Of each
-Triton kernel it is the widest case by default: all of them (`--cases .*`) take some hours.
+tables of docs/gpu-notes.md. Needs nvcc and no GPU. What Triton has compiled before comes from its cache. Of
+each Triton kernel it is the widest case by default: all of them (`--cases .*`) take some hours.
 """
 
 import argparse
