@@ -140,7 +140,7 @@ test-tritons: setup $(TRITONS:%=build/triton/%)
 		PYTHONPATH=build/triton/$$version $(PYTEST) python_tests/ops/test_triton_aot.py || exit 1; \
 	done
 
-# Registers, shared memory and spills of every kernel by nvcc and by each Triton, for eight GPUs; some hours.
+# Registers, shared memory and spills of every kernel by nvcc and by each Triton, for eight GPUs: the widest case of each.
 compiled: setup $(TRITONS:%=build/triton/%)
 	$(BIN)/python bench/compiled.py measure build/compiled.jsonl $(TRITONS:%=build/triton/%)
 

@@ -16,6 +16,7 @@ from harness import check, relative, timed
 
 import engram_kernels as ek
 from engram_kernels.ops.define import ops
+from engram_kernels.ops.low_rank import _precondition as precondition
 
 MODELS = (cases.SMOLLM2, cases.GPT2_MEDIUM, *cases.MODELS[1:])
 SHAPES = pytest.mark.parametrize(
@@ -124,6 +125,27 @@ def covariances():
         return kept[cols, device]
 
     return get
+
+
+@pytest.mark.parametrize("kept", [torch.float64, torch.float32], ids=["fp64", "fp32"])
+@pytest.mark.parametrize("count", [1, 16, 128])
+@SHAPES
+def test_precondition(benchmark, record, device, covariances, shape, count, kept):
+    """P = K C⁻¹ in fp64, from an inverse in fp64 and from one in fp32."""
+    _, cols = sizes(shape, device)
+    _, covariance = covariances(cols, device)
+    keys, inverse = torch.randn(count, cols, device=device), covariance.inverse().to(kept)
+    variants = {
+        "engram": lambda: precondition(keys, inverse),
+        "eager": lambda: keys.double() @ inverse.double(),
+    }
+    truth = keys.double() @ inverse.double()
+    errors = {name: relative(variant(), truth) for name, variant in variants.items()}
+    check(errors, slack=1e-13)
+
+    cost = cases.precondition(cols, count, kept)
+    case = f"P {device} {str(kept)[6:]} {cols}×{cols} n={count}"
+    timed(benchmark, record, case, variants, device, inverse.numel(), cost.traffic, cost.work, errors)
 
 
 @pytest.mark.parametrize("count", [1, 16, 100, 128, 1024])

@@ -93,6 +93,12 @@ def residual(rows: int, cols: int, count: int, dtype: torch.dtype) -> Cost:
     return Cost(traffic, {torch.float32: 2 * rows * cols * count, torch.float64: 2 * count * count * cols})
 
 
+def precondition(cols: int, count: int, inverse: torch.dtype) -> Cost:
+    """P = K C⁻¹ in fp64, the inverse ready in its type."""
+    traffic = cols * cols * inverse.itemsize + count * cols * (FP32 + FP64)
+    return Cost(traffic, {torch.float64: 2 * count * cols * cols})
+
+
 def joint_write(rows: int, cols: int, count: int, dtype: torch.dtype) -> Cost:
     """P = K C⁻¹ and G in fp64, the solve, the residual, the update, from keys and values and a ready C⁻¹."""
     weight = rows * cols * dtype.itemsize
@@ -180,6 +186,7 @@ def real_cases() -> dict[str, Cost]:
         size, whole = rows * cols, entries(model.tensors())
         found |= {
             f"{model.name}: update, n = 16": update(rows, cols, 16, bf16),
+            f"{model.name}: P, n = 16": precondition(cols, 16, torch.float64),
             f"{model.name}: joint write, n = 100": joint_write(rows, cols, 100, bf16),
             f"{model.name}: blend of one matrix, base": blend(size, bf16, base=True),
             f"{model.name}: mask step of all layers, base": mask_step(whole, bf16, base=True),

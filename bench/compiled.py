@@ -1,16 +1,19 @@
 """Registers, shared memory and spills of every kernel, by nvcc and by versions of Triton, for eight GPUs.
 
-    python bench/compiled.py measure FILE [FOLDER ...]
+    python bench/compiled.py measure FILE [FOLDER ...] [--cases REGEX]
     python bench/compiled.py table BEFORE AFTER
 
 The first compiles everything that the file does not hold yet, with the Triton that is installed or with those
 in folders (`pip install --no-deps --target FOLDER triton==3.8.0`); the second prints two such files as the
-tables of docs/gpu-notes.md. Needs nvcc and no GPU. What Triton has compiled before comes from its cache.
+tables of docs/gpu-notes.md. Needs nvcc and no GPU. What Triton has compiled before comes from its cache. Of
+each Triton kernel it is the widest case by default: all of them (`--cases .*`) take some hours.
 """
 
+import argparse
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -19,6 +22,29 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 HELPERS = ROOT / "python_tests" / "helpers"
 ARCHITECTURES = (80, 90, 100, 120, 89, 103, 86, 87)
+
+
+# Of each kernel the case with the most registers.
+WIDEST = "|".join(
+    [
+        "update, bf16",
+        "update, odd, bf16",
+        "residual, bf16",
+        "residual, odd, bf16",
+        "blend, bf16, base",
+        "gradient, bf16, base",
+        "blend of all, bf16, base",
+        "step of all, bf16, base, out",
+        "choose, 16 bits",
+        "unpack",
+        "diff, bf16 with a threshold",
+        "select, 16 bits, torch.int64",
+        "stream, fp32, K=64, C=768",
+        "stream, fp64, K=31, C=999",
+        "accumulate, fp64 from fp32, ragged",
+        "ridge, V=64",
+    ]
+)
 
 
 def keep(file: Path, used: dict) -> None:
@@ -46,7 +72,7 @@ def cuda(file: Path) -> None:
                     keep(file, {**where, **used})
 
 
-def of_triton(file: Path) -> None:
+def of_triton(file: Path, pattern: str) -> None:
     """Compile the Triton kernels for each architecture, with the Triton that this process imports."""
     import triton
     import triton_kernels
@@ -54,7 +80,7 @@ def of_triton(file: Path) -> None:
     compiler = f"Triton {triton.__version__}"
     done = {(use["case"], use["architecture"]) for use in load(file) if use["compiler"] == compiler}
     for architecture, (name, case) in itertools.product(ARCHITECTURES, triton_kernels.cases().items()):
-        if (name, architecture) not in done:
+        if (name, architecture) not in done and re.fullmatch(pattern, name):
             used, _ = triton_kernels.resources(case, architecture)
             kernel = case.kernel.__name__.strip("_")
             where = {"case": name, "compiler": compiler, "architecture": architecture, "name": kernel}
@@ -62,11 +88,11 @@ def of_triton(file: Path) -> None:
             keep(file, {**where, "registers": used["REG"], "shared": used["SHARED"], "spilled": spilled})
 
 
-def measure(file: Path, folders: list[str]) -> None:
+def measure(file: Path, folders: list[str], pattern: str) -> None:
     cuda(file)
     for folder in folders or [""]:
         path = os.pathsep.join(filter(None, [folder, str(ROOT), str(HELPERS), os.environ.get("PYTHONPATH")]))
-        command = [sys.executable, __file__, "triton", str(file)]
+        command = [sys.executable, __file__, "triton", str(file), "--cases", pattern]
         subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, check=True)
 
 
@@ -106,15 +132,18 @@ def tables(before: list[dict], after: list[dict]) -> list[str]:
 
 def main() -> None:
     sys.path.append(str(HELPERS))
-    match sys.argv[1:]:
-        case ["triton", file]:
-            of_triton(Path(file))
-        case ["measure", file, *folders]:
-            measure(Path(file), folders)
-        case ["table", before, after]:
-            print("\n".join(tables(load(Path(before)), load(Path(after)))))
-        case _:
-            sys.exit(__doc__)
+    parser = argparse.ArgumentParser(usage=__doc__)
+    parser.add_argument("command", choices=["measure", "triton", "table"])
+    parser.add_argument("file", type=Path)
+    parser.add_argument("others", nargs="*", help="folders with Triton; of table the second file")
+    parser.add_argument("--cases", default=WIDEST, help="cases of python_tests/helpers/triton_kernels.py")
+    args = parser.parse_args()
+    if args.command == "table":
+        print("\n".join(tables(load(args.file), load(Path(args.others[0])))))
+    elif args.command == "triton":
+        of_triton(args.file, args.cases)
+    else:
+        measure(args.file, args.others, args.cases)
 
 
 if __name__ == "__main__":

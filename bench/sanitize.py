@@ -44,7 +44,7 @@ def larger_calls() -> list[tuple[str, tuple]]:
     at = torch.randperm(20003)[:1777].int()
     weights, values = torch.randn(20003), torch.randn(1777)
     found.append(("sparse_faults", ([weights], [at])))
-    found.append(("sparse_apply_", ([weights], [at], [values], [torch.zeros(1777)])))
+    found.append(("sparse_apply_", ([weights], [at], [values], [torch.zeros(1777)], False)))
     for dtype in (torch.float32, torch.float64):
         state = torch.eye(37, dtype=dtype).repeat(3, 1, 1), torch.zeros(3, 37, 75, dtype=dtype)
         found.append(

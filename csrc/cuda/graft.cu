@@ -61,8 +61,9 @@ int pack_mask(const uint8_t* mask, int64_t size, uint8_t* packed, void* stream) 
   return launch_program(PackMask{mask, size, packed}, stream);
 }
 
-int64_t top_k_workspace(int64_t count) {
-  return sizeof(TopKWorkspace) + count * static_cast<int64_t>(sizeof(Listed<GraftTensor>));
+int64_t top_k_workspace(int64_t count, int64_t keys) {
+  return sizeof(TopKWorkspace) + count * static_cast<int64_t>(sizeof(Listed<GraftTensor>)) +
+         ByteList::room(keys) * static_cast<int64_t>(sizeof(uint32_t));
 }
 
 int top_k_mask(const GraftTensor* tensors, int64_t count, int64_t k, void* workspace, int64_t* invalid,
@@ -74,11 +75,20 @@ int top_k_mask(const GraftTensor* tensors, int64_t count, int64_t k, void* works
       cudaSuccess)
     return cudaGetLastError();
   const List<GraftTensor> list = host_list.at(selecting + 1);
+  int64_t keys = 0;
+  for (int64_t i = 0; i < count; ++i) keys += tensors[i].size;
+  auto* const bytes =
+      reinterpret_cast<uint32_t*>(static_cast<char*>(workspace) + sizeof(TopKWorkspace) + host_list.bytes());
+  // A byte's number must fit.
+  const bool numbered = list.chunks <= UINT32_MAX / kThreads;
+  const Candidates candidates(list, selecting, {bytes, numbered ? ByteList::room(keys) : 0});
   for (int pass = 0; pass < 3; ++pass) {
-    if (const int error = launch_program(CountKeys(list, selecting, {pass}), stream)) return error;
-    if (const int error = launch_program(SelectBin{selecting, invalid, k, {pass}}, stream)) return error;
+    if (const int error = launch_program(CountKeys(candidates, {pass}), stream)) return error;
+    if (const int error = launch_program(SelectBin(candidates, invalid, k, {pass}), stream)) return error;
+    if (pass == 0)
+      if (const int error = launch_program(SplitKeys(candidates), stream)) return error;
   }
-  return launch_program(WriteMasks(list, selecting), stream);
+  return launch_program(WriteMasks(candidates), stream);
 }
 
 int64_t sparse_workspace(int64_t count) { return count * static_cast<int64_t>(sizeof(Listed<SparseTensor>)); }

@@ -30,6 +30,7 @@ struct KeyRanges {
   int64_t blocks() const { return ranges; }
 
   ENGRAM_DEVICE int64_t begin(int64_t index) const { return index * list.chunks / ranges; }
+  ENGRAM_DEVICE int64_t range_of(int64_t chunk) const { return ((chunk + 1) * ranges - 1) / list.chunks; }
 
   // Calls use(tensor, position of the first key, how many keys, keys) for a thread's keys in a chunk.
   template <typename Use>

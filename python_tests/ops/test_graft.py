@@ -311,6 +311,24 @@ def test_top_k_takes_the_first_of_equals(device, k, dtype):
         assert torch.equal(ek.unpack_mask(mask, truth.shape).cpu(), truth)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("ties", [1, 300, 3000])
+def test_top_k_of_few_among_many(device, ties, dtype):
+    """The last of them are some of several that are equal, spread over tensors of smaller keys."""
+    generator = torch.Generator().manual_seed(ties)
+    scores = [0.01 * torch.randn(size, generator=generator) for size in (20_000, 3, 0, 29_997)]
+    at = torch.randperm(50_003, generator=generator)[: ties + 40]
+    flat = torch.cat([*scores, torch.zeros(3)])
+    flat[at] = 3.0
+    flat[at[:20]] = 3.25
+    flat[at[-20:]] = 2.75
+    scores = [part.to(dtype) for part in flat[:50_000].split([len(score) for score in scores])]
+    for k in (20, 20 + (ties + 1) // 2, 30 + ties):
+        got = ek.top_k_mask([score.to(device) for score in scores], k)
+        for mask, truth in zip(got, by_sorting(scores, k), strict=True):
+            assert torch.equal(ek.unpack_mask(mask, truth.shape).cpu(), truth)
+
+
 def test_top_k_of_many_small_tensors(device):
     """Two tensors for each block, with keys that are equal to their neighbours'."""
     scores, k = [torch.full((1 + i % 5,), float(i // 2000)) for i in range(4100)], 7001

@@ -95,7 +95,7 @@ namespace cuda {
 // an int (0: launched).
 int pack_mask(const uint8_t* mask, int64_t size, uint8_t* packed, void* stream);
 
-int64_t top_k_workspace(int64_t count);
+int64_t top_k_workspace(int64_t count, int64_t keys);
 int top_k_mask(const GraftTensor* tensors, int64_t count, int64_t k, void* workspace, int64_t* invalid,
                void* stream);
 

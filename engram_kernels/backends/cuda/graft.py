@@ -33,7 +33,8 @@ class TopKTable:
         self._first = scores[0]
         self.masks = [score.new_empty(packed_size(score.numel()), dtype=torch.uint8) for score in scores]
         self.invalid = torch.empty((), dtype=torch.int64, device=self._first.device)
-        self._workspace = _workspace(_cuda.top_k_workspace(len(scores)), self._first)
+        size = _cuda.top_k_workspace(len(scores), sum(map(Tensor.numel, scores)))
+        self._workspace = _workspace(size, self._first)
         self._rows = graft_rows(scores, out=self.masks, ft=reference)
 
     def select_(self, k: int) -> None:

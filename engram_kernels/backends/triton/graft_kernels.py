@@ -57,13 +57,20 @@ def _signed(value, flips):
 @triton.jit
 def _lesser_gate(x):
     """σ(−|x|), at most ½; NaN stays."""
-    # tl.exp alone loses digits in proportion to |x|, and upstream's gates lie around |x| = 10.
     y = -tl.abs(x)
-    bounded = tl.where(y < -87.0, -87.0, y)
-    n = tl.floor(tl.fma(bounded, 1.44269504, 0.5))
-    r = tl.fma(n, 2.12194440e-4, tl.fma(n, -0.693359375, bounded))
-    power = tl.where(y < -87.0, 0.0, tl.exp2(r * 1.44269504) * tl.exp2(n))
-    return tl.div_rn(power, 1.0 + power)
+    y = tl.where(y < -104.0, -104.0, y)
+    # One power of two. tl.exp alone loses digits in proportion to |x|, and upstream's gates lie around
+    # |x| = 10: what rounding y / ln 2 leaves, 1 / ln 2's own rest too, multiplies the power afterwards.
+    exponent = y * 1.44269502
+    rest = tl.fma(y, 1.92596303e-8, tl.fma(y, 1.44269502, -exponent))
+    power = tl.exp2(exponent)
+    power = tl.fma(power, rest * 0.693147182, power)
+    # power / (1 + power), by a Newton step from the approximate reciprocal: a third of an exact division.
+    near = tl.inline_asm_elementwise(
+        "rcp.approx.ftz.f32 $0, $1;", "=f,f", [1.0 + power], tl.float32, is_pure=True, pack=1
+    )
+    quotient = power * near
+    return tl.fma(tl.fma(-(1.0 + power), quotient, power), near, quotient)
 
 
 @triton.jit
