@@ -44,7 +44,7 @@ RECIPES = {
     # score s S collects −g (ft − pre), the first-order change of the loss, first at pre and then at the
     # grafted point; each round takes the best k. Gates never open half, and exactly k are open.
     "rounds": Recipe(rounds=5),
-    # The k largest |ft − pre|, as Ansell et al. 2022 choose them for sparse fine-tuning, but that each layer has
+    # The k largest |ft − pre|, as Ansell et al. 2022 choose them for sparse fine-tuning; but each layer has
     # its share. Refitted they do more than positions of the highest scores.
     "largest": Recipe(base=True, layered=True, steps=0),
     # Panigrahi et al. 2023: S from U[0, 1), bias 10 (Grafting.py); lr 1e7, 10 steps (run_graft_task.sh), each
