@@ -266,6 +266,8 @@ class Graft(HubFolder):
         Example:
             >>> graft = localize(base, tuned, loader, sparsity=1e-5).refit(base, loader)
             >>> both = Graft.merge([sentiment, questions]).refit(base, loader_of_both)
+
+        Source: Ansell et al. 2022 (arXiv 2110.07560), who begin at the base's values.
         """
         check.integer("steps", steps, at_least=1)
         check.number("lr", lr, above=0)

@@ -44,8 +44,8 @@ RECIPES = {
     # score s S collects −g (ft − pre), the first-order change of the loss, first at pre and then at the
     # grafted point; each round takes the best k. Gates never open half, and exactly k are open.
     "rounds": Recipe(rounds=5),
-    # Not from a paper. The k largest |ft − pre|, in each layer its share: for `Graft.refit`, after which they
-    # do more than positions of the highest scores, which many weights of a few matrices share.
+    # The k largest |ft − pre|, as Ansell et al. 2022 choose them for sparse fine-tuning; but each layer has
+    # its share. Refitted they do more than positions of the highest scores.
     "largest": Recipe(base=True, layered=True, steps=0),
     # Panigrahi et al. 2023: S from U[0, 1), bias 10 (Grafting.py); lr 1e7, 10 steps (run_graft_task.sh), each
     # on the mean gradient of up to 128 batches; γ rounded (src/graft_trainer.py). There the mask of the step
