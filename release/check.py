@@ -58,7 +58,7 @@ def module(path: Path, machine: str) -> str:
 
 
 def sources(names: list[str]) -> set[str]:
-    return {name for name in names if name.startswith("engram_kernels/") and not name.endswith(".so")}
+    return {name for name in names if name.startswith("engram_kernels/") and not name.endswith((".so", "/"))}
 
 
 def wheel(path: Path, pure: set[str]) -> dict:
