@@ -38,14 +38,11 @@ def module(path: Path, machine: str) -> str:
         assert elf.get_machine_arch() == {"x86_64": "x64", "aarch64": "AArch64"}[machine], path
         needed = [tag.needed for tag in elf.get_section_by_name(".dynamic").iter_tags("DT_NEEDED")]
         assert all(map(LIBRARIES.fullmatch, needed)), f"{path.name} needs {needed}"
-        versions = [
-            version.name
-            for _, uses in elf.get_section_by_name(".gnu.version_r").iter_versions()
-            for version in uses
-        ]
-        numbers = sorted(number(name.removeprefix("GLIBC_")) for name in versions)
+        required = elf.get_section_by_name(".gnu.version_r")
+        versions = [use.name for _, uses in required.iter_versions() for use in uses] if required else []
         assert all(name.startswith("GLIBC_") for name in versions), f"{path.name} needs {versions}"
-        assert numbers[-1] <= number(GLIBC), f"{path.name} needs {versions}"
+        newest = max((number(name.removeprefix("GLIBC_")) for name in versions), default=(2, 0))
+        assert newest <= number(GLIBC), f"{path.name} needs {versions}"
         symbols = list(elf.get_section_by_name(".dynsym").iter_symbols())
         tied = elf.get_section_by_name(".gnu.version")
         for index, symbol in enumerate(symbols):
@@ -55,13 +52,13 @@ def module(path: Path, machine: str) -> str:
                 assert symbol.name.startswith("PyInit_"), f"{path.name} exports {symbol.name}"
             elif symbol["st_info"]["bind"] != "STB_WEAK" and not re.match("_?Py", symbol.name):
                 # A symbol without a version is one that no library here promises.
-                known = tied.get_symbol(index)["ndx"] not in ("VER_NDX_LOCAL", "VER_NDX_GLOBAL")
+                known = tied and tied.get_symbol(index)["ndx"] not in ("VER_NDX_LOCAL", "VER_NDX_GLOBAL")
                 assert known, f"{path.name} needs {symbol.name}"
-    return ".".join(map(str, numbers[-1]))
+    return ".".join(map(str, newest))
 
 
 def sources(names: list[str]) -> set[str]:
-    return {name for name in names if name.startswith("engram_kernels/") and not name.endswith(".so")}
+    return {name for name in names if name.startswith("engram_kernels/") and not name.endswith((".so", "/"))}
 
 
 def wheel(path: Path, pure: set[str]) -> dict:

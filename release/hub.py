@@ -8,6 +8,7 @@ The card, the benchmark and `__init__.py` stand in release/hub/; everything else
 """
 
 import argparse
+import ast
 import base64
 import hashlib
 import inspect
@@ -19,18 +20,6 @@ import engram_kernels as ek
 
 PACKAGE = Path(ek.__file__).parent
 TEMPLATES = Path(__file__).parent / "hub"
-# The operators and what they stand on.
-PARTS = (
-    "_checks.py",
-    "_io.py",
-    "_linalg.py",
-    "_namespace.py",
-    "_ranks.py",
-    "covariance.py",
-    "errors.py",
-    "backends",
-    "ops",
-)
 # The loader's number of a release: raised when a name or an argument changes or goes.
 VERSION = 1
 
@@ -44,15 +33,28 @@ def functions() -> str:
     return "\n".join(["| function | |", "|---|---|", *rows])
 
 
+def sources() -> list[Path]:
+    """Return the operators and backends, and whatever of the package these import."""
+    own = PACKAGE / "__init__.py"  # the kernel has another
+    found = [path for part in ("ops", "backends") for path in sorted((PACKAGE / part).rglob("*.py"))]
+    for path in found:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                base = path.parents[node.level - 1].joinpath(*(node.module or "").split("."))
+                tried = [base, *(base / alias.name for alias in node.names)]
+                named = [file for stem in tried for file in (stem.with_suffix(".py"), stem / "__init__.py")]
+                found += [file for file in named if file.exists() and file not in (*found, own)]
+    return found
+
+
 def variant(folder: Path, backend: str) -> None:
     """Write the folder of a backend: the sources, and what the loader wants to know of them."""
     folder.mkdir(parents=True)
     shutil.copy(TEMPLATES / "init.py", folder / "__init__.py")
-    for part in PARTS:
-        if (PACKAGE / part).is_dir():
-            shutil.copytree(PACKAGE / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            shutil.copy(PACKAGE / part, folder / part)
+    for path in sources():
+        target = folder / path.relative_to(PACKAGE)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, target)
     files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*.py"))}
     digests = {name: hashlib.sha256(content).digest() for name, content in files.items()}
     build = hashlib.sha256(b"".join(digests.values())).hexdigest()[:8]

@@ -93,20 +93,10 @@ def native(source: Path, version: str, machine: str, cuda: Path | None = None) -
     built = wheel(source, WORK / "raw", **environment)
     name = run(tool("wheel"), "tags", "--python-tag", tag, "--abi-tag", tag, "--remove", built).strip()
     platform = f"manylinux_{GLIBC.replace('.', '_')}_{machine}"
+    print(f"release: {name}", flush=True)
     search = f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ['PATH']}"
-    run(
-        *(
-            tool("auditwheel"),
-            "repair",
-            "--plat",
-            platform,
-            "--only-plat",
-            "--wheel-dir",
-            DIST,
-            built.parent / name,
-        ),
-        PATH=search,
-    )
+    repair = ("repair", "--plat", platform, "--only-plat", "--wheel-dir", DIST, built.parent / name)
+    run(tool("auditwheel"), *repair, PATH=search)
 
 
 def cuda_version(toolkit: Path) -> str:
