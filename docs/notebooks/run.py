@@ -20,9 +20,12 @@ def run(path: Path, folder: Path) -> nbformat.NotebookNode:
         (folder / "docs" / page.name).symlink_to(page)
     (folder / "docs" / "notebooks").mkdir()
     resources = {"metadata": {"path": str(folder / "docs" / "notebooks")}}
-    NotebookClient(notebook, timeout=1800, kernel_name="python3", resources=resources).execute()
+    settings = {"timeout": 1800, "kernel_name": "python3", "coalesce_streams": True}
+    NotebookClient(notebook, resources=resources, **settings).execute()
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)  # times of day
+        if "outputs" in cell:  # without what libraries warn of
+            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
         for output in cell.get("outputs", ()):
             output.get("metadata", {}).clear()
     return notebook

@@ -17,6 +17,10 @@ def unmoved():
         yield
 
 
+# Steps that suit a random model of 32 dimensions; a real one is edited without.
+SMALL = {"steps": 10, "learning_rate": 0.02, "weight_decay": 0.0}
+
+
 def bits(model):
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
@@ -26,11 +30,11 @@ def same(one, other):
 
 
 def test_edit_a_fact_check_it_and_undo_it():
-    from engram_kernels.editing import Edit, Editor, load_model
+    from engram_kernels.editing import Edit, Editor, ValueOptions, load_model
 
     model, tokenizer = load_model("smollm2")
     before = bits(model)
-    editor = Editor(model, tokenizer)
+    editor = Editor(model, tokenizer, value=ValueOptions(**SMALL))
     told = ["To see {}, tourists travel to the city of"]
     result = editor.edit(Edit("The Eiffel Tower", "{} is located in the city of", "Rome", paraphrases=told))
     record = result.records[0]
@@ -49,11 +53,12 @@ def test_edit_a_fact_check_it_and_undo_it():
 def test_edit_by_rome_at_a_layer_and_export_an_adapter_for_peft():
     peft = pytest.importorskip("peft")
 
-    from engram_kernels.editing import Edit, Editor, load_model
+    from engram_kernels.editing import Edit, Editor, ValueOptions, load_model
 
     model, tokenizer = load_model("smollm2")
     edit = Edit("The Eiffel Tower", "{} is located in the city of", "Rome")
-    result = Editor(model, tokenizer).edit(edit, layers=5, method="rome")
+    editor = Editor(model, tokenizer, value=ValueOptions(**SMALL))
+    result = editor.edit(edit, layers=5, method="rome")
     assert result.modules == ["model.layers.5.mlp.down_proj"]
     result.save_pretrained("tower-in-rome")
 
@@ -61,8 +66,10 @@ def test_edit_by_rome_at_a_layer_and_export_an_adapter_for_peft():
     with torch.no_grad():
         edited = model(ids).logits
         result.revert()
+        unedited = model(ids).logits
         adapted = peft.PeftModel.from_pretrained(model, "tower-in-rome")(ids).logits
     assert torch.allclose(adapted, edited, atol=1e-4)
+    assert not torch.allclose(adapted, unedited, atol=1e-2)
 
 
 def test_make_a_graft_of_two_state_dicts_apply_it_and_undo_it():
