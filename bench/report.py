@@ -16,6 +16,7 @@ import os
 import re
 import statistics
 import sys
+import textwrap
 from pathlib import Path
 
 import resources
@@ -95,7 +96,8 @@ def conditions(run: dict) -> str:
     if rates:
         words.append(f"copy {rates['copy'] / 1e9:.1f} GB/s read and written")
         words += [f"{name} GEMM {rate / 1e12:.2f} TFLOP/s" for name, rate in rates["gemm"].items()]
-    return f"Commit {found.get('commit', 'unknown')}, {run['begun'][:10]}: {', '.join(words)}."
+    said = f"Commit {found.get('commit', 'unknown')}, {run['begun'][:10]}: {', '.join(words)}."
+    return textwrap.fill(said, 120, break_long_words=False, break_on_hyphens=False)
 
 
 def stages(run: dict) -> list[str]:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 from mkdocs.structure.files import File, Files
@@ -25,6 +23,20 @@ REFERENCE = {
     "layers": ("Layers", "engram_kernels.layers"),
     "integrations": ("Integrations", "engram_kernels.integrations"),
 }
+# Families of operators, in the order in which they are shown.
+FAMILIES = {
+    "low_rank": "The associative write",
+    "second_moment": "Statistics",
+    "graft": "Grafting",
+    "graft_masks": "Masks",
+    "graft_sparse": "Sparse writes",
+    "graft_diff": "Sparse differences",
+    "memory": "Episodic memory",
+    "memory_inverse": "Addresses",
+    "memory_streaming": "Streaming memory",
+    "ridge": "Ridge memory",
+    "linear_memory": "Other linear memories",
+}
 # Files that are pages of the site, though they lie elsewhere.
 PAGES = {"README.md": "index.md", "CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
 
@@ -32,6 +44,7 @@ PAGES = {"README.md": "index.md", "CHANGELOG.md": "changelog.md", "CONTRIBUTING.
 def on_files(files: Files, config) -> Files:
     """Add the pages that are made here."""
     made = {page: (ROOT / source).read_text("utf-8") for source, page in PAGES.items()}
+    made["index.md"] = f"---\nhide: [navigation]\n---\n{made['index.md']}"
     made |= {f"reference/{name}.md": reference(*of) for name, of in REFERENCE.items()}
     made["reference/commands.md"] = commands()
     made |= {
@@ -44,7 +57,11 @@ def on_files(files: Files, config) -> Files:
 
 
 def on_page_markdown(markdown: str, page, config, files: Files) -> str:
-    """Let links to files of the repository lead to pages of the site; what is no page keeps its name only."""
+    """Let links to files of the repository lead to pages of the site; what is no page keeps its name only.
+
+    Fences lose what tests read in them: why a block is not executed.
+    """
+    markdown = re.sub(r'^( *```\w+) skip=".*"$', r"\1", markdown, flags=re.MULTILINE)
     source = next((ROOT / name for name, made in PAGES.items() if made == page.file.src_uri), None)
     folder = (source or ROOT / "docs" / page.file.src_uri).parent
 
@@ -67,16 +84,22 @@ def reference(title: str, package: str) -> str:
     """A page with every public name of a package; of the operators by family."""
     module = importlib.import_module(package)
     lines = [f"# {title}", "", f"`{package}`", ""]
-    names = list(module.__all__)
+    # Classes, functions, and constants last.
+    names = sorted(
+        module.__all__, key=lambda name: (not inspect.isclass(getattr(module, name)), name.isupper())
+    )
     if package == "engram_kernels":
         lines += ["`import engram_kernels as ek`. How they fit together: [operators](../operators.md).", ""]
-        for family in (value for value in vars(module.ops).values() if inspect.ismodule(value)):
-            own = [name for name in getattr(family, "__all__", ()) if name in names]
+        families = {
+            of.__name__.rpartition(".")[2]: of for of in vars(module.ops).values() if inspect.ismodule(of)
+        }
+        for name in sorted(families, key=[*FAMILIES, *families].index):
+            own = [one for one in getattr(families[name], "__all__", ()) if one in names]
             if own:
-                heading = family.__name__.rpartition(".")[2].replace("_", " ").capitalize()
-                lines += [f"## {heading}", "", *entries(package, own)]
-                names = [name for name in names if name not in own]
-        lines += ["## Statistics, backends, errors", ""]
+                title = FAMILIES.get(name, name.replace("_", " ").capitalize())
+                lines += [f"## {title}", "", *entries(package, own)]
+                names = [one for one in names if one not in own]
+        lines += ["## Covariances, backends, errors", ""]
     return "\n".join([*lines, *entries(package, names)])
 
 
@@ -85,20 +108,20 @@ def entries(package: str, names: list[str]) -> list[str]:
 
 
 def commands() -> str:
-    """The help of every command, as `typer` writes it down."""
-    asked = [
-        sys.executable,
-        "-m",
-        "typer",
-        "engram_kernels.cli",
-        "utils",
-        "docs",
-        "--name",
-        "engram",
-        "--title",
-        "Commands",
-    ]
-    return subprocess.run(asked, check=True, capture_output=True, text=True, cwd=ROOT).stdout
+    """The help of every command, as a terminal of 80 columns shows it."""
+    import typer
+
+    from engram_kernels.cli import app
+
+    def pages(command, name: str) -> list[str]:
+        context = command.make_context(name, [], resilient_parsing=True, terminal_width=80)
+        help_ = command.get_help(context).rstrip()
+        found = [f"{'#' * (1 + name.count(' '))} {name}", "", "```text", help_, "```", ""]
+        for sub, one in getattr(command, "commands", {}).items():
+            found += pages(one, f"{name} {sub}")
+        return found
+
+    return "\n".join(["---", "title: Commands", "---", *pages(typer.main.get_command(app), "engram")])
 
 
 def notebook(path: Path) -> str:

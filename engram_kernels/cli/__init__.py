@@ -20,7 +20,7 @@ EXIT_STATUS = """Every command takes --json and --quiet. It ends with the status
 \b
   0    done
   1    an error: one sentence on the error stream
-  2    an option or a command that there is not
+  2    an unknown option or command, or one that is missing
   3    done, but not as --strict wants it
   130  interrupted
 """

@@ -30,6 +30,7 @@ from .common import (
     load,
     reading,
 )
+from .examples import lines
 from .output import MARKS, emit, note, show, table
 
 if TYPE_CHECKING:
@@ -221,16 +222,13 @@ def _edits(subject: str | None, prompt: str | None, target: str | None, facts: P
     if any(part is not None for part in one):
         raise ValueError("facts: expected a file or one fact, got both")
     edits = []
-    for number, line in enumerate(facts.read_text(encoding="utf-8").splitlines(), 1):
-        if line.strip():
-            try:
-                edits.append(Edit(**json.loads(line)))
-            except (TypeError, ValueError) as error:
-                raise ValueError(
-                    f"facts: expected a fact in line {number}, got {line[:60]!r} ({error})"
-                ) from None
-    if not edits:
-        raise ValueError(f"facts: expected a fact a line, got none in {str(facts)!r}")
+    for number, line in lines("facts", facts):
+        try:
+            edits.append(Edit(**json.loads(line)))
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"facts: expected a fact in line {number}, got {line[:60]!r} ({error})"
+            ) from None
     return edits
 
 

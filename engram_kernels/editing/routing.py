@@ -21,6 +21,15 @@ if TYPE_CHECKING:
 def routed_expert(model: nn.Module, tokenizer: Tokenizer, edit: Edit, layer: int) -> int:
     """The expert to which the router gives the largest weight at the subject's last token in the bare prompt.
 
+    Args:
+        model: a causal language model of transformers with routed experts.
+        tokenizer: its tokenizer.
+        edit: the fact that is to be written.
+        layer: index of the decoder layer, counted from 0.
+
+    Returns:
+        The expert's number, for `open_expert`.
+
     Raises:
         TypeError, ValueError: there is no such layer.
         EngramError: the layer has no routed experts, or the prompt cannot be used.

@@ -43,6 +43,9 @@ def read_cases(
             locality prompts get a question mark (Meng et al. 2023, arXiv 2210.07229). `"easyedit"`: edits
             write the made-up answer (Mitchell et al. 2022, arXiv 2110.11309).
 
+    Returns:
+        `(cases, refused)`: the rows that can be edited, and of each other one a sentence.
+
     Raises:
         ValueError: the file cannot be read or holds no rows, `start` is beyond them, a row is of no known
             format, or lacks something: the message names the row and what it lacks, or the fields it has.

@@ -61,6 +61,9 @@ class Retained(NamedTuple):
 def summarise(outcomes: Sequence[Outcome]) -> dict:
     """The means over the cases that were edited: what a table or a JSON report shows.
 
+    Args:
+        outcomes: of `Evaluation`, a case each.
+
     Returns:
         `rows`, `skipped`, `aspects` (of each: `questions`, and by measure the means `unedited` and `edited`
         over the cases that have it), `fluency`, `drift`, `median_seconds`, `reverted_exactly`.

@@ -17,6 +17,7 @@ class Density(NamedTuple):
 
     @property
     def share(self) -> float:
+        """`entries / size`."""
         return self.entries / self.size if self.size else 0.0
 
 

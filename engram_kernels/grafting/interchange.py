@@ -54,6 +54,12 @@ class WeightPatch(NamedTuple):
 def weight_patches(graft: Graft) -> list[WeightPatch]:
     """A graft as vLLM's patches in checkpoint coordinates.
 
+    Args:
+        graft: whose values are finite or infinite, but not NaN.
+
+    Returns:
+        A patch for each parameter.
+
     Example:
         >>> load_checkpoint_weight_patches(model, weight_patches(graft))  # vLLM's own
 
@@ -75,6 +81,9 @@ def from_patches(patches: Iterable[WeightPatch], base: Base) -> Graft:
     Args:
         patches: one for each parameter.
         base: what they are applied to.
+
+    Returns:
+        The graft, with the checksums of that base.
     """
     entries = {patch.name: (patch.indices, patch.values) for patch in patches}
     return _of_entries(base, entries, "patches")
@@ -122,6 +131,13 @@ def save_trl(graft: Graft, path: str | os.PathLike, version: int, encoding: str 
 
 def read_trl(path: str | os.PathLike, base: Base) -> Graft:
     """Read one of TRL's delta files as a graft of a base.
+
+    Args:
+        path: the safetensors file.
+        base: the tensors before.
+
+    Returns:
+        The graft, which is applied to that base.
 
     Raises:
         EngramError: it is none, is encoded by nvCOMP, or does not fit the base.
@@ -206,6 +222,13 @@ def save_slime(
 
 def read_slime(directory: str | os.PathLike, base: Base) -> Graft:
     """Read one of slime's disk deltas, `overwrite`, as a graft of a base, and compare its checksums.
+
+    Args:
+        directory: the delta, such as `weight_v000001`.
+        base: the tensors before.
+
+    Returns:
+        The graft, which is applied to that base.
 
     Raises:
         EngramError: zstandard is missing, the folder is none or uses what is not read here (xor, checksums

@@ -26,6 +26,9 @@ def graftable_parameters(
             no head.
         exclude: glob patterns of names to leave out of these.
 
+    Returns:
+        The model's own parameters by name, in its order.
+
     Raises:
         TypeError: `model` is none.
         ValueError: a pattern matches nothing.

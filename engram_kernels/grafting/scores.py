@@ -31,6 +31,9 @@ def calibration_error(probabilities: Tensor, labels: Tensor, bins: int = BINS) -
         labels: [n].
         bins: of the confidence, the largest probability, over (0, 1].
 
+    Returns:
+        From 0, where the confidence is the accuracy in every bin, to 1.
+
     Source: Guo et al. 2017 (arXiv 1706.04599), eq. 3.
     """
     confidence, answer = probabilities.double().max(-1)
@@ -55,6 +58,9 @@ def classification_score(
         logits_fn: `logits_fn(model, batch)`, [n, labels], such as `PromptTask.logits`. Default:
             `model(**batch).logits`, of a model for sequence classification.
         progress: called as `progress("classify", rows done, rows)` after every batch.
+
+    Returns:
+        Accuracy, calibration error, mean loss and the number of rows.
 
     Raises:
         EngramError: no batch, or logits that are not finite.

@@ -35,10 +35,12 @@ class Fact:
 
     @property
     def text(self) -> str:
+        """The fact in one sentence, which is what is written."""
         return f"{self.prompt} {self.target}"
 
     @property
     def asked(self) -> str:
+        """The question, or the prompt where there is none."""
         return self.prompt if self.question is None else self.question
 
 

@@ -26,7 +26,14 @@ def key_scores(queries: Tensor, keys: Tensor) -> Tensor:
 
 
 def stored_keys(memory: EpisodicMemory) -> Tensor:
-    """The keys in a memory's ledger, `[S, latent]`, of rows written with ids."""
+    """The keys in a memory's ledger, of rows written with ids.
+
+    Args:
+        memory: a single one.
+
+    Returns:
+        `[S, latent]`, in the order of the ledger.
+    """
     keys = [entry.key for _, entry in memory.ledger.items()]
     return torch.cat(keys) if keys else memory.cross.new_zeros(0, memory.latent)
 

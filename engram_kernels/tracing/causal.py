@@ -137,6 +137,14 @@ def trace(
 def embedding_std(model: nn.Module, tokenizer: Tokenizer, subjects: Iterable[str]) -> float:
     """The standard deviation of the embeddings of the subjects' tokens, the paper's `σ`.
 
+    Args:
+        model: a causal language model.
+        tokenizer: its tokenizer.
+        subjects: what the facts are about.
+
+    Returns:
+        One number, for `trace(sigma=…)`.
+
     Raises:
         TypeError: a subject is not a string.
         EngramError: the subjects have no token.
@@ -159,6 +167,9 @@ def known(model: nn.Module, tokenizer: Tokenizer, row: Mapping[str, str]) -> boo
         model: a causal language model.
         tokenizer: its tokenizer.
         row: a fact: `prompt`, `subject` and `attribute`.
+
+    Returns:
+        True where the model knows the fact, and a trace of it means something.
 
     Raises:
         ValueError: one of these is missing, or the prompt does not name the subject exactly once.

@@ -166,6 +166,9 @@ def average(traces: Iterable[Trace]) -> AverageTrace:
     Args:
         traces: of facts that the model knows (`known`), all of one kind, window and depth.
 
+    Returns:
+        The effects, averaged over the facts; `draw` and `best_layer` take it.
+
     Raises:
         ValueError: there is none, or they differ in kind, window or depth.
     """
@@ -200,6 +203,12 @@ def average(traces: Iterable[Trace]) -> AverageTrace:
 
 def best_layer(average: AverageTrace) -> int:
     """The layer whose MLPs, restored at the last subject token, bring back most: where ROME writes.
+
+    Args:
+        average: of traces of the kind `"mlp"`.
+
+    Returns:
+        The index of the layer, counted from 0.
 
     Raises:
         ValueError: the average is not one of MLPs.

@@ -96,6 +96,10 @@ def test_a_run_that_a_bound_ends_has_a_status_of_its_own(engram, folder):
         (("add", "new", *BASE), "--facts: expected a file, or a subject, a prompt and a target, got neither"),
         (("add", "new", *TOWER, "--facts", "facts.jsonl", *BASE), "--facts: expected a file or one fact"),
         (("add", "new", "--facts", "corpus.txt", *BASE), "--facts: expected a fact in line 1"),
+        (
+            ("add", "new", "--facts", "nowhere.jsonl", *BASE),
+            "--facts: expected a text file",
+        ),
         (("add", "new", *TOWER, "--method", "rom", *BASE), "--method: expected one of"),
         (("list", "base"), "store: expected a store"),
         (

@@ -120,16 +120,20 @@ TOKENIZERS = {
 
 
 def small_model(
-    family: str = "llama", vocabulary: int = 400, dtype: torch.dtype = torch.float32, seed: int = 0
+    family: str = "llama",
+    vocabulary: int = 400,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    layers: int = 4,
 ):
-    """A random causal language model of four layers, hidden size 32, intermediate size 64."""
+    """A random causal language model of a few layers, hidden size 32, intermediate size 64."""
     import transformers as hf
 
     common = {"vocab_size": vocabulary, "max_position_embeddings": 128}
     llama = {
         "hidden_size": 32,
         "intermediate_size": 64,
-        "num_hidden_layers": 4,
+        "num_hidden_layers": layers,
         "num_attention_heads": 4,
         **common,
     }
