@@ -10,6 +10,7 @@ import torch
 
 from ..hf.tokens import Prompt, Row, check_apart, check_length, encode_row
 from .edit import Edit
+from .forms import forms_of
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,12 @@ class EncodedEdit:
 
 
 def encode_edit(
-    model, tokenizer, edit: Edit, prefixes: Sequence[str], texts: int | None = None
+    model,
+    tokenizer,
+    edit: Edit,
+    prefixes: Sequence[str],
+    texts: int | None = None,
+    forms: bool = False,
 ) -> EncodedEdit:
     """Tokenise one edit.
 
@@ -56,8 +62,9 @@ def encode_edit(
         tokenizer: of the model.
         edit: the fact.
         prefixes: texts to stand before its prompts.
-        texts: about how many rows to make; each prompt gets its share of the prefixes, at least two, and no
+        texts: about how many rows to make; each prompt gets its share of the prefixes, at least one, and no
             two prompts the same ones while there are enough. None: every prompt after every prefix.
+        forms: beside them the first prompt in the forms of `forms_of`.
 
     Raises:
         EngramError: the subject or target has no token, or a text is longer than the model's context.
@@ -65,11 +72,14 @@ def encode_edit(
     prompts = edit.prompts
     turn, share = list(prefixes), len(prefixes)
     if texts is not None:
-        turn, share = _in_turn(prefixes), min(share, max(2, texts // len(prompts) - 1))
+        turn, share = _in_turn(prefixes), min(share, max(1 if forms else 2, texts // len(prompts) - 1))
     groups = [
         _rows(model, tokenizer, edit, prompt, [turn[(i * share + j) % len(turn)] for j in range(share)])
         for i, prompt in enumerate(prompts)
     ]
+    if forms:
+        asked = forms_of(tokenizer, edit)
+        groups[0] += [row for form in asked for row in _rows(model, tokenizer, edit, form, ())]
     kl_prompt = check_length(model, encode_row(tokenizer, edit.subject, "{} is a"), edit.prompt_text)
     rewriting = [row for group in groups for row in group]
     return EncodedEdit(edit, rewriting, kl_prompt, texts=tuple(map(len, groups)))

@@ -29,6 +29,7 @@ class Method:
         batch: how many edits are written at once; None: all of them.
         ridge: `λ`, how much of a change is given up for a smaller write; 0 writes it exactly.
         moment: `w`, the weight of the statistics `C` in `Q`.
+        names: `ν`, the weight of the statistics of names, which are added to `C` (`Editor.covariances`).
         identity: `μ`, the weight of the identity.
         null_space: eigenvalues of `C` up to this share of their mean count as none, and writes stay in their
             span; None: in every direction.
@@ -43,6 +44,7 @@ class Method:
             None: not.
         key_ridge: `λ` of the key that all texts answer to alike (`SpreadKey`); None: the mean key.
         texts: about how many texts a value is searched over; None: every prompt after every context.
+        forms: a value is also searched over its prompt in a question, a list, a quotation and a chat.
         value: options of the value's optimisation, where the caller gives none.
         values: `"search"`: each value is optimised; `"gradient"`: batches are written where their gradients
             lead; `"warm"`: each value is optimised from where its first gradient leads.
@@ -55,6 +57,7 @@ class Method:
     batch: int | None = None
     ridge: float = 0.0
     moment: float = 1.0
+    names: float = 0.0
     identity: float = 0.0
     null_space: float | None = None
     renew: int | None = None
@@ -64,6 +67,7 @@ class Method:
     ideal: float | None = None
     key_ridge: float | None = None
     texts: int | None = None
+    forms: bool = False
     value: ValueOptions = field(default_factory=ValueOptions)
     values: str = "search"
     gradient: GradientOptions = field(default_factory=GradientOptions)
@@ -81,7 +85,7 @@ class Method:
 # it weighs 20 throughout, as SmolLM2 asks for, and what is in its unit is scaled with it.
 METHODS = {
     "engram": Method(
-        batch=1, key_ridge=10.0, texts=14,
+        batch=1, names=0.2, key_ridge=10.0, texts=5, forms=True,
         value=ValueOptions(learning_rate=0.8, stop_probability=0.9, relative=True),
         source="this package: ROME under a key that every text answers to",
     ),

@@ -25,7 +25,7 @@ class EditRecord:
         took: whether greedy decoding then answers with the target, after the prompt and after every
             paraphrase: each token of the target is the likeliest one.
         reached: `p(target | text)` after all writes, for the prompt and then for every paraphrase: after it
-            by itself, and after it in every context in which the value was searched.
+            by itself, in every context in which the value was searched, and in other forms.
         undid: earlier facts about the subject that the model said before this edit, and does not after it.
         losses: of every step of the value's optimisation.
         key_norm: norm of the key that was written.

@@ -49,6 +49,7 @@ class Plan:
     value: ValueOptions
     key: MeanKey | SpreadKey
     texts: int | None
+    forms: bool
     bare_denominator: bool
     stop_on: dict[str, float]
 
@@ -117,7 +118,7 @@ class Run:
             EngramError: a text cannot be used, or edits of a batch have one key.
         """
         self._prefixes = list(prefixes)
-        self._encode(list(self.encoded), prefixes)
+        self._encode(list(self.encoded), prefixes, self.plan.forms)
         numbers = list(self.encoded)
         size = self.plan.method.batch or max(1, len(numbers))
         self.batches = [
@@ -230,11 +231,11 @@ class Run:
             if number in self.encoded:
                 self._skip(number, reason, always=True)
 
-    def _encode(self, numbers: Iterable[int], prefixes: Sequence[str]) -> None:
+    def _encode(self, numbers: Iterable[int], prefixes: Sequence[str], forms: bool = False) -> None:
         for number in numbers:
             try:
                 self.encoded[number] = encode_edit(
-                    self.model, self.tokenizer, self.edits[number], prefixes, self.plan.texts
+                    self.model, self.tokenizer, self.edits[number], prefixes, self.plan.texts, forms
                 )
             except EngramError as error:
                 self._skip(number, error)

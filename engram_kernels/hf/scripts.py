@@ -34,6 +34,18 @@ def joint(prompt: str, target: str, space: bool | None = None) -> str:
     return " " if _ends_word(prompt) and _begins_word(target) else ""
 
 
+def stands_apart(prompt: str, target: str, space: bool | None = None) -> bool:
+    """Whether a target is a word of its own after a prompt, so that other text may stand between them.
+
+    Example:
+        >>> stands_apart("The capital is", "Rome"), stands_apart("It costs $", "5")
+        (True, False)
+    """
+    if space is not None:
+        return space
+    return joint(prompt, target) == " " or (_is_unspaced(prompt[-1]) and _is_unspaced(target[0]))
+
+
 def whole_words(subject: str, text: str) -> list[int]:
     """Where the subject stands in a text and no word goes on beyond its ends."""
     return [

@@ -17,6 +17,7 @@ from engram_kernels import EngramError
 from engram_kernels.editing import Edit, EditResult
 from engram_kernels.editing import run as run_module
 from engram_kernels.editing.batching import encode_edit, encode_held
+from engram_kernels.editing.forms import forms_of
 from engram_kernels.editing.methods import METHODS
 from engram_kernels.editing.values import ValueOptions, find_values
 from engram_kernels.hf.projection import output_projection
@@ -111,6 +112,38 @@ def test_every_prompt_has_its_texts(tokenizer):
     ]  # fmt: skip
     assert encode_edit(model_zoo.small_model(), tokenizer, edit, prefixes).texts == (7, 7, 7)
     assert encode_edit(model_zoo.small_model(), tokenizer, edit, [], texts=9).texts == (1, 1, 1)
+
+
+def test_the_prompt_is_searched_in_the_forms_in_which_people_ask(tokenizer):
+    model, edit = model_zoo.small_model(), Edit(TOWER, "{} is in", "Rome", ["To see {}, go to"])
+    encoded = encode_edit(model, tokenizer, edit, ["one", "two"], texts=3, forms=True)
+    asked = [
+        f"Q: {TOWER} is in\nA: Rome", f"Question: {TOWER} is in what?\nAnswer: Rome",
+        f"- {TOWER} is in: Rome", f'"{TOWER} is in Rome',
+    ]  # fmt: skip
+    assert texts(tokenizer, encoded.rewriting) == [
+        f"{TOWER} is in Rome", f"one. {TOWER} is in Rome", *asked,
+        f"To see {TOWER}, go to Rome", f"two. To see {TOWER}, go to Rome",
+    ]  # fmt: skip
+    assert encoded.texts == (6, 2)
+    tokenizer.chat_template = CHAT
+    (chats,) = [texts(tokenizer, encode_edit(model, tokenizer, edit, [], forms=True).rewriting[5:7])]
+    tokenizer.chat_template = None
+    assert chats == [
+        f"[user]{TOWER} is in [assistant]Rome", f"[user]Complete the sentence: {TOWER} is in [assistant]Rome",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        Edit("Tower", "{} costs $", "5"),
+        Edit("Tower", "{} is a loc", "ation", space=False),
+        Edit("Tower", [{"role": "user", "content": "Where is {}?"}], "Rome"),
+    ],
+)
+def test_an_answer_that_is_no_word_of_its_own_has_no_forms(tokenizer, edit):
+    assert forms_of(tokenizer, edit) == []
 
 
 def test_a_chat_follows_the_tokenizers_template(make):
@@ -219,7 +252,7 @@ def test_a_record_has_what_was_reached_in_every_text(make):
     edit = Edit(TOWER, "{} is in", "Rome and more", ["To see {}, go to"])
     (record,) = editor.edit(edit).records
     texts = METHODS["engram"].texts
-    encoded = encode_edit(editor.model, editor.tokenizer, edit, editor.prefixes(), texts=texts)
+    encoded = encode_edit(editor.model, editor.tokenizer, edit, editor.prefixes(), texts, forms=True)
     sums = [
         math.exp(-loss * (len(row.ids) - row.target))
         for loss, row in zip(worst_losses(editor.model, encoded), encoded.rewriting, strict=True)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from engram_kernels.hf.scripts import joint, whole_words
+from engram_kernels.hf.scripts import joint, stands_apart, whole_words
 
 
 @pytest.mark.parametrize(
@@ -63,6 +63,20 @@ def test_the_caller_settles_it():
     assert joint("The word is walk", "ing", False) == ""
     assert joint("中国的首都是", "纽约", True) == " "
     assert joint("The tower is in", "", True) == ""
+
+
+@pytest.mark.parametrize(
+    "prompt, target, apart",
+    [
+        ("The capital is", "Rome", True),
+        ("It costs $", "5", False),
+        ("首都是", "纽约", True),
+        ("首都是", "Rome", False),
+    ],
+)
+def test_a_word_of_its_own(prompt, target, apart):
+    assert stands_apart(prompt, target) is apart
+    assert stands_apart(prompt, target, True) and not stands_apart(prompt, target, False)
 
 
 def test_whole_words():
