@@ -29,7 +29,7 @@ from engram_kernels.editing.batching import encode_edit
 from engram_kernels.editing.held_out import text_loss, wikipedia_rows
 from engram_kernels.editing.reach import reached
 
-STAGES = (50, 100, 200, 400, 700, 1000, 1500, 2000)
+STAGES = (100, 200, 400, 700, 1000, 1500, 2000)
 ASKED, TEXTS = 300, 16
 # The methods as they are, but that values are searched after the bare prompt alone and not after twenty
 # sampled texts too, which would take six times as long and changes what is asked here little.

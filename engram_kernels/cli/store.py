@@ -158,7 +158,7 @@ def export(
         lost = kept.export(out, rank)
     note(f"Saved {_counted(len(kept))} to {out}.")
     if rank is not None:
-        note(f"Of the changes' norm {max(lost.values()):.1%} is lost where most is.")
+        note(f"Of what answers change by, {max(lost.values()):.1%} is lost in the matrix where most is.")
     emit({"store": store, "out": out, "edits": len(kept), "lost": lost})
 
 

@@ -125,7 +125,7 @@ METHODS = {
         gradient=GradientOptions("all", rate=1e-5, passes=1), source="Gu et al. 2025, arXiv 2505.14679",
     ),
     "natural": Method(
-        layers=14, depth=0.37, batch=100, preserve=True, values="gradient",
+        layers=14, depth=0.37, batch=100, preserve=0.02, values="gradient",
         source="this package: natural gradients under the statistics of keys",
     ),
     "simie": Method(

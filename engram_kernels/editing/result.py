@@ -308,10 +308,11 @@ class EditResult(HubFolder):
 
         Args:
             directory: a new or empty one.
-            rank: at most that many a matrix, those of the largest singular values; None: all.
+            rank: at most that many a matrix, those that change the answers to the edits' keys most; None:
+                all.
 
         Returns:
-            By module, which share of the changes' Frobenius norm is lost.
+            By module, which share of what the answers change by is lost, as Frobenius norms.
 
         Raises:
             TypeError, ValueError: `rank` is no positive integer.
@@ -325,7 +326,8 @@ class EditResult(HubFolder):
         factors, lost = {}, {}
         for module in self.modules:
             left, right = self.factors(module)
-            narrow = (left, right, 0.0) if rank is None else compressed(left, right, rank)
+            keys = torch.cat([write.keys for write in self.writes if write.module == module])
+            narrow = (left, right, 0.0) if rank is None else compressed(left, right, rank, keys)
             factors[module], lost[module] = narrow[:2], narrow[2]
         with new_directory(directory) as folder:
             save_adapter(folder, self.edited_modules, factors)

@@ -216,7 +216,7 @@ class EditStore:
             rank: for serving: an adapter alone, of at most that rank a matrix; None: every edit as it is.
 
         Returns:
-            By module, which share of the changes' Frobenius norm is lost.
+            By module, which share of what answers to the edits' keys change by is lost, as Frobenius norms.
 
         Raises:
             TypeError, ValueError: `rank` is no positive integer.

@@ -15,10 +15,12 @@ pytest.importorskip("transformers")
 
 import model_zoo
 import torch
+from accuracy import error
 from editing_helpers import changed, weights
 
 from engram_kernels.editing import METHODS, Edit, EditResult, EditStore
 from engram_kernels.editing import statistics as statistics_module
+from engram_kernels.editing.compression import compressed
 from engram_kernels.editing.values import ValueOptions
 from engram_kernels.errors import EngramError
 
@@ -195,16 +197,18 @@ def test_compact_and_export_keep_every_bit(tmp_path):
 
 
 def test_export_of_a_smaller_rank(tmp_path):
-    """The nearest adapter of that rank, by the SVD of the whole change; lost is a share of its norm."""
+    """The adapter of that rank that changes the answers to the edits' keys most alike."""
     from safetensors.torch import load_file
 
     with open_store(tmp_path / "kept") as store:
         store.add(EDITS[:5])
-        left, right = store.result().factors(store.result().modules[0])
+        result = store.result()
+        left, right = result.factors(result.modules[0])
+        keys = torch.cat([write.keys for write in result.writes]).double()
         lost = store.export(tmp_path / "narrow", rank=2)
         assert store.export(tmp_path / "whole") == dict.fromkeys(lost, 0.0)
-    whole = left.double() @ right.double()
-    values = torch.linalg.svdvals(whole)
+    changes = (left.double() @ right.double()) @ keys.T
+    values = torch.linalg.svdvals(changes)
     tensors = load_file(tmp_path / "narrow" / "adapter_model.safetensors")
     (narrow,) = [
         tensors[name].double() @ tensors[name.replace("lora_B", "lora_A")].double()
@@ -213,12 +217,25 @@ def test_export_of_a_smaller_rank(tmp_path):
     ]
     share = float(values[2:].norm() / values.norm())
     assert list(lost.values()) == [pytest.approx(share, rel=1e-9)] and 0 < share < 1
-    assert float((whole - narrow).norm() / whole.norm()) == pytest.approx(share, rel=1e-5)
+    assert float((changes - narrow @ keys.T).norm() / changes.norm()) == pytest.approx(share, rel=1e-5)
     assert torch.linalg.matrix_rank(narrow) == 2
     for rank, kind in ((0, ValueError), (True, TypeError), (2.0, TypeError)):
         with pytest.raises(kind, match="rank: expected"):
             store.export(tmp_path / "none", rank=rank)
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("count", [3, 8, 40])
+def test_compressed_without_keys_is_the_truncated_svd(count):
+    left, right = torch.randn(12, count), torch.randn(count, 20)
+    whole = left.double() @ right.double()
+    vectors, values, others = torch.linalg.svd(whole, full_matrices=False)
+    for rank in (1, 2, 12, 50):
+        found, other, lost = compressed(left, right, rank)
+        expected = (vectors[:, :rank] * values[:rank]) @ others[:rank]
+        assert error(found.double() @ other.double(), expected) < 1e-6
+        assert found.shape[1] <= min(rank, count, 12)
+        assert lost == pytest.approx(float(values[rank:].norm() / values.norm()), abs=1e-7)
 
 
 def test_a_store_ends_on_its_health_and_goes_on(tmp_path):
