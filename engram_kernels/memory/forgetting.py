@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..errors import EngramError
 from ..ops import memory_accumulate_, memory_forget_
+from ..ops.waiting import raises_at_once
 from .rows import Rows
 from .state import MemoryState
 
@@ -50,6 +51,7 @@ def check_unnamed(state: MemoryState, rows: Rows, unnamed: Sequence[bool]) -> No
                 )
 
 
+@raises_at_once
 def settle(state: MemoryState, gone: Tensor) -> None:
     """Sum a memory anew from its ledger where most of what was ever written is gone.
 
