@@ -135,8 +135,10 @@ def _write(projection: Projection, encoded, keys, bare_keys, residuals, operator
     if not check.is_finite(projection.whole()):
         raise EngramError(f"edits: expected weights in the range of {projection.matrix.dtype}, got infinity")
     # In main memory, wherever the weights are: thousands of edits would fill a device.
-    kept = (one.float().cpu() for one in (left, right, constrained, solved.residuals))
-    return Write(projection.name, *kept, solved.ridge, tuple(edits))
+    left, right, constrained, wanted = (
+        one.float().cpu() for one in (left, right, constrained, solved.residuals)
+    )
+    return Write(projection.name, left, right, constrained, wanted, solved.ridge, tuple(edits))
 
 
 def _dependent(encoded: Sequence[EncodedEdit], width: int) -> str:

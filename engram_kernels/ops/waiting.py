@@ -14,7 +14,8 @@ from ..errors import EngramError
 
 __all__ = ["checks", "synchronize_checks"]
 
-_P, _T = ParamSpec("_P"), TypeVar("_T")
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 MODES = ("sync", "async", "off")
 # So many flags may wait to be read: then the next one waits for the device, and reads them all.
