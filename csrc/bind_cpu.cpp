@@ -95,8 +95,9 @@ PYBIND11_MODULE(_cpu, module) {
   py::class_<GraftList>(module, "GraftList", py::module_local())
       .def(py::init([](const GraftRows& rows) { return GraftList{graft_tensors(rows)}; }))
       .def("set_gradients", &GraftList::set_gradients);
-  py::class_<SparseList>(module, "SparseList", py::module_local())
-      .def(py::init([](const SparseRows& rows) { return SparseList{sparse_tensors(rows)}; }));
+  py::class_<SparseList>(module, "SparseList", py::module_local()).def(py::init([](const SparseRows& rows) {
+    return SparseList{sparse_tensors(rows)};
+  }));
 
   module.def("graft_blend", [](const GraftList& list, double bias, int threads) {
     py::gil_scoped_release release;

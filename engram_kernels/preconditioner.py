@@ -20,6 +20,7 @@ from .covariance import Covariance
 from .errors import EngramError
 from .ops.define import apply
 from .ops.low_rank_solve import ResidualGram, ResidualRidge, SmallSolve, check_weight
+from .ops.waiting import raises_at_once
 
 KIND = "preconditioner"
 _EPS = torch.finfo(torch.float64).eps
@@ -198,6 +199,7 @@ class Preconditioner:
         """Return `Q [in, in]` in fp64."""
         return self._q.matrix()
 
+    @raises_at_once
     def factors(
         self,
         weight: Tensor,

@@ -100,7 +100,7 @@ class Trial:
 
     def chosen(self, sparsity: float, how: str, **choice) -> Graft:
         """A baseline of the same size that is not learned: the "largest changes", or "random" weights."""
-        from .. import graft_top_k, top_k_mask
+        from .. import checks, graft_top_k, top_k_mask
         from ..grafting import Graft, graftable_parameters
 
         pre = {name: p.detach() for name, p in graftable_parameters(self.model, **choice).items()}
@@ -112,7 +112,8 @@ class Trial:
             draws = [drawn(weight.shape).to(weight.device) for weight in pre.values()]
             masks = top_k_mask(draws, size)
         else:
-            masks = graft_top_k(list(pre.values()), list(ft.values()), size)
+            with checks("sync"):
+                masks = graft_top_k(list(pre.values()), list(ft.values()), size)
         return Graft.from_masks(pre, ft, dict(zip(pre, masks, strict=True)))
 
     def test(self, stage: str, progress: Report) -> ClassificationScore:

@@ -13,6 +13,7 @@ from .._hashing import tensor_checksum
 from ..errors import EngramError
 from ..hf.shards import Checkpoint, OtherLayoutError, checkpoint_folder
 from ..ops import apply_low_rank_
+from ..ops.waiting import raises_at_once
 from .records import EditedModule
 from .result import EditResult
 
@@ -71,6 +72,7 @@ def edit_checkpoint(
 
 
 def _writer(edits: EditResult, edited: EditedModule, force: bool) -> Callable[[Tensor], None]:
+    @raises_at_once
     def write(weight: Tensor) -> None:
         matrix = weight.T if edited.transposed else weight
         for one in edits.writes:

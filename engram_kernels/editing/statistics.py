@@ -18,6 +18,7 @@ from ..hf.placement import input_device
 from ..hf.projection import Projection
 from ..hf.tokens import context_length
 from ..ops import second_moment_
+from ..ops.waiting import raises_at_once
 
 CHUNK = 512
 BATCH = 4
@@ -74,6 +75,7 @@ def zeros(projections: Sequence[Projection]) -> dict[int, torch.Tensor]:
     }
 
 
+@raises_at_once
 def _observe(model, projections: Sequence[Projection], batch: torch.Tensor, sums: dict[int, torch.Tensor]):
     """Add what one forward pass over `batch [rows, length]` gives, and leave no hook behind."""
     deepest = max(projection.layer for projection in projections)

@@ -9,6 +9,7 @@ from .._hashing import tensor_checksum
 from ..hf.placement import is_sharded, keep_part_, local, whole
 from ..hf.projection import Projection
 from ..ops import apply_low_rank_
+from ..ops.waiting import raises_at_once
 
 
 class Snapshot:
@@ -25,6 +26,7 @@ class Snapshot:
         torch.clear_autocast_cache()
 
 
+@raises_at_once
 def add_(projection: Projection, left: Tensor, right: Tensor) -> None:
     """`weight += left @ right`, in place."""
     matrix = projection.whole()

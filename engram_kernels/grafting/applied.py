@@ -15,6 +15,7 @@ from .._hashing import tensor_checksum
 from ..errors import EngramError
 from ..hf.placement import divide_again, is_sharded, keep_part_, local, whole
 from ..ops import SparsePlan, sparse_apply_
+from ..ops.waiting import raises_at_once
 from .parameters import tensors_of
 
 
@@ -163,6 +164,7 @@ class _Group:
             self.plan = SparsePlan(weights, indices, values)
         self.values = values if self.plan is None else self.plan.values
 
+    @raises_at_once
     def exchange(self) -> None:
         """Swap the weights' entries with the values."""
         if self.plan is not None:

@@ -12,6 +12,7 @@ from .. import _checks as check
 from .._linalg import compute_dtype
 from ..errors import EngramError
 from ..ops import graft_blend_packed, top_k_mask
+from ..ops.waiting import raises_at_once
 
 
 class Method(NamedTuple):
@@ -87,6 +88,7 @@ class Options(NamedTuple):
         return known
 
 
+@raises_at_once
 def trim(change: Tensor, density: float) -> Tensor:
     """Keep the `⌊density · n⌋` largest of a tensor's entries by magnitude, and make the others 0.
 

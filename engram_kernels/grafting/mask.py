@@ -17,6 +17,7 @@ from ..ops import (
     top_k_mask,
     unpack_mask,
 )
+from ..ops.waiting import raises_at_once
 from .density import layer_and_kind
 from .recipes import Recipe
 
@@ -59,6 +60,7 @@ class GraftMask:
         >>> loss.backward()  # gradients in mask.logits
     """
 
+    @raises_at_once
     def __init__(
         self, pre: Mapping[str, Tensor], ft: Mapping[str, Tensor], recipe: Recipe, size: int, seed: int = 0
     ):
@@ -122,6 +124,7 @@ class GraftMask:
             self._plans[which] = plan
         return plan
 
+    @raises_at_once
     @torch.no_grad()
     def rebase_(self) -> None:
         """Make the k positions of the highest score `s S` the base mask, and keep every score."""

@@ -12,6 +12,7 @@ from .._progress import Progress
 from ..errors import EngramError
 from ..hf.placement import is_sharded
 from ..ops import sparse_apply_
+from ..ops.waiting import raises_at_once
 from .applied import AppliedGraft, Delta
 from .batches import checked, endless, moved, own_loss
 from .parameters import named_weights
@@ -52,6 +53,7 @@ class Refit:
             bad = next(n for n, g in zip(self.names, self.gradients, strict=True) if not check.is_finite(g))
             raise EngramError(f"loss_fn: expected finite gradients, got NaN or infinity in {bad!r}")
 
+    @raises_at_once
     def write(self) -> None:
         """Round the values into the model's weights."""
         sparse_apply_([p.detach() for p in self.parameters], self.indices, self.rounded())

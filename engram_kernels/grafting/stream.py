@@ -23,6 +23,7 @@ from .._hashing import tensor_bytes, tensor_checksum
 from .._io import file_checksum, new_directory, read_sealed, save_tensors, write_sealed
 from ..errors import EngramError
 from ..ops import sparse_apply_, sparse_diff
+from ..ops.waiting import raises_at_once
 from .parameters import tensors_of
 
 FORMAT = 1
@@ -84,6 +85,7 @@ class DeltaWriter:
             write_sealed(folder / STREAM, {"format": FORMAT, "base": base})
         self._previous = file_checksum(self._folder / STREAM)
 
+    @raises_at_once
     def write(self, model: nn.Module | Mapping[str, Tensor]) -> Delta:
         """Write the next delta; one without entries where nothing changed.
 
@@ -195,6 +197,7 @@ class DeltaReader:
             self._apply(number)
         return self.number
 
+    @raises_at_once
     def rollback(self, to: int) -> None:
         """Take the deltas after one back, bit for bit.
 
@@ -214,6 +217,7 @@ class DeltaReader:
     def __repr__(self) -> str:
         return f"DeltaReader({str(self._folder)!r}, at delta {self.number}, {len(self._undo)} kept)"
 
+    @raises_at_once
     def _apply(self, number: int) -> None:
         from safetensors.torch import load_file
 

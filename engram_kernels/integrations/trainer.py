@@ -24,6 +24,7 @@ from ..grafting.recipes import complete
 from ..hf.eval_mode import eval_mode
 from ..hf.swapped_weights import swapped_weights
 from ..ops import graft_top_k
+from ..ops.waiting import raises_at_once
 
 # What a parameter has whose rest lies with other processes (FSDP 2 and tensor parallelism, FSDP 1, ZeRO 3).
 _SHARDED = ("full_tensor", "_local_shard", "ds_shape")
@@ -202,6 +203,7 @@ class GraftCallback(TrainerCallback):
         shutil.rmtree(folder, ignore_errors=True)
         fresh.rename(folder)
 
+    @raises_at_once
     def _find(self, model: nn.Module) -> Graft:
         named = dict(model.named_parameters())
         before = {name: weight.to(named[name].device) for name, weight in self._before.items()}

@@ -10,6 +10,7 @@ from ..memory.addressing import check_addressing
 from ..memory.episodic import EpisodicMemory
 from ..memory.solution import without_autocast
 from ..ops import memory_address, memory_solve
+from ..ops.waiting import raises_at_once
 from .reading import fixed_ridge, soft_inverse
 
 # From the second level on every query has memories of its own, each with systems of K × K.
@@ -89,6 +90,7 @@ def _read_chunks(
     return _read(pairs, queries.unsqueeze(1), memory, addressing).movedim(2, 1).flatten(0, 1)
 
 
+@raises_at_once
 def _read(pairs: Tensor, queries: Tensor, memory: EpisodicMemory, addressing: str) -> Tensor:
     """What memories of pairs of value and key `[…, N, 2C]` have for queries `[…, Q, C]`: `[…, Q, 2C]`."""
     latent = memory.latent

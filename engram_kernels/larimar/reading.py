@@ -10,8 +10,10 @@ from ..memory.episodic import EpisodicMemory
 from ..memory.ridge import LOO
 from ..memory.solution import without_autocast
 from ..ops import memory_address, memory_solve, pseudo_inverse
+from ..ops.waiting import raises_at_once
 
 
+@raises_at_once
 def read_episode(
     values: Tensor,
     keys: Tensor,
@@ -55,6 +57,7 @@ def read_episode(
         return (reading @ matrix).squeeze(-2).to(values.dtype), reading.squeeze(-2)
 
 
+@raises_at_once
 def soft_inverse(matrix: Tensor) -> Tensor:
     """M⁺ of memories that hold fewer facts than slots, with a gradient that is no rounding error.
 

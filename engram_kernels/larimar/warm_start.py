@@ -7,9 +7,11 @@ from torch import Tensor, nn
 
 from .. import _checks as check
 from ..ops import memory_solve
+from ..ops.waiting import raises_at_once
 from .conditioning import Conditioning
 
 
+@raises_at_once
 def warm_start(
     conditioning: Conditioning,
     latents: Tensor,

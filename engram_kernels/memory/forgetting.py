@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import EngramError
-from ..ops import memory_accumulate_, memory_forget_
+from ..ops import checks, memory_accumulate_, memory_forget_
 from .rows import Rows
 from .state import MemoryState
 
@@ -72,7 +72,8 @@ def settle(state: MemoryState, gone: Tensor) -> None:
         energy = state._energy_of(rows, weights)[number]
         # Apart from the state, which must stay whole if there is no memory for this.
         gram, cross = (torch.zeros_like(buffer[number]) for buffer in (state.gram, state.cross))
-        memory_accumulate_(gram, cross, weights, rows.values)
+        with checks("sync"):
+            memory_accumulate_(gram, cross, weights, rows.values)
         for buffer, new in ((state.gram, gram), (state.cross, cross), (state.energy, energy)):
             buffer[number] = new
 

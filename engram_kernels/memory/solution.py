@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..errors import EngramError
 from ..ops import memory_solve, pseudo_inverse
+from ..ops.waiting import raises_at_once
 
 # Steps of power iteration: ‖M‖₂ is wanted to some ten percent.
 _POWER_STEPS = 8
@@ -17,6 +18,7 @@ def without_autocast(tensor: Tensor) -> torch.autocast:
     return torch.autocast(tensor.device.type, enabled=False)
 
 
+@raises_at_once
 def solve(precision: Tensor, right: Tensor, ridges: Tensor) -> Tensor:
     """Return (A + λI)⁻¹ R for each memory.
 
@@ -77,6 +79,7 @@ def condition(precision: Tensor, ridges: Tensor) -> float:
     return float((eigenvalues[:, -1] / least).max())
 
 
+@raises_at_once
 def _refined(matrix: Tensor) -> Tensor:
     """Mᵀ (MMᵀ + I)⁻¹, refined once.
 

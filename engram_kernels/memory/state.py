@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .. import _checks as check
 from ..ops import memory_accumulate_, memory_address
+from ..ops.waiting import raises_at_once
 from . import solution
 from .addressing import addressing_matrix
 from .ledger import Ledger, rows_of_entries
@@ -177,6 +178,7 @@ class MemoryState(nn.Module):
         """w of rows, [T, K], in `state_dtype` whatever the keys' dtype: the same key, the same w, always."""
         return memory_address(keys, self.m0_pinv)
 
+    @raises_at_once
     def _accumulate(self, rows: Rows, weights: Tensor, alpha: int = 1) -> None:
         """A += α wᵀw, B += α wᵀz."""
         alphas = None if alpha == 1 else weights.new_full((len(weights),), alpha)

@@ -103,7 +103,7 @@ def define(
                 result = function(*args)
         else:
             result = function(*args)
-        if mode == "sync" and results is not None:
+        if results is not None and (mode == "sync" or (mode == "async" and suspect is None)):
             results(result, *args)
         if mode == "async" and suspect is not None:
             later(suspect(result, *args), complaint)

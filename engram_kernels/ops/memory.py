@@ -19,7 +19,6 @@ from .memory_state import (
     singular,
     wrong_boundaries,
 )
-from .waiting import mode_for
 
 __all__ = ["memory_accumulate_", "memory_address", "memory_forget_", "memory_read", "memory_solve"]
 
@@ -381,22 +380,6 @@ def _leverages_results(
         )
 
 
-def _leverages_guard(
-    A: Tensor, w: Tensor, cu_seqlens: Tensor | None, ridge: float, limit: float
-) -> tuple[Tensor, tuple]:
-    bad = check.not_finite(w)
-    if cu_seqlens is not None:
-        bad = bad | wrong_boundaries(cu_seqlens, w.shape[0])
-        cu_seqlens = cu_seqlens.masked_fill(bad, 0)
-    return bad, (A, w, cu_seqlens, ridge, limit)
-
-
-def _unsound(result: tuple[Tensor, Tensor, Tensor], limit: float) -> Tensor:
-    """Whether a memory could not be factored, or does not hold its rows; on the device."""
-    _, largest, info = result
-    return (info != 0).any() | (largest < limit).all().logical_not_()
-
-
 _memory_leverages = define(
     "memory_leverages(Tensor gram, Tensor weights, Tensor? cu_seqlens, float ridge, float limit) "
     "-> (Tensor, Tensor, Tensor)",
@@ -409,9 +392,6 @@ _memory_leverages = define(
     ),
     values=_leverages_values,
     results=_leverages_results,
-    guard=_leverages_guard,
-    suspect=lambda result, A, w, cu_seqlens, ridge, limit: _unsound(result, limit),
-    complaint="memory_forget_: expected finite rows that the memory holds, got others; nothing was forgotten",
 )
 
 
@@ -467,10 +447,7 @@ def memory_forget_(
     if cu_seqlens is None:
         rows, latents = flat(rows), flat(latents)
     limit = 1 - float(tolerance)
-    result = _memory_leverages(gram, rows, cu_seqlens, float(ridge), limit)
-    leverages = result[0]
+    leverages, _, _ = _memory_leverages(gram, rows, cu_seqlens, float(ridge), limit)
     minus = torch.full(rows.shape[:-1], -1.0, dtype=A.dtype, device=A.device)
-    if mode_for(A.device) != "sync":
-        minus.masked_fill_(_unsound(result, limit), 0)  # nothing has raised
     _memory_accumulate_(gram, cross, rows, latents, minus, cu_seqlens)
     return leverages.reshape(w.shape[:-1])

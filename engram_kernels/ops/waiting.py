@@ -1,7 +1,10 @@
 """Whether checks of data wait for the device: now, later, or never."""
 
+import functools
 import threading
+from collections.abc import Callable
 from types import TracebackType
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,17 +14,21 @@ from ..errors import EngramError
 
 __all__ = ["checks", "synchronize_checks"]
 
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
 MODES = ("sync", "async", "off")
 # So many flags may wait to be read: then the next one waits for the device, and reads them all.
 _MOST = 4096
 
 _mode: list[str | None] = [None]
+_blocks = threading.local()
 _flags: list[tuple[Tensor, str]] = []
 _lock = threading.Lock()
 
 
 class checks:
-    """Choose how operators check the data of their arguments, for the process or for a `with` block.
+    """Choose how operators check data: for the process from here on, or for a thread inside a `with` block.
 
     - "sync": before anything is written, and with the culprit named; a GPU is waited for.
     - "async": on the device. Where data cannot be used an operator that works in place leaves its tensors as
@@ -49,25 +56,43 @@ class checks:
     def __init__(self, mode: str | None):
         known = mode is None or mode in MODES
         check.expect(known, "mode", f"one of {', '.join(MODES)}, or None", repr(mode))
+        self._mode = mode
         self._before, _mode[0] = _mode[0], mode
 
     def __enter__(self) -> None:
-        return None
+        _mode[0] = self._before
+        _blocks.modes = [*_blocks_of_thread(), self._mode]
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        _mode[0] = self._before
+        _blocks.modes = _blocks.modes[:-1]
 
     def __repr__(self) -> str:
-        return f"checks({_mode[0]!r})"
+        return f"checks({self._mode!r})"
+
+
+def _blocks_of_thread() -> list[str | None]:
+    return getattr(_blocks, "modes", [])
+
+
+def raises_at_once(function: Callable[_P, _T]) -> Callable[_P, _T]:
+    """Make the decorated function's operators raise at once: what it does next rests on their success."""
+
+    @functools.wraps(function)
+    def run(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        with checks("sync"):
+            return function(*args, **kwargs)
+
+    return run
 
 
 def mode_for(device: torch.device) -> str:
     """Return the mode of checks on a device; "off" while a CUDA graph is captured: it can raise nothing."""
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return "off"
-    return _mode[0] or ("sync" if device.type == "cpu" else "async")
+    blocks = _blocks_of_thread()
+    return (blocks[-1] if blocks else _mode[0]) or ("sync" if device.type == "cpu" else "async")
 
 
 def later(flag: Tensor, complaint: str) -> None:

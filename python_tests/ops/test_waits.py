@@ -1,6 +1,7 @@
 """Checks that do not wait: none of an operator's steps reads the device, and what was wrong is said later."""
 
 import math
+import threading
 
 import pytest
 import torch
@@ -108,13 +109,15 @@ def test_the_count_sees_what_waits(waits):
         assert waits(calls()["sparse_apply_"]) == 1
 
 
-def test_a_forget_waits_for_its_eigenvalues_alone(waits):
-    """torch.linalg.eigvalsh looks whether it has converged."""
+def test_a_forget_always_says_at_once_whether_it_forgot(waits):
+    """It waits for its eigenvalues anyway."""
     w, z = torch.randn(5, 3) / 3, torch.randn(5, 4)
     A, B = w.mT @ w + torch.eye(3), w.mT @ z
+    kept = A.clone()
     with ek.use_backend("torch"), ek.checks("async"):
-        assert waits(lambda: ek.memory_forget_(A, B, w, z)) == 1
-        ek.synchronize_checks()
+        with pytest.raises(ek.EngramError, match="w: expected rows that the memory holds"):
+            ek.memory_forget_(A, B, 9 * w, z)
+        assert torch.equal(A, kept)
 
 
 def bad_calls() -> dict:
@@ -122,14 +125,12 @@ def bad_calls() -> dict:
     weight, factor, nan = torch.randn(4, 6), torch.ones(4, 1), torch.full((1, 6), math.nan)
     rows, latents = torch.randn(5, 3), torch.full((5, 4), math.inf)
     A, B, moment = torch.eye(3), torch.randn(3, 4), torch.eye(6)
-    held = torch.eye(3), torch.randn(3, 4)
     weights = [torch.randn(9), torch.randn(2, 2)]
     outside = [torch.tensor([1, 8]), torch.tensor([4])]
     ones, mask = [torch.ones(2), torch.ones(1)], torch.tensor([True])
     return {
         "apply_low_rank_": (lambda: ek.apply_low_rank_(weight, factor, nan), [weight]),
         "memory_accumulate_": (lambda: ek.memory_accumulate_(A, B, rows, latents), [A, B]),
-        "memory_forget_": (lambda: ek.memory_forget_(*held, 9 * rows, rows[:, [0, 1, 2, 0]]), held),
         "second_moment_": (lambda: ek.second_moment_(moment, nan, mask), [moment]),
         "sparse_apply_": (lambda: ek.sparse_apply_(weights, outside, ones), weights),
     }
@@ -191,3 +192,28 @@ def test_many_flags_are_read_at_last(monkeypatch):
             ek.apply_low_rank_(weight, bad, torch.ones(1, 6))
         with pytest.raises(ek.EngramError, match=r"^apply_low_rank_"):
             ek.apply_low_rank_(weight, bad, torch.ones(1, 6))
+
+
+def test_what_keeps_books_of_its_calls_waits_for_them():
+    """A memory's ledger, an edit's record: they must not say that something was written that was not."""
+    memory = ek.memory.EpisodicMemory(slots=4, latent=3)
+    operator = ek.Preconditioner.from_identity(6)
+    keys = torch.ones(2, 6)
+    with ek.checks("async"):
+        with pytest.raises(ValueError, match="finite"):
+            memory.write(torch.full((1, 3), math.nan), ids=["one"])
+        with pytest.raises(ek.EngramError, match="keys: expected linearly independent"):
+            operator.factors(torch.zeros(5, 6), keys, residual=torch.ones(2, 5), ridge=0.0)
+        with pytest.raises(ValueError, match="finite"):
+            ek.grafting.trim(torch.tensor([1.0, math.nan]), 0.5)
+        ek.synchronize_checks()
+
+
+def test_a_block_is_of_its_thread():
+    modes = []
+    with ek.checks("off"):
+        thread = threading.Thread(target=lambda: modes.append(ek.ops.waiting.mode_for(torch.device("cpu"))))
+        thread.start()
+        thread.join()
+        assert ek.ops.waiting.mode_for(torch.device("cpu")) == "off"
+    assert modes == ["sync"] and ek.ops.waiting.mode_for(torch.device("cpu")) == "sync"
