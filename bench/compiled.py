@@ -105,8 +105,9 @@ def cell(uses: list[dict]) -> str:
 
 def table(before: list[dict], after: list[dict], rows, columns) -> list[str]:
     """A row a kernel; where the two differ, the older in front of an arrow."""
-    heads = sorted({columns(use) for use in after}, key=str)
-    lines = [f"| kernel | {' | '.join(map(str, heads))} |", "| --- |" + " ---: |" * len(heads)]
+    heads = sorted({columns(use) for use in after})
+    names = (f"sm_{head}" if isinstance(head, int) else head for head in heads)
+    lines = [f"| kernel | {' | '.join(names)} |", "| --- |" + " ---: |" * len(heads)]
     for row in dict.fromkeys(rows(use) for use in after):
         cells = []
         for head in heads:
@@ -124,7 +125,7 @@ def tables(before: list[dict], after: list[dict]) -> list[str]:
     parts = [([u for u in found if u["compiler"] == "nvcc"], [u for u in found if u["compiler"] != "nvcc"])
              for found in (before, after)]  # fmt: skip
     return [
-        *table(parts[0][0], parts[1][0], lambda use: use["name"], lambda use: f"sm_{use['architecture']:03}"),
+        *table(parts[0][0], parts[1][0], lambda use: use["name"], lambda use: use["architecture"]),
         "",
         *table(parts[0][1], parts[1][1], lambda use: use["name"], lambda use: use["compiler"]),
     ]

@@ -62,9 +62,11 @@ inline StreamPlan stream_plan(const StreamShape& shape, int64_t element, int64_t
   if (most == 0 || members > multiprocessors) return plan;
   plan.columns = ceil_divide(total, members);
   plan.members = static_cast<int>(ceil_divide(total, plan.columns));
-  const int64_t each_group = ceil_divide(plan.columns, ceil_divide(plan.columns, StreamPlan::kMostGroup));
-  plan.group = static_cast<int>(StreamPlan::round_up(each_group, StreamPlan::kHalves));
-  if (plan.group < StreamPlan::kLeastGroup) plan.group = StreamPlan::kLeastGroup;
+  // The most of the groups that leave the fewest columns idle.
+  plan.group = StreamPlan::kMostGroup;
+  for (int group = StreamPlan::kMostGroup; group >= StreamPlan::kLeastGroup; group -= StreamPlan::kHalves)
+    if (StreamPlan::round_up(plan.columns, group) < StreamPlan::round_up(plan.columns, plan.group))
+      plan.group = group;
   const int64_t at_once = multiprocessors / plan.members;
   plan.groups = static_cast<int>(at_once < shape.batch ? at_once : shape.batch);
   plan.holders = ceil_divide(shape.slots, plan.columns);

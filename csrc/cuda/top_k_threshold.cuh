@@ -182,25 +182,17 @@ struct SelectBin : Candidates {
     const int thread = threadIdx.x;
     const uint32_t bin = selected.prefix % kLastBins;
     const int64_t wanted = selected.remaining;
-    uint32_t ties[kEach];
+    const auto ties = [&](int range) {
+      return range < ranges ? static_cast<int64_t>(workspace->ranges[range][bin]) : 0;
+    };
     int64_t sum = 0;
-#pragma unroll
-    for (int i = 0; i < kEach; ++i) {
-      const int64_t range = thread * kEach + i;
-      ties[i] = range < ranges ? workspace->ranges[range][bin] : 0;
-      sum += ties[i];
-    }
+    for (int i = 0; i < kEach; ++i) sum += ties(thread * kEach + i);
     sums[thread] = sum;
     __syncthreads();
     int64_t taken = before(sums, thread);
     if (completes(thread, taken, sum, wanted)) {
-      int64_t range = thread * kEach;
-#pragma unroll
-      for (int i = 0; i + 1 < kEach; ++i)
-        if (taken + ties[i] < wanted && range == thread * kEach + i) {
-          taken += ties[i];
-          ++range;
-        }
+      int range = thread * kEach;
+      for (; taken + ties(range) < wanted; ++range) taken += ties(range);
       selected.range = range;
       selected.taken = wanted - taken;
     }

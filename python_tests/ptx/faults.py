@@ -43,6 +43,8 @@ def possible(text: str) -> Iterator[Fault]:
         yield Fault("barrier", "nop")
     if op.startswith("membar"):
         yield Fault("fence", "nop")
+    for order in {"release", "acquire"}.intersection(parts):
+        yield Fault("fence", op.replace(order, "relaxed"))
     if op.startswith("cp.async.wait"):
         yield Fault("wait", "nop")
     if parts[0] == "setp" and parts[2][0] in "su":
