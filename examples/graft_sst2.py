@@ -276,7 +276,7 @@ def main(
     seeds: Annotated[int, typer.Option(help="How many seeds.")] = 1,
     sparsity: Annotated[float, typer.Option(help="Share of the graftable weights; 1e-4 is 0.01 %.")] = 1e-4,
     series: Annotated[list[str] | None, typer.Option(help="Ways to graft; default: all.")] = None,
-    curve: Annotated[bool, typer.Option(help="Seed 0 from 1 % to 0.001 %, on 300 test rows.")] = False,
+    curve: Annotated[bool, typer.Option(help="The last skill, seed 0, from 1 % to 0.001 %.")] = False,
     trec: Annotated[bool, typer.Option(help="A second skill, and both merged.")] = False,
     steps: Annotated[int, typer.Option(help="Of a refit, eight rows each.")] = 100,
     rows: Annotated[int | None, typer.Option(help="Test rows to use; default: all.")] = None,
@@ -293,9 +293,9 @@ def main(
         if trec:
             join(*runs, sparsity)
     if curve:
-        first = Run(family, SST2, 0, out, min(rows or 300, 300), steps)
-        draw(first, series or list(Run.SERIES), out / "curve.png")
-        plots.heat_map(first.layered(sparsity), out / "density.png")
+        run = Run(family, TREC if trec else SST2, 0, out, rows, steps)
+        draw(run, series or list(Run.SERIES), out / "curve.png")
+        plots.heat_map(run.layered(sparsity), out / "density.png")
 
 
 def report(run: Run, sparsity: float, series: list[str]) -> None:

@@ -240,7 +240,7 @@ class Graft(HubFolder):
         batches: Iterable,
         loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
         steps: int = 100,
-        lr: float = 1e-2,
+        lr: float | None = None,
         progress: Progress | None = None,
     ) -> Graft:
         """Train the values, and let the positions be: `min over v of loss(weight[indices] = v)`.
@@ -253,7 +253,8 @@ class Graft(HubFolder):
             model: the base that the graft was made for; it is given back as it was, after errors too.
             batches, loss_fn: as for `localize`. For several skills in one graft: batches of each by turns.
             steps: of Adam, one batch each.
-            lr: Adam's learning rate at the start: about what a weight moves in a step.
+            lr: Adam's learning rate at the start: about what each value moves in a step. Default: 0.01, or
+                `0.3 / √k` of k values where that is less, so that they move by 0.3 together at most.
             progress: called as `progress("refit", steps done, steps)` after every step.
 
         Returns:
@@ -270,8 +271,9 @@ class Graft(HubFolder):
         Source: Ansell et al. 2022 (arXiv 2110.07560), who begin at the base's values.
         """
         check.integer("steps", steps, at_least=1)
-        check.number("lr", lr, above=0)
         check.expect(self.size > 0, "indices", "positions, whose values are refitted", "none")
+        lr = min(1e-2, 0.3 * self.size**-0.5) if lr is None else lr
+        check.number("lr", lr, above=0)
         values, losses = refit(model, self, batches, loss_fn, steps, lr, progress)
         kept = {key: value for key, value in self.metrics.items() if key == "changed_outside"}
         return replace(

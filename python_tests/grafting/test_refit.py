@@ -123,6 +123,13 @@ def test_bad_input(arguments, message):
     assert not changed(before, model)
 
 
+@pytest.mark.parametrize(("count", "expected"), [(50, 0.01), (20_000, 0.3 * 20_000**-0.5)])
+def test_the_rate_falls_where_many_values_move(count, expected):
+    model = model_zoo.small_model()
+    found = some_graft(model, count=count).refit(model, language_batches(1), steps=1)
+    assert found.recipe["refit"] == {"steps": 1, "lr": expected}
+
+
 def test_another_base_is_refused():
     graft = some_graft(model_zoo.small_model())
     with pytest.raises(EngramError, match="the weights that the graft was made for"):
