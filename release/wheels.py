@@ -92,7 +92,7 @@ def native(source: Path, version: str, machine: str, cuda: Path | None = None) -
         environment |= {"CUDACXX": str(cuda / "bin" / "nvcc"), "CUDAHOSTCXX": shutil.which("g++") or "g++"}
     raw = WORK / "raw"
     built = wheel(source, raw, **environment)
-    # auditwheel finds the oldest system for it; the tag is that of torch's wheels, without which it is of no use.
+    # auditwheel finds the oldest system for it; the tag is that of torch's wheels, which it needs anyway.
     search = f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ['PATH']}"
     run(tool("auditwheel"), "repair", "--wheel-dir", raw / "repaired", built, PATH=search)
     (repaired,) = (raw / "repaired").glob("*.whl")
