@@ -90,13 +90,17 @@ def native(source: Path, version: str, machine: str, cuda: Path | None = None) -
     }
     if cuda:
         environment |= {"CUDACXX": str(cuda / "bin" / "nvcc"), "CUDAHOSTCXX": shutil.which("g++") or "g++"}
-    built = wheel(source, WORK / "raw", **environment)
-    name = run(tool("wheel"), "tags", "--python-tag", tag, "--abi-tag", tag, "--remove", built).strip()
-    platform = f"manylinux_{GLIBC.replace('.', '_')}_{machine}"
-    print(f"release: {name}", flush=True)
+    raw = WORK / "raw"
+    built = wheel(source, raw, **environment)
+    # auditwheel finds the oldest system for it; the tag is that of torch's wheels, which it needs anyway.
     search = f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ['PATH']}"
-    repair = ("repair", "--plat", platform, "--only-plat", "--wheel-dir", DIST, built.parent / name)
-    run(tool("auditwheel"), *repair, PATH=search)
+    run(tool("auditwheel"), "repair", "--wheel-dir", raw / "repaired", built, PATH=search)
+    (repaired,) = (raw / "repaired").glob("*.whl")
+    platform = f"manylinux_{GLIBC.replace('.', '_')}_{machine}"
+    tags = ("--python-tag", tag, "--abi-tag", tag, "--platform-tag", platform)
+    name = run(tool("wheel"), "tags", *tags, repaired).strip()
+    shutil.move(repaired.parent / name, DIST)
+    print(f"release: {name}", flush=True)
 
 
 def cuda_version(toolkit: Path) -> str:
