@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import importlib
 import inspect
 import re
@@ -38,7 +39,13 @@ FAMILIES = {
     "linear_memory": "Other linear memories",
 }
 # Files that are pages of the site, though they lie elsewhere.
-PAGES = {"README.md": "index.md", "CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
+PAGES = {
+    "README.md": "index.md",
+    "CHANGELOG.md": "changelog.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "CODE_OF_CONDUCT.md": "conduct.md",
+    "SECURITY.md": "security.md",
+}
 
 
 def on_files(files: Files, config) -> Files:
@@ -131,8 +138,5 @@ def notebook(path: Path) -> str:
 
     body, resources = MarkdownExporter().from_notebook_node(nbformat.read(path, as_version=4))
     for name, content in resources["outputs"].items():
-        import base64
-
-        data = base64.b64encode(content).decode()
-        body = body.replace(f"({name})", f"(data:image/png;base64,{data})")
+        body = body.replace(f"({name})", f"(data:image/png;base64,{base64.b64encode(content).decode()})")
     return body

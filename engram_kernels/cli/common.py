@@ -88,6 +88,9 @@ class Command(TyperCommand):
                 if option.startswith("-"):
                     names[option.lstrip("-").replace("-", "_")] = names[given.name] = given.opts[0]
         text = re.sub(r"^(\w+)(?=:)", lambda found: names.get(found[1], found[1]), text)
+        # What Python could be told, and this command cannot.
+        told = r" \((\w+)=True [^()]*\)|, or give (\w+)=True"
+        text = re.sub(told, lambda found: found[0] if (found[1] or found[2]) in names else "", text)
         return re.sub(r"\b(\w+)=True\b", lambda found: names.get(found[1], found[0]), text)
 
 

@@ -15,7 +15,7 @@ PROTOCOLS = ("memit", "easyedit")
 
 
 class Cases(NamedTuple):
-    """The cases of a file, and why other rows of it are none."""
+    """The cases of a file, and why its other rows were left out."""
 
     cases: list[Case]
     refused: list[str]

@@ -1,6 +1,7 @@
 """`engram memory chat` and `engram memory ask --answer`, with small random models on disk."""
 
 import io
+import json
 from functools import partial
 
 import pytest
@@ -67,6 +68,15 @@ def test_chat_reads_the_memory_anew_for_each_question(engram, tmp_path, typed, m
     lines = out.splitlines()
     asked = [at for at, line in enumerate(lines) if line == f"? {FACTS[0]}"]
     assert lines[asked[0] + 1] == FACTS[0] and lines[asked[1] + 1] != FACTS[0] and "not asked" not in out
+
+
+def test_a_chat_in_json_is_an_object_a_line(engram, tmp_path, typed):
+    typed(f"{FACTS[0]}\n\n")
+    status, out, err = engram("chat", tmp_path / "m", "--model", "model", "--json")
+    assert (status, err) == (0, "")
+    (answer,) = map(json.loads, out.splitlines())
+    assert (answer["question"], answer["answer"], answer["source"]) == (FACTS[0], FACTS[0], "quote")
+    assert answer["facts"][0]["id"] == "1"
 
 
 def test_an_empty_memory_knows_nothing(engram, tmp_path, typed):
