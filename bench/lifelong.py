@@ -100,12 +100,21 @@ def draw(output: Path, figure: Path) -> None:
         found = json.loads(path.read_text())
         counts = [row["edits"] for row in found["rows"]]
         above.plot(counts, [row["holding"] for row in found["rows"]], marker="o", label=found["method"])
-        below.plot(counts, [1 + max(row["perplexity"], 0.0) for row in found["rows"]], marker="o")
+        below.plot(counts, [100 * row["perplexity"] for row in found["rows"]], marker="o")
     above.axhline(0.8, color="0.7", linewidth=0.8, linestyle="--")
     above.set(ylabel="edits that hold", ylim=(0, 1.03), xscale="log")
     above.legend(frameon=False)
-    below.axhline(1.02, color="0.7", linewidth=0.8, linestyle="--")
-    below.set(ylabel="perplexity of ordinary text, × unedited", xlabel="edits", yscale="log")
+    below.axhline(2, color="0.7", linewidth=0.8, linestyle="--")
+    # By a tenth or by a hundred times: linear up to ten per cent.
+    below.set_yscale("symlog", linthresh=10)
+    below.set(ylabel="rise of ordinary text's perplexity, %", xlabel="edits")
+    ticks = (50, 100, 200, 500, 1000, 2000)
+    below.set_xticks(ticks, labels=[f"{tick:,}" for tick in ticks])
+    below.minorticks_off()
+    top = max(below.get_ylim()[1], 10)
+    rises = [rise for rise in (0, 2, 5, 10, 30, 100, 300, 1000, 10_000, 100_000) if rise <= top]
+    below.set_yticks(rises, labels=[f"{rise:,}" for rise in rises])
+    below.set_ylim(0, top)
     whole.savefig(figure, metadata={"Date": None} if figure.suffix == ".svg" else None)
 
 
