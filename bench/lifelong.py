@@ -111,7 +111,7 @@ def draw(output: Path, figure: Path) -> None:
     ticks = (50, 100, 200, 500, 1000, 2000)
     below.set_xticks(ticks, labels=[f"{tick:,}" for tick in ticks])
     below.minorticks_off()
-    top = max(below.get_ylim()[1], 10)
+    top = 1.5 * max(below.get_ylim()[1], 10)
     rises = [rise for rise in (0, 2, 5, 10, 30, 100, 300, 1000, 10_000, 100_000) if rise <= top]
     below.set_yticks(rises, labels=[f"{rise:,}" for rise in rises])
     below.set_ylim(0, top)
