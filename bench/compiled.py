@@ -38,7 +38,7 @@ WIDEST = "|".join(
         "choose, 16 bits",
         "unpack",
         "diff, bf16 with a threshold",
-        "select, 16 bits, torch.int64",
+        "select, 16 bits, int64",
         "stream, fp32, K=64, C=768",
         "stream, fp64, K=31, C=999",
         "accumulate, fp64 from fp32, ragged",
