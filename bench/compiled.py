@@ -84,7 +84,7 @@ def of_triton(file: Path, pattern: str) -> None:
             used, _ = triton_kernels.resources(case, architecture)
             kernel = case.kernel.__name__.strip("_")
             where = {"case": name, "compiler": compiler, "architecture": architecture, "name": kernel}
-            spilled = used["STACK"] + used["LOCAL"]
+            spilled = used["STACK"] + used["LOCAL"] if used["SPILLS"] else 0
             keep(file, {**where, "registers": used["REG"], "shared": used["SHARED"], "spilled": spilled})
 
 
