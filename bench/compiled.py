@@ -120,12 +120,17 @@ def table(before: list[dict], after: list[dict], rows, columns) -> list[str]:
     return lines
 
 
+def plain(name: str) -> str:
+    """A kernel by the type of its weight, or its program, alone."""
+    return re.sub(r"^program_kernel<(.*)>$", r"\1", re.sub(r"<RowDots<(\w+).*", r"<\1>", name))
+
+
 def tables(before: list[dict], after: list[dict]) -> list[str]:
     """CUDA kernels by architecture, Triton's by version."""
     parts = [([u for u in found if u["compiler"] == "nvcc"], [u for u in found if u["compiler"] != "nvcc"])
              for found in (before, after)]  # fmt: skip
     return [
-        *table(parts[0][0], parts[1][0], lambda use: use["name"], lambda use: use["architecture"]),
+        *table(parts[0][0], parts[1][0], lambda use: plain(use["name"]), lambda use: use["architecture"]),
         "",
         *table(parts[0][1], parts[1][1], lambda use: use["name"], lambda use: use["compiler"]),
     ]
