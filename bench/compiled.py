@@ -38,7 +38,7 @@ WIDEST = "|".join(
         "choose, 16 bits",
         "unpack",
         "diff, bf16 with a threshold",
-        "select, 16 bits, torch.int64",
+        "select, 16 bits, int64",
         "stream, fp32, K=64, C=768",
         "stream, fp64, K=31, C=999",
         "accumulate, fp64 from fp32, ragged",
@@ -84,7 +84,7 @@ def of_triton(file: Path, pattern: str) -> None:
             used, _ = triton_kernels.resources(case, architecture)
             kernel = case.kernel.__name__.strip("_")
             where = {"case": name, "compiler": compiler, "architecture": architecture, "name": kernel}
-            spilled = used["STACK"] + used["LOCAL"]
+            spilled = used["STACK"] + used["LOCAL"] if used["SPILLS"] else 0
             keep(file, {**where, "registers": used["REG"], "shared": used["SHARED"], "spilled": spilled})
 
 
@@ -120,12 +120,17 @@ def table(before: list[dict], after: list[dict], rows, columns) -> list[str]:
     return lines
 
 
+def plain(name: str) -> str:
+    """A kernel by the type of its weight, or its program, alone."""
+    return re.sub(r"^program_kernel<(.*)>$", r"\1", re.sub(r"<RowDots<(\w+).*", r"<\1>", name))
+
+
 def tables(before: list[dict], after: list[dict]) -> list[str]:
     """CUDA kernels by architecture, Triton's by version."""
     parts = [([u for u in found if u["compiler"] == "nvcc"], [u for u in found if u["compiler"] != "nvcc"])
              for found in (before, after)]  # fmt: skip
     return [
-        *table(parts[0][0], parts[1][0], lambda use: use["name"], lambda use: use["architecture"]),
+        *table(parts[0][0], parts[1][0], lambda use: plain(use["name"]), lambda use: use["architecture"]),
         "",
         *table(parts[0][1], parts[1][1], lambda use: use["name"], lambda use: use["compiler"]),
     ]

@@ -22,7 +22,7 @@ def read(log: str) -> list[dict]:
                     "architecture": int(match["architecture"]),
                     "registers": used["REG"],
                     "shared": used["SHARED"],
-                    "spilled": used["STACK"] + used["LOCAL"],
+                    "spilled": used["STACK"] + used["LOCAL"] if used["SPILLS"] else 0,
                 }
             )
         elif match := _SOURCE.match(line):

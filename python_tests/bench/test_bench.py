@@ -347,7 +347,7 @@ def test_charts_name_their_results_and_are_the_same_for_the_same_figures(tmp_pat
 
 def test_what_kernels_use_is_read_from_the_tests_output():
     log = """
-update, odd, bf16, sm_90: {'REG': 64, 'STACK': 0, 'SHARED': 1024, 'LOCAL': 0}
+update, odd, bf16, sm_90: {'REG': 64, 'STACK': 8, 'SHARED': 1024, 'LOCAL': 0, 'SPILLS': 0}
 graft.cu, sm_90: registers, bytes of shared memory, of stack, of spills
   40   2048    0    8  program_kernel<PackMask>
 2 passed

@@ -1,5 +1,6 @@
 """Every Triton kernel with every launch configuration that calls get, compiled ahead of time for a GPU."""
 
+import os
 import re
 import subprocess
 import tempfile
@@ -186,8 +187,21 @@ def kernels() -> set[triton.JITFunction]:
     }
 
 
+def _dump(what: str, cubin: str) -> str:
+    # It calls the disassembler beside it.
+    path = os.pathsep.join([str(CUOBJDUMP.parent), os.environ["PATH"]])
+    command = [str(CUOBJDUMP), what, cubin]
+    return subprocess.run(
+        command, env={**os.environ, "PATH": path}, capture_output=True, text=True, check=True
+    ).stdout
+
+
 def resources(case: Case, capability: int) -> tuple[dict[str, int], str]:
-    """Compile a case; return what the assembler says it uses (REG, STACK, SHARED, ...), and the PTX."""
+    """Compile a case; return what the assembler says it uses (REG, STACK, SHARED, ...), and the PTX.
+
+    SPILLS is how many instructions store or load what the registers did not hold. A stack alone is no spill:
+    of some kernels assemblers reserve one and do not touch it.
+    """
     launch = dict(case.launch)
     options = {
         name: launch.pop(name) for name in ("num_warps", "num_stages", "enable_fp_fusion") if name in launch
@@ -202,9 +216,9 @@ def resources(case: Case, capability: int) -> tuple[dict[str, int], str]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        report = subprocess.run(
-            [CUOBJDUMP, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
-    used = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", report)}
+        report = _dump("--dump-resource-usage", file.name)
+        used = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", report)}
+        code = _dump("--dump-sass", file.name) if used["STACK"] or used["LOCAL"] else ""
+    used["SPILLS"] = len(re.findall(r"\b(?:STL|LDL)\b", code))
     used["SHARED"] = max(used["SHARED"], compiled.metadata.shared)
     return used, compiled.asm["ptx"]
