@@ -76,3 +76,7 @@ def test_lines_of_documents_are_short():
         if len(line) > 120 and not line.lstrip().startswith(("|", "![")) and "](http" not in line
     ]
     assert not long, long
+
+
+def test_readme_is_one_page():
+    assert len((ROOT / "README.md").read_text("utf-8").splitlines()) <= 150
