@@ -14,7 +14,7 @@ from given import GIVEN
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SKIPPED = 40
+SKIPPED = 20
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if any(block.language for block in blocks(page))])
