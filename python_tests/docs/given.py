@@ -12,6 +12,7 @@ from evaluation_helpers import EASY_EDIT, ROME
 from model_zoo import small_model
 
 from engram_kernels.editing import Edit, Editor, load_model
+from engram_kernels.grafting import PromptTask
 from engram_kernels.larimar import (
     EpisodeCollator,
     Fact,
@@ -82,9 +83,11 @@ def evaluation():
 
 
 def grafting():
-    base, _ = load_model("smollm2")
+    base, tokenizer = load_model("smollm2")
     tuned = grafting_helpers.tuned(base)
-    grafting_helpers.some_graft(base, seed=2).save_pretrained("questions")
+    task = PromptTask(tokenizer, "Review: {} Sentiment: It was", [" terrible", " great"])
+    sentiment, questions = (grafting_helpers.some_graft(base, seed=seed) for seed in (1, 2))
+    questions.save_pretrained("questions")
     shutil.copytree(base.name_or_path, "TUNED")
     tuned.save_pretrained("TUNED")
     for name in ("DATA", "TEST"):
@@ -94,7 +97,11 @@ def grafting():
         "test": ROWS,
         "tuned": tuned,
         "model": base,
-        "other": grafting_helpers.some_graft(base, seed=2),
+        "sentiment": sentiment,
+        "questions": questions,
+        "other": questions,
+        "batches_of_both": task.batches(ROWS, 8),
+        "loss": task.loss,
         "trained": copy.deepcopy(base),
         "served": copy.deepcopy(base).bfloat16(),
         "torch": torch,

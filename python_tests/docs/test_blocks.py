@@ -14,7 +14,7 @@ from given import GIVEN
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SKIPPED = 40
+SKIPPED = 20
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if any(block.language for block in blocks(page))])
@@ -76,3 +76,7 @@ def test_lines_of_documents_are_short():
         if len(line) > 120 and not line.lstrip().startswith(("|", "![")) and "](http" not in line
     ]
     assert not long, long
+
+
+def test_readme_is_one_page():
+    assert len((ROOT / "README.md").read_text("utf-8").splitlines()) <= 150
