@@ -110,6 +110,7 @@ def deltas(title: str, old: list[Tensor], share: float, rounds: int) -> None:
     entries = sum(map(len, wide))
     print(f"\n{title}: {sum(x.numel() for x in old):,} weights in {len(old)} tensors, {entries:,} changed")
 
+    plan = ek.SparsePlan(served, *found)
     calls: Case = {
         "ek.sparse_diff": lambda: ek.sparse_diff(old, new),
         "(a != b).nonzero()": lambda: nonzero(old, new),
@@ -117,6 +118,7 @@ def deltas(title: str, old: list[Tensor], share: float, rounds: int) -> None:
     report("find what changed", calls, "ek.sparse_diff", rounds)
     calls = {
         "ek.sparse_apply_": lambda: ek.sparse_apply_(served, *found),
+        "ek.SparsePlan.swap_": plan.swap_,
         "NaN staging": lambda: nan_staging(served, *found),
         "index_copy_ each, int64 ready": lambda: copies(served, wide, found.values),
         "the same, and kept for an undo": lambda: kept_copies(served, wide, found.values),
