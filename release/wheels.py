@@ -4,9 +4,9 @@
     python release/wheels.py --cuda /usr/local/cuda-13.0       # and wheels with CUDA kernels, for x86-64
     python release/wheels.py --python 3.12 --machine x86_64    # one wheel
 
-A wheel of a Python is built with its headers alone, by the compiler of the package ziglang, which links
-against the symbols of glibc 2.28 and brings its own C++ library. So one machine builds for all, without
-containers. The kernels are compiled once for a processor, the bindings once for a Python.
+A wheel of a Python is built with its headers alone, and linked by the compiler of the package ziglang,
+against the symbols of glibc 2.28 and its own C++ library. So one machine builds for all, without containers.
+The kernels are compiled once for a processor, the bindings once for a Python.
 """
 
 import argparse
@@ -41,10 +41,17 @@ def tool(name: str) -> str:
 
 
 def compiler(machine: str) -> Path:
-    """Write the compiler for a processor as one program: nvcc and CMake take no arguments with it."""
+    """Write the compiler for a processor as one program: nvcc and CMake take no arguments with it.
+
+    The kernels themselves go to GCC where there is one for that processor: it makes some of them faster, up
+    to a quarter, and they call nothing of a C++ library. Everything else, and the linking, is Zig's.
+    """
     program = WORK / f"c++-{machine}"
-    target = f"-target {machine}-linux-gnu.{GLIBC}"
-    program.write_text(f'#!/bin/sh\nexec "{tool("python-zig")}" c++ {target} "$@"\n')
+    lines = ["#!/bin/sh"]
+    if gcc := shutil.which(f"{machine}-linux-gnu-g++"):
+        lines.append(f'for argument; do case "$argument" in *_kernels.cpp) exec "{gcc}" "$@" ;; esac; done')
+    lines.append(f'exec "{tool("python-zig")}" c++ -target {machine}-linux-gnu.{GLIBC} "$@"')
+    program.write_text("\n".join(lines) + "\n")
     program.chmod(0o755)
     return program
 

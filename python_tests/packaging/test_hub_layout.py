@@ -61,7 +61,7 @@ def test_the_namespace_of_the_operators_is_said_once():
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 assert "engram_kernels::" not in node.value, where
     defining = ast.unparse(SOURCES["ops/define.py"])
-    assert "engram_kernels" not in defining and defining.count("NAMESPACE") == 4
+    assert "engram_kernels" not in defining and "NAMESPACE" in defining
 
 
 def test_operators_import_torch_and_triton_alone():
