@@ -31,7 +31,7 @@ from safetensors.torch import load_file, save_file
 from take_rows import TakeRow, read_take_rows
 
 import engram_kernels as ek
-from engram_kernels.editing import METHODS, Edit, Editor, load_model
+from engram_kernels.editing import Edit, Editor, load_model
 from engram_kernels.editing.npz import save_npz
 from engram_kernels.hf.projection import default_layer
 
@@ -51,7 +51,7 @@ def editor_method(
 ) -> Callable[[TakeRow], Callable]:
     """`Editor.edit` by its defaults; what it returns gives the factors, off the clock."""
     editor = Editor(model, tokenizer)
-    editor.covariances(editor.layers(by), METHODS[by].names)
+    editor.covariances(editor.layers(by))
     editor.prefixes()
 
     def edit(row: TakeRow):

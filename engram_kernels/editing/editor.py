@@ -224,7 +224,7 @@ class Editor:
             run.begin()
             # Gradients are of the prompts alone.
             run.encode(() if plan.method.values == "gradient" else self.prefixes())
-            covariances = self.covariances(plan.layers, plan.method.names)
+            covariances = self.covariances(plan.layers)
             journal = None
             if directory is not None:
                 settings = run.settings(covariances)
@@ -301,21 +301,14 @@ class Editor:
         """
         return self.covariances([layer])[layer]
 
-    def covariances(self, layers: Sequence[int], names: float = 0.0) -> dict[int, Covariance]:
+    def covariances(self, layers: Sequence[int]) -> dict[int, Covariance]:
         """The second moments of several layers' keys, inverted; what is missing comes from one pass.
-
-        Args:
-            layers: their indices.
-            names: `ν`, the weight of the keys of names: `C + ν E[kᵀk]`, where the latter is over the last
-                tokens of names from the corpus, each by itself. Text that is sampled from the model, and one
-                of few names, has none.
 
         Raises:
             EngramError: the corpus is empty or too small for the dimension of the key.
         """
-        check.number("names", names, at_least=0)
         with eval_mode(self.model), self.ranks.failing_together():
-            return self._moments.covariances(layers, names)
+            return self._moments.covariances(layers)
 
     def use_covariance(self, layer: int, covariance: Covariance | None) -> None:
         """Take a covariance made elsewhere for a layer, whatever the weights become; None: no longer.

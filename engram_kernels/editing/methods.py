@@ -29,7 +29,6 @@ class Method:
         batch: how many edits are written at once; None: all of them.
         ridge: `λ`, how much of a change is given up for a smaller write; 0 writes it exactly.
         moment: `w`, the weight of the statistics `C` in `Q`.
-        names: `ν`, the weight of the statistics of names, which are added to `C` (`Editor.covariances`).
         identity: `μ`, the weight of the identity.
         null_space: eigenvalues of `C` up to this share of their mean count as none, and writes stay in their
             span; None: in every direction.
@@ -57,7 +56,6 @@ class Method:
     batch: int | None = None
     ridge: float = 0.0
     moment: float = 1.0
-    names: float = 0.0
     identity: float = 0.0
     null_space: float | None = None
     renew: int | None = None
@@ -85,9 +83,14 @@ class Method:
 # it weighs 20 throughout, as SmolLM2 asks for, and what is in its unit is scaled with it.
 METHODS = {
     "engram": Method(
-        batch=1, names=0.2, key_ridge=10.0, texts=5, forms=True,
+        batch=1, key_ridge=10.0, texts=14,
         value=ValueOptions(learning_rate=0.8, stop_probability=0.9, relative=True),
         source="this package: ROME under a key that every text answers to",
+    ),
+    "engram-forms": Method(
+        batch=1, key_ridge=10.0, texts=5, forms=True,
+        value=ValueOptions(learning_rate=0.8, stop_probability=0.9, relative=True),
+        source="this package: `engram`, searched over the forms in which people ask",
     ),
     "rome": Method(batch=1, source="Meng et al. 2022, arXiv 2202.05262"),
     "r-rome": Method(batch=1, source="Gupta et al. 2024, arXiv 2403.07175"),

@@ -20,7 +20,6 @@ from ..hf.loading import writable_directory
 from ..hf.projection import Projection, output_projection, searched_projection
 from . import corpus as corpora
 from . import statistics
-from .names import FEWEST, name_moment, names_in
 
 TOKENS_PER_DIMENSION = 20
 CHECKPOINT_SECONDS = 30.0
@@ -78,17 +77,12 @@ class Moments:
         self._stream: corpora.TokenStream | None = None
         # By their number, the tokens and what tells them from others.
         self._sources: dict[int, tuple[torch.Tensor | None, str]] = {}
-        # By layer and weight of the names: the name of its moment, and what it gave.
-        self._computed: dict[tuple[int, float], tuple[str, Covariance]] = {}
+        # By layer: the name of its moment, and what it gave.
+        self._computed: dict[int, tuple[str, Covariance]] = {}
         self._given: dict[int, Covariance] = {}
 
-    def covariances(self, layers: Sequence[int], names: float = 0.0) -> dict[int, Covariance]:
+    def covariances(self, layers: Sequence[int]) -> dict[int, Covariance]:
         """The covariance of each layer, on its device; the model is in evaluation mode.
-
-        Args:
-            layers: their indices.
-            names: the weight of the second moment of names beside that of the text; those given for a layer
-                are taken as they are, and text sampled from the model has none.
 
         Raises:
             TypeError: `layers` is no sequence of integers.
@@ -109,18 +103,14 @@ class Moments:
             keys = {projection.layer: self._key(projection, source) for projection in group}
             self.ranks.check_same("model", keys)
             known = self.ranks.everyone.each(
-                lambda: {
-                    layer: key for (layer, weight), (key, _) in self._computed.items() if weight == names
-                }
+                lambda: {layer: key for layer, (key, _) in self._computed.items()}
             )
             missing = [one for one in group if any(has.get(one.layer) != keys[one.layer] for has in known)]
             for layer, moment, seen in self._moments(missing, keys, ids, count):
-                if names and ids is not None:
-                    self._add_names(projections[layer], ids, moment, names * seen)
                 covariance = Covariance.from_second_moment(moment, seen, self.ridge, overwrite=True)
-                self._computed[layer, names] = keys[layer], covariance
+                self._computed[layer] = keys[layer], covariance
         return {
-            layer: self._placed(projection) if layer in self._given else self._computed[layer, names][1]
+            layer: self._placed(projection) if layer in self._given else self._computed[layer][1]
             for layer, projection in projections.items()
         }
 
@@ -141,14 +131,6 @@ class Moments:
         expected, got = [width, width], list(covariance.inverse().shape)
         check.expect(got == expected, "covariance", f"shape {expected} for layer {layer}", got)
         self._given[layer] = covariance
-
-    def _add_names(
-        self, projection: Projection, ids: torch.Tensor, moment: torch.Tensor, weight: float
-    ) -> None:
-        """Add the second moment of the names that stand in a text, if there are enough of them."""
-        names = names_in(self.tokenizer.decode(ids))
-        if len(names) >= FEWEST:
-            moment.add_(name_moment(self.model, self.tokenizer, projection, names), alpha=weight)
 
     def _placed(self, projection: Projection) -> Covariance:
         """The covariance given for a layer, on the layer's device."""

@@ -147,7 +147,7 @@ class EditStore:
                 raise EngramError(f"{name}: expected the store's, {value}, got {settings.get(name)}")
         # Of the unedited model, before anything is applied to it.
         editor.prefixes()
-        for layer, covariance in editor.covariances(self.layers, self.method.names).items():
+        for layer, covariance in editor.covariances(self.layers).items():
             editor.use_covariance(layer, covariance)
         self._editor = editor
         self._sync()
@@ -381,7 +381,7 @@ class EditStore:
         if not (method.ridge > 0 and method.held == 1.0 / method.ridge) or any(beside):
             whole.remove(place)
             return
-        covariances = self._editor.covariances(self.layers, self.method.names)
+        covariances = self._editor.covariances(self.layers)
         modules = {edited.module: covariances[edited.layer] for edited in whole.edited_modules}
         whole.writes = joint_writes(whole.writes, modules, method, place)
         written = {write.module for write in whole.writes}

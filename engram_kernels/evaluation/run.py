@@ -16,7 +16,6 @@ import torch
 from .. import _checks as check
 from .._hashing import digest, tensor_checksum
 from .._progress import Progress
-from ..editing.methods import method_of
 from ..errors import EngramError
 from ..hf.eval_mode import eval_mode
 from ..hf.fingerprints import weights_checksums
@@ -90,8 +89,7 @@ class Evaluation:
         """Collect the statistics and sample the contexts, which are no part of an edit's seconds."""
         method, layers = self.options.get("method", "engram"), self.options.get("layers")
         layers = self.editor.layers(method) if layers is None else layers
-        names = method_of(method).names
-        self.editor.covariances([layers] if isinstance(layers, int) else layers, names)
+        self.editor.covariances([layers] if isinstance(layers, int) else layers)
         self.editor.prefixes()
 
     def each(

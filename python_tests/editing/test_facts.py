@@ -247,12 +247,13 @@ def worst_losses(model, encoded):
     return found
 
 
-def test_a_record_has_what_was_reached_in_every_text(make):
+@pytest.mark.parametrize("method", ["engram", "engram-forms"])
+def test_a_record_has_what_was_reached_in_every_text(make, method):
     editor = make()
     edit = Edit(TOWER, "{} is in", "Rome and more", ["To see {}, go to"])
-    (record,) = editor.edit(edit).records
-    texts = METHODS["engram"].texts
-    encoded = encode_edit(editor.model, editor.tokenizer, edit, editor.prefixes(), texts, forms=True)
+    (record,) = editor.edit(edit, method=method).records
+    texts, forms = METHODS[method].texts, METHODS[method].forms
+    encoded = encode_edit(editor.model, editor.tokenizer, edit, editor.prefixes(), texts, forms)
     sums = [
         math.exp(-loss * (len(row.ids) - row.target))
         for loss, row in zip(worst_losses(editor.model, encoded), encoded.rewriting, strict=True)

@@ -288,7 +288,7 @@ def test_lyaplock():
 
 def formula(method: Method) -> str:
     """Q before any edit."""
-    sizes = {"C": method.moment, "E": method.moment * method.names, "I": method.identity}
+    sizes = {"C": method.moment, "I": method.identity}
     terms = [name if size == 1 else f"{size:g} {name}" for name, size in sizes.items() if size]
     joined = " + ".join(terms)
     whole = {"C": "C⁻¹", "I": "I"}.get(joined, f"({joined})⁻¹")
