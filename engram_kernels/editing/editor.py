@@ -167,8 +167,8 @@ class Editor:
         | `"memit"` | 5 | all | 20 | Meng et al. 2023, arXiv 2210.07229 |
         | `"alphaedit"` | 5 | 100 | 10, in the null space of `C` | Fang et al. 2024, arXiv 2410.02355 |
 
-        docs/methods.md has them all: `"r-rome"`, `"encore"`, `"rlsedit"`, `"evoedit"`, `"betaedit"`, `"nse"`,
-        `"sphere"`, `"simie"`.
+        docs/methods.md has them all: `"engram-forms"`, `"r-rome"`, `"encore"`, `"rlsedit"`,
+        `"evoedit"`, `"betaedit"`, `"nse"`, `"sphere"`, `"simie"`.
 
         Args:
             edits: the facts.
