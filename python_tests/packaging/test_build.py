@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+import engram_kernels as ek
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -35,7 +37,7 @@ def source(tmp_path) -> Path:
     (tmp_path / "README.md").write_text("")
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
     (tmp_path / "engram_kernels").mkdir()
-    shutil.copy(ROOT / "engram_kernels" / "__init__.py", tmp_path / "engram_kernels")
+    shutil.copy(ek.__file__, tmp_path / "engram_kernels")  # of an installed wheel the tree has no package
     return tmp_path
 
 

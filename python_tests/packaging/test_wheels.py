@@ -25,7 +25,7 @@ def source(tmp_path_factory) -> Path:
         shutil.copy(ROOT / name, folder / name)
     package = folder / "engram_kernels"
     (package / "part").mkdir(parents=True)
-    shutil.copy(ROOT / "engram_kernels" / "__init__.py", package)
+    shutil.copy(ek.__file__, package)  # of an installed wheel the tree has no package
     (package / "py.typed").touch()
     (package / "part" / "__init__.py").write_text("")
     left = folder / "build" / "lib" / "engram_kernels"
