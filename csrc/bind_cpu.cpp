@@ -1,4 +1,5 @@
 // Python module `_cpu`. Pointers come as integers: tensors, and the checks of their shapes, stay in Python.
+#include <pybind11/gil_safe_call_once.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -92,12 +93,20 @@ PYBIND11_MODULE(_cpu, module) {
         pointer<double>(precision_inverse), pointer<double>(memory), pointer<void>(out), threads);
   });
 
-  py::class_<GraftList>(module, "GraftList", py::module_local())
-      .def(py::init([](const GraftRows& rows) { return GraftList{graft_tensors(rows)}; }))
-      .def("set_gradients", &GraftList::set_gradients);
-  py::class_<SparseList>(module, "SparseList", py::module_local()).def(py::init([](const SparseRows& rows) {
-    return SparseList{sparse_tensors(rows)};
-  }));
+  // Once for the library: a second copy of the package, under another name, loads the same one, and has the
+  // same types.
+  PYBIND11_CONSTINIT static py::gil_safe_call_once_and_store<py::object> graft_list, sparse_list;
+  graft_list.call_once_and_store_result([&]() -> py::object {
+    return py::class_<GraftList>(module, "GraftList", py::module_local())
+        .def(py::init([](const GraftRows& rows) { return GraftList{graft_tensors(rows)}; }))
+        .def("set_gradients", &GraftList::set_gradients);
+  });
+  sparse_list.call_once_and_store_result([&]() -> py::object {
+    return py::class_<SparseList>(module, "SparseList", py::module_local())
+        .def(py::init([](const SparseRows& rows) { return SparseList{sparse_tensors(rows)}; }));
+  });
+  module.attr("GraftList") = graft_list.get_stored();
+  module.attr("SparseList") = sparse_list.get_stored();
 
   module.def("graft_blend", [](const GraftList& list, double bias, int threads) {
     py::gil_scoped_release release;
