@@ -23,7 +23,7 @@ WHEEL ?= cuda
 TESTS ?=
 TRITONS = 3.6.0 3.7.1 3.8.0 3.9.0
 BUILD_TESTS = python_tests/ops python_tests/packaging python_tests/cli/test_cli.py
-CPP = $(shell git ls-files 'csrc/**' 'python_tests/native/*' 'python_tests/ptx/machine/*')
+CPP = $(filter-out %.map,$(shell git ls-files 'csrc/**' 'python_tests/native/*' 'python_tests/ptx/machine/*'))
 
 # Of release: CUDA toolkits to build wheels with CUDA kernels by, as CUDA="/usr/local/cuda-13.0 /usr/local/cuda-12.9".
 CUDA ?=

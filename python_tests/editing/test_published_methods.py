@@ -192,8 +192,8 @@ def ultraedit(weight, covariance, batches, method):
 
 FORMULAS = {
     "engram": rome, "engram-forms": rome, "rome": rome, "r-rome": rome, "emmet": emmet, "memit": memit,
-    "alphaedit": alphaedit, "encore": encore, "rlsedit": rlsedit, "evoedit": evoedit, "betaedit": betaedit, "nse": nse,
-    "sphere": sphere, "simie": simie, "ultraedit": ultraedit,
+    "alphaedit": alphaedit, "encore": encore, "rlsedit": rlsedit, "evoedit": evoedit, "betaedit": betaedit,
+    "nse": nse, "sphere": sphere, "simie": simie, "ultraedit": ultraedit,
 }  # fmt: skip
 
 
