@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .. import _checks as check
 from ..errors import EngramError
 from ..hf.projection import Projection
 from .batching import EncodedEdit
@@ -15,7 +16,7 @@ from .gradients import GradientOptions, Gradients, Stream, layer_gradients
 from .preconditioner import LayerOperator, Solved
 from .records import Write
 from .values import Value
-from .weights import Snapshot, add_
+from .weights import Snapshot, add_in_range
 
 # Of the mean diagonal of the system of all edits, with no earlier ones to spare: for two that are alike.
 _DAMPING = 1e-2
@@ -74,7 +75,7 @@ def _normalised(model, projections, encoded, operators, options, edits, seen: Gr
         solved = operators[projection.layer].factors(projection.whole(), keys, wanted)
         writes.append(_write(projection, seen, keys, solved, edits, stream.tensor().cpu()))
     for projection, write in zip(projections, writes, strict=True):
-        _add(projection, write.left, write.right)
+        add_in_range(projection, write.left, write.right)
     after = layer_gradients(model, projections, encoded, options.tokens, backward=False)
     return Written(writes, _values(writes[-1], seen, [seen.losses, after.losses]))
 
@@ -120,7 +121,7 @@ def _smallest(model, projections, encoded, operators, options, edits, seen: Grad
         # The sum of all passes, added once: as a saved edit does it.
         for original, projection, own in zip(originals, projections, solved, strict=True):
             original.restore()
-            _add(projection, own.left, own.right)
+            add_in_range(projection, own.left, own.right)
     # The keys that later batches are to spare are those of the model as it is now.
     after = layer_gradients(model, projections, encoded, options.tokens, backward=False)
     writes = [
@@ -177,15 +178,9 @@ def _write(
         residuals = (keys.double() @ right.double().T) @ left.double().T
     numbers = tuple(edits[i] for i in seen.owner.tolist())
     write = Write(projection.name, left, right, keys, residuals.float().cpu(), solved.ridge, numbers, stream)
-    if not (left.isfinite().all() and right.isfinite().all()):
+    if not (check.is_finite(left) and check.is_finite(right)):
         raise EngramError(f"edits: expected finite factors for {projection.name!r}, got NaN or infinity")
     return write
-
-
-def _add(projection: Projection, left: Tensor, right: Tensor) -> None:
-    add_(projection, left, right)
-    if not projection.whole().isfinite().all():
-        raise EngramError(f"edits: expected weights in the range of {projection.matrix.dtype}, got infinity")
 
 
 def _values(write: Write, seen: Gradients, losses: Sequence[Tensor]) -> list[Value]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,8 @@ from .corpus import wikipedia_file
 from .held_out import text_loss, wikipedia_rows
 from .reach import reached
 from .records import Write, joined_factors
+
+T = TypeVar("T")
 
 # Past these a warning says so. In SmolLM2 the update of one edit by ROME is 0.69, that of fifty 1.76, with
 # ordinary text 13 % more perplexing; a thousand by natural gradients come to 0.42 and 8 %.
@@ -122,12 +125,14 @@ class HealthCheck:
             self._rows = wikipedia_rows(tokenizer, ROWS)
             self._loss = text_loss(model, self._rows)
 
-    def look(self, writes: Sequence[Write], earlier: Sequence[Row], made: int, standing: int) -> Health:
+    def look(
+        self, writes: Sequence[Write], earlier: Callable[[], Sequence[Row]], made: int, standing: int
+    ) -> Health:
         """The model as it is now.
 
         Args:
             writes: all that stand in it.
-            earlier: the prompts with targets of the edits of earlier batches.
+            earlier: gives the prompts with targets of the edits of earlier batches, where they are asked.
             made: how many edits the run has made.
             standing: how many stand in the model.
         """
@@ -140,9 +145,8 @@ class HealthCheck:
                 update = max(update, largest_singular_value(*joined_factors(own)) / largest)
         due = made - self._looked >= EVERY
         holding = perplexity = None
-        if earlier and (due or "holding" in self.stop_on):
-            sample = [earlier[i * len(earlier) // SAMPLE] for i in range(SAMPLE)]
-            sample = sample if len(earlier) > SAMPLE else list(earlier)
+        sample = spread(earlier()) if due or "holding" in self.stop_on else []
+        if sample:
             said = [one.said for one in reached(self.model, sample, ["an earlier edit"] * len(sample))]
             holding = sum(said) / len(said)
         if self._rows and (due or "perplexity" in self.stop_on):
@@ -150,6 +154,13 @@ class HealthCheck:
         if due:
             self._looked = made
         return Health(standing, growth, update, holding, perplexity)
+
+
+def spread(items: Sequence[T]) -> list[T]:
+    """All of some items, or of many `SAMPLE`, evenly spread."""
+    if len(items) <= SAMPLE:
+        return list(items)
+    return [items[i * len(items) // SAMPLE] for i in range(SAMPLE)]
 
 
 def warn(found: Sequence[Health]) -> None:
@@ -169,11 +180,11 @@ def largest_singular_value(left: Tensor, right: Tensor | None = None) -> float:
     right = None if right is None else right.float()
     generator, width = torch.Generator().manual_seed(0), (left if right is None else right).shape[1]
     vector = torch.randn(width, generator=generator, device="cpu").to(left.device)
-    value = 0.0
+    size = vector.new_zeros(())
     for _ in range(_ITERATIONS):
         vector = vector / vector.norm().clamp_min(torch.finfo(vector.dtype).tiny)
         image = left @ (vector if right is None else right @ vector)
-        value = float(image.norm())
+        size = image.norm()
         vector = left.T @ image
         vector = vector if right is None else right.T @ vector
-    return value
+    return float(size)  # a GPU is waited for once

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import TypeVar
 
 import torch
 
@@ -23,7 +24,7 @@ from .batching import EncodedEdit, encode_edit, encode_held
 from .edit import Edit
 from .gradient_writes import write_gradients
 from .gradients import Stream
-from .health import SAMPLE, Health, HealthCheck, warn
+from .health import Health, HealthCheck, spread, warn
 from .history import facts_in, note
 from .journal import Journal
 from .keys import MeanKey, SpreadKey
@@ -36,6 +37,8 @@ from .room import edits_that_fit, out_of_memory
 from .values import Value, ValueOptions, find_values, value_groups
 from .weights import Snapshot, matrix_checksum
 from .writing import write_values
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -216,11 +219,12 @@ class Run:
     def _look(self, look: HealthCheck, writes: Sequence[Write], earlier: Sequence[int], made: int) -> Health:
         """The model's health after a batch; `earlier`: the edits of the batches before, in this call."""
         before = self.after.records
-        sample = [before[i * len(before) // SAMPLE].edit for i in range(SAMPLE)] if before else []
-        rows = [
-            encode_edit(self.model, self.tokenizer, edit, ()).rewriting[0] for edit in dict.fromkeys(sample)
-        ]
-        rows += [self.encoded[number].rewriting[0] for number in earlier]
+
+        def rows() -> list[Row]:
+            edits = dict.fromkeys(record.edit for record in spread(before))
+            known = [encode_edit(self.model, self.tokenizer, edit, ()).rewriting[0] for edit in edits]
+            return known + [self.encoded[number].rewriting[0] for number in earlier]
+
         made += len(earlier)
         return look.look([*self.after.writes, *writes], rows, made, len(before) + made)
 
@@ -380,25 +384,33 @@ class Run:
             return kept
         if not found:
             return []
-        alone = len(found) == 1 and self.plan.skip_failures
-        originals = list(map(Snapshot, self.projections)) if alone else []
-        try:
-            writes = write_values(
+        writes = self._tried(
+            list(found),
+            lambda: write_values(
                 self.model, self.projections, [self.encoded[i] for i in found], list(found.values()),
                 operators, self.plan.key, list(found), self.plan.bare_denominator, self.ranks,
-            )  # fmt: skip
+            ),
+        )  # fmt: skip
+        if writes is None:
+            found.clear()
+            return []
+        if journal:
+            self.ranks.decided(lambda: journal.save_writes(number, writes))
+        return writes
+
+    def _tried(self, batch: Sequence[int], write: Callable[[], T]) -> T | None:
+        """What a write gives; None where it failed for an edit that is alone and may be skipped."""
+        alone = len(batch) == 1 and self.plan.skip_failures
+        originals = list(map(Snapshot, self.projections)) if alone else []
+        try:
+            return write()
         except EngramError as error:
             if not alone:
                 raise
             for original in originals:
                 original.restore()
-            ((failed, _),) = found.items()
-            found.clear()
-            self._skip(failed, error)
-            return []
-        if journal:
-            self.ranks.decided(lambda: journal.save_writes(number, writes))
-        return writes
+            self._skip(batch[0], error)
+            return None
 
     def _by_gradients(
         self,
@@ -417,19 +429,14 @@ class Run:
                 for projection, write in zip(self.projections, kept, strict=True):
                     write.apply_(projection)
                 return dict(zip(batch, known, strict=True)), kept
-        alone = len(batch) == 1 and self.plan.skip_failures
-        originals = list(map(Snapshot, self.projections)) if alone else []
-        try:
-            written = write_gradients(
+        written = self._tried(
+            batch,
+            lambda: write_gradients(
                 self.model, self.projections, [self.encoded[i] for i in batch], operators,
                 self.plan.method.gradient, batch, streams,
-            )  # fmt: skip
-        except EngramError as error:
-            if not alone:
-                raise
-            for original in originals:
-                original.restore()
-            self._skip(batch[0], error)
+            ),
+        )  # fmt: skip
+        if written is None:
             return {}, []
         done = len(self._before)
         self.progress("values", min(done, (number + 1) * len(batch)), done)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import _checks as check
 from .._hashing import tensor_checksum
+from ..errors import EngramError
 from ..hf.placement import is_sharded, keep_part_, local, whole
 from ..hf.projection import Projection
 from ..ops import apply_low_rank_
@@ -37,6 +39,17 @@ def add_(projection: Projection, left: Tensor, right: Tensor) -> None:
         keep_part_(weight, matrix.T if projection.transposed else matrix)
     # A caller's autocast keeps copies of the weights in its own dtype, and does not see this write.
     torch.clear_autocast_cache()
+
+
+def add_in_range(projection: Projection, left: Tensor, right: Tensor) -> None:
+    """`weight += left @ right`, in place, which its type can hold.
+
+    Raises:
+        EngramError: an entry became infinite or NaN; it is in the weight now.
+    """
+    add_(projection, left, right)
+    if not check.is_finite(projection.whole()):
+        raise EngramError(f"edits: expected weights in the range of {projection.matrix.dtype}, got infinity")
 
 
 def matrix_checksum(projection: Projection) -> str:

@@ -22,7 +22,7 @@ from .partial_forward import adding
 from .preconditioner import LayerOperator, Solved
 from .records import Write, left_factor
 from .values import Value
-from .weights import add_
+from .weights import add_in_range
 
 # Of a forward pass; and edits whose states are in memory at once.
 ROWS = 64
@@ -131,9 +131,7 @@ def _write(projection: Projection, encoded, keys, bare_keys, residuals, operator
     left, right = solved.left.float(), solved.right.float()
     if not (check.is_finite(left) and check.is_finite(right)):
         raise EngramError(f"edits: expected finite factors for {projection.name!r}, got NaN or infinity")
-    add_(projection, left, right)
-    if not check.is_finite(projection.whole()):
-        raise EngramError(f"edits: expected weights in the range of {projection.matrix.dtype}, got infinity")
+    add_in_range(projection, left, right)
     # In main memory, wherever the weights are: thousands of edits would fill a device.
     left, right, keys, wanted = (one.float().cpu() for one in (left, right, constrained, solved.residuals))
     return Write(projection.name, left, right, keys, wanted, solved.ridge, tuple(edits))

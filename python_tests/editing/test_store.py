@@ -74,16 +74,22 @@ def test_many_calls_are_one_call_bit_for_bit(tmp_path, method, dtype):
     assert changed(expected, again.model) != []
 
 
-@pytest.mark.slow
-def test_sixty_calls_of_one_are_one_call_of_sixty(tmp_path, monkeypatch):
-    """The same bits, one pass over the corpus, one moment file a layer."""
-    passes, whole = [], statistics_module.second_moments
+@pytest.fixture
+def passes(monkeypatch):
+    """An entry for each pass over the corpus."""
+    found, whole = [], statistics_module.second_moments
 
     def counting(*arguments, **named):
-        passes.append(1)
+        found.append(1)
         return whole(*arguments, **named)
 
     monkeypatch.setattr(statistics_module, "second_moments", counting)
+    return found
+
+
+@pytest.mark.slow
+def test_sixty_calls_of_one_are_one_call_of_sixty(tmp_path, passes):
+    """The same bits, one pass over the corpus, one moment file a layer."""
     edits = [Edit(f"Tower {number}", "{} is located in the city of", "Rome") for number in range(60)]
     options = {
         "method": replace(METHODS["memit"], layers=2, batch=1, preserve=True),
@@ -103,14 +109,7 @@ def test_sixty_calls_of_one_are_one_call_of_sixty(tmp_path, monkeypatch):
     assert len(list((tmp_path / "many" / "statistics").rglob("*.safetensors"))) == 2
 
 
-def test_one_corpus_pass_and_one_moment_file_a_layer(tmp_path, monkeypatch):
-    passes, whole = [], statistics_module.second_moments
-
-    def counting(*arguments, **named):
-        passes.append(1)
-        return whole(*arguments, **named)
-
-    monkeypatch.setattr(statistics_module, "second_moments", counting)
+def test_one_corpus_pass_and_one_moment_file_a_layer(tmp_path, passes):
     method = replace(METHODS["memit"], layers=2, preserve=True)
     for edit in EDITS[:3]:
         store = open_store(tmp_path, method=method)

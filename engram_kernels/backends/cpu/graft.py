@@ -6,7 +6,7 @@ from torch import Tensor
 from ... import _cpu
 from .. import implements
 from ..native import graft_rows, sparse_rows
-from ..torch.graft import packed_size
+from ..torch.graft import packed_size, write_sparse
 
 
 def _empty_like(tensor: Tensor) -> Tensor:
@@ -154,8 +154,8 @@ class SparseTable:
         self._wide = indices[0].dtype == torch.int64
         self._list = _cpu.SparseList(sparse_rows(weights, indices, values, overwritten))
 
-    def apply_(self) -> int:
-        return _cpu.sparse_apply(self._list, self._wide, False, torch.get_num_threads())
+    def apply_(self) -> Tensor:
+        return torch.tensor(_cpu.sparse_apply(self._list, self._wide, False, torch.get_num_threads()))
 
     def write_(self) -> None:
         _cpu.sparse_apply(self._list, self._wide, True, torch.get_num_threads())
@@ -169,8 +169,4 @@ def sparse_apply_(
     overwritten: list[Tensor],
     checked: bool,
 ) -> Tensor:
-    table = SparseTable(weights, indices, values, overwritten)
-    if not checked:
-        return torch.tensor(table.apply_())
-    table.write_()
-    return torch.zeros((), dtype=torch.int64)
+    return write_sparse(SparseTable(weights, indices, values, overwritten), checked, weights[0].device)

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ... import _cuda
 from ..native import graft_rows, sparse_rows, stream
-from ..torch.graft import packed_size
+from ..torch.graft import packed_size, write_sparse
 from .device import implements
 
 
@@ -94,8 +94,4 @@ def sparse_apply_(
     overwritten: list[Tensor],
     checked: bool,
 ) -> Tensor:
-    table = SparseTable(weights, indices, values, overwritten)
-    if not checked:
-        return table.apply_()
-    table.write_()
-    return torch.zeros((), dtype=torch.int64, device=weights[0].device)
+    return write_sparse(SparseTable(weights, indices, values, overwritten), checked, weights[0].device)

@@ -14,6 +14,14 @@ def packed_size(count: int) -> int:
     return (count + 7) // 8
 
 
+def write_sparse(table, checked: bool, device: torch.device) -> Tensor:
+    """Write what a backend's table of a sparse write holds, and return its faults; 0 if it is checked."""
+    if not checked:
+        return table.apply_()
+    table.write_()
+    return torch.zeros((), dtype=torch.int64, device=device)
+
+
 def argument(logits: Tensor, base: Tensor | None, bias: float) -> Tensor:
     """x = s·(S − bias), s = −1 where the base mask's bit is 1, else +1; the gate is γ = σ(x)."""
     x = logits - bias
@@ -220,8 +228,4 @@ def sparse_apply_(
     overwritten: list[Tensor],
     checked: bool,
 ) -> Tensor:
-    table = SparseTable(weights, indices, values, overwritten)
-    if not checked:
-        return table.apply_()
-    table.write_()
-    return torch.zeros((), dtype=torch.int64, device=weights[0].device)
+    return write_sparse(SparseTable(weights, indices, values, overwritten), checked, weights[0].device)
