@@ -21,7 +21,7 @@ EXIT_STATUS = """Every command takes --json and --quiet. It ends with the status
   0    done
   1    an error: one sentence on the error stream
   2    an unknown option or command, or one that is missing
-  3    done, but not as --strict wants it
+  3    done, but not as --strict wants it, or ended by --stop-on
   130  interrupted
 """
 

@@ -66,7 +66,7 @@ FAILED, NOT_AS_WANTED = 1, 3
 
 
 class NotAsWantedError(EngramError):
-    """All was done, but not all is as --strict wants it."""
+    """All was done that could be, but not all is as --strict wants it, or --stop-on ended it."""
 
 
 class Command(TyperCommand):
