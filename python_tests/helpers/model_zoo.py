@@ -46,18 +46,22 @@ def metaspace_tokenizer(vocabulary: int = 400):
     return _fast(tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
-def word_piece_tokenizer(vocabulary: int = 300):
+def word_piece_tokenizer():
     """BERT's kind: lower case, accents stripped, `##` pieces, a special token on either side."""
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer()
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece()
+    normalizer, splitter = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    # Cut by hand: the library's trainer breaks ties by the order of a hash table, another in every process.
+    pieces = set()
+    for text in TEXTS:
+        for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text)):
+            pieces.update([*word, *("##" + letter for letter in word), word[:4]])
+            pieces.update("##" + word[i : i + 3] for i in range(4, len(word), 3))
     special = ["[UNK]", "[CLS]", "[SEP]"]
-    tokenizer.train_from_iterator(
-        TEXTS, trainers.WordPieceTrainer(vocab_size=vocabulary, special_tokens=special, show_progress=False)
-    )
+    vocabulary = {piece: i for i, piece in enumerate([*special, *sorted(pieces)])}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, splitter
+    tokenizer.decoder = decoders.WordPiece()
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
     )
