@@ -192,21 +192,26 @@ class Selection {
 
 void pack_mask(const uint8_t* mask, int64_t size, uint8_t* packed, int threads) {
   for_each_chunk(size, threads, [&](int64_t begin, int64_t end) {
-    int64_t i = begin;
-    for (; i + 8 <= end; i += 8) packed[i / 8] = pack_eight(mask + i);
-    if (i < end) {
+    const int64_t whole = end / 8;
+    for (int64_t byte = begin / 8; byte < whole; ++byte) packed[byte] = pack_eight(mask + 8 * byte);
+    if (8 * whole < end) {
       uint8_t last[8] = {};
-      std::memcpy(last, mask + i, end - i);
-      packed[i / 8] = pack_eight(last);
+      std::memcpy(last, mask + 8 * whole, end - 8 * whole);
+      packed[whole] = pack_eight(last);
     }
   });
 }
 
 void unpack_mask(const uint8_t* packed, int64_t size, uint8_t* mask, int threads) {
   for_each_chunk(size, threads, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i += 8) {
-      const uint64_t bytes = unpack_eight(packed[i / 8]);
-      std::memcpy(mask + i, &bytes, smaller(8, end - i));
+    const int64_t whole = end / 8;
+    for (int64_t byte = begin / 8; byte < whole; ++byte) {
+      const uint64_t bytes = unpack_eight(packed[byte]);
+      std::memcpy(mask + 8 * byte, &bytes, 8);
+    }
+    if (8 * whole < end) {
+      const uint64_t bytes = unpack_eight(packed[whole]);
+      std::memcpy(mask + 8 * whole, &bytes, end - 8 * whole);
     }
   });
 }
