@@ -6,7 +6,7 @@
 
 A wheel of a Python is built with its headers alone, and linked by the compiler of the package ziglang,
 against the symbols of glibc 2.28 and its own C++ library. So one machine builds for all, without containers.
-The kernels are compiled once for a processor, the bindings once for a Python.
+The kernels are compiled once for a processor, the bindings once for a Python; the processors side by side.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from headers import headers
@@ -29,8 +30,10 @@ GLIBC = "2.28"
 
 
 def run(*command: str | Path, **environment: str) -> str:
-    """Run a command and return what it printed; end with that where it fails."""
-    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
+    """Run a command with the pinned tools; return what it printed, and end with that where it fails."""
+    path = f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, **environment}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"release: {' '.join(map(str, command))} failed:\n{done.stdout}{done.stderr}")
     return done.stdout
@@ -62,13 +65,15 @@ def sdist() -> Path:
     return archive
 
 
-def unpack(archive: Path) -> Path:
+def unpack(archive: Path, name: str) -> Path:
+    """Unpack into a folder of that name: setuptools builds in the sources, one build at a time."""
     with tarfile.open(archive) as tar:
-        tar.extractall(WORK, filter="data")
-    return WORK / archive.name.removesuffix(".tar.gz")
+        tar.extractall(WORK / name, filter="data")
+    return WORK / name / archive.name.removesuffix(".tar.gz")
 
 
-def wheel(source: Path, raw: Path, **environment: str) -> Path:
+def wheel(source: Path, **environment: str) -> Path:
+    raw = source / "raw"
     shutil.rmtree(raw, ignore_errors=True)
     run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", raw, source, **environment)
     (found,) = raw.glob("*.whl")
@@ -77,7 +82,7 @@ def wheel(source: Path, raw: Path, **environment: str) -> Path:
 
 def pure(source: Path) -> None:
     """The wheel without native modules: for other systems, and Pythons that are newer than the release."""
-    shutil.copy(wheel(source, WORK / "raw", ENGRAM_CPU="off", ENGRAM_CUDA="off"), DIST)
+    shutil.copy(wheel(source, ENGRAM_CPU="off", ENGRAM_CUDA="off"), DIST)
 
 
 def native(source: Path, version: str, machine: str, cuda: Path | None = None) -> None:
@@ -97,16 +102,15 @@ def native(source: Path, version: str, machine: str, cuda: Path | None = None) -
     }
     if cuda:
         environment |= {"CUDACXX": str(cuda / "bin" / "nvcc"), "CUDAHOSTCXX": shutil.which("g++") or "g++"}
-    raw = WORK / "raw"
-    built = wheel(source, raw, **environment)
+    built = wheel(source, **environment)
+    repaired = built.parent / "repaired"
     # auditwheel finds the oldest system for it; the tag is that of torch's wheels, which it needs anyway.
-    search = f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ['PATH']}"
-    run(tool("auditwheel"), "repair", "--wheel-dir", raw / "repaired", built, PATH=search)
-    (repaired,) = (raw / "repaired").glob("*.whl")
+    run(tool("auditwheel"), "repair", "--wheel-dir", repaired, built)
+    (found,) = repaired.glob("*.whl")
     platform = f"manylinux_{GLIBC.replace('.', '_')}_{machine}"
     tags = ("--python-tag", tag, "--abi-tag", tag, "--platform-tag", platform)
-    name = run(tool("wheel"), "tags", *tags, repaired).strip()
-    shutil.move(repaired.parent / name, DIST)
+    name = run(tool("wheel"), "tags", *tags, found).strip()
+    shutil.move(repaired / name, DIST)
     print(f"release: {name}", flush=True)
 
 
@@ -127,16 +131,21 @@ def main() -> None:
         folder.mkdir(parents=True)
     for version in chosen.python:
         headers(version, WORK / "headers" / version)
-    source = unpack(sdist())
-    pure(source)
-    for machine in chosen.machine:
+    archive = sdist()
+    pure(unpack(archive, "pure"))
+
+    def build(machine: str) -> None:
+        source = unpack(archive, machine)
         for version in chosen.python:
             native(source, version, machine)
-    for toolkit in chosen.cuda:
-        # A local version: PyPI has the wheels without CUDA, a release's page those with it.
-        (source / "setup.cfg").write_text(f"[egg_info]\ntag_build = +{cuda_version(toolkit)}\n")
-        for version in chosen.python:
-            native(source, version, "x86_64", toolkit)
+        for toolkit in chosen.cuda if machine == "x86_64" else ():
+            # A local version: PyPI has the wheels without CUDA, a release's page those with it.
+            (source / "setup.cfg").write_text(f"[egg_info]\ntag_build = +{cuda_version(toolkit)}\n")
+            for version in chosen.python:
+                native(source, version, "x86_64", toolkit)
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(build, chosen.machine))
 
 
 if __name__ == "__main__":

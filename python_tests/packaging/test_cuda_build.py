@@ -3,6 +3,11 @@
 And what the module that was built says where it cannot run.
 """
 
+import os
+import shutil
+import subprocess
+import sysconfig
+
 import nvcc
 import pytest
 import torch
@@ -24,6 +29,31 @@ def test_no_kernel_spills(source, architecture, tmp_path):
         numbers = (f"{used[what]:>{wide}}" for what, wide in _COLUMNS.items())
         print(*numbers, f" {used['name']}")
         assert used["stack"] == 0 and used["spilled"] == 0, f"{used['name']} spills on sm_{architecture}"
+
+
+# The environment's, the newest, and the system's, which may be as old as pyproject.toml allows.
+FOUND = [shutil.which("cmake", path=path) for path in os.get_exec_path()]
+CMAKES = sorted({os.path.realpath(path) for path in FOUND if path})
+
+
+@pytest.mark.skipif(nvcc.NVCC is None, reason="no nvcc on PATH or under CUDA_HOME")
+@pytest.mark.parametrize("cmake", CMAKES)
+@pytest.mark.slow
+def test_every_cmake_here_configures_the_cuda_module(cmake, tmp_path):
+    ninja = shutil.which("ninja")
+    if ninja is None:
+        pytest.skip("no ninja")
+    options = {
+        "CMAKE_MAKE_PROGRAM": ninja,
+        "CMAKE_CUDA_COMPILER": nvcc.NVCC,
+        "PYTHON_INCLUDE_DIR": sysconfig.get_path("include"),
+        "ENGRAM_BUILD_CPU": "OFF",
+        "ENGRAM_BUILD_CUDA": "ON",
+    }
+    command = [cmake, "-G", "Ninja", "-S", str(nvcc.CSRC.parent), "-B", str(tmp_path)]
+    command += [f"-D{name}={value}" for name, value in options.items()]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
