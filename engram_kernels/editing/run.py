@@ -164,8 +164,10 @@ class Run:
         values: dict[int, Value] = {}
         writes: list[Write] = []
         health: list[Health] = []
+        # An earlier call's is the older one.
+        bases = {module.module: module.base_checksum for module in [*edited, *self.after.edited_modules]}
         look = HealthCheck(
-            self.model, self.tokenizer, self.projections, self.after.writes, self.plan.stop_on,
+            self.model, self.tokenizer, self.projections, bases, self.after.writes, self.plan.stop_on,
             len(self.encoded),
         )  # fmt: skip
         try:

@@ -129,6 +129,28 @@ def test_later_calls_go_on_from_the_base():
     assert second.health[-1].holding == whole.health[-1].holding
 
 
+def test_a_matrix_is_measured_once_however_many_calls_write_it(monkeypatch):
+    """And anew as soon as it is another."""
+    editor, taken, whole = small_editor(value=LOOSE), [], largest_singular_value
+
+    def counting(left, right=None):
+        taken.extend([1] * (right is None))
+        return whole(left, right)
+
+    monkeypatch.setattr(health_module, "largest_singular_value", counting)
+    first = editor.edit(EDITS[0], 1, "rome")
+    second = editor.edit(EDITS[1], 1, "rome", after=first)
+    second.revert()
+    first.revert()
+    again = editor.edit(EDITS[0], 1, "rome")
+    assert again.health == first.health and len(taken) == 1
+    again.revert()
+    with torch.no_grad():
+        editor.model.get_submodule("model.layers.1.mlp.down_proj").weight.mul_(2)
+    editor.edit(EDITS[0], 1, "rome")
+    assert len(taken) == 2
+
+
 @pytest.mark.parametrize(
     ("stop_on", "kind", "message"),
     [
