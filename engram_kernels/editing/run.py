@@ -512,6 +512,12 @@ def _warn(records: Sequence[EditRecord]) -> None:
             f"{record.edit.text!r}, p {record.probability_before:.2g} → {record.probability_after:.2g}"
             for record in failed[:SHOWN]
         )
+        still = sum(record.change_norm == 0 for record in failed)
+        if still:
+            listed += (
+                f"; of {still} the search changed nothing, as no step lowered its loss: a smaller "
+                "weight_decay or learning_rate of ValueOptions helps (`engram edit --weight-decay`)"
+            )
         warnings.warn(f"{len(failed)} of {len(records)} edits did not take: {listed}", stacklevel=4)
     for record in records:
         for fact in record.undid:
