@@ -154,8 +154,8 @@ class HealthCheck:
         return Health(standing, growth, update, holding, perplexity)
 
 
-# Of each module the checksum of W₀ and what `norms_before` gave: forty products with a large matrix, which are
-# not taken again for every call. Ranks that hold parts of a matrix make the same calls, and find the same here.
+# Of each module the checksum of W₀ and what `norms_before` gave: forty products with a large matrix are taken
+# once, not for every call. Ranks that hold parts of one make the same calls, and so find the same here.
 _KNOWN: WeakKeyDictionary[nn.Module, tuple[str, float, float]] = WeakKeyDictionary()
 
 
