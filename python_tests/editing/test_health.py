@@ -168,6 +168,12 @@ def test_bad_bounds(stop_on, kind, message):
     assert changed(before, editor.model) == []
 
 
+def test_wide_bounds_tell_ruin_from_a_strong_edit():
+    """Of what was measured in SmolLM2: the strongest edit by `engram-forms`, and fifty by ROME."""
+    assert Health(1, growth=1.027, update=1.832, perplexity=0.013).past(BOUNDS) == []
+    assert Health(50, growth=1.0, update=1.76, perplexity=0.13).past(BOUNDS) == ["perplexity 0.13, above 0.1"]
+
+
 def test_words():
     health = Health(7, 1.2, 0.4, holding=0.75, perplexity=float("inf"))
     assert health.past({"growth": 1.5, "holding": 0.5}) == []
