@@ -68,6 +68,23 @@ def test_each_batch_is_measured_and_kept(tmp_path):
     assert EditResult.from_pretrained(tmp_path / "kept").health == result.health
 
 
+def test_of_several_matrices_the_worst_counts():
+    editor = small_editor(value=LOOSE)
+    names = [f"model.layers.{layer}.mlp.down_proj" for layer in (0, 1, 2)]
+    matrices = [editor.model.get_submodule(name).weight.detach() for name in names]
+    matrices[0].mul_(0.01)
+    before = [matrix.clone() for matrix in matrices]
+    (found,) = editor.edit(EDITS[:2], [0, 1, 2], "memit", ridge=0.1).health
+    growth = [float(now.norm() / old.norm()) for now, old in zip(matrices, before, strict=True)]
+    update = [
+        float(torch.linalg.matrix_norm(now - old, 2) / torch.linalg.matrix_norm(old, 2))
+        for now, old in zip(matrices, before, strict=True)
+    ]
+    assert growth.index(max(growth)) == update.index(max(update)) == 0  # else this test shows nothing
+    assert found.growth == pytest.approx(growth[0], rel=1e-5)
+    assert found.update == pytest.approx(update[0], rel=0.05)
+
+
 def test_a_run_ends_before_it_ruins_a_model():
     """Loose options make a matrix grow with every edit; the run keeps what came before the bound."""
     free = small_editor(value=LOOSE).edit(EDITS, 1, "rome")
