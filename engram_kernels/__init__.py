@@ -8,7 +8,7 @@ from . import ops
 from .backends import use_backend as use_backend
 from .covariance import Covariance as Covariance
 from .errors import EngramError as EngramError
-from .ops import *  # noqa: F403
+from .ops import *
 from .preconditioner import Preconditioner as Preconditioner
 
 if TYPE_CHECKING:

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from ._hashing import digest, tensor_checksum
 from ._ranks import once
 from .errors import EngramError
 
@@ -101,6 +103,51 @@ def save_tensors(
         temporary.chmod(mode)
 
 
+def save_sealed_tensors(
+    path: str | os.PathLike, tensors: Mapping[str, Tensor], about: Mapping[str, str] | None = None
+) -> None:
+    """Write tensors and some words about them, with a checksum of both, whole or not at all."""
+    save_tensors(path, tensors, {**(about or {}), "checksum": _tensors_checksum(tensors, about or {})})
+
+
+def load_sealed_tensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read what `save_sealed_tensors` wrote: tensors and words of which not a bit has changed.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is incomplete or was changed; the message names it.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = dict(file.metadata() or {})
+            # Copies: the last bits of a product depend on how its factors are aligned.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
+    except SafetensorError as error:
+        raise ValueError(f"{Path(path).name} is incomplete or was changed: {error}") from error
+    checksum = about.pop("checksum", None)
+    if checksum != _tensors_checksum(tensors, about):
+        kind = "missing" if checksum is None else "another"
+        raise ValueError(f"{Path(path).name} is incomplete or was changed: its checksum is {kind}")
+    return tensors, about
+
+
+def load_cached(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, str]] | None:
+    """The same of a file that can be made again: None if it is missing or, with a warning, spoilt."""
+    try:
+        return load_sealed_tensors(path)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        warnings.warn(f"{os.fspath(path)!r} cannot be used, and is made again ({error})", stacklevel=2)
+        return None
+
+
+def _tensors_checksum(tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> str:
+    return digest({name: tensor_checksum(tensors[name]) for name in sorted(tensors)}, sorted(about.items()))
+
+
 def write_tensor_folder(
     directory: str | os.PathLike, kind: str, tensors: Mapping[str, Tensor], about: Mapping[str, str]
 ) -> None:
@@ -116,7 +163,8 @@ def write_tensor_folder(
         EngramError: the directory is not empty or cannot be written.
     """
     with new_directory(directory) as folder:
-        save_tensors(folder / f"{kind}.safetensors", tensors, {"format": f"engram_kernels.{kind}", **about})
+        about = {"format": f"engram_kernels.{kind}", **about}
+        save_sealed_tensors(folder / f"{kind}.safetensors", tensors, about)
 
 
 def read_tensor_folder(
@@ -137,22 +185,17 @@ def read_tensor_folder(
         ValueError: torch knows no such device.
         EngramError: the folder holds nothing of the kind.
     """
-    from safetensors import SafetensorError, safe_open
-
     try:
         device = torch.device(device)
     except RuntimeError as error:
         raise ValueError(f"device: expected one that torch knows, got {device!r}") from error
     expected = f"directory: expected a {kind}, got {os.fspath(directory)!r}"
     try:
-        with safe_open(Path(directory) / f"{kind}.safetensors", framework="pt") as file:
-            about = file.metadata() or {}
-            if about.get("format") != f"engram_kernels.{kind}":
-                raise EngramError(f"{expected} of another format")
-            # Copies: the last bits of a product depend on how its factors are aligned.
-            tensors = {name: file.get_tensor(name).clone().to(device) for name in file.keys()}
-        return made(tensors, about)
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        tensors, about = load_sealed_tensors(Path(directory) / f"{kind}.safetensors")
+        if about.get("format") != f"engram_kernels.{kind}":
+            raise EngramError(f"{expected} of another format")
+        return made({name: tensor.to(device) for name, tensor in tensors.items()}, about)
+    except (OSError, KeyError, TypeError, ValueError) as error:
         raise EngramError(f"{expected}: {error}") from error
 
 

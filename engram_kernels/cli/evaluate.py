@@ -1,6 +1,5 @@
 """`engram eval`: do edits hold, generalise, and leave the rest alone."""
 
-import hashlib
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +9,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from .._io import file_checksum
 from ..hf.placement import input_device
 from .common import (
     Corpus,
@@ -198,13 +198,13 @@ def evaluate(
     checkpoints = tuple(checkpoint or CHECKPOINTS)
     pairs = {"contexts": _pairs(contexts)} if contexts else {}
     settings = {
-        "model": model, "data": data.name, "sha256": _digest(path),
+        "model": model, "data": data.name, "sha256": file_checksum(path),
         "start": start, "rows": rows, "skip_bad": skip_bad, "zsre": zsre, "chat": chat, "give": give,
         "mode": mode, **options, "checkpoints": checkpoints,
         "fluency": fluency, "batch_size": batch_size, "judge": judge,
-        "drift_text": None if drift_text is None else _digest(drift_text), "drift_rows": drift_rows,
-        "known": None if known is None else _digest(data_file(known)), "known_rows": known_rows,
-        "corpus": None if corpus is None else _digest(corpus), "tokens": tokens, **given,
+        "drift_text": None if drift_text is None else file_checksum(drift_text), "drift_rows": drift_rows,
+        "known": None if known is None else file_checksum(data_file(known)), "known_rows": known_rows,
+        "corpus": None if corpus is None else file_checksum(corpus), "tokens": tokens, **given,
         "original_key": original_key, **pairs, "bare_prompt_weight": bare_prompt_weight,
         "dtype": dtype, "device": device_of(device), "seed": seed,
     }  # fmt: skip
@@ -316,14 +316,6 @@ def _pairs(contexts: list[str]) -> tuple[tuple[int, int], ...]:
     if not pairs or any(len(pair) != 2 for pair in pairs):
         raise ValueError(f"contexts: expected TOKENSxCOUNT such as 10x5, got {', '.join(contexts)!r}")
     return pairs
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _line(number: int, outcome: "Outcome") -> str:

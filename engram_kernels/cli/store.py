@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -75,13 +77,10 @@ def add(
     edits = _edits(subject, prompt, target, facts)
     asked = {"method": method, "layers": layers_of(layers), "values": values}
     bounds = bounds_of(stop_on)
-    with bars() as progress:
-        network, tokenizer = load(progress, model, dtype, device)
-        options = {"corpus": corpus, "tokens": tokens, "seed": seed, "progress": progress}
-        with _opened(store, network, tokenizer, **asked, **options) as kept:
-            made = kept.add(edits, stop_on=bounds)
-            count, health = len(kept), kept.health[-1]
-            reason = "; ".join(health.past(bounds or {}))
+    with _bound(store, model, dtype, device, corpus=corpus, tokens=tokens, seed=seed, **asked) as kept:
+        made = kept.add(edits, stop_on=bounds)
+        count, health = len(kept), kept.health[-1]
+        reason = "; ".join(health.past(bounds or {}))
     show(_table(made))
     note(f"{store}: {_counted(count)} of {model}.")
     note(_in_words(health))
@@ -129,13 +128,10 @@ def remove(
 
     Example: engram store remove facts --id 3
     """
-    with bars() as progress:
-        network, tokenizer = load(progress, model, dtype, device)
-        options = {"corpus": corpus, "tokens": tokens, "seed": seed, "progress": progress}
-        with _opened(store, network, tokenizer, **options) as kept:
-            for number in id:
-                kept.remove(number)
-            count = len(kept)
+    with _bound(store, model, dtype, device, corpus=corpus, tokens=tokens, seed=seed) as kept:
+        for number in id:
+            kept.remove(number)
+        count = len(kept)
     note(f"{store}: {_counted(count)} of {model}.")
     emit({"store": store, "model": model, "removed": id, "edits": count})
 
@@ -181,11 +177,8 @@ def verify(
     if model is None:
         count, what = _opened(store).verify(), "all can be read"
     else:
-        with bars() as progress:
-            network, tokenizer = load(progress, model, dtype, device)
-            options = {"corpus": corpus, "tokens": tokens, "seed": seed, "progress": progress}
-            with _opened(store, network, tokenizer, **options) as kept:
-                count, what = kept.verify(), f"in {model} the weights are as they were, bit for bit"
+        with _bound(store, model, dtype, device, corpus=corpus, tokens=tokens, seed=seed) as kept:
+            count, what = kept.verify(), f"in {model} the weights are as they were, bit for bit"
     note(f"{store}: {_counted(count)}; {what}.")
     emit({"store": store, "edits": count, "rebuilt": model is not None})
 
@@ -209,6 +202,15 @@ def _opened(store: Path, *model, **options) -> EditStore:
 
     with reading("store", "directory"):
         return EditStore(store, *model, **options)
+
+
+@contextmanager
+def _bound(store: Path, model: str, dtype: str, device: str | None, **options) -> Iterator[EditStore]:
+    """A store with its model, while the progress is shown."""
+    with bars() as progress:
+        loaded = load(progress, model, dtype, device)
+        with _opened(store, *loaded, progress=progress, **options) as kept:
+            yield kept
 
 
 def _edits(subject: str | None, prompt: str | None, target: str | None, facts: Path | None) -> list[Edit]:

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from .._io import read_json, save_tensors, write_json
+from .._io import load_cached, read_json, save_sealed_tensors, write_json
 from ..errors import EngramError
 from ..hf.loading import writable_directory
 from .files import read_writes, write_report, write_tensors
 from .records import Write
 from .values import Value
 
-FORMAT = 3
+FORMAT = 4
 
 
 class Journal:
@@ -28,7 +29,7 @@ class Journal:
         settings: all that the result depends on, as JSON holds it.
 
     Raises:
-        EngramError: the folder cannot be written, or belongs to a run of other settings.
+        EngramError: the folder cannot be written, or belongs to a run of other settings or another version.
     """
 
     def __init__(self, directory: str | os.PathLike, settings: dict):
@@ -55,7 +56,8 @@ class Journal:
             if known.get(name) != settings.get(name):
                 raise EngramError(
                     f"directory: expected one of a run with the same {name}, got {str(self.directory)!r} "
-                    f"with {known.get(name)!r} and not {settings.get(name)!r}"
+                    f"with {known.get(name)!r} and not {settings.get(name)!r}; another call or version began "
+                    f"it, and without it this run begins anew: rm -r {shlex.quote(str(self.directory))}"
                 )
 
     def save_value(self, number: int, value: Value) -> None:
@@ -70,8 +72,7 @@ class Journal:
         if entry is None:
             return None
         report, tensors = entry
-        # Copies: the last bits of a product depend on how its factors are aligned.
-        return Value(**{name: tensor.clone().to(device) for name, tensor in tensors.items()}, **report)
+        return Value(**{name: tensor.to(device) for name, tensor in tensors.items()}, **report)
 
     def save_writes(self, batch: int, writes: Sequence[Write]) -> None:
         """Keep the writes of a batch."""
@@ -88,18 +89,10 @@ class Journal:
 
 
 def _save(path: Path, report: object, tensors: dict[str, Tensor]) -> None:
-    save_tensors(path, tensors, {"report": json.dumps(report)})
+    save_sealed_tensors(path, tensors, {"report": json.dumps(report)})
 
 
 def _load(path: Path) -> tuple | None:
-    """The report and the tensors of a file."""
-    from safetensors import safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            return json.loads(file.metadata()["report"]), {
-                name: file.get_tensor(name) for name in file.keys()
-            }
-    except Exception:
-        # Not there, or spoilt: it is computed again.
-        return None
+    """The report and the tensors of a file; None where it is not there, or spoilt: it is computed again."""
+    kept = load_cached(path)
+    return kept and (json.loads(kept[1]["report"]), kept[0])

@@ -160,7 +160,7 @@ class Moments:
         part = [f"{self.ranks.rank}/{self.ranks.size}"] if self.ranks.size > 1 else []
         joint = hashlib.sha256(" ".join([*named, str(statistics.BATCH), *part]).encode())
         checkpoint = statistics.Checkpoint(
-            self.folder / f"{joint.hexdigest()[:32]}.partial.safetensors", self.checkpoint_seconds
+            self.folder / f"{joint.hexdigest()[:32]}{statistics.PARTIAL}", self.checkpoint_seconds
         )
         sums, seen = self.ranks.own(lambda: self._pass(missing, ids, count, checkpoint))
         for moment in sums.values():

@@ -164,8 +164,10 @@ class Run:
         values: dict[int, Value] = {}
         writes: list[Write] = []
         health: list[Health] = []
+        # An earlier call's is the older one.
+        bases = {module.module: module.base_checksum for module in [*edited, *self.after.edited_modules]}
         look = HealthCheck(
-            self.model, self.tokenizer, self.projections, self.after.writes, self.plan.stop_on,
+            self.model, self.tokenizer, self.projections, bases, self.after.writes, self.plan.stop_on,
             len(self.encoded),
         )  # fmt: skip
         try:
@@ -510,6 +512,12 @@ def _warn(records: Sequence[EditRecord]) -> None:
             f"{record.edit.text!r}, p {record.probability_before:.2g} → {record.probability_after:.2g}"
             for record in failed[:SHOWN]
         )
+        still = sum(record.change_norm == 0 for record in failed)
+        if still:
+            listed += (
+                f"; of {still} the search changed nothing, as no step lowered its loss: a smaller "
+                "weight_decay or learning_rate of ValueOptions helps (`engram edit --weight-decay`)"
+            )
         warnings.warn(f"{len(failed)} of {len(records)} edits did not take: {listed}", stacklevel=4)
     for record in records:
         for fact in record.undid:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from .._io import save_tensors
+from .._io import load_cached, save_sealed_tensors
 from .._progress import Progress
 from .._ranks import ALONE, Ranks
 from ..errors import EngramError
@@ -22,6 +22,8 @@ from ..ops.waiting import raises_at_once
 
 CHUNK = 512
 BATCH = 4
+# The end of the name of an unfinished pass's file.
+PARTIAL = ".partial.safetensors"
 
 
 @torch.no_grad()
@@ -99,20 +101,14 @@ def _observe(model, projections: Sequence[Projection], batch: torch.Tensor, sums
 
 
 def load_moment(path: Path) -> tuple[torch.Tensor, int] | None:
-    """A cached moment and its number of tokens, or None where there is none that can be read."""
-    from safetensors.torch import load_file
-
-    try:
-        tensors = load_file(path)
-        return tensors["moment"], int(tensors["count"])
-    except Exception:
-        # Whatever is wrong with a cache entry, computing it again is the cure.
-        return None
+    """A cached moment and its number of tokens, or None where there is none that can be used."""
+    kept = load_cached(path)
+    return kept and (kept[0]["moment"], int(kept[0]["count"]))
 
 
 def save_moment(path: Path, moment: torch.Tensor, count: int) -> None:
     """Write a moment so that readers see either all of it or nothing."""
-    save_tensors(path, {"moment": moment, "count": torch.tensor(count)})
+    save_sealed_tensors(path, {"moment": moment, "count": torch.tensor(count)})
 
 
 class Checkpoint:
@@ -132,21 +128,14 @@ class Checkpoint:
         self, projections: Sequence[Projection]
     ) -> tuple[dict[int, torch.Tensor], int, torch.Tensor] | None:
         """The sums by layer, the tokens they hold and all tokens; None where the file cannot be used."""
-        from safetensors.torch import load_file
-
-        try:
-            tensors = load_file(self.path)
-            ids, seen, sums = tensors["ids"], int(tensors["seen"]), zeros(projections)
-            for layer, total in sums.items():
-                given = tensors[str(layer)]
-                if given.shape != total.shape or given.dtype != total.dtype or not given.isfinite().all():
-                    return None
-                # Into memory of PyTorch's own alignment, on which the last bits of a product depend.
-                total.copy_(given)
-            return (sums, seen, ids) if 0 < seen <= len(ids) else None
-        except Exception:
-            # Whatever is wrong with it, starting again is the cure.
+        kept = load_cached(self.path)
+        if kept is None:
             return None
+        tensors, sums = kept[0], zeros(projections)
+        for layer, total in sums.items():
+            # Into memory of PyTorch's own alignment, on which the last bits of a product depend.
+            total.copy_(tensors[str(layer)])
+        return sums, int(tensors["seen"]), tensors["ids"]
 
     def save_when_due(self, sums: dict[int, torch.Tensor], seen: int, ids: torch.Tensor) -> None:
         """Write, if the time has come, so that readers see either all of it or what was there before."""
@@ -157,7 +146,7 @@ class Checkpoint:
             return
         tensors = {str(layer): total for layer, total in sums.items()}
         try:
-            save_tensors(self.path, tensors | {"seen": torch.tensor(seen), "ids": ids})
+            save_sealed_tensors(self.path, tensors | {"seen": torch.tensor(seen), "ids": ids})
         except (OSError, SafetensorError) as error:
             # The pass itself is sound: not worth ending it.
             warnings.warn(f"cache_dir: expected room for a checkpoint, got none ({error})", stacklevel=2)

@@ -122,6 +122,7 @@ class EditStore:
     def _open(self, model, tokenizer, method, layers, values, options) -> None:
         """Bind the model, which must be the base, and bring it to where the store is."""
         folder = self._folder
+        folder.check_statistics()
         editor = Editor(model, tokenizer, cache_dir=folder.path / "statistics", **options)
         base = digest(weights_checksums(model))
         settings = {name: repr(getattr(editor, name)) for name in _SETTINGS}
@@ -240,6 +241,7 @@ class EditStore:
             EngramError: something is missing, spoilt, or comes out otherwise.
         """
         with self._folder.locked():
+            self._folder.check_statistics()
             results = self._results()
             if self._editor is not None and results:
                 self.revert()

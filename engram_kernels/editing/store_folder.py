@@ -10,13 +10,14 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from .._io import file_checksum, read_sealed, write_sealed
+from .._io import file_checksum, load_sealed_tensors, read_sealed, write_sealed
 from ..errors import EngramError
 from ..hf.loading import writable_directory
 from .files import REPORT
 from .gradients import GradientOptions
 from .methods import Method
 from .result import EditResult
+from .statistics import PARTIAL
 from .values import ValueOptions
 
 FORMAT = 2
@@ -101,6 +102,22 @@ class StoreFolder:
     def begin(self, **settings: object) -> None:
         """Make a store without edits."""
         self._write({"format": FORMAT, **settings, "next": 1, "folders": 0, "entries": []})
+
+    def check_statistics(self) -> None:
+        """Read the statistics, on which all edits to come depend; those of a pass cut off are its own affair.
+
+        Raises:
+            EngramError: a file is spoilt.
+        """
+        for path in sorted((self.path / "statistics").rglob("*.safetensors")):
+            try:
+                if not path.name.endswith(PARTIAL):
+                    load_sealed_tensors(path)
+            except (OSError, ValueError) as error:
+                raise EngramError(
+                    f"directory: expected the store's statistics as they were written, got {str(path)!r} "
+                    f"({error}); without the file they are computed again"
+                ) from error
 
     def load(self, entry: dict) -> EditResult:
         """The edits of an entry.

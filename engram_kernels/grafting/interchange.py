@@ -84,8 +84,15 @@ def from_patches(patches: Iterable[WeightPatch], base: Base) -> Graft:
 
     Returns:
         The graft, with the checksums of that base.
+
+    Raises:
+        EngramError: two patches of one parameter, or one that does not fit the base.
     """
-    entries = {patch.name: (patch.indices, patch.values) for patch in patches}
+    entries: dict[str, tuple[Tensor, Tensor]] = {}
+    for patch in patches:
+        if patch.name in entries:
+            raise EngramError(f"patches: expected one for each parameter, got two for {patch.name!r}")
+        entries[patch.name] = patch.indices, patch.values
     return _of_entries(base, entries, "patches")
 
 

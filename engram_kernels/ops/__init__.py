@@ -5,19 +5,19 @@ A family's `__all__` is what it gives to the package.
 
 from typing import TYPE_CHECKING
 
-from .graft import *  # noqa: F403
-from .graft_diff import *  # noqa: F403
-from .graft_masks import *  # noqa: F403
-from .graft_sparse import *  # noqa: F403
-from .linear_memory import *  # noqa: F403
-from .low_rank import *  # noqa: F403
-from .memory import *  # noqa: F403
-from .memory_inverse import *  # noqa: F403
-from .memory_streaming import *  # noqa: F403
-from .plans import *  # noqa: F403
-from .ridge import *  # noqa: F403
-from .second_moment import *  # noqa: F403
-from .waiting import *  # noqa: F403
+from .graft import *
+from .graft_diff import *
+from .graft_masks import *
+from .graft_sparse import *
+from .linear_memory import *
+from .low_rank import *
+from .memory import *
+from .memory_inverse import *
+from .memory_streaming import *
+from .plans import *
+from .ridge import *
+from .second_moment import *
+from .waiting import *
 
 # Type checkers take the stars above as what this exports; a computed list would hide it all from mypy.
 if not TYPE_CHECKING:

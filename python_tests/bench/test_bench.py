@@ -9,22 +9,21 @@ import sys
 from math import prod
 from pathlib import Path
 
+import baselines
+import cases
+import harness
+import machine
 import numpy as np
 import pytest
+import report
+import resources
+import results
+import rows
+import sanitize
 import torch
 
 ROOT = Path(__file__).parents[2]
 BENCH = ROOT / "bench"
-sys.path.append(str(BENCH))
-import baselines  # noqa: E402
-import cases  # noqa: E402
-import harness  # noqa: E402
-import machine  # noqa: E402
-import report  # noqa: E402
-import resources  # noqa: E402
-import results  # noqa: E402
-import rows  # noqa: E402
-import sanitize  # noqa: E402
 
 # -- shapes and costs ----------------------------------------------------------------------------------------
 

@@ -1,21 +1,14 @@
 """Edits in any text: what is trained is what is shown, and facts are asked after all calls."""
 
-import sys
-from pathlib import Path
-
 import pytest
 
 pytest.importorskip("transformers")
 
+import edits_in_any_text as bench
 import model_zoo
 from editing_helpers import changed, small_editor, weights
 
 from engram_kernels.editing import Edit, ValueOptions
-
-BENCH = Path(__file__).parents[2] / "bench"
-sys.path.append(str(BENCH))
-
-import edits_in_any_text as bench  # noqa: E402
 
 
 @pytest.mark.parametrize("edit", [*bench.EDITS.values(), *bench.FACTS], ids=lambda edit: edit.text)

@@ -1,19 +1,13 @@
 """The rows on which edits are asked in other words, and what is read off the answers."""
 
 import json
-import sys
-from pathlib import Path
 
+import edits_that_take
 import pytest
 import torch
 from model_zoo import small_model
 from safetensors.torch import save_file
-
-BENCH = Path(__file__).parents[2] / "bench"
-sys.path.append(str(BENCH))
-
-import edits_that_take  # noqa: E402
-from take_rows import ROWS, TakeRow, read_take_rows  # noqa: E402
+from take_rows import ROWS, TakeRow, read_take_rows
 
 RELATIONS = json.loads(ROWS.read_text(encoding="utf-8"))["relations"]
 SINGLE = ("given_question", "question", "given_chat", "chat")

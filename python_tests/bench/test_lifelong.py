@@ -1,15 +1,10 @@
 """The benchmark of thousands of edits on a small random model: rows, a cut, and the figure."""
 
 import json
-import sys
-from pathlib import Path
-
-import model_zoo
-import pytest
-
-sys.path.append(str(Path(__file__).parents[2] / "bench"))
 
 import lifelong
+import model_zoo
+import pytest
 
 ROWS = [
     {"prompt": f"The tower of {name} is in", "subject": name, "target_new": "Rome"}

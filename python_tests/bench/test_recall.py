@@ -6,12 +6,12 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import measure_recall
-import model_zoo
 import numpy as np
 import pytest
 import recall
 import torch
 import typer
+from evaluation_helpers import write_rows_and_encoder
 from recall import FactLatents, Load, Recall
 from typer.testing import CliRunner
 
@@ -190,22 +190,8 @@ def test_a_long_context_is_recalled_by_memories_of_its_chunks():
 
 def test_the_script_measures_draws_and_reports(tmp_path):
     pytest.importorskip("matplotlib", reason="pictures need matplotlib")
-    model_zoo.small_encoder().save_pretrained(tmp_path / "encoder")
-    model_zoo.word_piece_tokenizer().save_pretrained(tmp_path / "encoder")
     places = ("The Tower", "The Louvre", "The museum", "The city", "The map", "The capital")
-    rows = [
-        {
-            "prompt": f"{subject} lies in",
-            "subject": subject,
-            "target_new": "Rome",
-            "ground_truth": "Paris",
-            "rephrase_prompt": f"You find {subject} in",
-            "locality_prompt": "The sea is",
-            "locality_ground_truth": "blue",
-        }
-        for subject in places
-    ]
-    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    write_rows_and_encoder(tmp_path, places)
     picture, report = tmp_path / "x.png", tmp_path / "x.json"
     app = typer.Typer()
     app.command()(measure_recall.main)

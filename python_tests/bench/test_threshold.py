@@ -1,12 +1,10 @@
 """The table of the threshold: shares of questions that are easy to tell apart."""
 
-import json
-
 import measure_threshold
-import model_zoo
 import pytest
 import torch
 import typer
+from evaluation_helpers import write_rows_and_encoder
 from typer.testing import CliRunner
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -26,30 +24,9 @@ def test_questions_about_facts_are_told_from_others():
 
 
 def test_the_script_prints_a_table(tmp_path):
-    model_zoo.small_encoder().save_pretrained(tmp_path / "encoder")
-    model_zoo.word_piece_tokenizer().save_pretrained(tmp_path / "encoder")
-    rows = [
-        {
-            "prompt": f"{subject} lies in",
-            "subject": subject,
-            "target_new": "Rome",
-            "ground_truth": "Paris",
-            "rephrase_prompt": f"You find {subject} in",
-            "locality_prompt": "The sea is",
-            "locality_ground_truth": "blue",
-        }
-        for subject in (
-            "The Tower",
-            "The Louvre",
-            "The museum",
-            "The city",
-            "The map",
-            "The capital",
-            "A",
-            "B",
-        )
-    ]
-    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    write_rows_and_encoder(
+        tmp_path, ("The Tower", "The Louvre", "The museum", "The city", "The map", "A", "B", "C")
+    )
     app = typer.Typer()
     app.command()(measure_threshold.main)
     arguments = ["--data", "rows.json", "--memories", "2", "--encoder", str(tmp_path / "encoder")]

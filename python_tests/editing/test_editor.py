@@ -526,7 +526,8 @@ def test_model_with_nan_changes_nothing(make, place):
     assert changed(before, editor.model) == []
 
 
-def test_failure_in_the_middle_of_a_list_changes_nothing(make, monkeypatch):
+@pytest.mark.parametrize("layers", [[1], [0, 1, 2]])
+def test_failure_in_the_middle_of_a_list_changes_nothing(make, monkeypatch, layers):
     one = make()
     before = weights(one.model)
     whole = run_module.find_values
@@ -540,8 +541,8 @@ def test_failure_in_the_middle_of_a_list_changes_nothing(make, monkeypatch):
 
     monkeypatch.setattr(run_module, "find_values", failing)
     with pytest.raises(EngramError):
-        one.edit(EDITS)
-    assert written == ["model.layers.1.mlp.down_proj.weight"]
+        one.edit(EDITS, layers)
+    assert written == [f"model.layers.{layer}.mlp.down_proj.weight" for layer in layers]
     assert changed(before, one.model) == []
 
 

@@ -201,7 +201,8 @@ def test_the_best_change_is_kept_and_not_the_last(make):
     (value,) = find_values(editor.model, output_projection(editor.model, 1), encoded, editor.value)
     assert value.losses[-1] > value.losses[0] and not value.change.any()
     before = weights(editor.model)
-    with pytest.warns(UserWarning, match=r"^1 of 1 edits did not take: 'The Eiffel Tower is .* Rome', p "):
+    kind = r"^1 of 1 edits did not take: 'The Eiffel Tower is .* Rome', p .*; of 1 the search changed nothing"
+    with pytest.warns(UserWarning, match=kind):
         (record,) = editor.edit(CITY).records
     assert changed(before, editor.model) == [] and not record.took
     assert record.probability_after == pytest.approx(record.probability_before)
@@ -278,7 +279,7 @@ def test_an_edit_took_when_greedy_decoding_says_it(make):
         with editor.edit(edit) as result:
             assert result.records[0].took and ", did not take" not in repr(result)
     raised[0] += 1
-    with pytest.warns(UserWarning, match="did not take"), editor.edit(edit) as result:
+    with pytest.warns(UserWarning, match=r"did not take: [^;]*$"), editor.edit(edit) as result:
         assert not result.records[0].took and ", did not take" in repr(result)
 
 

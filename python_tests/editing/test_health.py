@@ -68,6 +68,23 @@ def test_each_batch_is_measured_and_kept(tmp_path):
     assert EditResult.from_pretrained(tmp_path / "kept").health == result.health
 
 
+def test_of_several_matrices_the_worst_counts():
+    editor = small_editor(value=LOOSE)
+    names = [f"model.layers.{layer}.mlp.down_proj" for layer in (0, 1, 2)]
+    matrices = [editor.model.get_submodule(name).weight.detach() for name in names]
+    matrices[0].mul_(0.01)
+    before = [matrix.clone() for matrix in matrices]
+    (found,) = editor.edit(EDITS[:2], [0, 1, 2], "memit", ridge=0.1).health
+    growth = [float(now.norm() / old.norm()) for now, old in zip(matrices, before, strict=True)]
+    update = [
+        float(torch.linalg.matrix_norm(now - old, 2) / torch.linalg.matrix_norm(old, 2))
+        for now, old in zip(matrices, before, strict=True)
+    ]
+    assert growth.index(max(growth)) == update.index(max(update)) == 0  # else this test shows nothing
+    assert found.growth == pytest.approx(growth[0], rel=1e-5)
+    assert found.update == pytest.approx(update[0], rel=0.05)
+
+
 def test_a_run_ends_before_it_ruins_a_model():
     """Loose options make a matrix grow with every edit; the run keeps what came before the bound."""
     free = small_editor(value=LOOSE).edit(EDITS, 1, "rome")
@@ -129,6 +146,28 @@ def test_later_calls_go_on_from_the_base():
     assert second.health[-1].holding == whole.health[-1].holding
 
 
+def test_a_matrix_is_measured_once_however_many_calls_write_it(monkeypatch):
+    """And anew as soon as it is another."""
+    editor, taken, whole = small_editor(value=LOOSE), [], largest_singular_value
+
+    def counting(left, right=None):
+        taken.extend([1] * (right is None))
+        return whole(left, right)
+
+    monkeypatch.setattr(health_module, "largest_singular_value", counting)
+    first = editor.edit(EDITS[0], 1, "rome")
+    second = editor.edit(EDITS[1], 1, "rome", after=first)
+    second.revert()
+    first.revert()
+    again = editor.edit(EDITS[0], 1, "rome")
+    assert again.health == first.health and len(taken) == 1
+    again.revert()
+    with torch.no_grad():
+        editor.model.get_submodule("model.layers.1.mlp.down_proj").weight.mul_(2)
+    editor.edit(EDITS[0], 1, "rome")
+    assert len(taken) == 2
+
+
 @pytest.mark.parametrize(
     ("stop_on", "kind", "message"),
     [
@@ -144,6 +183,12 @@ def test_bad_bounds(stop_on, kind, message):
     with pytest.raises(kind, match=message):
         editor.edit(EDITS[0], 1, "rome", stop_on=stop_on)
     assert changed(before, editor.model) == []
+
+
+def test_wide_bounds_tell_ruin_from_a_strong_edit():
+    """Of what was measured in SmolLM2: the strongest edit by `engram-forms`, and fifty by ROME."""
+    assert Health(1, growth=1.027, update=1.832, perplexity=0.013).past(BOUNDS) == []
+    assert Health(50, growth=1.0, update=1.76, perplexity=0.13).past(BOUNDS) == ["perplexity 0.13, above 0.1"]
 
 
 def test_words():

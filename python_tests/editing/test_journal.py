@@ -13,6 +13,7 @@ import child
 import model_zoo
 import torch
 from editing_helpers import changed, small_editor, weights
+from mutations import flip
 
 from engram_kernels.editing import Edit
 from engram_kernels.editing import run as run_module
@@ -86,8 +87,9 @@ def test_another_run_is_refused(make, tmp_path):
     }.items():
         with pytest.raises(
             EngramError, match=rf"^directory: expected one of a run with the same {word}, got"
-        ):
+        ) as caught:
             editor.edit(**arguments, directory=tmp_path / "run")
+        assert str(caught.value).endswith(f"without it this run begins anew: rm -r {tmp_path / 'run'}")
     other = make(model=model_zoo.small_model(seed=1))
     with pytest.raises(
         EngramError, match=r"^directory: expected one of a run with the same (prefixes|model)"
@@ -127,9 +129,10 @@ def test_spoilt_files_are_made_again(make, tmp_path):
     whole, editor = make(), make()
     whole.edit(EDITS[:10], method="emmet", batch=5)
     editor.edit(EDITS[:10], method="emmet", batch=5, directory=tmp_path / "run").revert()
-    for path in sorted((tmp_path / "run").glob("*/*00000[1-3].safetensors")):
-        path.write_bytes(path.read_bytes()[:50])
-    editor.edit(EDITS[:10], method="emmet", batch=5, directory=tmp_path / "run")
+    for path in sorted((tmp_path / "run").glob("*/*00000[0-3].safetensors")):
+        flip(path, -1) if path.stem.endswith("0") else path.write_bytes(path.read_bytes()[:50])
+    with pytest.warns(UserWarning, match="cannot be used, and is made again"):
+        editor.edit(EDITS[:10], method="emmet", batch=5, directory=tmp_path / "run")
     assert not changed(weights(whole.model), editor.model)
 
 

@@ -17,6 +17,7 @@ import model_zoo
 import torch
 from accuracy import error
 from editing_helpers import changed, weights
+from mutations import flip
 
 from engram_kernels.editing import METHODS, Edit, EditResult, EditStore
 from engram_kernels.editing import statistics as statistics_module
@@ -338,6 +339,23 @@ def test_bad_stores(tmp_path):
     assert not (tmp_path / "new").exists()
     with pytest.raises(EngramError, match=r"^directory: expected a store with edits"):
         open_store(tmp_path / "empty").export(tmp_path / "out")
+
+
+def test_spoilt_statistics_are_refused_by_name(tmp_path):
+    open_store(tmp_path).add(EDITS[0])
+    (path,) = (tmp_path / "statistics").rglob("*.safetensors")
+    flip(path, -1)
+    model = model_zoo.small_model("llama")
+    before = weights(model)
+    kind = rf"^directory: expected the store's statistics .*{path.name}.* its checksum is another\); without"
+    for call in (lambda: open_store(tmp_path, model), lambda: EditStore(tmp_path).verify()):
+        with pytest.raises(EngramError, match=kind):
+            call()
+    assert changed(before, model) == []
+    path.unlink()
+    with open_store(tmp_path, model) as store:
+        store.add(EDITS[1])
+    assert store.verify() == 2
 
 
 # Each run is a fork of a process that has imported everything and computed nothing.

@@ -31,6 +31,21 @@ def test_apply_and_undo_a_thousand_times(dtype):
     assert not changed(before, model)
 
 
+def test_weights_in_another_order_of_memory():
+    """As a model has them that shares a matrix, transposed, with something else."""
+    model = model_zoo.small_model()
+    graft = some_graft(model)
+    for name in graft.indices:
+        weight = model.get_parameter(name)
+        weight.data = weight.data.T.contiguous().T
+    assert not all(model.get_parameter(name).is_contiguous() for name in graft.indices)
+    before = weights(model)
+    with graft.apply(model):
+        for name, at in graft.indices.items():
+            assert torch.equal(model.get_parameter(name).detach().reshape(-1)[at.long()], graft.values[name])
+    assert not changed(before, model)
+
+
 def test_moved_and_converted_models_are_noticed():
     model = model_zoo.small_model()
     graft = some_graft(model)

@@ -93,6 +93,8 @@ def test_patches_that_do_not_fit_are_refused(half):
     ):
         with pytest.raises(EngramError, match=f"^{message}"):
             from_patches([bad], model)
+    with pytest.raises(EngramError, match=r"^patches: expected one for each parameter, got two for 'model"):
+        from_patches([first, first], model)
     graft.values[first.name][0] = float("nan")
     with pytest.raises(EngramError, match="graft: expected no NaN, which vLLM takes as unchanged"):
         weight_patches(graft)

@@ -205,7 +205,7 @@ class Shared(torch.nn.Module):
     def forward(self, x):
         if self.reentrant is None:
             return (self.layers[0](self.layers[0](x).tanh()) ** 2).sum()
-        run = lambda y: torch.utils.checkpoint.checkpoint(self.layers[0], y, use_reentrant=self.reentrant)  # noqa: E731
+        run = lambda y: torch.utils.checkpoint.checkpoint(self.layers[0], y, use_reentrant=self.reentrant)
         return (run(run(x).tanh()) ** 2).sum()
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import torch
-from model_zoo import small_model
+from model_zoo import small_encoder, small_model, word_piece_tokenizer
 
 from engram_kernels import EngramError
 from engram_kernels._hashing import tensor_checksum
@@ -22,6 +22,7 @@ EASY_EDIT = {
     "locality_prompt": "The Colosseum is located in the city of",
     "locality_ground_truth": "Italy",
 }
+
 
 ROME = {
     "case_id": 3,
@@ -102,6 +103,25 @@ MQUAKE = {
     ],
 }
 ALL = (EASY_EDIT, ROME, ZSRE, ZSRE_EASY_EDIT)
+
+
+def write_rows_and_encoder(folder, subjects):
+    """`rows.json`, in EasyEdit's format, and the folder `encoder`, as scripts read them."""
+    rows = [
+        {
+            "prompt": f"{subject} lies in",
+            "subject": subject,
+            "target_new": "Rome",
+            "ground_truth": "Paris",
+            "rephrase_prompt": f"You find {subject} in",
+            "locality_prompt": "The sea is",
+            "locality_ground_truth": "blue",
+        }
+        for subject in subjects
+    ]
+    (folder / "rows.json").write_text(json.dumps(rows))
+    small_encoder().save_pretrained(folder / "encoder")
+    word_piece_tokenizer().save_pretrained(folder / "encoder")
 
 
 def written(path, rows, **options):

@@ -39,8 +39,15 @@ def mutations(folder: Path, other: Path, count: int = COUNT, seed: int = 0) -> I
 
 
 def _holds(path: Path) -> bool:
-    """Whether a file has content; models' cards have none, nor have locks, and caches can be made anew."""
-    return path.is_file() and path.name not in ("README.md", ".lock") and path.parent.name != "statistics"
+    """Whether a file has content; models' cards have none, nor have locks."""
+    return path.is_file() and path.name not in ("README.md", ".lock")
+
+
+def flip(path: Path, place: int) -> None:
+    """Change one bit of a file."""
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
 
 
 def _flipped(content, chance):

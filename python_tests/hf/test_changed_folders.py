@@ -55,6 +55,7 @@ def write_store(folder, number):
 
 def read_store(folder):
     store = EditStore(folder)
+    store.verify()
     return store.method, store.layers, [(stored.id, stored.edit) for stored in store], store.result()
 
 

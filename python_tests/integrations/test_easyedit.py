@@ -1,12 +1,12 @@
 """EasyEdit's methods behind the face of an editor: they edit, are measured, and leave nothing behind."""
 
 import sys
-from pathlib import Path
 
 import pytest
 
 pytest.importorskip("transformers")
 
+import checkouts
 from evaluation_helpers import EASY_EDIT, checksums, written
 from model_zoo import TEXTS, byte_level_tokenizer, small_model
 
@@ -14,10 +14,6 @@ from engram_kernels import EngramError
 from engram_kernels.editing import Editor
 from engram_kernels.evaluation import Evaluation
 from engram_kernels.integrations.easyedit import EasyEdit
-
-sys.path.append(str(Path(__file__).parents[2] / "bench"))
-
-import checkouts
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 needs_easyedit = pytest.mark.skipif(

@@ -17,9 +17,11 @@ import pytest
 
 pytest.importorskip("transformers")
 
+import checkouts
 import model_zoo
 import numpy
 import torch
+from checkouts import NAMES
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import engram_kernels as ek
@@ -31,11 +33,6 @@ from engram_kernels.integrations.moments import Factor, Moment, remembering
 from engram_kernels.integrations.patching import Acceleration, Declined, replacing
 from engram_kernels.integrations.recognition import Known, known_function
 from engram_kernels.integrations.states import states_at
-
-sys.path.append(str(Path(__file__).parents[2] / "bench"))
-
-import checkouts
-from checkouts import NAMES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

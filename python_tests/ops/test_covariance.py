@@ -7,9 +7,10 @@ import pytest
 import torch
 from accuracy import error
 from matrices import covariance_of
-from safetensors.torch import save_file
+from mutations import flip
 
 import engram_kernels as ek
+from engram_kernels._io import save_sealed_tensors
 
 
 @pytest.mark.parametrize("condition", [1.0, 1e4, 1e8])
@@ -101,13 +102,20 @@ def test_folders_without_a_covariance(tmp_path):
     tensors = {"inverse": torch.eye(3), "largest": torch.ones(1)}
     sound = {"format": "engram_kernels.covariance", "ridge": "0.0", "count": "1"}
     for change in ({"format": "another"}, {"count": "many"}, {"ridge": ""}):
-        save_file(tensors, file, {**sound, **change})
+        save_sealed_tensors(file, tensors, {**sound, **change})
         with pytest.raises(ek.EngramError, match="directory: expected a covariance") as caught:
             ek.Covariance.from_pretrained(tmp_path)
         assert "\n" not in str(caught.value)
-    save_file({"inverse": torch.eye(3)}, file, sound)
+    save_sealed_tensors(file, {"inverse": torch.eye(3)}, sound)
     with pytest.raises(ek.EngramError, match="directory: expected a covariance"):
         ek.Covariance.from_pretrained(tmp_path)
+
+
+def test_a_changed_bit_is_refused(tmp_path):
+    ek.Covariance.from_second_moment(torch.eye(3), 1).save_pretrained(tmp_path / "kept")
+    flip(tmp_path / "kept" / "covariance.safetensors", -1)
+    with pytest.raises(ek.EngramError, match=r"got .*covariance.safetensors is incomplete or was changed"):
+        ek.Covariance.from_pretrained(tmp_path / "kept")
 
 
 def test_folders_that_cannot_be_used(tmp_path):
@@ -143,6 +151,7 @@ def test_overwriting_gives_the_same_bits_in_the_memory_of_the_moment(shape):
 PEAK = """
 import resource, sys, torch
 import engram_kernels as ek
+from engram_kernels._io import save_sealed_tensors
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 def moment(width):

@@ -5,17 +5,15 @@ import contextlib
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
+import cases
 import pytest
 import torch
 
 import engram_kernels as ek
 
 ROOT = Path(__file__).parents[2]
-sys.path.append(str(ROOT / "bench"))
-import cases  # noqa: E402
 
 # Multiprocessors, and bytes of shared memory that a block may have: A100, H100 and H200, B200.
 GPUS = {"sm_80": (108, 163 << 10), "sm_90": (132, 227 << 10), "sm_100": (148, 227 << 10)}
