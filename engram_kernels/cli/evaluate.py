@@ -43,6 +43,7 @@ COLUMNS = {
     "begins": "begins with",
     "contains": "contains",
     "exact": "is",
+    "passed": "passes",
     "judged": "judged",
     "overlap": "words of it",
     "argmax": "all tokens likeliest",

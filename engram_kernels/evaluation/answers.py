@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..errors import EngramError
+from ..hf.generation import closing_tokens
 from ..hf.generation import greedy as continued
 from ..hf.tokens import context_length, open_ids
 
@@ -46,7 +47,7 @@ def greedy(
                 f"prompt: expected at most {limit} tokens with the {count} to write, the model's context, "
                 f"got {len(ids) + count} in {prompt!r}"
             )
-    special = set(tokenizer.all_special_ids)
+    special = closing_tokens(model) | set(tokenizer.all_special_ids)
     found: list[Written | None] = [None] * len(prompts)
     # Of like length, so that little is padding.
     order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))

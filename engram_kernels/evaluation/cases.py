@@ -8,6 +8,27 @@ from typing import NamedTuple
 from ..editing.edit import Edit
 
 
+class Query(NamedTuple):
+    """A prompt whose answers must all be given, each by one of its names."""
+
+    prompt: str
+    answers: tuple[tuple[str, ...], ...]
+
+
+class RippleTest(NamedTuple):
+    """Queries that count as one, and what a model must answer before the edit for them to be asked.
+
+    Attributes:
+        queries: the test passes where one of them is answered.
+        conditions: all of them are to be answered before the edit.
+        every: it passes where all queries are answered instead.
+    """
+
+    queries: tuple[Query, ...]
+    conditions: tuple[Query, ...] = ()
+    every: bool = False
+
+
 class Question(NamedTuple):
     """A prompt and its right answer.
 
@@ -16,12 +37,14 @@ class Question(NamedTuple):
         answer: what should follow.
         group: its kind, as the data set calls it, such as "Subject_Aliasing"; empty where there is one.
         aliases: answers that are as right.
+        test: what it belongs to, in a data set that has conditions.
     """
 
     prompt: str
     answer: str
     group: str = ""
     aliases: tuple[str, ...] = ()
+    test: RippleTest | None = None
 
 
 @dataclass(frozen=True)
@@ -59,6 +82,12 @@ class Case:
     def edits(self) -> tuple[Edit, ...]:
         """All facts of the case."""
         return (self.edit, *self.further)
+
+    @property
+    def tests(self) -> tuple[RippleTest, ...]:
+        """The tests that its questions belong to."""
+        found = (question.test for question in (*self.neighbours, *self.portability))
+        return tuple(dict.fromkeys(test for test in found if test is not None))
 
     def told(self, paraphrases: int = 0, chat: bool = False) -> Case:
         """The case whose edit is told its first paraphrases, which are then not asked, or told as a chat."""

@@ -12,7 +12,7 @@ from ..errors import EngramError
 from ..hf.forward import target_predictions
 from ..hf.tokens import Row, context_length, encode_row
 from .answers import greedy, success
-from .cases import Case
+from .cases import Case, RippleTest
 
 PROMPT, PARAPHRASE, GENERATION = "prompt", "paraphrase", "generation prompt"
 PORTABILITY, LOCALITY = "portability", "locality"
@@ -35,13 +35,14 @@ class ScoredAnswer(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """A question of a case: what it is asked for, the right answer, and the answer that it competes with."""
+    """A question of a case: what for, the right answer, the answer that it competes with, and its test."""
 
     aspect: str
     prompt: str
     right: str
     aliases: tuple[str, ...] = ()
     other: str | None = None
+    test: RippleTest | None = None
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,8 @@ class Answer:
         log_probability: the mean over its tokens.
         margin: by how much it exceeds the other answer's, the truth's or the target's; None without one.
         judged: what a judge says, from 0 to 1; None without one.
+        passed: whether the test that it stands for passes, or the prompt's fact is said, by the rule of a
+            data set that has conditions; None of all other answers.
     """
 
     aspect: str
@@ -80,6 +83,7 @@ class Answer:
     log_probability: float
     margin: float | None
     judged: float | None = None
+    passed: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -136,8 +140,14 @@ def questions(case: Case) -> list[Asked]:
     own += [(GENERATION, text) for text in case.generation]
     return [
         *(Asked(aspect, prompt, target, (), truth) for aspect, prompt in own),
-        *(Asked(_named(PORTABILITY, q.group), q.prompt, q.answer, q.aliases) for q in case.portability),
-        *(Asked(_named(LOCALITY, q.group), q.prompt, q.answer, q.aliases, target) for q in case.neighbours),
+        *(
+            Asked(_named(aspect, q.group), q.prompt, q.answer, q.aliases, other, q.test)
+            for aspect, other, group in (
+                (PORTABILITY, None, case.portability),
+                (LOCALITY, target, case.neighbours),
+            )
+            for q in group
+        ),
     ]
 
 
@@ -161,7 +171,7 @@ def measure(
     """
     asked = [questions(case) for case in cases]
     flat = [question for rows in asked for question in rows]
-    prompts = {question.prompt: _said(tokenizer, question.prompt, chat) for question in flat}
+    prompts = {question.prompt: said(tokenizer, question.prompt, chat) for question in flat}
     pairs = [
         (prompts[question.prompt], answer)
         for question in flat
@@ -229,8 +239,8 @@ def _named(aspect: str, group: str) -> str:
     return f"{aspect}: {group}" if group else aspect
 
 
-def _said(tokenizer, prompt: str, chat: bool) -> str:
-    """The prompt as the model reads it."""
+def said(tokenizer, prompt: str, chat: bool) -> str:
+    """The prompt as the model reads it: itself, or as what a user says in a chat."""
     if not chat:
         return prompt
     if not getattr(tokenizer, "chat_template", None):

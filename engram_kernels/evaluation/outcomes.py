@@ -8,7 +8,7 @@ from statistics import fmean, median
 from typing import NamedTuple
 
 from ..errors import EngramError
-from .measures import LOCALITY, Answer, Figures
+from .measures import LOCALITY, PROMPT, Answer, Figures
 
 # What a person sees comes first; what compares probabilities is named so.
 MEASURES = ("begins", "contains", "exact", "overlap", "judged", "argmax", "tokens", "log_probability")
@@ -97,6 +97,9 @@ def _aspect(pairs: Sequence[tuple[Figures, Figures]], aspect: str) -> dict:
     found: dict = {"cases": len(own), "questions": sum(len(before.of(aspect)) for before, _ in own)}
     for measure in MEASURES:
         found[measure] = _states([tuple(state.mean(aspect, measure) for state in pair) for pair in own])
+    # RippleEdits' rule: tests count where the edit itself is said.
+    holding = [pair for pair in own if aspect == PROMPT or pair[1].mean(PROMPT, "passed")]
+    found["passed"] = _states([tuple(state.mean(aspect, "passed") for state in pair) for pair in holding])
     found["likelier"] = _states([tuple(state.likelier(aspect) for state in pair) for pair in own])
     if aspect.startswith(LOCALITY):
         kept = [after.kept(before, aspect) for before, after in own]

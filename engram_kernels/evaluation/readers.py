@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from ..editing.edit import Edit
 from ..hf.scripts import whole_words
-from .cases import Question
+from .cases import Query, Question, RippleTest
 from .fields import Fields
 
 # How RippleEdits and KnowEdit call what should follow from an edit, and what should not change.
@@ -162,24 +162,25 @@ def mquake(fields: Fields) -> dict:
 
 
 def ripple_edits(fields: Fields) -> dict:
-    """RippleEdits: a sentence to learn, and queries by kind. Every query is asked, whatever its condition."""
+    """RippleEdits: a sentence to learn, and tests by kind, each with what a model must know beforehand."""
     told = fields.within("edit")
     subject, prompt, target = _sentence(told)
-    before = told.within("previous_fact") if "previous_fact" in told else None
-    queries = {
+    before = told.within("original_fact") if "original_fact" in told else None
+    questions = {
         kind: tuple(
-            Question(query.text("prompt"), answers[0], kind, tuple(answers[1:]))
+            Question(query.text("prompt"), names[0], kind, tuple(names[1:]), found)
             for test in fields.objects(kind)
+            for found in [_test(test)]
             for query in test.objects("test_queries")
-            if (answers := _values(query))
+            if (names := [name for answer in _names(query) for name in answer])
         )
         for kind in (*FOLLOWS, *STAYS)
     }
     return {
         "edit": edit(subject, prompt, target),
         "truth": None if before is None else _sentence(before)[2],
-        "neighbours": tuple(question for kind in STAYS for question in queries[kind]),
-        "portability": tuple(question for kind in FOLLOWS for question in queries[kind]),
+        "neighbours": tuple(question for kind in STAYS for question in questions[kind]),
+        "portability": tuple(question for kind in FOLLOWS for question in questions[kind]),
     }
 
 
@@ -302,14 +303,28 @@ def _answers(fields: Fields) -> tuple[str, ...]:
     return () if empty else fields.answers("ground_truth")
 
 
-def _values(query: Fields) -> list[str]:
-    """The answers of a query of RippleEdits and what they are also called; some have none."""
-    return [
-        name
-        for answer in query.objects("answers")
+def _test(test: Fields) -> RippleTest:
+    """A test of RippleEdits, and what a model is to know for it."""
+    asked, known = (
+        tuple(Query(query.text("prompt"), _names(query)) for query in test.objects(part))
+        for part in ("test_queries", "condition_queries")
+    )
+    return RippleTest(asked, known, test.row.get("test_condition") == "AND")
+
+
+def _names(query: Fields) -> tuple[tuple[str, ...], ...]:
+    """What each answer of a query of RippleEdits is called: nothing, where its label is missing."""
+    return tuple(
+        # A single letter counts for nothing.
+        tuple(
+            name
+            for name in (answer.text("value"), *answer.texts("aliases"))
+            if len(name) > 1 or name.isdigit()
+        )
         if answer.row.get("value") not in (None, "")
-        for name in (answer.text("value"), *answer.texts("aliases"))
-    ]
+        else ()
+        for answer in query.objects("answers")
+    )
 
 
 def _sentence(told: Fields) -> tuple[str, str, str]:

@@ -20,6 +20,7 @@ from ..errors import EngramError
 from ..hf.eval_mode import eval_mode
 from ..hf.fingerprints import weights_checksums
 from .cases import Case
+from .conditions import settled, with_passes
 from .drift import Drift
 from .fluency import fluency
 from .judge import Judge, judged
@@ -139,6 +140,7 @@ class Evaluation:
         Raises:
             EngramError: a case cannot be edited, unless the options say to skip it, or not be measured.
         """
+        cases = self._settled(cases)
         stops = sorted({stop for stop in checkpoints if 0 < stop < len(cases)} | {len(cases)})
         ends = stops if self._one_by_one() else stops[-1:]
         outcomes = [
@@ -191,6 +193,7 @@ class Evaluation:
         return self._as_before(self._checksums)
 
     def _one(self, case: Case) -> Outcome:
+        (case,) = self._settled([case])
         # Alone as after the edit: another batch would round otherwise, and might tip a close decision.
         (before,) = self._figures([case])
         versions = self._versions()
@@ -228,6 +231,11 @@ class Evaluation:
         single = method in ("engram", "rome") and self.options.get("batch") in (None, 1)
         return single and one_layer and not self.options.get("preserve")
 
+    def _settled(self, cases: Sequence[Case]) -> list[Case]:
+        """The cases without what is only asked of a model that knows more than this one."""
+        with eval_mode(self.editor.model):
+            return settled(self.editor.model, self.editor.tokenizer, cases, self.batch_size, self.chat)
+
     def _figures(self, cases: Sequence[Case], stage: str | None = None) -> list[Figures]:
         model, tokenizer = self.editor.model, self.editor.tokenizer
         figures: list[Figures] = []
@@ -235,6 +243,7 @@ class Evaluation:
             chunk = cases[at : at + CHUNK]
             with eval_mode(model):
                 found = measure(model, tokenizer, chunk, self.batch_size, self.chat)
+                found = with_passes(model, tokenizer, chunk, found, self.batch_size, self.chat)
                 if self.fluency_tokens:
                     bits = fluency(model, tokenizer, chunk, self.fluency_tokens, self.seed, self.batch_size)
                     found = [replace(one, fluency=entropy) for one, entropy in zip(found, bits, strict=True)]

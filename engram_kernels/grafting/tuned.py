@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ..errors import EngramError
 from ..hf.adapters import holds_an_adapter, merged_weights, with_adapter
-from ..hf.weights import gguf_file, read_as
+from ..hf.loading import gguf_file
+from ..hf.weights import read_as
 from .parameters import mapped_tensors
 
 Source = nn.Module | Mapping[str, Tensor] | str | os.PathLike
@@ -64,7 +65,7 @@ def _found(
     try:
         if holds_an_adapter(path):
             return dict(merged_weights(with_adapter(model, path)))
-        if gguf_file(path) and not any(path.glob("*.safetensors")):
+        if gguf_file(path):
             return read_as(model, path)
     except EngramError as error:
         raise EngramError(f"{argument}: expected weights at {str(path)!r}, got {error}") from error

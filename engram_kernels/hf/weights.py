@@ -9,13 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import EngramError
-from .loading import import_transformers, without_progress_bars
-
-
-def gguf_file(path: Path) -> Path | None:
-    """The one GGUF file that a path names, or None."""
-    found = [path] if path.suffix == ".gguf" and path.is_file() else sorted(path.glob("*.gguf"))
-    return found[0] if len(found) == 1 else None
+from .loading import gguf_file, import_transformers, without_progress_bars
 
 
 def read_as(model: nn.Module, path: Path) -> dict[str, Tensor]:

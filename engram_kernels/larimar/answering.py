@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from torch import nn
 
 from .. import _checks as check
 from ..hf.chat import chat_ids
-from ..hf.generation import write_on
+from ..hf.generation import greedy
 from ..memory.encoder import SentenceEncoder
 from ..memory.episodic import EpisodicMemory
 from ..memory.ledger import Entry, Id
@@ -191,16 +191,8 @@ class Answerer:
         def words(tokens: list[int]) -> str:
             return self.tokenizer.decode(tokens, skip_special_tokens=True)
 
-        def ends(tokens: list[int]) -> bool:
-            return tokens[-1] in self._closing() or has_sentence(words(tokens))
-
-        written = write_on(self.decoder, rows, self.max_new_tokens, ends) if rows else []
+        written = greedy(self.decoder, rows, self.max_new_tokens, lambda tokens: has_sentence(words(tokens)))
         return [first_sentence(words(tokens)) for tokens in written]
-
-    def _closing(self) -> Sequence[int]:
-        config: Any = self.decoder.generation_config
-        ids = config.eos_token_id
-        return ids if isinstance(ids, list) else [ids]
 
 
 def _answer(question: str, facts: list[Told], prompt: tuple[str, str], said: str) -> Answer:

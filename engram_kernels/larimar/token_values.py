@@ -11,7 +11,7 @@ from torch.nn.functional import normalize
 
 from .. import _checks as check
 from ..hf.chat import chat_ids
-from ..hf.generation import write_on
+from ..hf.generation import greedy
 from ..hf.tokens import open_ids
 from ..memory.encoder import SentenceEncoder
 from ..memory.episodic import EpisodicMemory
@@ -186,7 +186,7 @@ class ReadAloud:
         def ends(written: list[int]) -> bool:
             return written[-1] in closing or _cut(self._text(written)) is not None
 
-        texts = [self._text(tokens) for tokens in write_on(self.decoder, rows, max_new_tokens, ends)]
+        texts = [self._text(tokens) for tokens in greedy(self.decoder, rows, max_new_tokens, ends)]
         return [text.strip() if (cut := _cut(text)) is None else cut for text in texts]
 
     def _row(self, prompt: str, words: str) -> list[int]:

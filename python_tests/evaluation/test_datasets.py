@@ -7,6 +7,7 @@ from evaluation_helpers import EASY_EDIT, KNOWEDIT, MQUAKE, ROME, ZSRE, ZSRE_EAS
 
 from engram_kernels.editing import Edit
 from engram_kernels.evaluation import Case, Question, read_cases
+from engram_kernels.evaluation.cases import Query, RippleTest
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -108,39 +109,52 @@ def test_mquake(tmp_path):
 
 
 def query(prompt, *values, subject="Q1"):
-    answers = [{"value": value, "aliases": [f"old {value}"]} for value in values]
-    return {
-        "test_queries": [{"prompt": prompt, "answers": answers, "subject_id": subject}],
-        "test_condition": "OR",
-        "condition_queries": [],
-    }
+    answers = [{"value": value, "aliases": [f"old {value}"] if value else []} for value in values]
+    return {"prompt": prompt, "answers": answers, "query_type": "regular", "subject_id": subject}
+
+
+def ripple_test(*queries, conditions=(), kind="OR"):
+    return {"test_queries": list(queries), "test_condition": kind, "condition_queries": list(conditions)}
 
 
 def test_ripple_edits(tmp_path):
+    known = query("The capital of Peru is", "Lima", subject="Q2")
     row = {
         "example_type": "popular",
         "edit": {
             "prompt": "The name of the country of citizenship of Duke of Nowhere is Peru.",
             "subject_id": "Q1",
-            "previous_fact": {"prompt": "The name of the country of citizenship of Duke of Nowhere is Chad."},
+            "original_fact": {"prompt": "The name of the country of citizenship of Duke of Nowhere is Chad."},
         },
-        "Relation_Specifity": [query("The gender of Duke of Nowhere is", "male")],
-        "Logical_Generalization": [query("The mother tongue of Duke of Nowhere is", "Spanish", "Quechua")],
-        "Compositionality_I": [query("The capital is", "Lima", subject="Q2")],
+        "Relation_Specifity": [ripple_test(query("The gender of Duke of Nowhere is", "male"))],
+        "Logical_Generalization": [
+            ripple_test(
+                query("The mother tongue of Duke of Nowhere is", "Spanish", "Q"),
+                query("The currency is", ""),
+                kind="AND",
+            )
+        ],
+        "Compositionality_I": [ripple_test(query("The capital is", "Lima"), conditions=[known])],
         "Subject_Aliasing": [],
-        "Compositionality_II": [query("Nothing is")],
+        "Compositionality_II": [ripple_test(query("Nothing is"))],
         "Forgetfulness": [],
     }
     (case,) = written(tmp_path / "a.json", [row])
     assert case.edit == Edit("Duke of Nowhere", "The name of the country of citizenship of {} is", "Peru")
     assert case.truth == "Chad" and case.kind == "ripple edits"
-    assert case.neighbours == (
-        Question("The gender of Duke of Nowhere is", "male", "Relation_Specifity", ("old male",)),
-    )
+    (gender,) = case.neighbours
+    assert gender[:4] == ("The gender of Duke of Nowhere is", "male", "Relation_Specifity", ("old male",))
     assert [(each.group, each.answer) for each in case.portability] == [
         ("Logical_Generalization", "Spanish"),
         ("Compositionality_I", "Lima"),
     ]
+    # All answers are wanted, each by a name of more than a letter; one without a label is never given.
+    tongue = Query("The mother tongue of Duke of Nowhere is", (("Spanish", "old Spanish"), ("old Q",)))
+    logical, capital = (question.test for question in case.portability)
+    assert logical == RippleTest((tongue, Query("The currency is", ((),))), (), every=True)
+    capital_of = Query("The capital of Peru is", (("Lima", "old Lima"),))
+    assert capital == RippleTest((Query("The capital is", (("Lima", "old Lima"),)),), (capital_of,))
+    assert case.tests == (gender.test, logical, capital)
 
 
 @pytest.mark.parametrize(

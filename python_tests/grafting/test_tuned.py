@@ -7,6 +7,7 @@ import model_zoo
 import pytest
 import torch
 from editing_helpers import changed, weights
+from gguf_files import write_gguf
 from grafting_helpers import language_batches, tuned
 
 import engram_kernels as ek
@@ -222,31 +223,6 @@ def test_masks_that_choose_nothing_new_make_no_graft():
         Graft.from_masks(pre, ft, {"layers.0.w": masks[1]})
 
 
-def write_gguf(path, model):
-    """A Llama as llama.cpp writes it, by its own package: its names, and rows of q and k in pairs."""
-    gguf = pytest.importorskip("gguf")
-    config = model.config
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(config.vocab_size)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    for name, weight in named(model).items():
-        if "q_proj" in name or "k_proj" in name:
-            heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
-            weight = weight.view(heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
-        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), weight.numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
 @pytest.mark.parametrize("which", ["file", "folder"])
 def test_a_gguf_file_is_read(tmp_path, which):
     """By transformers' own reader, which needs the gguf package."""
@@ -257,15 +233,6 @@ def test_a_gguf_file_is_read(tmp_path, which):
     assert equal(read(path, model), named(other))
     expected, found = find(model, other), find(model, path)
     assert equal(found.indices, expected.indices) and equal(found.values, expected.values)
-
-
-def test_two_gguf_files_are_none(tmp_path):
-    from engram_kernels.hf.weights import gguf_file
-
-    for name in ("one.gguf", "two.gguf"):
-        (tmp_path / name).touch()
-        assert gguf_file(tmp_path / name) == tmp_path / name
-    assert gguf_file(tmp_path) is None
 
 
 def test_a_graft_gives_its_masks_back():

@@ -7,8 +7,7 @@ pytest.importorskip("transformers")
 import model_zoo
 import torch
 
-from engram_kernels.hf.cache import read_prefixes
-from engram_kernels.hf.generation import sample, write_on
+from engram_kernels.hf.generation import greedy, sample
 from engram_kernels.hf.hooks import capture
 
 ROWS = [[5, 17, 200], [31], [8, 90, 41, 3, 7], [12, 60]]
@@ -64,31 +63,37 @@ def test_no_gradients_and_half_precision():
     assert sample(model, [[5]], [3], choose) == [[5, 3, 3, 3]]
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "bloom"])
 @torch.no_grad()
 def test_rows_are_written_on_together_as_alone(family):
     model = model_zoo.small_model(family).eval()
+    # What a model's settings ask for besides plays no part.
+    model.generation_config.update(do_sample=True, temperature=2.0, repetition_penalty=3.0)
     generator = torch.Generator().manual_seed(0)
-    rows = [torch.randint(1, 400, (size,), generator=generator).tolist() for size in (3, 9, 5)]
-    prefixes = [torch.randint(1, 400, (size,), generator=generator).tolist() for size in (4, 2, 7)]
-    expected = []
-    for prefix, row in zip(prefixes, rows, strict=True):
-        ids = prefix + row
-        for _ in range(6):
-            ids = [*ids, int(model(torch.tensor([ids])).logits[0, -1].argmax())]
-        expected.append(ids[len(prefix + row) :])
-    # The second row is done when its third token is there.
-    expected[1] = expected[1][:3]
-    prefix = read_prefixes(model, prefixes, len(prefixes))
-    assert write_on(model, rows, 6, lambda written: written == expected[1], prefix) == expected
-    whole = [prefix + row for prefix, row in zip(prefixes, rows, strict=True)]
-    assert write_on(model, whole, 6, lambda written: written == expected[1]) == expected
-    # What all rows begin with is read once, but for their last tokens.
-    alike = [prefixes[0] + row for row in (prefixes[0], [7], [])]
-    alone = [write_on(model, [row], 4, lambda _: False)[0] for row in alike]
-    sizes = []
-    with capture(
-        before={model: lambda _module, _given, named: sizes.append(tuple(named["input_ids"].shape))}
-    ):
-        assert write_on(model, alike, 4, lambda _: False) == alone
-    assert sizes[:2] == [(1, 3), (3, 5)]
+    draw = lambda size: torch.randint(1, 400, (size,), generator=generator).tolist()  # noqa: E731
+    shared, rests = draw(11), [draw(size) for size in (3, 9, 5)]
+    for rows in (rests, [shared + rest for rest in (*rests, rests[0][:1], rests[0])], [shared]):
+        expected = []
+        for row in rows:
+            ids = list(row)
+            for _ in range(6):
+                ids = [*ids, int(model(torch.tensor([ids])).logits[0, -1].argmax())]
+            expected.append(ids[len(row) :])
+        assert greedy(model, rows, 6) == expected
+        # The last row is done when its third token is there, and another where the model closes.
+        wanted = [row[:3] if row == expected[-1] else row for row in expected]
+        assert greedy(model, rows, 6, wanted[-1].__eq__) == wanted
+        model.generation_config.eos_token_id = [399, expected[0][1]]
+        first = [next((i for i, token in enumerate(row) if token == expected[0][1]), 5) for row in expected]
+        assert greedy(model, rows, 6) == [row[: i + 1] for row, i in zip(expected, first, strict=True)]
+        model.generation_config.eos_token_id = 0
+    assert greedy(model, [], 6) == []
+
+
+def test_what_rows_begin_with_is_read_once():
+    """But for a token of each row, whose prediction is wanted."""
+    model, shared, sizes = model_zoo.small_model().eval(), list(range(5, 12)), []
+    see = lambda _module, _given, named: sizes.append(tuple(named["input_ids"].shape))  # noqa: E731
+    with capture(before={model: see}):
+        greedy(model, [shared, [*shared, 9], [*shared, 3, 4]], 2)
+    assert sizes == [(1, 6), (3, 3), (3, 1)]

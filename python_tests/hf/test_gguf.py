@@ -1,0 +1,69 @@
+"""A model out of a GGUF file: read by a path, converted once."""
+
+import model_zoo
+import pytest
+import torch
+from gguf_files import write_gguf
+
+from engram_kernels.editing import load_model
+from engram_kernels.errors import EngramError
+from engram_kernels.hf.loading import gguf_file
+from engram_kernels.hf.shards import checkpoint_folder
+
+pytest.importorskip("gguf")
+pytest.importorskip("accelerate")
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """A file in a folder of its own, the model in it and its tokenizer."""
+    monkeypatch.setenv("ENGRAM_CACHE", str(tmp_path / "cache"))
+    model, tokenizer = model_zoo.small_model(), model_zoo.byte_level_tokenizer()
+    path = tmp_path / "files" / "small-f32.gguf"
+    path.parent.mkdir()
+    write_gguf(path, model, tokenizer)
+    return path, model, tokenizer
+
+
+def test_a_file_or_its_folder_is_a_model(small):
+    path, model, tokenizer = small
+    expected = dict(model.named_parameters())
+    for source in (path, str(path.parent)):
+        loaded, words = load_model(source, torch.bfloat16)
+        assert loaded.dtype == torch.bfloat16
+        for name, weight in loaded.named_parameters():
+            assert torch.equal(weight, expected[name].bfloat16()), name
+        assert words("Rome is").input_ids == tokenizer("Rome is").input_ids
+
+
+def test_it_is_converted_once_and_anew_when_it_changes(small):
+    path, model, tokenizer = small
+    folder = checkpoint_folder(path)
+    written = (folder / "model.safetensors").stat().st_mtime_ns
+    load_model(path)
+    assert checkpoint_folder(path) == folder
+    assert (folder / "model.safetensors").stat().st_mtime_ns == written
+    with torch.no_grad():
+        model.lm_head.weight.add_(1)
+    write_gguf(path, model, tokenizer)
+    assert torch.equal(load_model(path)[0].lm_head.weight, model.lm_head.weight)
+
+
+def test_what_is_no_gguf_file_is_said(tmp_path, monkeypatch):
+    monkeypatch.setenv("ENGRAM_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "broken.gguf"
+    path.write_bytes(b"GGUF" + bytes(10))
+    with pytest.raises(EngramError, match=r"^name_or_directory: expected .* got '.*broken.gguf'") as caught:
+        load_model(path)
+    assert "\n" not in str(caught.value)
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_which_file_a_path_names(tmp_path):
+    assert gguf_file(tmp_path / "none") is None
+    (tmp_path / "one.gguf").touch()
+    assert gguf_file(tmp_path) == gguf_file(tmp_path / "one.gguf") == tmp_path / "one.gguf"
+    (tmp_path / "model.safetensors").touch()
+    assert gguf_file(tmp_path) is None  # the plain weights are read
+    (tmp_path / "model.safetensors").rename(tmp_path / "two.gguf")
+    assert gguf_file(tmp_path) is None
