@@ -125,19 +125,34 @@ class EditBatch:
         rows: all rows, edit after edit; the last one of an edit is its KL prompt.
         owner: `[rows]`, the index of each row's edit.
         bare: `[edits]`, the row of each edit's bare prompt.
+        inputs: of every row the tokens that are read.
         subjects, lengths: `[rows]`, the position of the subject's last token, and how many tokens are read.
-        place_rows, place_positions: `[targets + edits]`, where a token is predicted: first every token of
-            every target, then the one after each KL prompt.
+        place_rows, place_positions: `[targets + kept]`, where a token is predicted: first every token of
+            every target, then the one after each KL prompt and, where asked for, after each target.
         labels: `[targets]`, those tokens.
         shares: `[targets]`, their weights in the mean over an edit's rows of the mean over a target's tokens.
         place_owner: `[targets]`, the index of each target token's edit.
         row_shares: `[targets]`, their weights in the mean over a row's target.
+        kept_owner: `[kept]`, the index of each other place's edit.
+        kept_shares: `[kept]`, their weights in the divergence from the unedited model.
+
+    Args:
+        edits: to search side by side.
+        device: of the tensors.
+        kl_weight: of what follows a KL prompt.
+        after_weight: of what follows a target, in the mean over an edit's rows; 0: it is not read.
     """
 
-    def __init__(self, edits: Sequence[EncodedEdit], device: torch.device):
-        self.edits = list(edits)
+    def __init__(
+        self,
+        edits: Sequence[EncodedEdit],
+        device: torch.device,
+        kl_weight: float = 1.0,
+        after_weight: float = 0.0,
+    ):
+        self.edits, self.weights = list(edits), (kl_weight, after_weight)
         self.rows: list[Row] = []
-        owner, bare, kl_places = [], [], []
+        owner, bare, kept = [], [], []
         targets: list[tuple[int, int, int, float, float, int]] = []
         for number, encoded in enumerate(self.edits):
             bare.append(len(self.rows))
@@ -147,19 +162,23 @@ class EditBatch:
                 for position in range(row.target, len(row.ids)):
                     share = own / len(encoded.rows)
                     targets.append((at, position - 1, row.ids[position], share, own, number))
+                if after_weight:
+                    kept.append((at, len(row.ids) - 1, number, after_weight / len(encoded.rows)))
             self.rows += [*encoded.rows, encoded.kl_prompt]
-            kl_places.append((len(self.rows) - 1, len(encoded.kl_prompt.ids) - 1))
+            kept.append((len(self.rows) - 1, len(encoded.kl_prompt.ids) - 1, number, kl_weight))
             owner += [number] * (len(encoded.rows) + 1)
         rows, positions, labels, shares, row_shares, place_owner = zip(*targets, strict=True)
-        kl_rows, kl_positions = zip(*kl_places, strict=True)
+        kept_rows, kept_positions, kept_owner, kept_shares = zip(*kept, strict=True)
+        self.inputs = [row.ids if after_weight else row.inputs for row in self.rows]
 
         def tensor(values, dtype=torch.int64):
             return torch.tensor(values, dtype=dtype, device=device)
 
         self.owner, self.bare = tensor(owner), tensor(bare)
-        self.place_rows = tensor(rows + kl_rows)
-        self.place_positions = tensor(positions + kl_positions)
+        self.place_rows = tensor(rows + kept_rows)
+        self.place_positions = tensor(positions + kept_positions)
         self.labels, self.place_owner = tensor(labels), tensor(place_owner)
         self.shares, self.row_shares = tensor(shares, torch.float32), tensor(row_shares, torch.float32)
+        self.kept_owner, self.kept_shares = tensor(kept_owner), tensor(kept_shares, torch.float32)
         self.subjects = tensor([row.subject for row in self.rows])
-        self.lengths = tensor([len(row.inputs) for row in self.rows])
+        self.lengths = tensor(list(map(len, self.inputs)))

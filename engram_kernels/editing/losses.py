@@ -33,32 +33,35 @@ class Losses:
         """The losses of every edit `[edits]` with `δ [edits, out]`.
 
         Returns:
-            `mean −log p(target)`, `KL(p ‖ p₀)`, and the largest of the means over one row's target.
+            `mean −log p(target)`, the weighted `KL(p ‖ p₀)` of what shall stay, and the largest of the means
+            over one row's target.
 
         Raises:
             UnfitError: recorded states give other predictions than whole passes.
         """
         batch = self.batch
-        logits, kl_logits = self._logits(delta).float().split([len(batch.labels), len(batch.edits)])
+        sizes = [len(batch.labels), len(batch.kept_owner)]
+        logits, kept_logits = self._logits(delta).float().split(sizes)
         each = F.cross_entropy(logits, batch.labels, reduction="none")
         nll = each.new_zeros(len(delta)).index_add(0, batch.place_owner, each * batch.shares)
         places = batch.place_rows[: len(each)]
         rows = each.new_zeros(len(batch.rows)).index_add(0, places, each.detach() * batch.row_shares)
         worst = rows.new_zeros(len(delta)).scatter_reduce(0, batch.owner, rows, "amax")
-        answers = kl_logits.log_softmax(-1)
+        answers = kept_logits.log_softmax(-1)
         if self.unedited is None:
             self.unedited = answers.detach()
-        kl = F.kl_div(self.unedited, answers, log_target=True, reduction="none").sum(-1)
+        kept = F.kl_div(self.unedited, answers, log_target=True, reduction="none").sum(-1)
+        kl = each.new_zeros(len(delta)).index_add(0, batch.kept_owner, kept * batch.kept_shares)
         return nll, kl, worst
 
     def keep(self, edits: list[int]) -> None:
         """Go on with some of the edits, given by their places in the batch."""
         batch = self.batch
-        rows = torch.isin(batch.owner, torch.tensor(edits, device=batch.owner.device)).nonzero()[:, 0]
+        chosen = torch.tensor(edits, device=batch.owner.device)
         if self.context is not None:
-            self.context = self.context.select(rows)
-        self.unedited = self.unedited[edits]
-        self.batch = EditBatch([batch.edits[i] for i in edits], batch.owner.device)
+            self.context = self.context.select(torch.isin(batch.owner, chosen).nonzero()[:, 0])
+        self.unedited = self.unedited[torch.isin(batch.kept_owner, chosen)]
+        self.batch = EditBatch([batch.edits[i] for i in edits], batch.owner.device, *batch.weights)
 
     def _logits(self, delta: Tensor) -> Tensor:
         if self.context is None:
@@ -74,7 +77,7 @@ class Losses:
         batch = self.batch
         for row in {int(batch.lengths.argmin()), int(batch.lengths.argmax())}:
             places = (batch.place_rows == row).nonzero()[:, 0]
-            ids = torch.tensor([batch.rows[row].inputs], device=places.device)
+            ids = torch.tensor([batch.inputs[row]], device=places.device)
             columns = batch.place_positions[places]
             inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
             if not _agree(logits[places], logits_at(self.model, places * 0, columns, **inputs)):

@@ -79,11 +79,11 @@ def record(model: nn.Module, projection: Projection, batch: EditBatch, increment
     prefix, starts = None, torch.zeros_like(batch.subjects)
     if incremental:
         starts = batch.subjects
-        before = [row.inputs[: row.subject] for row in batch.rows]
+        before = [ids[: row.subject] for ids, row in zip(batch.inputs, batch.rows, strict=True)]
         # Where edits have as many rows, these begin with the same sampled texts.
         alike = len({len(one.rows) for one in batch.edits}) == 1
         prefix = read_prefixes(model, before, len(before) // len(batch.edits) if alike else len(before))
-    tokens = [row.inputs[start:] for row, start in zip(batch.rows, starts.tolist(), strict=True)]
+    tokens = [ids[start:] for ids, start in zip(batch.inputs, starts.tolist(), strict=True)]
     ids, mask = pad_rows(tokens, batch.subjects.device)
     # Some models (OPT) flatten [rows, longest, width] before their MLP.
     flat = torch.arange(len(ids), device=ids.device) * ids.shape[1] + batch.subjects - starts
@@ -130,7 +130,7 @@ def adding(projection: Projection, delta: Tensor, owner: Tensor, flat: Tensor) -
 
 def full_logits(model: nn.Module, projection: Projection, batch: EditBatch, delta: Tensor) -> Tensor:
     """The predictions at the batch's places with `δ`, by a whole pass: `[places, vocabulary]`."""
-    ids, mask = pad_rows([row.inputs for row in batch.rows], batch.subjects.device)
+    ids, mask = pad_rows(batch.inputs, batch.subjects.device)
     flat = torch.arange(len(ids), device=ids.device) * ids.shape[1] + batch.subjects
     inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
     with adding(projection, delta, batch.owner, flat):

@@ -38,7 +38,8 @@ def bytes_of(model: nn.Module, projection: Projection, encoded: EncodedEdit) -> 
     above = len(decoder_layers(model)[1]) - projection.layer
     tokens = rows * encoded.span[0]
     states = above * (HIDDEN * hidden + INNER * inner) * projection.matrix.element_size()
-    places = sum(len(row.ids) - row.target for row in encoded.rows) + 1
+    # Those of a target, the one after it, and the KL prompt's.
+    places = sum(len(row.ids) - row.target + 1 for row in encoded.rows) + 1
     vocabulary = model.get_input_embeddings().weight.shape[0]
     # Logits in the model's type and in float32, their softmax and gradient.
     return tokens * states + places * vocabulary * (projection.matrix.element_size() + 12)

@@ -36,6 +36,8 @@ class ValueOptions:
             from.
         weight_decay: weight of `‖δ‖ / ‖v₀‖²` in the loss.
         kl_weight: weight of the divergence of the answer to "{subject} is a" from the unedited model's.
+        after_weight: weight of the same divergence of what follows the target, in the mean over all texts; 0,
+            as published: anything may follow.
         stop_loss: optimisation ends when the loss is below this.
         stop_probability: it also ends when in every text the target's tokens have at least this probability,
             as their geometric mean; None: it does not.
@@ -60,6 +62,7 @@ class ValueOptions:
     clamp: float = 4.0
     weight_decay: float = 0.5
     kl_weight: float = 0.0625
+    after_weight: float = 0.0
     stop_loss: float = 0.05
     stop_probability: float | None = None
     batch: int | None = None
@@ -79,7 +82,7 @@ class ValueOptions:
         if self.stop_probability is not None:
             check.number("stop_probability", self.stop_probability, above=0)
             check.expect(self.stop_probability < 1, "stop_probability", "below 1", self.stop_probability)
-        for name in ("weight_decay", "kl_weight"):
+        for name in ("weight_decay", "kl_weight", "after_weight"):
             check.number(name, getattr(self, name), at_least=0)
         for name in ("learning_rate", "clamp"):
             check.number(name, getattr(self, name), above=0)
@@ -144,7 +147,8 @@ def find_values(
     `δ` of an edit is added to the projection's output at the subject's last token, in every text of the edit
     and in "{subject} is a". It minimises (Meng et al. 2022, eq. 4, and code)
 
-        mean −log p(target) + kl_weight · KL(p ‖ p₀) + weight_decay · ‖δ‖ / ‖v₀‖²
+        mean −log p(target) + kl_weight · KL(p ‖ p₀) + after_weight · mean KL(p ‖ p₀ after the target)
+            + weight_decay · ‖δ‖ / ‖v₀‖²
 
     Each edit has its own `δ`, Adam state, clamp and end; those that have ended leave the batch. Of all steps'
     `δ` the one of the smallest loss is kept.
@@ -179,7 +183,7 @@ def find_values(
 def _search(
     model, projection, encoded, options, progress: Progress, *, incremental: bool
 ) -> list[Value | EngramError]:
-    batch = EditBatch(encoded, input_device(model))
+    batch = EditBatch(encoded, input_device(model), options.kl_weight, options.after_weight)
     try:
         recorded = record(model, projection, batch, incremental)
     except Exception as error:
@@ -226,7 +230,7 @@ def _search(
                 )
             # The norm's own gradient at zero is zero, as a subgradient.
             decay = (delta + offsets[active]).norm(dim=-1) / norms[active] ** 2
-            loss = nll + options.kl_weight * kl + options.weight_decay * decay.to(nll.device)
+            loss = nll + kl + options.weight_decay * decay.to(nll.device)
         going, kept = [], []
         reached = (worst < -math.log(options.stop_probability or 1.0)).tolist()
         for place, (i, value) in enumerate(zip(active, loss.detach().tolist(), strict=True)):

@@ -48,7 +48,7 @@ def texts_of(model, tokenizer, edits=EDITS):
 def plain_loop(model, projection, text, options):
     """One edit at a time, every text whole and by itself, every layer, every logit: as upstream does."""
     delta = torch.zeros(projection.matrix.shape[0], requires_grad=True)
-    subject, start, losses, unedited = [0], None, [], None
+    subject, start, losses, unedited, rest = [0], None, [], None, []
 
     def add(_module, _inputs, output):
         nonlocal start
@@ -62,17 +62,21 @@ def plain_loop(model, projection, text, options):
     optimizer = torch.optim.Adam([delta], lr=options.learning_rate)
     hook = projection.module.register_forward_hook(add)
     for step in range(options.steps):
-        nll = 0.0
-        for row in text.rewriting:
+        nll, after = 0.0, 0.0
+        for place, row in enumerate(text.rewriting):
             subject[0] = row.subject
             predictions = model(torch.tensor([row.ids])).logits[0].log_softmax(-1)
             chosen = [predictions[i - 1, row.ids[i]] for i in range(row.target, len(row.ids))]
             nll = nll - torch.stack(chosen).mean() / len(text.rewriting)
+            rest += [predictions[-1].detach()] if step == 0 else []
+            divergence = (predictions[-1].exp() * (predictions[-1] - rest[place])).sum()
+            after = after + divergence / len(text.rewriting)
         subject[0] = text.kl_prompt.subject
         answer = model(torch.tensor([text.kl_prompt.ids])).logits[0, -1].log_softmax(-1)
         unedited = answer.detach() if unedited is None else unedited
         kl = (answer.exp() * (answer - unedited)).sum()
         loss = nll + options.kl_weight * kl + options.weight_decay * delta.norm() / start.norm() ** 2
+        loss = loss + options.after_weight * after
         if loss < min(losses, default=math.inf):
             best = delta.detach().clone()
         losses.append(loss.item())
@@ -87,15 +91,17 @@ def plain_loop(model, projection, text, options):
     return best, losses
 
 
+@pytest.mark.parametrize("after_weight", [0.0, 0.25])
 @pytest.mark.parametrize("layer", [0, 2])
 @pytest.mark.parametrize("family", [*model_zoo.FAMILIES, "granite", "bloom", "falcon", "gemma2", "gptj"])
-def test_incremental_values_are_the_plain_loops(family, layer, tokenizer):
+def test_incremental_values_are_the_plain_loops(family, layer, after_weight, tokenizer):
     model = model_zoo.small_model(family)
     projection = output_projection(model, layer)
     texts = texts_of(model, tokenizer)
-    found = find_values(model, projection, texts, OPTIONS)
+    options = dataclasses.replace(OPTIONS, after_weight=after_weight)
+    found = find_values(model, projection, texts, options)
     for text, value in zip(texts, found, strict=True):
-        delta, losses = plain_loop(model, projection, text, OPTIONS)
+        delta, losses = plain_loop(model, projection, text, options)
         torch.testing.assert_close(torch.tensor(value.losses), torch.tensor(losses), rtol=1e-4, atol=1e-5)
         assert (value.change - delta).norm() <= 1e-4 * delta.norm()
         # Whether a random model can be brought to say it or not, the value moves and counts.
