@@ -51,11 +51,12 @@ PYBIND11_MODULE(_cpu, module) {
 
   module.def("apply_low_rank", [](uintptr_t weight, int dtype, int64_t batch, int64_t rows, int64_t cols,
                                   int64_t batch_stride, int64_t row_stride, uintptr_t left, uintptr_t right,
-                                  int64_t rank, double scale, int threads) {
+                                  int64_t rank, double scale, bool look, int threads) {
     py::gil_scoped_release release;
-    engram::cpu::apply_low_rank(pointer<void>(weight), static_cast<DType>(dtype),
-                                WeightShape{batch, rows, cols, batch_stride, row_stride},
-                                pointer<const void>(left), pointer<const void>(right), rank, scale, threads);
+    return engram::cpu::apply_low_rank(pointer<void>(weight), static_cast<DType>(dtype),
+                                       WeightShape{batch, rows, cols, batch_stride, row_stride},
+                                       pointer<const void>(left), pointer<const void>(right), rank, scale,
+                                       look, threads);
   });
 
   module.def("residual_gram",

@@ -56,12 +56,12 @@ PYBIND11_MODULE(_cuda, module) {
 
   module.def("apply_low_rank", [](uintptr_t weight, int dtype, int64_t batch, int64_t rows, int64_t cols,
                                   int64_t batch_stride, int64_t row_stride, uintptr_t left, uintptr_t right,
-                                  int64_t rank, double scale, uintptr_t stream) {
+                                  int64_t rank, double scale, uintptr_t refused, uintptr_t stream) {
     py::gil_scoped_release release;
     check(engram::cuda::apply_low_rank(pointer<void>(weight), static_cast<DType>(dtype),
                                        WeightShape{batch, rows, cols, batch_stride, row_stride},
                                        pointer<const void>(left), pointer<const void>(right), rank, scale,
-                                       pointer<void>(stream)),
+                                       pointer<int32_t>(refused), pointer<void>(stream)),
           "apply_low_rank");
   });
 

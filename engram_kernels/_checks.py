@@ -19,9 +19,10 @@ def expect(
 
 def number(name: str, value: object, at_least: float = -math.inf, above: float = -math.inf) -> None:
     """Check that a value is a finite number, and not under a bound."""
-    # A symbol while code is traced.
-    is_number = isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) and not isinstance(value, bool)
-    expect(is_number, name, "a number", type(value).__name__, TypeError)
+    if type(value) is not float:
+        # A symbol while code is traced.
+        known = isinstance(value, (int, float, torch.SymInt, torch.SymFloat)) and not isinstance(value, bool)
+        expect(known, name, "a number", type(value).__name__, TypeError)
     if not (-math.inf < value < math.inf and value >= at_least and value > above):
         bound = f" of at least {at_least:g}" if at_least > -math.inf else ""
         bound = f" above {above:g}" if above > -math.inf else bound
@@ -57,8 +58,9 @@ def tensor(name: str, value: object, dtypes: Sequence[torch.dtype]) -> None:
 
 def floating(name: str, value: object, dtypes: Sequence[torch.dtype] = WEIGHT_DTYPES) -> None:
     """Check that a value is a tensor, and of one of the floating dtypes."""
-    expect(isinstance(value, Tensor), name, "a tensor", type(value).__name__, TypeError)
-    tensor(name, value, dtypes)
+    if not isinstance(value, Tensor) or value.dtype not in dtypes:
+        expect(isinstance(value, Tensor), name, "a tensor", type(value).__name__, TypeError)
+        tensor(name, value, dtypes)
 
 
 def same_device(name: str, tensor: Tensor, device: torch.device) -> None:
@@ -93,11 +95,13 @@ def span(tensor: Tensor) -> tuple[int, int]:
     return begin, begin + (last + 1) * tensor.element_size()
 
 
-def own_memory(name: str, tensor: Tensor, written: Tensor) -> None:
-    """Check that a tensor does not reach into the memory that is about to be written."""
-    (begin, end), (first, last) = span(tensor), span(written)
-    shared = begin < last and first < end
-    expect(not shared, name, "memory of its own", "a view of the tensor to be written")
+def own_memory(written: Tensor, **tensors: Tensor) -> None:
+    """Check that no tensor reaches into the memory that is about to be written."""
+    first, last = span(written)
+    for name, tensor in tensors.items():
+        begin, end = span(tensor)
+        if begin < last and first < end:
+            expect(False, name, "memory of its own", "a view of the tensor to be written")
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -7,9 +7,9 @@ namespace engram::cpu {
 ENGRAM_DECLARE_LEVELS(apply_low_rank)
 ENGRAM_DECLARE_LEVELS(residual_gram)
 
-void apply_low_rank(void* weight, DType dtype, WeightShape shape, const void* left, const void* right,
-                    int64_t rank, double scale, int threads) {
-  ENGRAM_DISPATCH(apply_low_rank)(weight, dtype, shape, left, right, rank, scale, threads);
+bool apply_low_rank(void* weight, DType dtype, WeightShape shape, const void* left, const void* right,
+                    int64_t rank, double scale, bool look, int threads) {
+  return ENGRAM_DISPATCH(apply_low_rank)(weight, dtype, shape, left, right, rank, scale, look, threads);
 }
 
 void residual_gram(const void* weight, DType dtype, WeightShape shape, const void* keys, const void* values,

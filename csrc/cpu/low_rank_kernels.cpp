@@ -33,6 +33,7 @@ constexpr int64_t kChain = 256;
 // Bytes of `right` that a thread keeps packed: a share of the second-level cache.
 constexpr int64_t kPanelBytes = 1 << 18;
 constexpr int64_t kRowsPerUnit = 48;
+constexpr int64_t kLineBytes = 64, kAheadBytes = 512;
 
 // One register tile of kRows rows. `panel` holds its columns of `right`, tile after tile for each k.
 template <class Type, int kRows>
@@ -41,6 +42,14 @@ void update_tile(typename Type::Element* weight, int64_t row_stride, const typen
   using T = typename Type::Compute;
   using V = Vector<T, Type::kLanes>;
   constexpr int kLanes = Type::kLanes;
+  // What comes after next in each row is asked for, or a weight from memory would wait for every tile.
+  constexpr int64_t kElement = sizeof(*weight), kTile = kTileVectors * kLanes;
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 8
+    for (int64_t c = kAheadBytes / kElement; c < kAheadBytes / kElement + kTile; c += kLineBytes / kElement)
+      __builtin_prefetch(weight + i * row_stride + c, 1);
+  }
   V sum[kRows][kTileVectors] = {};
   const auto add_chain = [&](int64_t first, int64_t last, V(&into)[kRows][kTileVectors]) {
     for (int64_t k = first; k < last; ++k) {
@@ -111,6 +120,28 @@ void pack(const typename Type::Compute* right, int64_t row_stride, int64_t rank,
       }
     }
   }
+}
+
+// Whether no number is NaN or infinite: x - x is 0 for the others.
+template <class T>
+bool all_finite(const T* numbers, int64_t count, int threads) {
+  constexpr int kLanes = kVectorBytes / sizeof(T);
+  using V = Vector<T, kLanes>;
+  const int64_t vectors = count / kLanes;
+  bool finite = true;
+  threads = threads_for(threads, count);
+  parallel(threads, [&](int thread) {
+    V sum{};
+    for (int64_t i = vectors * thread / threads; i < vectors * (thread + 1) / threads; ++i) {
+      const V v = load<V>(numbers + i * kLanes);
+      sum += v - v;
+    }
+    T all = 0;
+    for (int lane = 0; lane < kLanes; ++lane) all += sum[lane];
+    if (!(all == 0)) __atomic_store_n(&finite, false, __ATOMIC_RELAXED);
+  });
+  for (int64_t i = vectors * kLanes; i < count; ++i) finite &= numbers[i] - numbers[i] == 0;
+  return finite;
 }
 
 template <class Type>
@@ -298,15 +329,21 @@ static void with_type(DType dtype, Body body) {
   }
 }
 
-void apply_low_rank(void* weight, DType dtype, WeightShape shape, const void* left, const void* right,
-                    int64_t rank, double scale, int threads) {
-  if (shape.batch == 0 || shape.rows == 0 || shape.cols == 0 || rank == 0) return;
+bool apply_low_rank(void* weight, DType dtype, WeightShape shape, const void* left, const void* right,
+                    int64_t rank, double scale, bool look, int threads) {
+  bool sound = true;
   with_type(dtype, [&](auto type) {
     using Type = decltype(type);
     using T = typename Type::Compute;
+    if (look) {
+      sound = all_finite(static_cast<const T*>(left), shape.batch * shape.rows * rank, threads) &&
+              all_finite(static_cast<const T*>(right), shape.batch * rank * shape.cols, threads);
+    }
+    if (!sound || shape.batch == 0 || shape.rows == 0 || shape.cols == 0 || rank == 0) return;
     apply<Type>(static_cast<typename Type::Element*>(weight), shape, static_cast<const T*>(left),
                 static_cast<const T*>(right), rank, scale, threads);
   });
+  return sound;
 }
 
 void residual_gram(const void* weight, DType dtype, WeightShape shape, const void* keys, const void* values,

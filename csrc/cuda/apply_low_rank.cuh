@@ -3,7 +3,7 @@
 // The floor is reading and writing the weight. A thread block owns a tile of it; a thread owns one 16-byte
 // vector of kRows rows, all read before anything else, so that they are on their way while the factors are
 // fetched. Sum and weight meet only at the end: an update is often far smaller than the weight that it is
-// added to.
+// added to. Nothing is written where `refused` points at a number that is not 0.
 #pragma once
 
 #include "numeric.cuh"
@@ -40,17 +40,19 @@ struct LowRankUpdate {
   const Sum* right;
   int64_t rank;
   Sum scale;
+  const int32_t* refused;
   bool vector;
   int64_t row_tiles, column_tiles;
 
   LowRankUpdate(Weight* weight, const WeightShape& shape, const Sum* left, const Sum* right, int64_t rank,
-                double scale)
+                double scale, const int32_t* refused)
       : weight(weight),
         shape(shape),
         left(left),
         right(right),
         rank(rank),
         scale(static_cast<Sum>(scale)),
+        refused(refused),
         vector(rows_aligned(weight, shape)),
         row_tiles(ceil_divide(shape.rows, kTileRows)),
         column_tiles(ceil_divide(shape.cols, kTileCols)) {}
@@ -66,6 +68,7 @@ struct LowRankUpdate {
     const int columns = smaller(shape.cols - column, kTileCols);
     Weight* const tile = weight + b * shape.batch_stride + row * shape.row_stride + column;
 
+    const bool writes = refused == nullptr || *refused == 0;
     Pack<Weight, kVec> before[kRows];
     visit(tile, rows, columns, thread, [&](int r, const Weight* from, int valid) {
       if (vector && valid >= kVec)
@@ -83,6 +86,7 @@ struct LowRankUpdate {
       for (int d = 0; d < depth; ++d) accumulate(shared, d, thread, sum);
       __syncthreads();
     }
+    if (!writes) return;
     visit(tile, rows, columns, thread, [&](int r, Weight* to, int valid) {
       if (vector && valid >= kVec) {
         Pack<Weight, kVec> after;

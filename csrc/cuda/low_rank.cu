@@ -1,5 +1,6 @@
 // Launchers of the associative write's kernels: they choose types, and launch grids that depend on shapes
 // alone.
+#include "all_finite.cuh"
 #include "apply_low_rank.cuh"
 #include "engram/low_rank.h"
 #include "launch.cuh"
@@ -8,6 +9,11 @@
 
 namespace engram::cuda {
 namespace {
+
+template <typename Value>
+__global__ void __launch_bounds__(kThreads) all_finite_kernel(AllFinite<Value> look) {
+  look.run(blockIdx.x);
+}
 
 template <typename Weight>
 __global__ void __launch_bounds__(kThreads, LowRankUpdate<Weight>::kBlocks)
@@ -65,12 +71,19 @@ int solve(const SmallSolve<Value>& arguments, void* stream) {
 }  // namespace
 
 int apply_low_rank(void* weight, DType dtype, WeightShape shape, const void* left, const void* right,
-                   int64_t rank, double scale, void* stream) {
-  return with_type(dtype, [&](auto* type) {
+                   int64_t rank, double scale, int32_t* refused, void* stream) {
+  return with_type(dtype, [&](auto* type) -> int {
     using Weight = std::remove_pointer_t<decltype(type)>;
     using Factor = Compute<Weight>;
-    const LowRankUpdate<Weight> update(static_cast<Weight*>(weight), shape, static_cast<const Factor*>(left),
-                                       static_cast<const Factor*>(right), rank, scale);
+    const auto *l = static_cast<const Factor*>(left), *r = static_cast<const Factor*>(right);
+    if (refused) {
+      const AllFinite<Factor> look{l, shape.batch * shape.rows * rank, r, shape.batch * rank * shape.cols,
+                                   refused};
+      if (const int error = cudaMemsetAsync(refused, 0, sizeof(*refused), static_cast<cudaStream_t>(stream)))
+        return error;
+      if (const int error = launch(all_finite_kernel<Factor>, look.blocks(), 0, stream, look)) return error;
+    }
+    const LowRankUpdate<Weight> update(static_cast<Weight*>(weight), shape, l, r, rank, scale, refused);
     return launch(apply_low_rank_kernel<Weight>, update.blocks(), 0, stream, update);
   });
 }

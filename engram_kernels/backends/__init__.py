@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from ..errors import EngramError
@@ -25,10 +24,18 @@ NAMES = ("torch", "cpu", "triton", "cuda")
 
 
 class Implementation(NamedTuple):
-    """One backend's function for one operator; `declines(*args)` says why it does not take a call."""
+    """One backend's function for one operator.
+
+    Attributes:
+        function: takes the operator's arguments.
+        declines: says of the same arguments why the function does not take them, or None.
+        looks: the function also takes `look=True`: then it looks at the data first. Where they cannot be used
+            it writes nothing. It returns whether that is so, on a GPU as a flag there.
+    """
 
     function: Callable
     declines: Callable[..., str | None]
+    looks: bool = False
 
 
 _table: dict[str, dict[str, Implementation]] = {}
@@ -37,12 +44,15 @@ _forced: list[tuple[object, str]] = []
 
 
 def implements(
-    operator: str, backend: str, declines: Callable[..., str | None] = lambda *args: None
+    operator: str,
+    backend: str,
+    declines: Callable[..., str | None] = lambda *args: None,
+    looks: bool = False,
 ) -> Callable:
     """Register the decorated function as `backend`'s implementation of `operator`."""
 
     def register(function: Callable) -> Callable:
-        _table.setdefault(operator, {})[backend] = Implementation(function, declines)
+        _table.setdefault(operator, {})[backend] = Implementation(function, declines, looks)
         return function
 
     return register
@@ -121,9 +131,8 @@ def use_backend(name: str) -> Iterator[None]:
         _forced.remove(block)
 
 
-def _asked(operator: str, device: str, size: Size | None) -> tuple[str, ...]:
-    """Return the backends in the order in which they are asked, or the one that is forced."""
-    name = forced()
+def _asked(operator: str, device: str, size: Size | None, name: str | None) -> tuple[str, ...]:
+    """Return the backends in the order in which they are asked; `name` is forced."""
     if name is None:
         return order(operator, device, size)
     if reason := unavailable(name, device):
@@ -131,34 +140,38 @@ def _asked(operator: str, device: str, size: Size | None) -> tuple[str, ...]:
     return (name,) if name == "torch" else (name, "torch")
 
 
-@functools.cache
 def _implementation(operator: str, backend: str, device: str) -> Implementation | str:
     """Return a backend's implementation of an operator, or the reason why it has none to offer."""
     return unavailable(backend, device) or _table.get(operator, {}).get(backend, "has no kernel for it")
-
-
-def _is_empty(args: tuple) -> bool:
-    """Whether a tensor, or every tensor of a list, has no elements."""
-    for argument in args:
-        if isinstance(argument, Tensor):
-            if argument.numel() == 0:
-                return True
-        elif isinstance(argument, list) and argument and not any(map(Tensor.numel, argument)):
-            return True
-    return False
 
 
 def _declines(backend: str, found: Implementation, args: tuple) -> str | None:
     """Say why a backend does not take a call, or None. No native kernel sees sizes of 0."""
     if backend == "torch":
         return None
-    return "leaves tensors without elements to the reference" if _is_empty(args) else found.declines(*args)
+    for argument in args:
+        if isinstance(argument, Tensor):
+            is_empty = argument.numel() == 0
+        else:
+            is_empty = isinstance(argument, list) and argument and not any(map(Tensor.numel, argument))
+        if is_empty:
+            return "leaves tensors without elements to the reference"
+    return found.declines(*args)
+
+
+@functools.cache
+def _candidates(
+    operator: str, device: str, size: Size | None, name: str | None
+) -> tuple[tuple[str, Implementation], ...]:
+    """Return those who are asked and have an implementation."""
+    answers = ((b, _implementation(operator, b, device)) for b in _asked(operator, device, size, name))
+    return tuple((backend, found) for backend, found in answers if isinstance(found, Implementation))
 
 
 def explain(operator: str, device: str, args: tuple | None = None) -> list[tuple[str, str | None]]:
     """List the backends that are asked to serve an operator, in order, with the reason of each refusal."""
     answers = []
-    for backend in _asked(operator, device, args and size_of(operator, args)):
+    for backend in _asked(operator, device, args and size_of(operator, args), forced()):
         found = _implementation(operator, backend, device)
         if isinstance(found, Implementation):
             answers.append((backend, None if args is None else _declines(backend, found, args)))
@@ -167,10 +180,10 @@ def explain(operator: str, device: str, args: tuple | None = None) -> list[tuple
     return answers
 
 
-def select(operator: str, device: torch.device, args: tuple) -> Callable:
-    """Return the function that serves this call: the first backend in order that takes it."""
-    for backend in _asked(operator, device.type, size_of(operator, args)):
-        found = _implementation(operator, backend, device.type)
-        if isinstance(found, Implementation) and _declines(backend, found, args) is None:
-            return found.function
+def select(operator: str, device: str, args: tuple) -> Implementation:
+    """Return what serves this call on a type of device: the first backend's in order that takes it."""
+    size = None if device == "cpu" else size_of(operator, args)  # a CPU's order is the same for every size
+    for backend, found in _candidates(operator, device, size, forced()):
+        if _declines(backend, found, args) is None:
+            return found
     raise AssertionError("the reference takes every call")

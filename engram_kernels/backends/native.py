@@ -42,18 +42,16 @@ def decline_strided_columns(weight: Tensor, *args) -> str | None:
     return None
 
 
+def matrices(weight: Tensor) -> tuple[int, ...]:
+    """Return (batch, rows, cols, batch stride, row stride) of a weight [out, in] or [B, out, in]."""
+    if weight.dim() == 2:
+        return 1, *weight.shape, 0, weight.stride(0)
+    return *weight.shape, weight.stride(0), weight.stride(1)
+
+
 def weight_arguments(weight: Tensor) -> tuple[int, ...]:
-    """Return (pointer, type code, batch, rows, cols, batch stride, row stride) of a weight [B, out, in]."""
-    batch, rows, columns = weight.shape
-    return (
-        weight.data_ptr(),
-        DTYPE_CODES[weight.dtype],
-        batch,
-        rows,
-        columns,
-        weight.stride(0),
-        weight.stride(1),
-    )
+    """Return its pointer and type code, and what `matrices` says of it."""
+    return weight.data_ptr(), DTYPE_CODES[weight.dtype], *matrices(weight)
 
 
 def _addresses(tensors: list[Tensor]) -> Iterable[int]:

@@ -2,9 +2,9 @@
 
 For GPUs the numbers are predictions for an H200 (docs/gpu-notes.md), not yet measured; 4096×14336 in bf16:
 
-- `residual_gram`: CUDA 31 µs for one key and 62 for 16, Triton 165: it fills too few warps. A GEMM of keys
-  split in three bf16 parts about 35 whatever the keys are, up to some 32. fp32 weights: the library's GEMM
-  reads what CUDA reads.
+- `residual_gram`: CUDA 31 µs for one key and 62 for 16, so 2 more for each further; Triton 165: it fills too
+  few warps. A GEMM of keys split in three bf16 parts about 35 whatever the keys are, up to some 32. fp32
+  weights: the library's GEMM reads what CUDA reads.
 - `apply_low_rank_`: CUDA 70 µs and Triton 76 for rank 16, both growing with the rank; bf16 parts of the
   factors in one GEMM about 60, and growing slower, on tensor cores.
 - `memory_stream`: Triton holds a state in registers, 0.45 µs a write; CUDA spreads it over the GPU.
@@ -17,6 +17,8 @@ import torch
 
 # Keys, or the rank of factors, above which the product is a GEMM, which is the library's.
 GEMM_RANK = 32
+# Keys beside a bf16 weight above which the GEMM of their bf16 parts is quicker than CUDA.
+SPLIT_KEYS = 2
 # fp16's exponents do not hold an fp32 factor's parts, and the library would convert the whole weight.
 GEMM_RANK_HALF = 128
 # Slots whose P fits the registers of a program in Triton.
@@ -76,5 +78,5 @@ def order(operator: str, device: str, size: Size | None = None) -> tuple[str, ..
     if count > (GEMM_RANK_HALF if dtype == torch.float16 else GEMM_RANK):
         return ("torch",)
     if operator == "residual_gram" and dtype != torch.float16:
-        return ("cuda", "torch")
+        return ("torch",) if dtype == torch.bfloat16 and count > SPLIT_KEYS else ("cuda", "torch")
     return ("cuda", "triton", "torch")

@@ -12,13 +12,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import increment_version
+from torch.compiler import is_compiling
 
 from .._namespace import NAMESPACE
 from ..backends import select
+from ..errors import EngramError
 from .sharding import is_divided, register
-from .waiting import later, mode_for, synchronize_checks, waiting
+from .waiting import flags, later, mode_for, synchronize_checks
 
 _library = torch.library.Library(NAMESPACE, "DEF")
+_AUTOCAST = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA", "xpu": "AutocastXPU", "mps": "AutocastMPS"}
 _calling = threading.local()
 
 # The operators by name, for `engram doctor` and for tests.
@@ -77,53 +81,60 @@ def define(
     # Its strides are as the caller has them: a layout of a compiler's choice could be one that is refused.
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides, *tags))
 
-    def check_once(*args):
+    def check_all(*args):
+        canonical(*args)
+        check(*args)
+
+    def run(*args):
         if getattr(_calling, "checked", False):
             _calling.checked = False
         else:
-            canonical(*args)
-            check(*args)
-
-    def run(*args):
-        check_once(*args)
-        device = _first(args[0]).device
+            check_all(*args)
+        device = _first(args[0]).device.type
         mode = mode_for(device)
-        if mode == "sync" and waiting():
+        if mode == "sync" and flags:
             synchronize_checks()
         if apart is not None:
             apart(*args)
-        if values is not None and (mode == "sync" or (mode == "async" and guard is None)):
-            values(*args)
-        elif mode == "async" and guard is not None:
-            flag, args = guard(*args)
-            later(flag, complaint)
-        function = select(name, device, args)
-        if torch.is_autocast_enabled(device.type):
-            with torch.autocast(device.type, enabled=False):
-                result = function(*args)
+        found = select(name, device, args)
+        if found.looks and mode != "off":
+            refused = found.function(*args, look=True)
+            if mode == "async":
+                later(refused, complaint)
+            elif refused:
+                values(*args)  # names the culprit
+                raise EngramError(complaint)
+            result = None
         else:
-            result = function(*args)
+            if values is not None and (mode == "sync" or (mode == "async" and guard is None)):
+                values(*args)
+            elif mode == "async" and guard is not None:
+                flag, args = guard(*args)
+                later(flag, complaint)
+            result = found.function(*args)
         if results is not None and (mode == "sync" or (mode == "async" and suspect is None)):
             results(result, *args)
         if mode == "async" and suspect is not None:
             later(suspect(result, *args), complaint)
         for i in written:
-            tensors = args[i] if isinstance(args[i], list) else [args[i]]
-            torch.autograd.graph.increment_version([x for x in tensors if not x.is_inference()])
+            tensors = args[i] if isinstance(args[i], list) else (args[i],)
+            increment_version([x for x in tensors if not x.is_inference()])
         return result
 
     def trace(*args):
-        check_once(*args)
+        check_all(*args)
         return fake(*args)
 
     _library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", trace, lib=_library)
-    operator = getattr(ops, name)
+    operator = getattr(ops, name).default
+    for kind, key in _AUTOCAST.items():
+        _library.impl(name, without_autocast(operator, kind), key)
     if batched is not None:
         torch.library.register_vmap(f"{NAMESPACE}::{name}", batched(operator), lib=_library)
 
     def call(*args):
-        if torch.compiler.is_compiling():
+        if is_compiling():
             return operator(*args)
         if is_divided(args[0]):
             # DTensor calls it again, on parts: nothing is known of those.
@@ -138,9 +149,19 @@ def define(
     return call
 
 
+def without_autocast(operator: Callable, kind: str) -> Callable:
+    """The operator for a device on which autocast is on: in the types of its own arguments."""
+
+    def run(*args):
+        with torch.autocast(kind, enabled=False):
+            return operator(*args)
+
+    return run
+
+
 def apply(function: type[torch.autograd.Function], *args):
     """`function.apply(*args)`; outside torch.func without its slow look at signatures."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if is_compiling() or torch._C._are_functorch_transforms_active():
         return function.apply(*args)
     return super(torch.autograd.Function, function).apply(*args)
 

@@ -84,7 +84,7 @@ def _write_results(faults: Tensor, weights, indices, values, overwritten, checke
         check_positions(weights, indices)
         # They are in another order alone, which is as good.
         arguments = weights, indices, values, overwritten, True
-        select("sparse_apply_", weights[0].device, arguments)(*arguments)
+        select("sparse_apply_", weights[0].device.type, arguments).function(*arguments)
 
 
 # Returns how many indices are out of range or not above the one before them. Unless `checked`, which makes it

@@ -17,6 +17,8 @@ MODES = ("joint", "sequential", "independent")
 # Columns of an inverse that are widened to fp64 at a time.
 _PANEL = 1024
 
+_LARGEST = torch.finfo(torch.float32).max
+
 
 def low_rank_factors(
     weight: Tensor,
@@ -179,11 +181,12 @@ def _precondition(keys: Tensor, inverse: Tensor) -> Tensor:
 
 
 def _check_factors(weight: Tensor, left: Tensor, right: Tensor, alpha: float) -> None:
-    check_weight(weight)
-    check.floating("left", left)
-    check.floating("right", right)
+    # Where all is well this asks for little and makes no words: the call is as short as a kernel.
+    for name, tensor in (("weight", weight), ("left", left), ("right", right)):
+        check.floating(name, tensor)
+    if weight.dim() not in (2, 3):
+        check_weight(weight)
     *batch, rows, columns = weight.shape
-    # Words are made for what is wrong alone: this call is as short as a kernel.
     rank, device = left.shape[-1] if left.dim() else 0, weight.device
     if left.shape != (*batch, rows, rank) or right.shape != (*batch, rank, columns):
         check.dimensions("left", left, names_of(weight, "out, n"))
@@ -193,24 +196,30 @@ def _check_factors(weight: Tensor, left: Tensor, right: Tensor, alpha: float) ->
     if left.device != device or right.device != device:
         check.same_device("left", left, device)
         check.same_device("right", right, device)
-    _check_alpha(alpha, compute_dtype(weight))
+    if type(alpha) is not float or not -_LARGEST <= alpha <= _LARGEST:
+        _check_alpha(alpha, compute_dtype(weight))
 
 
 def _check_alpha(alpha: float, dtype: torch.dtype) -> None:
     check.number("alpha", alpha)
-    largest = torch.finfo(dtype).max
-    check.expect(-largest <= alpha <= largest, "alpha", f"at most {largest:.1e} in size", alpha)
+    if dtype == torch.float32 and not -_LARGEST <= alpha <= _LARGEST:
+        check.expect(False, "alpha", f"at most {_LARGEST:.1e} in size", alpha)
 
 
 def _check_apply(weight: Tensor, left: Tensor, right: Tensor, alpha: float) -> None:
     _check_factors(weight, left, right, alpha)
-    check.no_overlap("weight", weight)
+    if not weight.is_contiguous():
+        check.no_overlap("weight", weight)
 
 
 def _canonical_factors(weight: Tensor, left: Tensor, right: Tensor, alpha: float) -> None:
-    check.dimensions("weight", weight, "[B, out, in]")
     check.floating("left", left, (compute_dtype(weight),))
     check.floating("right", right, (compute_dtype(weight),))
+
+
+def _canonical_update(weight: Tensor, left: Tensor, right: Tensor, alpha: float) -> None:
+    check.dimensions("weight", weight, "[B, out, in]")
+    _canonical_factors(weight, left, right, alpha)
 
 
 def _update_values(weight: Tensor, left: Tensor, right: Tensor, alpha: float) -> None:
@@ -219,8 +228,7 @@ def _update_values(weight: Tensor, left: Tensor, right: Tensor, alpha: float) ->
 
 
 def _apply_apart(weight: Tensor, left: Tensor, right: Tensor, alpha: float) -> None:
-    check.own_memory("left", left, weight)
-    check.own_memory("right", right, weight)
+    check.own_memory(weight, left=left, right=right)
 
 
 def _apply_guard(weight: Tensor, left: Tensor, right: Tensor, alpha: float) -> tuple[Tensor, tuple]:
@@ -242,7 +250,7 @@ _apply_low_rank_ = define(
 _low_rank_update = define(
     "low_rank_update(Tensor weight, Tensor left, Tensor right, float alpha) -> Tensor",
     _check_factors,
-    _canonical_factors,
+    _canonical_update,
     values=_update_values,
     guard=lambda weight, left, right, alpha: (check.not_finite(left, right), (weight, left, right, alpha)),
     complaint="low_rank_update: expected finite factors, got NaN or infinite",
@@ -341,10 +349,8 @@ def apply_low_rank_(weight: Tensor, left: Tensor, right: Tensor, alpha: float = 
     """
     _check_apply(weight, left, right, alpha)
     dtype = compute_dtype(weight)
-    matrix, left, right = (x.detach() if x.requires_grad else x for x in (weight, left, right))
-    left, right = left.to(dtype), right.to(dtype)
-    if weight.dim() == 2:
-        matrix, left, right = matrix.unsqueeze(0), left.unsqueeze(0), right.unsqueeze(0)
+    matrix = weight.detach() if weight.requires_grad else weight
+    left, right = (x.detach().to(dtype) if x.requires_grad or x.dtype != dtype else x for x in (left, right))
     if matrix.stride(-1) != 1 and matrix.stride(-2) == 1:
         # A transposed view (GPT-2's Conv1D) has contiguous columns the other way round: Wᵀ += Rᵀ Lᵀ.
         matrix, left, right = matrix.mT, right.mT, left.mT

@@ -133,8 +133,7 @@ def _accumulate_apart(
     apart = B.numel() == 0 or B.data_ptr() != A.data_ptr()
     check.expect(apart, "B", "memory of its own", "the memory of A")
     for written in (A, B):
-        check.own_memory("w", w, written)
-        check.own_memory("z", z, written)
+        check.own_memory(written, w=w, z=z)
 
 
 def _accumulate_values(

@@ -30,7 +30,7 @@ def _written(*lists: list[Tensor]) -> list[Tensor]:
 
 def _table(name: str, *lists: list[Tensor]):
     """What a backend makes of lists, to be worked on; None of empty lists."""
-    return select(name, lists[0][0].device, lists)(*lists) if lists[0] else None
+    return select(name, lists[0][0].device.type, lists).function(*lists) if lists[0] else None
 
 
 def _brief(plan: object, tensors: list[Tensor]) -> str:
@@ -244,7 +244,7 @@ class TopKPlan:
         """
         if self._table is not None:
             self._table.select_(self._k)
-            mode = mode_for(self._scores[0].device)
+            mode = mode_for(self._scores[0].device.type)
             if mode == "sync":
                 top_k_results((self.masks, self._table.invalid), self._scores, self._reference, self._k)
             elif mode == "async":

@@ -45,7 +45,7 @@ _second_moment_ = define(
     _check,
     _canonical,
     fake=lambda accumulator, inputs, mask: None,
-    apart=lambda accumulator, inputs, mask: check.own_memory("inputs", inputs, accumulator),
+    apart=lambda accumulator, inputs, mask: check.own_memory(accumulator, inputs=inputs),
     values=_values,
     guard=_guard,
     complaint="second_moment_: expected finite inputs, got NaN or infinite; the accumulator is unchanged",

@@ -27,13 +27,15 @@ def register(ops: Any) -> None:
     whole = Replicate()
 
     @register_sharding(ops.apply_low_rank_.default)
-    def _apply(_weight, _left, _right, _alpha):
+    def _apply(weight, _left, _right, _alpha):
         # weight [B, out, in], left [B, out, n], right [B, n, in]: by rows, by columns, or by matrices.
+        rows, columns = Shard(weight.ndim - 2), Shard(weight.ndim - 1)
+        by_matrices = [([], [Shard(0), Shard(0), Shard(0), None])] if weight.ndim == 3 else []
         return [
             ([], [whole, whole, whole, None]),
-            ([], [Shard(1), Shard(1), whole, None]),
-            ([], [Shard(2), whole, Shard(2), None]),
-            ([], [Shard(0), Shard(0), Shard(0), None]),
+            ([], [rows, rows, whole, None]),
+            ([], [columns, whole, columns, None]),
+            *by_matrices,
         ]
 
     def elementwise(count: int):

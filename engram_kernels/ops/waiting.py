@@ -23,7 +23,8 @@ _MOST = 4096
 
 _mode: list[str | None] = [None]
 _blocks = threading.local()
-_flags: list[tuple[Tensor, str]] = []
+# What is to be read.
+flags: list[tuple[Tensor, str]] = []
 _lock = threading.Lock()
 
 
@@ -61,7 +62,7 @@ class checks:
 
     def __enter__(self) -> None:
         _mode[0] = self._before
-        _blocks.modes = [*_blocks_of_thread(), self._mode]
+        _blocks.modes = [*getattr(_blocks, "modes", ()), self._mode]
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -70,10 +71,6 @@ class checks:
 
     def __repr__(self) -> str:
         return f"checks({self._mode!r})"
-
-
-def _blocks_of_thread() -> list[str | None]:
-    return getattr(_blocks, "modes", [])
 
 
 def raises_at_once(function: Callable[_P, _T]) -> Callable[_P, _T]:
@@ -87,25 +84,22 @@ def raises_at_once(function: Callable[_P, _T]) -> Callable[_P, _T]:
     return run
 
 
-def mode_for(device: torch.device) -> str:
-    """Return the mode of checks on a device; "off" while a CUDA graph is captured: it can raise nothing."""
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+def mode_for(device: str) -> str:
+    """Return the mode of checks on a type of device; "off" while a CUDA graph is captured: who would raise?"""
+    if device == "cuda" and torch.cuda.is_current_stream_capturing():
         return "off"
-    blocks = _blocks_of_thread()
-    return (blocks[-1] if blocks else _mode[0]) or ("sync" if device.type == "cpu" else "async")
+    blocks = getattr(_blocks, "modes", None)
+    return (blocks[-1] if blocks else _mode[0]) or ("sync" if device == "cpu" else "async")
 
 
-def later(flag: Tensor, complaint: str) -> None:
-    """Keep a flag on the device, not 0 where something is wrong, and what is to be said then."""
+def later(flag: Tensor | bool, complaint: str) -> None:
+    """Keep a flag, not 0 where something is wrong, and what is to be said then."""
+    if flag is False:
+        return
     with _lock:
-        _flags.append((flag, complaint))
-    if len(_flags) >= _MOST:
+        flags.append((torch.as_tensor(flag), complaint))
+    if len(flags) >= _MOST:
         synchronize_checks()
-
-
-def waiting() -> bool:
-    """Whether flags are to be read."""
-    return bool(_flags)
 
 
 def synchronize_checks() -> None:
@@ -119,10 +113,10 @@ def synchronize_checks() -> None:
         >>> ek.synchronize_checks()
     """
     with _lock:
-        flags, _flags[:] = _flags[:], []
+        taken, flags[:] = flags[:], []
     found: list[str] = []
-    for device in dict.fromkeys(flag.device for flag, _ in flags):
-        mine = [(flag, complaint) for flag, complaint in flags if flag.device == device]
+    for device in dict.fromkeys(flag.device for flag, _ in taken):
+        mine = [(flag, complaint) for flag, complaint in taken if flag.device == device]
         wrong = torch.stack([flag.reshape(()).bool() for flag, _ in mine]).tolist()
         found += [complaint for (_, complaint), is_wrong in zip(mine, wrong, strict=True) if is_wrong]
     if found:

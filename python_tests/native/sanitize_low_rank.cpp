@@ -27,7 +27,7 @@ void check_update(const Format& format, WeightShape shape, int64_t rank, double 
   Array before(extent(shape), format.bytes);
   std::memcpy(before.data(), weight.data(), weight.count() * format.bytes);
   engram::cpu::apply_low_rank(weight.data(), format.dtype, shape, left.data(), right.data(), rank, scale,
-                              threads);
+                              true, threads);
   for (int64_t at = 0; at < weight.count(); ++at) {
     const int64_t b = shape.batch > 1 ? at / shape.batch_stride : 0;
     const int64_t row = (at - b * shape.batch_stride) / shape.row_stride;
@@ -101,7 +101,7 @@ void check_conversion(const Format& format) {
     const uint16_t raw = static_cast<uint16_t>(i);
     std::memcpy(weight.data() + i * 2, &raw, 2);
   }
-  engram::cpu::apply_low_rank(weight.data(), format.dtype, row, &zero, right.data(), 1, 1.0, 1);
+  engram::cpu::apply_low_rank(weight.data(), format.dtype, row, &zero, right.data(), 1, 1.0, false, 1);
   for (int64_t i = 0; i < count; ++i) {
     const double got = get(weight.data(), i, format), expected = decode16(static_cast<uint16_t>(i), format);
     expect(std::isnan(expected) ? std::isnan(got) : got == expected, "read", got, expected);
@@ -121,7 +121,7 @@ void check_conversion(const Format& format) {
                          : static_cast<uint32_t>(generator()) & (2 * tie - 1);
       std::memcpy(right.data() + i * 4, &raw, 4);
     }
-    engram::cpu::apply_low_rank(weight.data(), format.dtype, row, &one, right.data(), 1, 1.0, 1);
+    engram::cpu::apply_low_rank(weight.data(), format.dtype, row, &one, right.data(), 1, 1.0, false, 1);
     for (int64_t i = 0; i < count; ++i) {
       const double value = get(right.data(), i, kFormats[0]), expected = rounded(value, format);
       const double got = get(weight.data(), i, format);

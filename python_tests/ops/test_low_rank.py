@@ -5,6 +5,7 @@ against fp64. No tolerance is tuned.
 """
 
 import functools
+import math
 
 import numpy as np
 import oracle
@@ -286,6 +287,28 @@ def test_apply_low_rank_rounds_to_the_nearest_and_ties_to_even(device, dtype):
         weight = values.to(device, copy=True)
         ek.apply_low_rank_(weight, (way * gaps).float().to(device), ones.to(device))
         assert torch.equal(weight.cpu(), (values.double() + way * gaps).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_apply_low_rank_sees_every_entry_that_is_not_finite(device, dtype):
+    """Wherever it stands; numbers whose sum overflows are none."""
+    weight = torch.zeros(5, 37, dtype=dtype, device=device)
+    left, right = weight.new_ones(5, 3), weight.new_ones(3, 37)
+    for name, factor in (("left", left), ("right", right)):
+        entries = factor.view(-1)
+        for i in range(entries.numel()):
+            entries[i] = (math.nan, math.inf, -math.inf)[i % 3]
+            with pytest.raises(ValueError, match=f"^{name}: expected finite values, got 1 NaN or infinite"):
+                ek.apply_low_rank_(weight, left, right)
+            with ek.checks("async"):
+                ek.apply_low_rank_(weight, left, right)
+                with pytest.raises(ek.EngramError, match="expected finite factors"):
+                    ek.synchronize_checks()
+            entries[i] = 1
+    assert not weight.any()
+    largest = torch.finfo(dtype).max
+    ek.apply_low_rank_(weight, left.fill_(largest), right.fill_(2.0**-9))
+    torch.testing.assert_close(weight, torch.full_like(weight, 3 * 2.0**-9 * largest))
 
 
 def test_apply_low_rank_leaves_the_rest_of_the_storage(device):
@@ -609,7 +632,7 @@ def test_an_error_names_the_shapes_that_were_given():
 def test_an_operator_that_is_called_directly_checks_too():
     weight, left, right = torch.zeros(1, 3, 4), torch.zeros(1, 3, 2), torch.zeros(1, 2, 4)
     with pytest.raises(ValueError, match=r"weight: expected shape \[B, out, in\], got \[3, 4\]"):
-        ops.apply_low_rank_(weight[0], left[0], right[0], 1.0)
+        ops.low_rank_update(weight[0], left[0], right[0], 1.0)
     with pytest.raises(ValueError, match=r"right: expected shape \[1, 2, 4\]"):
         ops.apply_low_rank_(weight, left, right[..., :3], 1.0)
     with pytest.raises(TypeError, match="left: expected a tensor of float32, got float64"):

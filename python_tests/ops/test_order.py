@@ -5,7 +5,7 @@ import torch
 
 import engram_kernels as ek
 from engram_kernels.backends import NAMES
-from engram_kernels.backends.order import GEMM_RANK, SIZED, Size, order, size_of
+from engram_kernels.backends.order import GEMM_RANK, SIZED, SPLIT_KEYS, Size, order, size_of
 from engram_kernels.ops.define import OPERATORS
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -13,8 +13,11 @@ BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.flo
 CASES = [
     # CUDA reads a weight for few keys at the rate of memory; Triton fills too few warps.
     ("residual_gram", "cuda", Size(1, BF16), ("cuda", "torch")),
+    ("residual_gram", "cuda", Size(SPLIT_KEYS, BF16), ("cuda", "torch")),
+    # A bf16 weight meets the bf16 parts of more keys on tensor cores.
+    ("residual_gram", "cuda", Size(SPLIT_KEYS + 1, BF16), ("torch",)),
     ("residual_gram", "cuda", Size(GEMM_RANK, FP32), ("cuda", "torch")),
-    ("residual_gram", "cuda", Size(GEMM_RANK + 1, BF16), ("torch",)),
+    ("residual_gram", "cuda", Size(GEMM_RANK + 1, FP32), ("torch",)),
     # The library would convert an fp16 weight.
     ("residual_gram", "cuda", Size(100, FP16), ("cuda", "triton", "torch")),
     ("residual_gram", "cuda", Size(1000, FP16), ("torch",)),

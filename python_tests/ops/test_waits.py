@@ -212,8 +212,8 @@ def test_what_keeps_books_of_its_calls_waits_for_them():
 def test_a_block_is_of_its_thread():
     modes = []
     with ek.checks("off"):
-        thread = threading.Thread(target=lambda: modes.append(ek.ops.waiting.mode_for(torch.device("cpu"))))
+        thread = threading.Thread(target=lambda: modes.append(ek.ops.waiting.mode_for("cpu")))
         thread.start()
         thread.join()
-        assert ek.ops.waiting.mode_for(torch.device("cpu")) == "off"
-    assert modes == ["sync"] and ek.ops.waiting.mode_for(torch.device("cpu")) == "sync"
+        assert ek.ops.waiting.mode_for("cpu") == "off"
+    assert modes == ["sync"] and ek.ops.waiting.mode_for("cpu") == "sync"

@@ -32,8 +32,9 @@ namespace cpu {
 
 // weight[b] += scale * left[b] @ right[b], accumulated in the compute type and rounded once.
 // left [B, out, n], right [B, n, in].
-void apply_low_rank(void* weight, DType dtype, WeightShape shape, const void* left, const void* right,
-                    int64_t rank, double scale, int threads);
+// `look`: at the factors first. False comes back if a number of them is NaN or infinite; nothing is written.
+bool apply_low_rank(void* weight, DType dtype, WeightShape shape, const void* left, const void* right,
+                    int64_t rank, double scale, bool look, int threads);
 
 // residual[b] = values[b] - keys[b] @ weight[b]^T   [B, n, out]
 // gram[b]     = keys[b] @ preconditioned[b]^T       [B, n, n], accumulated in double
@@ -47,8 +48,9 @@ namespace cuda {
 
 // As the functions of `cpu`; `device` pointers, launched on `stream`, nothing synchronised or allocated.
 // Each returns the cudaError_t of its launch as an int (0: launched).
+// `refused`, if there is one, becomes 1 where a factor has a NaN or an infinite number, else 0.
 int apply_low_rank(void* weight, DType dtype, WeightShape shape, const void* left, const void* right,
-                   int64_t rank, double scale, void* stream);
+                   int64_t rank, double scale, int32_t* refused, void* stream);
 
 int residual_gram(const void* weight, DType dtype, WeightShape shape, const void* keys, const void* values,
                   const double* preconditioned, int64_t count, void* residual, double* gram, void* stream);

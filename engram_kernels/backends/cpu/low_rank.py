@@ -31,17 +31,21 @@ def _declines_residual(weight: Tensor, keys: Tensor, *args) -> str | None:
     return decline_strided_columns(weight)
 
 
-@implements("apply_low_rank_", "cpu", _declines_update)
-def apply_low_rank_(weight: Tensor, left: Tensor, right: Tensor, alpha: float) -> None:
+@implements("apply_low_rank_", "cpu", _declines_update, looks=True)
+def apply_low_rank_(
+    weight: Tensor, left: Tensor, right: Tensor, alpha: float, look: bool = False
+) -> bool | None:
     left, right = left.contiguous(), right.contiguous()
-    _cpu.apply_low_rank(
+    sound = _cpu.apply_low_rank(
         *weight_arguments(weight),
         left.data_ptr(),
         right.data_ptr(),
         left.shape[-1],
         alpha,
+        look,
         torch.get_num_threads(),
     )
+    return not sound if look else None
 
 
 @implements("residual_gram", "cpu", _declines_residual)

@@ -31,7 +31,10 @@ def unusable(device: int) -> str | None:
 
 
 def implements(
-    operator: str, backend: str, declines: Callable[..., str | None] = lambda *args: None
+    operator: str,
+    backend: str,
+    declines: Callable[..., str | None] = lambda *args: None,
+    looks: bool = False,
 ) -> Callable:
     """Register the decorated function as `backends.implements` does, for the GPUs that the module serves."""
 
@@ -39,4 +42,4 @@ def implements(
         first = args[0] if isinstance(args[0], Tensor) else args[0][0]
         return unusable(first.get_device()) or declines(*args)
 
-    return backends.implements(operator, backend, declines_there)
+    return backends.implements(operator, backend, declines_there, looks)

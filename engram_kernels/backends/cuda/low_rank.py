@@ -33,9 +33,12 @@ def _declines_solve(system: Tensor, right_hand_side: Tensor, kind: str) -> str |
     )
 
 
-@implements("apply_low_rank_", "cuda", _declines_update)
-def apply_low_rank_(weight: Tensor, left: Tensor, right: Tensor, alpha: float) -> None:
+@implements("apply_low_rank_", "cuda", _declines_update, looks=True)
+def apply_low_rank_(
+    weight: Tensor, left: Tensor, right: Tensor, alpha: float, look: bool = False
+) -> Tensor | None:
     left, right = left.contiguous(), right.contiguous()
+    refused = torch.empty((), dtype=torch.int32, device=weight.device) if look else None
     with torch.cuda.device(weight.device):
         _cuda.apply_low_rank(
             *weight_arguments(weight),
@@ -43,8 +46,10 @@ def apply_low_rank_(weight: Tensor, left: Tensor, right: Tensor, alpha: float) -
             right.data_ptr(),
             left.shape[-1],
             alpha,
+            refused.data_ptr() if look else 0,
             stream(weight),
         )
+    return refused
 
 
 @implements("residual_gram", "cuda", _declines_residual)

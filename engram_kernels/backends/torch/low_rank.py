@@ -78,11 +78,12 @@ def apply_low_rank_(weight: Tensor, left: Tensor, right: Tensor, alpha: float) -
     """W += alpha · L R, accumulated in the factors' type and rounded once."""
     with torch.no_grad():
         if weight.dtype == left.dtype:
-            if len(weight) == 1:  # a GEMM as such is faster than a batch of one
-                weight[0].addmm_(left[0], right[0], alpha=alpha)
-            else:
-                weight.baddbmm_(left, right, alpha=alpha)
+            if weight.dim() == 3 and len(weight) == 1:  # a GEMM as such is faster than a batch of one
+                weight, left, right = weight[0], left[0], right[0]
+            (weight.addmm_ if weight.dim() == 2 else weight.baddbmm_)(left, right, alpha=alpha)
             return
+        if weight.dim() == 2:
+            weight, left, right = weight.unsqueeze(0), left.unsqueeze(0), right.unsqueeze(0)
         if _splits(weight, left):
             split.add_(weight, left, right, alpha)
             return
@@ -96,5 +97,5 @@ def low_rank_update(weight: Tensor, left: Tensor, right: Tensor, alpha: float) -
     """The same out of place: a copy, and the fastest in-place kernel there is for it."""
     updated = weight.detach().clone(memory_format=torch.contiguous_format)
     arguments = updated, left.detach(), right.detach(), alpha
-    select("apply_low_rank_", weight.device, arguments)(*arguments)
+    select("apply_low_rank_", weight.device.type, arguments).function(*arguments)
     return updated

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import implements
-from ..native import decline_strided_columns
+from ..native import decline_strided_columns, matrices
 from .launch import OPTIONS
 
 PRECISION = "tf32x3"
@@ -141,8 +141,8 @@ def _declines(weight: Tensor, *args) -> str | None:
 
 @implements("apply_low_rank_", "triton", _declines)
 def apply_low_rank_(weight: Tensor, left: Tensor, right: Tensor, alpha: float) -> None:
-    batch, rows, cols = weight.shape
-    launch = update_launch(cols, weight.stride(0), weight.stride(1))
+    batch, rows, cols, batch_stride, row_stride = matrices(weight)
+    launch = update_launch(cols, batch_stride, row_stride)
     tiles = batch * triton.cdiv(rows, launch["BLOCK_ROWS"]) * triton.cdiv(cols, launch["BLOCK_COLS"])
     with torch.cuda.device(weight.device):
         _apply_low_rank_kernel[(tiles,)](
@@ -152,8 +152,8 @@ def apply_low_rank_(weight: Tensor, left: Tensor, right: Tensor, alpha: float) -
             rows,
             cols,
             left.shape[-1],
-            weight.stride(0),
-            weight.stride(1),
+            batch_stride,
+            row_stride,
             alpha,
             PRECISION=PRECISION,
             **launch,
