@@ -60,7 +60,7 @@ def main(
         start = harness.memory_before(device)
         localize(base, tuned, data, steps=steps)
         extra = harness.memory_peak(device) - start
-    say = lambda what, size: print(f"{what:45s} {size / 2**20:8.0f} MB")
+    say = lambda what, size: print(f"{what:45s} {size / 2**20:8.0f} MB")  # noqa: E731
     say("graftable weights", graftable)
     say("before localize: pre" + ("" if mapped else " and ft"), start)
     say("θ", graftable)

@@ -106,7 +106,7 @@ def single(ek: ModuleType) -> dict[str, Callable[[], object]]:
 
 def lists(ek: ModuleType) -> dict[str, Callable[[], object]]:
     """Calls of a list of tensors."""
-    fill = lambda: [torch.randn(8, ENTRIES // 8) for _ in range(TENSORS)]
+    fill = lambda: [torch.randn(8, ENTRIES // 8) for _ in range(TENSORS)]  # noqa: E731
     pre, ft, logits, grads, out, others = (fill() for _ in range(6))
     base = [ek.pack_mask(x > 0) for x in pre]
     at = [torch.tensor([3, 9], dtype=torch.int32) for _ in pre]

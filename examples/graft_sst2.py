@@ -336,7 +336,7 @@ def join(sentiment: Run, questions: Run, sparsity: float) -> None:
         batches = [
             batch | {"task": run.task} for turn in turns for run, batch in zip(runs, turn, strict=True)
         ]
-        loss = lambda model, batch: batch["task"].loss(model, batch)
+        loss = lambda model, batch: batch["task"].loss(model, batch)  # noqa: E731
         return merged.refit(sentiment.base, batches, loss, 2 * sentiment.steps)
 
     for name, make in (

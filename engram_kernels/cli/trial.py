@@ -119,7 +119,7 @@ class Trial:
     def test(self, stage: str, progress: Report) -> ClassificationScore:
         from ..grafting import classification_score
 
-        told = lambda _, done, rows: progress(f"test {stage}", done, rows)
+        told = lambda _, done, rows: progress(f"test {stage}", done, rows)  # noqa: E731
         return classification_score(self.model, self.tests, self.task.logits, told)
 
 

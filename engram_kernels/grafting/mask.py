@@ -114,7 +114,7 @@ class GraftMask:
         self._plan(tuple(which), out).step_(grads, lr, l1)
 
     def _plan(self, which: tuple[int, ...], out: Sequence[Tensor]) -> GraftPlan:
-        take = lambda tensors: [tensors[i] for i in which]
+        take = lambda tensors: [tensors[i] for i in which]  # noqa: E731
         logits, plan = take(self.logits), self._plans.get(which)
         if plan is None or not (_same(plan.out, out) and _same(plan.logits, logits)):
             if len(self._plans) >= _PLANS:

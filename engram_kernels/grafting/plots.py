@@ -67,7 +67,7 @@ def heat_map(graft: Graft, path: str | os.PathLike) -> None:
         bars.xaxis.set_major_formatter("{x:,.0f}")
         bars.tick_params(axis="y", length=0, labelleft=False)
         if mesh is not None:
-            share = lambda value, _: percent(value)
+            share = lambda value, _: percent(value)  # noqa: E731
             figure.colorbar(
                 mesh, ax=bars, label="share of weights set", aspect=6 * height, pad=0.08, format=share
             )

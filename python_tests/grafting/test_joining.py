@@ -20,7 +20,7 @@ from engram_kernels.grafting.joining import rank_chances
 def models(count=3, dtype=torch.float32):
     """A base and fine-tuned tensors by name."""
     generator = torch.Generator().manual_seed(7)
-    draw = lambda *shape: torch.randn(*shape, generator=generator)
+    draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
     base = {"narrow": draw(61).to(dtype), "wide": draw(40, 130).to(dtype)}
     others = [{k: (v + 0.1 * draw(*v.shape)).to(dtype) for k, v in base.items()} for _ in range(count)]
     return base, others
@@ -142,7 +142,7 @@ def test_consensus_keeps_what_enough_models_need():
 @pytest.mark.parametrize("method", METHODS)
 def test_half_precision_is_rounded_once(method):
     base, others = models(dtype=torch.bfloat16)
-    wide = lambda x: {k: v.float() for k, v in x.items()}
+    wide = lambda x: {k: v.float() for k, v in x.items()}  # noqa: E731
     settings = {"method": method, "density": 0.5, "scale": 0.8}
     got = join_state_dicts(base, others, **settings)
     truth = join_state_dicts(wide(base), [wide(x) for x in others], **settings)

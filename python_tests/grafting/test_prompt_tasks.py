@@ -39,7 +39,7 @@ def test_prompt_logits_are_the_models(family):
 def test_batches_are_seeded_and_complete():
     task = prompts(model_zoo.byte_level_tokenizer())
     rows = [(i % 3, "word " * (i % 7)) for i in range(23)]
-    labels = lambda batches: sorted(y for batch in batches for y in batch["labels"].tolist())
+    labels = lambda batches: sorted(y for batch in batches for y in batch["labels"].tolist())  # noqa: E731
     one, same, other = (task.batches(rows, 4, seed=s) for s in (1, 1, 2))
     assert labels(one) == sorted(y for y, _ in rows) and len(one) == 6
     assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(one, same, strict=True))

@@ -21,7 +21,7 @@ BIAS = 0.75
 def weights(size, dtype, seed=0):
     """(pre, ft, logits, base mask as bools), logits from far below 0 to far above."""
     generator = torch.Generator().manual_seed(seed + size)
-    draw = lambda: torch.randn(size, generator=generator, dtype=torch.float64)
+    draw = lambda: torch.randn(size, generator=generator, dtype=torch.float64)  # noqa: E731
     pre = draw().to(dtype)
     ft = (pre.double() + 0.1 * draw()).to(dtype)
     logits = (6 * draw()).to(compute_dtype(pre))

@@ -214,7 +214,7 @@ def test_atomics(ptx):
 def test_fusion(ptx, opcode, exact, fused):
     x = np.float32(1 + 2.0**-23)
     square = np.float32(x * x)
-    bits = lambda f: f"0f{np.float32(f).view(np.uint32):08X}"
+    bits = lambda f: f"0f{np.float32(f).view(np.uint32):08X}"  # noqa: E731
     body = f"mov.f32 %r2, {bits(x)}; mov.f32 %r3, {bits(-square)}; mov.f32 %r6, {bits(square)}; " \
         f"{{}} %r4, %r2, %r2; {{}} {opcode} st.global.b32 [%rd0], %r5;"  # fmt: skip
     for fusion, may_fuse, product, between, result in (

@@ -168,7 +168,7 @@ def test_sums_in_any_order_and_rounding(ptx, kind, depth):
     """Others than the exact one, within the error of as many fp32 additions, towards zero."""
     generator = np.random.default_rng(1)
     A, B = (generator.standard_normal(shape).astype(np.float32) for shape in ((16, depth), (depth, 8)))
-    cut = lambda x: (bits_of(x, kind) & (0xFFFFE000 if kind == "tf32" else 0xFFFF)).astype(np.uint32)
+    cut = lambda x: (bits_of(x, kind) & (0xFFFFE000 if kind == "tf32" else 0xFFFF)).astype(np.uint32)  # noqa: E731
     widen = {
         "tf32": lambda x: x.view(np.float32),
         "bf16": lambda x: (x << 16).view(np.float32),
