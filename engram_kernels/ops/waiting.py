@@ -85,7 +85,7 @@ def raises_at_once(function: Callable[_P, _T]) -> Callable[_P, _T]:
 
 
 def mode_for(device: str) -> str:
-    """Return the mode of checks on a type of device; "off" while a CUDA graph is captured: who would raise?"""
+    """Return the mode of checks on a type of device; "off" while a CUDA graph is captured."""
     if device == "cuda" and torch.cuda.is_current_stream_capturing():
         return "off"
     blocks = getattr(_blocks, "modes", None)
