@@ -173,7 +173,8 @@ class DeltaReader:
                     f"model: expected in {name!r} the stream's base, got other weights ({kind})"
                 )
         self._last = [file_checksum(self._folder / STREAM)]
-        self._undo: list[tuple[list[str], list[Tensor], list[Tensor]]] = []
+        # Of each delta: names, positions, what it overwrote, and a digest of what it wrote.
+        self._undo: list[tuple[list[str], list[Tensor], list[Tensor], str]] = []
 
     def pull(self, to: int | None = None) -> int:
         """Apply the deltas that were written since, in their order.
@@ -203,13 +204,22 @@ class DeltaReader:
 
         Raises:
             ValueError: the model is not past that one, or what it overwrote is no longer kept.
-            EngramError: the model was changed by something else; it stands where it stood.
+            EngramError: the model was changed by something else; it stands at `number`, the last delta that
+                could not be taken back.
         """
         check.integer("to", to, at_least=0)
         first = self.number - len(self._undo)
         check.expect(first <= to <= self.number, "to", f"a delta from {first} to {self.number}", to)
-        for names, at, values in reversed(self._undo[to - first :]):
-            sparse_apply_([self._weights[name] for name in names], at, values)
+        for names, at, values, written in reversed(self._undo[to - first :]):
+            weights = [self._weights[name] for name in names]
+            taken = sparse_apply_(weights, at, values)
+            if _digest(names, taken) != written:
+                sparse_apply_(weights, at, taken)
+                raise EngramError(
+                    f"model: expected the weights that delta {self.number} left, got others: "
+                    "they were changed"
+                )
+            torch.clear_autocast_cache()
             self._undo.pop()
             self._last.pop()
             self.number -= 1
@@ -236,14 +246,15 @@ class DeltaReader:
         check.expect(len(devices) == 1, "model", "one on a single device", f"{len(devices)} devices")
         (device,) = devices
         at = [tensors[f"{name}.indices"].to(device) for name in names]
-        overwritten = sparse_apply_(weights, at, [tensors[f"{name}.values"].to(device) for name in names])
+        values = [tensors[f"{name}.values"].to(device) for name in names]
+        overwritten = sparse_apply_(weights, at, values)
         if _digest(names, overwritten) != content["overwrites"]:
             sparse_apply_(weights, at, overwritten)
             raise EngramError(
                 f"model: expected the weights that delta {number} was made for, got others: they were changed"
             )
         torch.clear_autocast_cache()
-        self._undo.append((names, at, overwritten))
+        self._undo.append((names, at, overwritten, _digest(names, values)))
         self._last.append(file_checksum(self._folder / f"{number:06d}.json"))
         self.number = number
         if self._keep is not None:

@@ -69,6 +69,32 @@ def test_only_so_many_are_kept(tmp_path):
     assert not changed(states[1], base)
 
 
+def test_a_model_that_was_changed_since_is_not_rolled_back(tmp_path):
+    base, states = trained(tmp_path / "deltas")
+    reader = DeltaReader(tmp_path / "deltas", base)
+    reader.pull()
+    for weight in base.parameters():
+        weight.data.add_(1)
+    after = weights(base)
+    with pytest.raises(EngramError, match=r"^model: expected the weights that delta 4 left, got others"):
+        reader.rollback(1)
+    assert reader.number == 4 and not changed(after, base)
+    base.load_state_dict(states[3])
+    reader.rollback(1)
+    assert not changed(states[0], base)
+
+
+def test_autocast_of_the_caller_sees_deltas_come_and_go(tmp_path):
+    base, _ = trained(tmp_path / "deltas")
+    reader, ids = DeltaReader(tmp_path / "deltas", base), torch.arange(5, 15)[None]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        before = base(ids).logits
+        reader.pull()
+        assert not torch.equal(base(ids).logits, before)
+        reader.rollback(0)
+        assert torch.equal(base(ids).logits, before)
+
+
 def test_nothing_new_is_a_delta_without_entries(tmp_path):
     model = model_zoo.small_model()
     writer = DeltaWriter(tmp_path / "deltas", model)
