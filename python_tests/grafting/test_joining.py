@@ -107,6 +107,9 @@ def test_ties_by_hand():
     assert join_state_dicts(base, others, "ties")["w"].tolist() == [2.0, -5.0, -3.0, 0.0]
     # The two largest of each: 3 and −4, −5 and −2.
     assert join_state_dicts(base, others, "ties", density=0.5)["w"].tolist() == [3.0, -5.0, -3.0, 0.0]
+    # A tie of the signs is positive, as mergekit has it.
+    even = [{"w": torch.tensor([1.0, -1.0, 0.0, 2.0])}, {"w": torch.tensor([-1.0, 1.0, 0.0, -2.0])}]
+    assert join_state_dicts(base, even, "ties")["w"].tolist() == [1.0, 1.0, 0.0, 2.0]
     weighted = join_state_dicts(base, others, "ties", weights=[1.0, 0.25], scale=2.0)["w"]
     torch.testing.assert_close(weighted, torch.tensor([2 * 3.25 / 1.25, -10.0, -2 * 4.5 / 1.25, 0.0]))
 

@@ -83,6 +83,21 @@ def test_a_question_is_covered_as_far_as_its_least_word():
     assert coverage(encoder, "What is it?", ["A tower."]) == [1.0] and coverage(encoder, question, []) == []
 
 
+def test_coverage_is_the_least_of_the_largest_cosines():
+    """Of the question's content words: here all of it but for its first word."""
+    encoder, question, text = sentence_encoder(), "Where museum towers Paris", "The towers close."
+    states = []
+    for part in (question, text):
+        ids = torch.tensor([encoder.tokenizer(part)["input_ids"]])
+        with torch.no_grad():
+            found = encoder.model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state[0]
+        states.append(torch.nn.functional.normalize(found[1:-1], dim=-1))  # without the marks at both ends
+    words = len(encoder.tokenizer("Where")["input_ids"]) - 2
+    cosines = (states[0][words:] @ states[1].T).amax(-1)
+    assert coverage(encoder, question, [text]) == pytest.approx([float(cosines.min())], abs=1e-6)
+    assert cosines.mean() - cosines.min() > 0.01  # else this test shows little
+
+
 def test_a_long_text_is_told_in_excerpts():
     sentences = [f"Sentence number {i} of a story that is long enough to be cut." for i in range(8)]
     assert excerpts(" ".join(sentences)) == [" ".join(sentences[i : i + 2]) for i in range(7)]
