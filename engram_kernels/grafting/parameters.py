@@ -154,7 +154,8 @@ def mapped_tensors(path: Path, names: Sequence[str], argument: str) -> dict[str,
         tensors: dict[str, Tensor] = {}
         for shard in shards:
             with safe_open(shard, framework="pt") as file:
-                tensors |= {name: file.get_tensor(name) for name in names if name in file.keys()}
+                held = set(file.keys())
+                tensors |= {name: file.get_tensor(name) for name in names if name in held}
         return tensors
     except (OSError, KeyError, ValueError, SafetensorError) as error:
         raise EngramError(

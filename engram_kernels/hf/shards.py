@@ -82,6 +82,10 @@ class Checkpoint:
             config = read_json(self.folder / "config.json")
             if (self.folder / INDEX).is_file():
                 index = read_json(self.folder / INDEX)["weight_map"]
+                for file in index.values():
+                    # Rewritten files have the same names, and must lie in their new folder.
+                    if Path(str(file)).name != file:
+                        raise ValueError(f"{INDEX} names {file!r}, which is not in its folder")
                 self.files = sorted(set(index.values()))
             else:
                 index, self.files = None, [SINGLE]

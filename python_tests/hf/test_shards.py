@@ -164,6 +164,23 @@ def test_an_index_that_names_what_is_not_there_is_refused(case, tmp_path):
         Checkpoint(tmp_path)
 
 
+@pytest.mark.parametrize("place", ["../other.safetensors", "/tmp/other.safetensors", 7])
+def test_an_index_that_leads_out_of_its_folder_is_refused(case, tmp_path, place):
+    """Its names are the ones that are written under, too."""
+    for path in case.path.iterdir():
+        (tmp_path / "model" / path.name).parent.mkdir(exist_ok=True)
+        (tmp_path / "model" / path.name).write_bytes(path.read_bytes())
+    index = tmp_path / "model" / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    name, file = next(iter(content["weight_map"].items()))
+    (tmp_path / "other.safetensors").write_bytes((tmp_path / "model" / file).read_bytes())
+    content["weight_map"][name] = place
+    index.write_text(json.dumps(content))
+    kind = r"^model: expected a folder with safetensors .*index.json names .*, which is not in its folder"
+    with pytest.raises(OtherLayoutError, match=kind):
+        Checkpoint(tmp_path / "model").rewrite(tmp_path / "out" / "new", {})
+
+
 def test_a_name_that_is_none_must_be_loaded(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(
