@@ -41,7 +41,7 @@ def low_rank(cpu, kind: str, code: int) -> None:
     ]
     cpu.apply_low_rank(
         *(address(weight), code, 1, rows, columns, rows * columns, columns),
-        *(address(left), address(right), rank, 2.0, 2),
+        *(address(left), address(right), rank, 2.0, True, 2),
     )
     # Every value is a small multiple of a power of two: no rounding.
     assert list(weight) == expected, "apply_low_rank"

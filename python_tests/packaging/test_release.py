@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import engram_kernels as ek
+from engram_kernels.backends import unavailable
 
 ROOT = Path(__file__).parents[2]
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
@@ -111,6 +112,16 @@ def test_wheels_are_built_for_every_python_from_the_oldest():
     minors = [int(version.partition(".")[2]) for version in wheels.PYTHONS]
     assert minors == list(range(minors[0], minors[0] + len(minors)))
     assert f'requires-python = ">={wheels.PYTHONS[0]}"' in (ROOT / "pyproject.toml").read_text()
+
+
+@pytest.mark.skipif(unavailable("cpu", "cpu") is not None, reason="the CPU kernels are not built")
+def test_the_run_of_a_wheel_without_torch_knows_the_module():
+    """It calls the module as the backend does, so it changes with it: here on the one that is installed."""
+    installed = Path(ek.__file__).parents[1]
+    command = [sys.executable, "-I", str(ROOT / "release" / "smoke.py"), str(installed)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "_cpu (" in done.stdout
 
 
 def test_one_version_everywhere():
