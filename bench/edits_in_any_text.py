@@ -72,7 +72,7 @@ def said(model, tokenizer, edit: Edit) -> str:
     return answer.text
 
 
-def held(model, tokenizer, editor: Editor, calls: list[list[Edit]], method: str) -> list[dict]:
+def held(model, tokenizer, editor: Editor, calls: list[list[Edit]], method: str = "engram") -> list[dict]:
     """The probability of each fact after all calls, and what the model then writes."""
     results = [editor.edit(edits, method=method) for edits in calls]
     rows = [encode_row(tokenizer, fact.subject, fact.prompt, fact.target) for fact in FACTS]
