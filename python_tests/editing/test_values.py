@@ -337,9 +337,8 @@ def test_batch_reads_every_target_token_once(tokenizer):
 def test_what_follows_the_target_is_read_where_it_shall_stay(tokenizer):
     texts = texts_of(model_zoo.small_model(), tokenizer)
     batch = EditBatch(texts, torch.device("cpu"), kl_weight=0.5, after_weight=2.0)
-    kept = list(zip(batch.place_rows.tolist(), batch.place_positions.tolist(), strict=True))[
-        len(batch.labels) :
-    ]
+    places = list(zip(batch.place_rows.tolist(), batch.place_positions.tolist(), strict=True))
+    kept = places[len(batch.labels) :]
     # Of every row the last token that is read: that of its target, or of the KL prompt.
     assert kept == [(number, len(row.ids) - 1) for number, row in enumerate(batch.rows)]
     assert batch.inputs == [row.ids for row in batch.rows]
