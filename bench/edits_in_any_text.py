@@ -1,8 +1,9 @@
 """Does an edit take in any script, after an open quotation, in code? Do five facts of one subject hold?
 
     python bench/edits_in_any_text.py --output out.json
+    python bench/edits_in_any_text.py --by engram-forms --only Greek --only Arabic --output forms.json
 
-Each edit is made by the editor's defaults, asked for what the model writes, and taken back. "As shown": the
+Each edit is made by itself, asked for what the model writes, and taken back. "As shown": the
 tokens that are trained decode to what `Edit.text` shows. How well a model knows a script is said by what it
 takes to predict the fact's own text before the edit, in bits a byte, beside those of English.
 """
@@ -71,9 +72,9 @@ def said(model, tokenizer, edit: Edit) -> str:
     return answer.text
 
 
-def held(model, tokenizer, editor: Editor, calls: list[list[Edit]]) -> list[dict]:
+def held(model, tokenizer, editor: Editor, calls: list[list[Edit]], method: str = "engram") -> list[dict]:
     """The probability of each fact after all calls, and what the model then writes."""
-    results = [editor.edit(edits) for edits in calls]
+    results = [editor.edit(edits, method=method) for edits in calls]
     rows = [encode_row(tokenizer, fact.subject, fact.prompt, fact.target) for fact in FACTS]
     found = [
         {
@@ -92,16 +93,22 @@ def held(model, tokenizer, editor: Editor, calls: list[list[Edit]]) -> list[dict
 def main(
     output: Annotated[Path, typer.Option(help="A file of JSON; what stands in it is not done again.")],
     model: Annotated[str, typer.Option(help="A name that engram knows, or a folder.")] = "smollm2",
+    by: Annotated[str, typer.Option(help="The editor's method.")] = "engram",
+    only: Annotated[list[str] | None, typer.Option(help="These edits, and no five facts.")] = None,
 ) -> None:
     warnings.simplefilter("ignore")
     network, tokenizer = load_model(model)
     editor = Editor(network, tokenizer)
-    found = json.loads(output.read_text()) if output.exists() else {"model": model, "edits": {}, "facts": {}}
+    found = (
+        json.loads(output.read_text())
+        if output.exists()
+        else {"model": model, "method": by, "edits": {}, "facts": {}}
+    )
     for name, edit in EDITS.items():
-        if name in found["edits"]:
+        if name in found["edits"] or (only and name not in only):
             continue
         bits = bits_a_byte(network, tokenizer, edit.text)
-        with editor.edit(edit) as result:
+        with editor.edit(edit, method=by) as result:
             (record,) = result.records
             answer = said(network, tokenizer, edit)
         found["edits"][name] = {
@@ -115,10 +122,10 @@ def main(
         write_json(output, found)
         print(name, found["edits"][name], flush=True)
     for name, calls in {"one call": [FACTS], "five calls": [[fact] for fact in FACTS]}.items():
-        if name not in found["facts"]:
-            found["facts"][name] = held(network, tokenizer, editor, calls)
+        if name not in found["facts"] and not only:
+            found["facts"][name] = held(network, tokenizer, editor, calls, by)
             write_json(output, found)
-    console, drawn = Console(width=160), Table(title=model)
+    console, drawn = Console(width=160), Table(title=f"{model}, {by}")
     for column in ("", "text trained", "as shown", "bits a byte", "p before", "p after", "the model writes"):
         drawn.add_column(column)
     for name, one in found["edits"].items():

@@ -29,9 +29,10 @@ from engram_kernels.editing.held_out import text_loss, wikipedia_rows
 from engram_kernels.evaluation.answers import greedy, success
 
 UNEDITED = "unedited"
-FORMS = ("prompt", "unseen", "question", "chat")
+# The last asks the subject for something else, which the target should not answer.
+FORMS = ("prompt", "unseen", "question", "chat", "elsewhere")
 # Questions and chats may begin with other words than the answer.
-TOKENS = {"prompt": 8, "unseen": 8, "question": 12, "chat": 12}
+TOKENS = {"prompt": 8, "unseen": 8, "question": 12, "chat": 12, "elsewhere": 8}
 
 
 def questions(tokenizer, row: TakeRow) -> dict[str, list[str]]:
@@ -46,6 +47,7 @@ def questions(tokenizer, row: TakeRow) -> dict[str, list[str]]:
         "unseen": [row.about(text) for text in row.unseen],
         "question": [row.about(row.question)],
         "chat": [chat(row.chat)] if tokenizer.chat_template else [],
+        "elsewhere": [row.about(text) for text in row.elsewhere],
     }
 
 

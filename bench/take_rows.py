@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 ROWS = Path(__file__).parent / "data" / "edits_that_take.json"
+# How far along the list of relations those are whose prompts ask a subject for something else.
+ELSEWHERE = (3, 6, 9, 12)
 DIGESTED = ("prompt", "subject", "target_new", "ground_truth", "locality_prompt")
 
 
@@ -25,6 +27,7 @@ class TakeRow:
         given_question, question: in the form "Q: … A:"; the first may be told, the second not.
         given_chat, chat: what a user writes to a chat model; the first may be told, the second not.
         neighbours: twelve prompts about other subjects, of the same relation.
+        elsewhere: prompts of four other relations, which the target hardly ever answers.
     """
 
     number: int
@@ -39,6 +42,7 @@ class TakeRow:
     given_chat: str
     chat: str
     neighbours: tuple[str, ...]
+    elsewhere: tuple[str, ...] = ()
 
     def about(self, text: str) -> str:
         """A text with the subject in its place."""
@@ -80,4 +84,11 @@ def read_take_rows(path: Path | None = None, data: Path | None = None) -> list[T
                     ),
                 )
             )
+    prompts = {row.relation: row.prompt for place, row in zip(places, rows, strict=True) if place == 0}
+    numbers = {name: number for number, name in enumerate(prompts)}
+    listed = list(prompts.values())
+    rows = [
+        replace(row, elsewhere=tuple(listed[(numbers[row.relation] + by) % len(listed)] for by in ELSEWHERE))
+        for row in rows
+    ]
     return [row for _, row in sorted(zip(places, rows, strict=True), key=lambda pair: pair[0])]

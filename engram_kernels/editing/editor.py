@@ -20,6 +20,7 @@ from ..hf.layers import decoder_layers
 from ..hf.loading import cache_directory, writable_directory
 from ..hf.placement import mirrors, unwrapped, whole_model
 from ..hf.projection import default_layer, searched_projection
+from .batching import encode_edit
 from .edit import Edit
 from .health import check_bounds
 from .journal import Journal
@@ -30,11 +31,15 @@ from .prefixes import sample_prefixes
 from .result import EditResult
 from .run import Plan, Run
 from .values import ValueOptions
+from .writing import adds_up
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
     from ..hf.tokens import Tokenizer
+
+# What is read to see whether layers can share a change.
+PROBE = Edit("It", "{} is", "so")
 
 
 class Editor:
@@ -279,12 +284,24 @@ class Editor:
     def layers(self, method: str | Method = "engram") -> tuple[int, ...]:
         """The layers that a method writes where none are asked for.
 
+        One alone where a searched change cannot be spread: without `consistent_key`, or in a model that does
+        not add what its MLPs answer to its states as it is.
+
         Raises:
             ValueError: there is no such method.
         """
         method = method_of(method)
-        first = max(0, default_layer(self.model, method.depth) - method.layers // 2)
-        return tuple(range(len(decoder_layers(self.model)[1])))[first : first + method.layers]
+        middle = default_layer(self.model, method.depth)
+        first = max(0, middle - method.layers // 2)
+        layers = tuple(range(len(decoder_layers(self.model)[1])))[first : first + method.layers]
+        if len(layers) == 1 or method.values == "gradient":
+            return layers
+        if not self.consistent_key:
+            return (middle,)
+        with eval_mode(self.model):
+            probe = encode_edit(self.model, self.tokenizer, PROBE, ())
+            last = searched_projection(self.model, layers[-1])
+            return layers if adds_up(self.model, last, probe) else (middle,)
 
     def prefixes(self) -> list[str]:
         """The texts that are put before every prompt, sampled once."""

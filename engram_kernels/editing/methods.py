@@ -88,9 +88,11 @@ METHODS = {
         source="this package: ROME under a key that every text answers to",
     ),
     "engram-forms": Method(
-        batch=1, key_ridge=10.0, texts=5, forms=True,
-        value=ValueOptions(learning_rate=0.8, stop_probability=0.9, relative=True),
-        source="this package: `engram`, searched over the forms in which people ask",
+        layers=3, depth=0.17, batch=1, key_ridge=10.0, texts=3, forms=True,
+        value=ValueOptions(
+            steps=16, learning_rate=1.6, clamp=6.0, after_weight=0.25, stop_probability=0.9, relative=True
+        ),
+        source="this package: `engram` over three layers, searched in the forms in which people ask",
     ),
     "rome": Method(batch=1, source="Meng et al. 2022, arXiv 2202.05262"),
     "r-rome": Method(batch=1, source="Gupta et al. 2024, arXiv 2403.07175"),

@@ -74,7 +74,11 @@ def write_values(
         bare = torch.stack([value.keys[0] for value in values]) if bare_denominator else None
         return [_write(projection, encoded, keys, bare, residuals, operators, edits)]
     last = projections[-1]
-    check_additive(model, last, encoded[0])
+    if not adds_up(model, last, encoded[0]):
+        raise EngramError(
+            f"layers: expected one layer for this model, whose layers do not add the output of "
+            f"{last.name!r} to their own as it is, got several"
+        )
     before, writes = None, []
     for number, projection in enumerate(projections):
         keys, hidden = _combined_states(model, projection, last, encoded, key, operators, ranks)
@@ -202,13 +206,10 @@ def subject_states(
 
 
 @torch.no_grad()
-def check_additive(model: nn.Module, projection: Projection, encoded: EncodedEdit) -> None:
-    """Prove that a change of the projection's output is the same change of its layer's output.
+def adds_up(model: nn.Module, projection: Projection, encoded: EncodedEdit) -> bool:
+    """Whether a change of the projection's output is the same change of its layer's output.
 
     Where a norm or a factor stands between them, layers cannot share a change by equal parts.
-
-    Raises:
-        EngramError: it is another one.
     """
     bare = replace(encoded, rewriting=encoded.rewriting[:1], held=[])
     device = projection.matrix.device
@@ -223,8 +224,4 @@ def check_additive(model: nn.Module, projection: Projection, encoded: EncodedEdi
     change = change[0].to(states[0])
     off = (states[1] - states[0] - change).abs()
     room = 1e-3 + 8 * torch.finfo(projection.matrix.dtype).eps * (1 + states[0].abs() + change.abs())
-    if not (off <= room).all():
-        raise EngramError(
-            f"layers: expected one layer for this model, whose layers do not add the output of "
-            f"{projection.name!r} to their own as it is, got several"
-        )
+    return bool((off <= room).all())

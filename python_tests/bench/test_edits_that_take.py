@@ -40,6 +40,7 @@ def data_of(tmp_path, **changes):
 def test_a_row_that_changed_is_refused(tmp_path):
     (row,) = read_take_rows(*data_of(tmp_path))
     assert row.prompt == "{} speaks" and row.neighbours == ("Eve speaks", "Eva speaks")
+    assert row.elsewhere == ("{} speaks",) * 4  # of this file's one relation
     assert row.about(row.question) == "Q: What is the mother tongue of Ada?\nA:"
     with pytest.raises(ValueError, match="data: expected the row 0 of Ada, got another text"):
         read_take_rows(*data_of(tmp_path, ground_truth="Latin"))
@@ -75,7 +76,13 @@ def test_the_shares_of_a_method(tmp_path):
         ("n",),
     )
     entry = {"neighbours": [1, 2], "text_loss": 2.0}
-    texts = [("prompt", " French."), ("unseen", " Frenchmen"), ("unseen", " some French"), ("question", "")]
+    texts = [
+        ("prompt", " French."),
+        ("elsewhere", " x"),
+        ("unseen", " Frenchmen"),
+        ("unseen", " some French"),
+        ("question", ""),
+    ]
     answers = [{"form": form, "prompt": "", "text": text} for form, text in texts]
     for method, kept, loss in (("unedited", [1, 2], 2.0), ("mine", [1, 3], 2.25)):
         (tmp_path / method).mkdir()
@@ -84,7 +91,7 @@ def test_the_shares_of_a_method(tmp_path):
     found = edits_that_take.summary(tmp_path, [row])["mine"]
     assert found["prompt"] == {"begins": 1, "contains": 1, "exact": 1}
     assert found["unseen"] == {"begins": 0, "contains": 0.5, "exact": 0}
-    assert found["question"]["begins"] == 0 and "chat" not in found
+    assert found["elsewhere"]["contains"] == found["question"]["begins"] == 0 and "chat" not in found
     assert found["neighbours_kept"] == 0.5 and found["text_loss"] == 0.25 and found["rows"] == 1
     drawn = edits_that_take.table({"mine": found}, "title")
     assert drawn.row_count == 1

@@ -19,7 +19,7 @@ from engram_kernels.editing.batching import encode_edit
 from engram_kernels.editing.methods import METHODS
 from engram_kernels.editing.preconditioner import principal_directions
 from engram_kernels.editing.values import ValueOptions
-from engram_kernels.editing.writing import check_additive, subject_states
+from engram_kernels.editing.writing import adds_up, subject_states
 from engram_kernels.errors import EngramError
 from engram_kernels.hf.layers import decoder_layers
 from engram_kernels.hf.projection import output_projection
@@ -274,6 +274,8 @@ def test_layers_that_do_not_add_up_are_refused(make, family):
     assert changed(before, editor.model) == []
     with editor.edit(EDITS, layers=1, method="memit", ridge=0.1):
         assert changed(before, editor.model)
+    # Where none are asked for, one is taken.
+    assert editor.layers("memit") == editor.layers("engram-forms") == (1,)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -282,15 +284,14 @@ def test_layers_that_add_up_are_taken(make, family, dtype):
     editor = make(family, dtype)
     before, projection = weights(editor.model), output_projection(editor.model, 2)
     encoded = encode_edit(editor.model, editor.tokenizer, EDITS[0], [])
-    check_additive(editor.model, projection, encoded)
+    assert adds_up(editor.model, projection, encoded)
     assert changed(before, editor.model) == []
 
     def double(_module, _inputs, output):
         return (2 * output[0], *output[1:]) if isinstance(output, tuple) else 2 * output
 
     decoder_layers(editor.model)[1][2].register_forward_hook(double)
-    with pytest.raises(EngramError, match=r"^layers: expected one layer for this model"):
-        check_additive(editor.model, projection, encoded)
+    assert not adds_up(editor.model, projection, encoded)
 
 
 CONFLICTING = [EDITS[0], EDITS[2], Edit("The Eiffel Tower", "{} is located in the city of", "Paris")]
@@ -412,4 +413,5 @@ def test_original_rome_has_one_layer(make):
 
 def test_default_layers_of_a_shallow_model(make):
     assert make().layers("memit") == (0, 1, 2, 3)
+    assert make().layers("engram-forms") == (0, 1, 2)
     assert make().layers() == (1,)

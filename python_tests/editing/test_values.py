@@ -288,11 +288,13 @@ def test_default_dtype_makes_no_difference(tokenizer, dtype):
     assert all(torch.equal(a.change, b.change) for a, b in zip(found, expected, strict=True))
 
 
-def test_one_edit_without_a_finite_loss_does_not_touch_the_others(tokenizer, monkeypatch):
+@pytest.mark.parametrize("after_weight", [0.0, 1.0])
+def test_one_edit_without_a_finite_loss_does_not_touch_the_others(tokenizer, monkeypatch, after_weight):
     model = model_zoo.small_model("llama")
     projection = output_projection(model, 1)
     texts = texts_of(model, tokenizer)
-    expected = find_values(model, projection, texts, OPTIONS)
+    options = dataclasses.replace(OPTIONS, after_weight=after_weight)
+    expected = find_values(model, projection, texts, options)
     losses = losses_module.Losses.of
 
     def spoilt(self, delta):
@@ -301,7 +303,7 @@ def test_one_edit_without_a_finite_loss_does_not_touch_the_others(tokenizer, mon
         return nll.index_fill(0, torch.tensor(at, dtype=torch.long), float("nan")), *others
 
     monkeypatch.setattr(losses_module.Losses, "of", spoilt)
-    found = find_values(model, projection, texts, OPTIONS)
+    found = find_values(model, projection, texts, options)
     assert isinstance(found[1], EngramError) and "the Colosseum is located" in str(found[1])
     for i in (0, 2):
         assert (found[i].change - expected[i].change).norm() <= 1e-4 * expected[i].change.norm()
@@ -330,6 +332,19 @@ def test_batch_reads_every_target_token_once(tokenizer):
         assert batch.shares[mine].sum().item() == pytest.approx(1.0)
         assert int(mine.sum()) == sum(len(row.ids) - row.target for row in text.rewriting)
         assert batch.rows[batch.bare[number]].ids == text.rewriting[0].ids
+
+
+def test_what_follows_the_target_is_read_where_it_shall_stay(tokenizer):
+    texts = texts_of(model_zoo.small_model(), tokenizer)
+    batch = EditBatch(texts, torch.device("cpu"), kl_weight=0.5, after_weight=2.0)
+    places = list(zip(batch.place_rows.tolist(), batch.place_positions.tolist(), strict=True))
+    kept = places[len(batch.labels) :]
+    # Of every row the last token that is read: that of its target, or of the KL prompt.
+    assert kept == [(number, len(row.ids) - 1) for number, row in enumerate(batch.rows)]
+    assert batch.inputs == [row.ids for row in batch.rows]
+    for number in range(len(texts)):
+        assert batch.kept_shares[batch.kept_owner == number].sum().item() == pytest.approx(2.5)
+    assert EditBatch(texts, torch.device("cpu")).inputs == [row.inputs for row in batch.rows]
 
 
 def test_reached_is_the_targets_probability_and_whether_it_is_said(tokenizer):
