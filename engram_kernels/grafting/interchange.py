@@ -254,8 +254,8 @@ def read_slime(directory: str | os.PathLike, base: Base) -> Graft:
             with safe_open(path, framework="pt") as file:
                 checksums = file.metadata() or {}
                 for name in file.keys():
-                    delta = zstandard.ZstdDecompressor().decompress(file.get_tensor(name).numpy().tobytes())
                     (weight,) = tensors_of(base, [name], "base").values()
+                    delta = _unpacked(zstandard, file.get_tensor(name), 4 + 5 * weight.nbytes)
                     entries[name] = _overwritten(weight, delta, checksums[name])
     except (
         OSError,
@@ -272,6 +272,14 @@ def read_slime(directory: str | os.PathLike, base: Base) -> Graft:
             f"directory: expected a disk delta of slime, got {str(directory)!r} ({error})"
         ) from error
     return _of_entries(base, entries, "directory")
+
+
+def _unpacked(zstandard, packed: Tensor, most: int) -> bytes:
+    """The bytes of a compressed delta, of which there are no more than if it overwrites everything."""
+    content = packed.numpy().tobytes()
+    if zstandard.frame_content_size(content) > most:
+        raise ValueError("it unpacks to more than the tensor has")
+    return zstandard.ZstdDecompressor().decompress(content, max_output_size=most)
 
 
 def _overwritten(weight: Tensor, delta: bytes, checksum: str) -> tuple[Tensor, Tensor]:

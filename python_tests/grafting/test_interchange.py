@@ -11,7 +11,7 @@ import torch
 from editing_helpers import changed, weights
 from grafting_helpers import some_graft, tuned
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from engram_kernels import EngramError
 from engram_kernels.grafting import (
@@ -174,6 +174,26 @@ def test_slime_makes_of_a_delta_what_the_graft_makes(tmp_path, dtype):
     (tmp_path / "weight_v000004" / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(EngramError, match=r"expected a disk delta of slime, .*it uses xor, zstd, adler32"):
         read_slime(tmp_path / "weight_v000004", model)
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_delta_that_unpacks_to_more_than_a_tensor_is_refused(half, tmp_path, told):
+    """Whether its size is written at its beginning or not."""
+    zstandard = pytest.importorskip("zstandard")
+    model, graft = half
+    save_slime(graft, model, tmp_path / "delta", 1)
+    (path,) = (tmp_path / "delta").glob("*.safetensors")
+    with safe_open(path, "pt") as file:
+        checksums = file.metadata()
+    tensors = load_file(path)
+    name = next(iter(tensors))
+    large = bytes(5 + 5 * model.get_parameter(name).nbytes)
+    packed = zstandard.ZstdCompressor(write_content_size=told).compress(large)
+    tensors[name] = torch.frombuffer(bytearray(packed), dtype=torch.uint8)
+    save_file(tensors, path, checksums)
+    kind = "it unpacks to more than the tensor has" if told else "decompress"
+    with pytest.raises(EngramError, match=rf"^directory: expected a disk delta of slime, .*{kind}"):
+        read_slime(tmp_path / "delta", model)
 
 
 def test_slimes_compression_is_asked_for(half, tmp_path, monkeypatch):
