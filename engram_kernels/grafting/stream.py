@@ -190,7 +190,7 @@ class DeltaReader:
             EngramError: a delta is missing, was changed, or does not follow the one before it, or the model
                 was changed; the model stands where the last sound delta left it.
         """
-        there = sorted(int(path.stem) for path in self._folder.glob("[0-9]*.json"))
+        there = [int(path.stem) for path in self._folder.glob("*.json") if path.stem.isdecimal()]
         last = max([self.number, *there]) if to is None else to
         check.integer("to", last)
         check.expect(last >= self.number, "to", f"{self.number} or later: roll back first", last)

@@ -104,6 +104,12 @@ def test_nothing_new_is_a_delta_without_entries(tmp_path):
     reader.rollback(0)
 
 
+def test_what_else_lies_in_the_folder_is_no_delta(tmp_path):
+    base, states = trained(tmp_path / "deltas")
+    (tmp_path / "deltas" / "000009 (copy).json").write_text("{}")
+    assert DeltaReader(tmp_path / "deltas", base).pull() == 4 and not changed(states[3], base)
+
+
 def test_gaps_and_deltas_of_other_streams_are_refused(tmp_path):
     base, states = trained(tmp_path / "deltas")
     trained(tmp_path / "other", seed=50)
