@@ -22,7 +22,7 @@ class Method(NamedTuple):
         thin: "magnitude" keeps the largest, "random" drops others by chance (DARE), "rank" by chance that
             falls with their rank in the row (DELLA); None keeps all.
         elect: whether only changes of the elected sign count (TIES).
-        normalise: whether the sum is divided by the weights that count at an entry.
+        normalise: whether the sum of the elected is divided by the weights that count at an entry.
         rescale: whether what was thinned out gets its sum of absolute values back.
         agree: whether only entries count that enough models need (TALL masks).
     """
@@ -171,8 +171,6 @@ def join(
         total.add_(change, alpha=weight)
     if known.elect:
         total = _elected(changes, options.weights, total >= 0, known.normalise)
-    elif known.normalise:
-        total /= sum(options.weights) or 1.0
     if known.agree:
         needed = torch.zeros_like(base, dtype=torch.int32)
         for change in changes:
