@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from accuracy import error
 from editing_helpers import changed, weights
 from mutations import flip
 
-from engram_kernels.editing import METHODS, Edit, EditResult, EditStore
+from engram_kernels.editing import METHODS, Edit, EditResult, EditStore, journal
 from engram_kernels.editing import statistics as statistics_module
 from engram_kernels.editing.compression import compressed
 from engram_kernels.editing.values import ValueOptions
@@ -356,6 +357,24 @@ def test_spoilt_statistics_are_refused_by_name(tmp_path):
     with open_store(tmp_path, model) as store:
         store.add(EDITS[1])
     assert store.verify() == 2
+
+
+def test_a_run_that_another_version_began_is_refused_with_the_way_out(tmp_path, monkeypatch):
+    def cut(stage, done, _total):
+        if stage == "values" and done:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(journal, "FORMAT", journal.FORMAT - 1)
+        with pytest.raises(KeyboardInterrupt):
+            open_store(tmp_path, progress=cut).add(EDITS[0])
+    (pending,) = (tmp_path / "pending").iterdir()
+    with open_store(tmp_path) as store:
+        with pytest.raises(EngramError, match=rf"same format, .* begins anew: rm -r {pending}$"):
+            store.add(EDITS[0])
+        shutil.rmtree(pending)
+        store.add(EDITS[0])
+        assert store.verify() == 1
 
 
 # Each run is a fork of a process that has imported everything and computed nothing.
