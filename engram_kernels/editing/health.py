@@ -141,7 +141,7 @@ class HealthCheck:
             if own:
                 norm, largest = self._norms[projection.name]
                 growth = max(growth, float(projection.whole().float().norm()) / norm)
-                update = max(update, largest_singular_value(*joined_factors(own)) / largest)
+                update = max(update, largest_singular_value(*_factors(projection, own)) / largest)
         due = made - self._looked >= EVERY
         holding = perplexity = None
         sample = spread(earlier()) if due or "holding" in self.stop_on else []
@@ -167,11 +167,16 @@ def norms_before(projection: Projection, base: str, after: Sequence[Write]) -> t
         matrix = projection.whole().detach().float()
         own = [write for write in after if write.module == projection.name]
         if own:
-            left, right = (part.to(matrix.device) for part in joined_factors(own))
-            matrix = torch.addmm(matrix, left, right, alpha=-1)
+            matrix = torch.addmm(matrix, *_factors(projection, own), alpha=-1)
         norms = float(matrix.norm()), largest_singular_value(matrix)
         _KNOWN[projection.module] = base, *norms
     return tuple(norms)
+
+
+def _factors(projection: Projection, own: Sequence[Write]) -> tuple[Tensor, Tensor]:
+    """The sum of a matrix's writes where the matrix lies: they are kept in main memory."""
+    left, right = joined_factors(own)
+    return left.to(projection.matrix.device), right.to(projection.matrix.device)
 
 
 def spread(items: Sequence[T]) -> list[T]:
