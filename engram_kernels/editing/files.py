@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .. import _checks as check
 from .._io import read_sealed, save_tensors, write_sealed
 from ..errors import EngramError
 from .adapter import CONFIG, FILE, load_adapter, save_adapter
@@ -153,3 +154,5 @@ def _check(content: Content, used: dict[str, int], factors: Mapping[str, tuple[T
             tensor = getattr(write, name)
             if tensor.dtype != torch.float32 or tuple(tensor.shape) != shape:
                 raise ValueError(f"{name} of {write.module!r} is not a float32 matrix of {list(shape)}")
+            if not check.is_finite(tensor):
+                raise ValueError(f"{name} of {write.module!r} is not finite")
