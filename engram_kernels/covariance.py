@@ -169,14 +169,22 @@ class Covariance:
         Example:
             >>> covariance = ek.Covariance.from_pretrained("covariance-17", device="cuda")
         """
-        return read_tensor_folder(
-            directory,
-            KIND,
-            lambda tensors, about: cls(
-                tensors["inverse"], tensors["largest"], int(about["count"]), float(about["ridge"])
-            ),
-            device,
-        )
+        return read_tensor_folder(directory, KIND, cls._read, device)
+
+    @classmethod
+    def _read(cls, tensors: dict[str, Tensor], about: dict[str, str]) -> "Covariance":
+        """What a folder holds, where it can be a covariance."""
+        inverse, largest = tensors["inverse"], tensors["largest"]
+        for name, tensor in (("inverse", inverse), ("largest", largest)):
+            check.floating(name, tensor, (torch.float64,))
+            check.finite(name, tensor)
+        square = inverse.dim() in (2, 3) and inverse.shape[-1] == inverse.shape[-2] > 0
+        check.expect(square, "inverse", "shape [in, in] or [B, in, in]", list(inverse.shape))
+        check.shape("largest", largest, (*inverse.shape[:-2], 1), "[1] or [B, 1]")
+        count, ridge = int(about["count"]), float(about["ridge"])
+        check.integer("count", count, at_least=1)
+        check.number("ridge", ridge, at_least=0)
+        return cls(inverse, largest, count, ridge)
 
     def __repr__(self) -> str:
         device = self._inverse.device

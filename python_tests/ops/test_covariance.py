@@ -99,16 +99,29 @@ def test_folders_without_a_covariance(tmp_path):
     file.write_bytes(b"not safetensors")
     with pytest.raises(ek.EngramError, match="directory: expected a covariance"):
         ek.Covariance.from_pretrained(tmp_path)
-    tensors = {"inverse": torch.eye(3), "largest": torch.ones(1)}
+    tensors = {"inverse": torch.eye(3).double(), "largest": torch.ones(1).double()}
     sound = {"format": "engram_kernels.covariance", "ridge": "0.0", "count": "1"}
-    for change in ({"format": "another"}, {"count": "many"}, {"ridge": ""}):
+    for change in ({"format": "another"}, {"count": "many"}, {"count": "0"}, {"ridge": ""}, {"ridge": "-1"}):
         save_sealed_tensors(file, tensors, {**sound, **change})
         with pytest.raises(ek.EngramError, match="directory: expected a covariance") as caught:
             ek.Covariance.from_pretrained(tmp_path)
         assert "\n" not in str(caught.value)
-    save_sealed_tensors(file, {"inverse": torch.eye(3)}, sound)
+    whole = {"inverse": torch.eye(3, dtype=torch.float64), "largest": torch.ones(1, dtype=torch.float64)}
+    for change in (
+        {"inverse": torch.eye(3)},
+        {"inverse": whole["inverse"][:2]},
+        {"inverse": whole["inverse"] / 0},
+        {"inverse": torch.ones(3, dtype=torch.float64)},
+        {"largest": torch.ones(2, dtype=torch.float64)},
+    ):
+        save_sealed_tensors(file, {**whole, **change}, sound)
+        with pytest.raises(ek.EngramError, match="directory: expected a covariance"):
+            ek.Covariance.from_pretrained(tmp_path)
+    save_sealed_tensors(file, {"inverse": whole["inverse"]}, sound)
     with pytest.raises(ek.EngramError, match="directory: expected a covariance"):
         ek.Covariance.from_pretrained(tmp_path)
+    save_sealed_tensors(file, whole, sound)
+    assert ek.Covariance.from_pretrained(tmp_path).dim == 3
 
 
 def test_a_changed_bit_is_refused(tmp_path):
