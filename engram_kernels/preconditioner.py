@@ -443,9 +443,23 @@ class Preconditioner:
         Example:
             >>> operator = ek.Preconditioner.from_pretrained("layer-17", device="cuda")
         """
-        return read_tensor_folder(
-            directory, KIND, lambda tensors, about: cls._of(json.loads(about["numbers"]), tensors), device
-        )
+        return read_tensor_folder(directory, KIND, cls._read, device)
+
+    @classmethod
+    def _read(cls, tensors: dict[str, Tensor], about: dict[str, str]) -> Preconditioner:
+        """What a folder holds, where it can be an operator."""
+        numbers = json.loads(about["numbers"])
+        check.integer("dim", numbers["dim"], at_least=1)
+        for name in sorted(numbers.keys() - {"dim"}):
+            check.number(name, numbers[name], at_least=0)
+        dim, terms = numbers["dim"], len(tensors["rows"])
+        shapes = {"base": (dim, dim), "rows": (terms, dim), "signs": (terms,), "free": (dim,)}
+        shapes["directions"] = (len(tensors.get("directions", ())), dim)
+        for name, tensor in tensors.items():
+            check.tensor(name, tensor, (torch.bool if name == "free" else torch.float64,))
+            check.shape(name, tensor, shapes[name], str(list(shapes[name])))
+            check.finite(name, tensor)
+        return cls._of(numbers, tensors)
 
     def _numbers(self) -> dict[str, float]:
         numbers = {"dim": self.dim, "ridge": self.ridge, "scale": self._q.scale, "alpha": self._alpha}

@@ -1,5 +1,6 @@
 """The operator of all closed-form editors: its algebra against dense fp64, its files, and what it refuses."""
 
+import json
 import math
 
 import numpy as np
@@ -9,6 +10,7 @@ from accuracy import error, wide
 from matrices import covariance_of
 
 import engram_kernels as ek
+from engram_kernels._io import load_sealed_tensors, save_sealed_tensors
 
 WIDTH, OUT = 40, 12
 
@@ -288,6 +290,28 @@ def test_files_keep_every_bit(kind, tmp_path):
         operator.save_pretrained(tmp_path / "0")
     with pytest.raises(ek.EngramError, match="directory: expected a preconditioner"):
         ek.Preconditioner.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["base", "rows", "signs", "free", "directions", "dim", "ridge"])
+def test_folders_that_hold_something_else(name, tmp_path):
+    """Sealed, but not what an operator has."""
+    operator, _ = operators()["covariance"]
+    operator = operator.preserve(draw(4, WIDTH)).within(torch.arange(30))
+    operator.suppress(torch.eye(WIDTH)[:2], 0.5).save_pretrained(tmp_path)
+    file = tmp_path / "preconditioner.safetensors"
+    tensors, about = load_sealed_tensors(file)
+    numbers = json.loads(about["numbers"])
+    if name in numbers:
+        changes = [({name: value}, {}) for value in (-1, "1", None)]
+    else:
+        whole = tensors[name]
+        changes = [({}, {name: whole[..., :-1].contiguous()}), ({}, {name: whole.float()})]
+        changes += [({}, {name: whole / 0})] * (name != "free")
+    for number, tensor in changes:
+        told = {**about, "numbers": json.dumps({**numbers, **number})}
+        save_sealed_tensors(file, {**tensors, **tensor}, told)
+        with pytest.raises(ek.EngramError, match="directory: expected a preconditioner"):
+            ek.Preconditioner.from_pretrained(tmp_path)
 
 
 def test_repr():
