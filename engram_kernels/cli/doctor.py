@@ -39,7 +39,10 @@ def doctor() -> None:
 
     backends = table("backend", "runs here", "built with", "tested", title="Backends")
     for one in found["backends"]:
-        built = ", ".join(f"{name} {value}" for name, value in one["built_with"].items())
+        built = ", ".join(
+            f"{name} {value if isinstance(value, str) else ' '.join(value)}"
+            for name, value in one["built_with"].items()
+        )
         backends.add_row(
             one["backend"], "yes" if one["why_not"] is None else f"no: {one['why_not']}", built, one["tested"]
         )
@@ -100,7 +103,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _build(backend: str) -> dict[str, str]:
+def _build(backend: str) -> dict[str, str | tuple[str, ...]]:
     """How a backend's code is compiled, or nothing where it is not."""
     if backend == "triton":
         return _triton_assemblers()

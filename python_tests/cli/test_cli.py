@@ -41,6 +41,8 @@ def test_doctor_names_every_operator_and_backend(engram):
         assert name in out
     if importlib.util.find_spec("triton"):
         assert re.search(r"ptxas\s+\d+\.\d+", out)
+    if ek.backends()["cpu"] is None:
+        assert re.search(r"isa_compiled\s+baseline", out)
     # What is a claim, and not more than that.
     assert out.count("executed as PTX on a CPU; not run on a GPU") == 2
 

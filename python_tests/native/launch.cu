@@ -23,7 +23,7 @@ template <typename Weight>
 void update() {
   using Update = LowRankUpdate<Weight>;
   const int64_t batch = number(), rows = number(), cols = number(), rank = number();
-  const Update plan(nullptr, {batch, rows, cols, rows * cols, cols}, nullptr, nullptr, rank, 1.0);
+  const Update plan(nullptr, {batch, rows, cols, rows * cols, cols}, nullptr, nullptr, rank, 1.0, nullptr);
   std::cout << plan.blocks() << ' ' << Update::kTileRows << ' ' << Update::kTileCols << ' '
             << sizeof(typename Update::Shared) << '\n';
 }
