@@ -16,7 +16,7 @@ from harness import check, relative, timed
 
 import engram_kernels as ek
 from engram_kernels.ops.define import ops
-from engram_kernels.ops.low_rank import _precondition as precondition
+from engram_kernels.ops.low_rank import precondition
 
 MODELS = (cases.SMOLLM2, cases.GPT2_MEDIUM, *cases.MODELS[1:])
 SHAPES = pytest.mark.parametrize(

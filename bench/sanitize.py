@@ -38,6 +38,7 @@ def larger_calls() -> list[tuple[str, tuple]]:
         found.append(("graft_logits_gradient", (gradient, pre, ft, logits, packed, 0.5)))
         found.append(("graft_mask_step_", (*lists, 0.5, 0.1, 0.0, [torch.zeros_like(pre)])))
         found.append(("top_k_mask", ([pre, pre[:5], pre[:0]], [ft, ft[:5], ft[:0]], 777)))
+    found.append(("precondition", (torch.randn(2, 21, 301), torch.randn(2, 301, 301))))
     system = torch.eye(70, dtype=torch.float64).repeat(3, 1, 1)
     found.append(("small_solve", (system, torch.randn(3, 70, 33), "cholesky")))
     found.append(("pack_mask", (torch.rand(20003) < 0.5,)))

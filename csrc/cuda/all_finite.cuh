@@ -1,4 +1,4 @@
-// *refused = 1 if a number of two arrays is NaN or infinite; else it stays as it is.
+// Adds to *refused if a number of two arrays is NaN or infinite.
 #pragma once
 
 #include "block.cuh"
@@ -32,7 +32,7 @@ struct AllFinite {
     bool finite = true;
 #pragma unroll
     for (int i = 0; i < kEach; ++i) finite &= numbers[i] - numbers[i] == Value(0);
-    if (!finite) atomicOr(refused, 1);
+    if (!finite) atomicAdd(refused, 1);
   }
 };
 

@@ -8,14 +8,19 @@ from .._linalg import compute_dtype
 from ..covariance import Covariance
 from .batching import folded
 from .define import apply, backward, define
-from .low_rank_solve import ResidualGram, ResidualRidge, SmallSolve, check_pairs, check_weight, names_of
+from .low_rank_solve import (
+    Precondition,
+    ResidualGram,
+    ResidualRidge,
+    SmallSolve,
+    check_pairs,
+    check_weight,
+    names_of,
+)
 
 __all__ = ["apply_low_rank_", "low_rank_factors", "low_rank_update"]
 
 MODES = ("joint", "sequential", "independent")
-
-# Columns of an inverse that are widened to fp64 at a time.
-_PANEL = 1024
 
 _LARGEST = torch.finfo(torch.float32).max
 
@@ -152,7 +157,7 @@ def _factors(
             whole = inverse if inverse.dim() == 3 else inverse.unsqueeze(0)
             residual, right, _ = apply(ResidualRidge, read, keys, wanted, whole, float(ridge))
             return (values if given else residual).mT, right.to(dtype)
-        preconditioned = _precondition(keys, inverse)
+        preconditioned = precondition(keys, inverse)
         residual, gram = apply(ResidualGram, read, keys, wanted, preconditioned)
         residual = values if given else residual
         energy = gram.diagonal(dim1=-2, dim2=-1)
@@ -168,13 +173,14 @@ def _factors(
         return residual.mT, right.to(dtype)
 
 
-def _precondition(keys: Tensor, inverse: Tensor) -> Tensor:
+def precondition(keys: Tensor, inverse: Tensor) -> Tensor:
     """Return `P = K C⁻¹` in fp64, [B, n, in]."""
-    keys = keys.double()
     if inverse.dtype == torch.float64:
-        return keys @ inverse
+        return keys.double() @ inverse
     # Products of an fp32 inverse cancel: in fp64 they keep the digits that it has, without a copy of in × in.
-    return torch.cat([keys @ panel.double() for panel in inverse.split(_PANEL, dim=-1)], dim=-1)
+    if inverse.dim() == 3:
+        return apply(Precondition, keys, inverse)
+    return apply(Precondition, keys.reshape(1, -1, keys.shape[-1]), inverse.unsqueeze(0)).view(keys.shape)
 
 
 # -- apply_low_rank_, low_rank_update ------------------------------------------------------------------------

@@ -37,6 +37,51 @@ def check_pairs(weight: Tensor, keys: Tensor, values: Tensor, name: str = "value
         check.same_device(argument, tensor, weight.device)
 
 
+# -- precondition --------------------------------------------------------------------------------------------
+
+
+def _check_precondition(keys: Tensor, inverse: Tensor) -> None:
+    check.floating("keys", keys)
+    check.floating("inverse", inverse)
+    check.dimensions("keys", keys, "[B, n, in]")
+    batch, _, width = keys.shape
+    check.shape("inverse", inverse, (batch, width, width), "[B, in, in]")
+    check.same_device("inverse", inverse, keys.device)
+
+
+_precondition = define(
+    "precondition(Tensor keys, Tensor inverse) -> Tensor",
+    _check_precondition,
+    canonical=lambda keys, inverse: None,
+    fake=lambda keys, inverse: keys.new_empty(keys.shape, dtype=torch.float64),
+    batched=folded,
+)
+
+
+class Precondition(torch.autograd.Function):
+    """P = K Q [B, n, in] in fp64, Q [B, in, in] in another type; dK = dP Qᵀ, dQ = Kᵀ dP."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(keys: Tensor, inverse: Tensor) -> Tensor:
+        return _precondition(keys, inverse)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @backward
+    def backward(ctx, gradient: Tensor):
+        keys, inverse = ctx.saved_tensors
+        d_keys = d_inverse = None
+        if ctx.needs_input_grad[0]:
+            d_keys = _precondition(gradient, inverse.mT).to(keys.dtype)
+        if ctx.needs_input_grad[1]:
+            d_inverse = (keys.double().mT @ gradient).to(inverse.dtype)
+        return d_keys, d_inverse
+
+
 # -- residual_gram -------------------------------------------------------------------------------------------
 
 

@@ -15,6 +15,7 @@ def _low_rank() -> dict[str, tuple]:
     left, right, preconditioned = values.mT.contiguous(), keys, keys.double()
     system = torch.eye(3, dtype=torch.float64).repeat(2, 1, 1)
     return {
+        "precondition": (keys, torch.randn(2, 7, 7)),
         "residual_gram": (weight, keys, values, preconditioned),
         "residual_ridge": (weight, torch.randn(2, 9, 7), torch.randn(2, 9, 5), torch.eye(7)[None], 0.5),
         "small_solve": (system, values, "cholesky"),

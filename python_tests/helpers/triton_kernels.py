@@ -70,6 +70,11 @@ def low_rank_cases():
             yield f"{name}, {weight}", Case(kernel, signature, constants, divisible, launch)
 
 
+PRECONDITION = {
+    "keys": "*fp32", "inverse": "*fp32", "out": "*fp64", "count": "i32", "width": "i32",
+}  # fmt: skip
+
+
 GRAFT_WEIGHTS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -161,6 +166,12 @@ GRAFT_CASES = {name for name, *_ in graft_cases()}
 def cases() -> dict[str, Case]:
     """Return every case by name."""
     found = dict(low_rank_cases())
+    for name, divisible in {
+        "P": pointers(PRECONDITION) | {"width"},
+        "P, odd": pointers(PRECONDITION),
+    }.items():
+        launch = low_rank.PRECONDITION_LAUNCH
+        found[name] = Case(low_rank._precondition_kernel, PRECONDITION, {}, divisible, launch)
     for name, kernel, signature, constants, aligned in graft_cases():
         divisible = pointers(signature) if aligned else set()
         found[name] = Case(kernel, signature, constants, divisible, graft.LAUNCH)

@@ -16,7 +16,9 @@ from matrices import LAYOUTS, covariance_of
 
 import engram_kernels as ek
 from engram_kernels._linalg import compute_dtype
-from engram_kernels.ops.define import ops
+from engram_kernels.ops.define import apply, ops
+from engram_kernels.ops.low_rank import precondition
+from engram_kernels.ops.low_rank_solve import Precondition
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 MODES = ["joint", "sequential", "independent"]
@@ -359,6 +361,29 @@ def test_empty(device, shape):
                 weight, keys[:, :1], values[:, :1], mode=mode, inverse_covariance=identity
             )
             assert got.shape == weight.shape
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1), (2, 5, 33), (1, 16, 64), (2, 17, 136), (1, 64, 80), (1, 70, 45)]
+)
+def test_precondition(device, shape, poisoned):
+    """K C⁻¹ of an fp32 inverse, of one for each matrix and of one for all, with fp64's digits."""
+    batch, count, width = shape
+    keys, inverses = torch.randn(batch, count, width), torch.randn(batch, width, width)
+    for inverse in (inverses, inverses[0]):
+        got = precondition(keys.to(device), inverse.to(device))
+        exact, eager = wide(keys) @ wide(inverse), keys.double() @ inverse.double()
+        assert got.dtype == torch.float64 and got.shape == keys.shape
+        assert error(got, exact) <= max(2 * error(eager, exact), rounding(torch.float64, width))
+
+
+def test_gradients_of_precondition():
+    keys = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
+    inverse = torch.randn(2, 5, 5, dtype=torch.float64, requires_grad=True)
+    function = lambda keys, inverse: apply(Precondition, keys, inverse)  # noqa: E731
+    assert torch.autograd.gradcheck(function, (keys, inverse))
+    mapped = torch.func.vmap(function, (0, None))(torch.stack([keys, 2 * keys]), inverse)
+    torch.testing.assert_close(mapped, torch.stack([keys @ inverse, 2 * keys @ inverse]))
 
 
 def check_residual_gram(device, dtype, shape, layout="contiguous"):

@@ -122,6 +122,9 @@ def cases() -> Iterator[Case]:
         for backend in ("triton", "cuda"):
             for dtype in (torch.bfloat16, torch.float32):
                 yield Case("residual_gram", backend, lambda s=shape, d=dtype: _residual(*s, d), False)
+    for batch, width, count in ((2, 136, 17), (1, 64, 16), (1, 33, 1), *((1, n, n) for n in range(1, 33))):
+        arguments = _normal(batch, count, width), _normal(batch, width, width)
+        yield Case("precondition", "triton", lambda arguments=arguments: arguments, False)
     for shape in ((2, 5, 17, 70), (1, 2, 64, 65), *((1, 2, n, n + 1) for n in range(1, 17))):
         yield Case("memory_stream", "triton", lambda s=shape: _stream(*s), False)
     for shape in ((2, 5, 33, 70), (1, 1, 32, 64), *((2, 3, n, 2 * n + 1) for n in range(1, 33, 2))):

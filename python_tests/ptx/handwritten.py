@@ -20,6 +20,7 @@ MODULE = """.version 8.8
 .reg .b16 %h<16>;
 .reg .b32 %r<40>;
 .reg .b64 %rd<24>;
+.reg .f64 %d<32>;
 .shared .align 16 .b8 buffer[1024];
 {loads}
 mov.u32 %r0, %tid.x;

@@ -158,6 +158,41 @@ def test_products(ptx, kind, depth):
     np.testing.assert_array_equal(product(ptx, A, B, C, kind), A @ B + C)
 
 
+@pytest.mark.parametrize("rows, depth", [(8, 4), (16, 4), (16, 8), (16, 16)])
+def test_products_in_fp64(ptx, rows, depth):
+    generator = np.random.default_rng(0)
+    A, B, C = (generator.integers(-8, 8, shape) / 8 for shape in ((rows, depth), (depth, 8), (rows, 8)))
+    halves = range(0, rows, 8)
+    inputs, got = [], np.zeros((32, rows // 4))
+    for lane in range(32):
+        g, t = divmod(lane, 4)
+        of_a = [A[g + half, 4 * step + t] for step in range(depth // 4) for half in halves]
+        of_b = [B[4 * step + t, g] for step in range(depth // 4)]
+        of_c = [C[g + half, 2 * t + i] for half in halves for i in range(2)]
+        inputs.append([*of_a, *of_b, *of_c])
+    inputs = np.array(inputs)
+    count, outputs, steps = inputs.shape[1], rows // 4, depth // 4
+    names = [f"%d{i}" for i in range(count + outputs)]
+    ends = np.cumsum([outputs, len(halves) * steps, steps, outputs])
+    operands = ", ".join("{" + ", ".join(some) + "}" for some in np.split(np.array(names), ends[:-1]))
+    loads = "\n".join(f"ld.global.f64 {names[outputs + i]}, [%rd0+{8 * i}];" for i in range(count))
+    stores = "\n".join(f"st.global.f64 [%rd1+{8 * i}], {names[i]};" for i in range(outputs))
+    ptx.machine.set_device("H100", 4)
+    ptx.run(
+        f"""{part("%rd0", 8 * count)} {part("%rd1", 8 * outputs)} {loads}
+        mma.sync.aligned.m{rows}n8k{depth}.row.col.f64.f64.f64.f64 {operands};
+        {stores}""",
+        inputs,
+        got,
+        architecture="90",
+    )
+    for lane in range(32):
+        g, t = divmod(lane, 4)
+        for i in range(outputs):
+            row, column = g + 8 * (i // 2), 2 * t + i % 2
+            assert got[lane, i] == A[row] @ B[:, column] + C[row, column]
+
+
 def test_products_ignore_the_last_bits_of_tf32(ptx):
     A, B, C = np.full((16, 8), 1 + 2.0**-11), np.eye(8), np.zeros((16, 8))
     np.testing.assert_array_equal(product(ptx, A, B, C, "tf32"), np.ones((16, 8)))

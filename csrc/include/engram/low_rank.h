@@ -48,7 +48,7 @@ namespace cuda {
 
 // As the functions of `cpu`; `device` pointers, launched on `stream`, nothing synchronised or allocated.
 // Each returns the cudaError_t of its launch as an int (0: launched).
-// `refused`, if there is one, becomes 1 where a factor has a NaN or an infinite number, else 0.
+// `refused`, if there is one, becomes 0, or more where a factor has a NaN or an infinite number.
 int apply_low_rank(void* weight, DType dtype, WeightShape shape, const void* left, const void* right,
                    int64_t rank, double scale, int32_t* refused, void* stream);
 

@@ -12,6 +12,8 @@ from . import split
 # Elements of a half-precision weight converted at a time: a panel stays near the cache, the weight is never
 # held in fp32 as a whole.
 _PANEL = 1 << 20
+# Columns of an inverse that are widened to fp64 at a time.
+_COLUMNS = 1024
 
 
 def _panels(weight: Tensor) -> Iterator[slice]:
@@ -24,6 +26,13 @@ def _panels(weight: Tensor) -> Iterator[slice]:
 def _splits(weight: Tensor, factor: Tensor) -> bool:
     """Whether a bf16 weight meets the parts of an fp32 factor: on GPUs, which have tensor cores for them."""
     return weight.is_cuda and weight.dtype == torch.bfloat16 and factor.dtype == torch.float32
+
+
+@implements("precondition", "torch")
+def precondition(keys: Tensor, inverse: Tensor) -> Tensor:
+    """P = K Q in fp64, without a copy of Q in fp64."""
+    wide = keys.double()
+    return torch.cat([wide @ panel.double() for panel in inverse.split(_COLUMNS, dim=-1)], dim=-1)
 
 
 @implements("residual_gram", "torch")

@@ -1,8 +1,8 @@
-"""The associative write on GPUs, in Triton: the residual against W and the low-rank update of W.
+"""The associative write on GPUs, in Triton: K C⁻¹, the residual against W and the low-rank update of W.
 
-Both are bound by the bytes of W while the number of keys is small, so W is read once, in its own type, and
-never held in another. Dots are of fp32 operands and say their precision: "tf32x3" carries fp32's digits on
-the tensor cores; the single "tf32" would lose them.
+They are bound by the bytes of W or C⁻¹ while the number of keys is small, so these are read once, in their
+own type, and never held in another. Dots of fp32 operands say their precision: "tf32x3" carries fp32's digits
+on the tensor cores; the single "tf32" would lose them.
 """
 
 import torch
@@ -15,6 +15,12 @@ from ..native import decline_strided_columns, matrices
 from .launch import OPTIONS
 
 PRECISION = "tf32x3"
+# Keys up to which an inverse in fp32 is read by P's kernel; beyond, fp64 products are the time.
+PRECONDITION_KEYS = 64
+# 27 KB of the inverse on their way a multiprocessor, at 14,336 columns.
+PRECONDITION_LAUNCH = {
+    "BLOCK_KEYS": 16, "BLOCK_ROWS": 16, "BLOCK_COLS": 64, "num_warps": 8, "num_stages": 5, **OPTIONS,
+}  # fmt: skip
 _HALVES_AND_FLOAT = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -133,6 +139,48 @@ def _residual_kernel(
     tl.store(residual + place, wanted - product, mask=inside)
 
 
+@triton.jit(do_not_specialize=["count"])
+def _precondition_kernel(
+    keys,
+    inverse,
+    out,
+    count,
+    width,
+    BLOCK_KEYS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+):
+    """P[b] = K[b] Q[b] in fp64; one program some columns of one Q and a block of keys."""
+    key_tiles = tl.cdiv(count, BLOCK_KEYS)
+    col_tiles = tl.cdiv(width, BLOCK_COLS)
+    program = tl.program_id(0)
+    key_tile = program % key_tiles
+    col_tile = (program // key_tiles) % col_tiles
+    b = (program // (key_tiles * col_tiles)).to(tl.int64)
+
+    n = key_tile.to(tl.int64) * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)  # [BLOCK_KEYS]
+    j = col_tile.to(tl.int64) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)  # [BLOCK_COLS]
+    keys += b * count * width
+    inverse += b * width * width
+
+    product = tl.zeros((BLOCK_KEYS, BLOCK_COLS), tl.float64)
+    for start in range(0, width, BLOCK_ROWS):
+        i = start + tl.arange(0, BLOCK_ROWS)  # [BLOCK_ROWS]
+        k = tl.load(
+            keys + n[:, None] * width + i[None, :],
+            mask=(n < count)[:, None] & (i < width)[None, :],
+            other=0.0,
+        )
+        q = tl.load(
+            inverse + i[:, None].to(tl.int64) * width + j[None, :],
+            mask=(i < width)[:, None] & (j < width)[None, :],
+            other=0.0,
+        )
+        product = tl.dot(k.to(tl.float64), q.to(tl.float64), product, out_dtype=tl.float64)
+    place = out + b * count * width + n[:, None] * width + j[None, :]
+    tl.store(place, product, mask=(n < count)[:, None] & (j < width)[None, :])
+
+
 def _declines(weight: Tensor, *args) -> str | None:
     if weight.dtype not in _HALVES_AND_FLOAT:
         return f"takes fp32, bf16 and fp16 weights, not {str(weight.dtype).removeprefix('torch.')}"
@@ -158,6 +206,32 @@ def apply_low_rank_(weight: Tensor, left: Tensor, right: Tensor, alpha: float) -
             PRECISION=PRECISION,
             **launch,
         )
+
+
+def _declines_precondition(keys: Tensor, inverse: Tensor) -> str | None:
+    if keys.dtype != torch.float32 or inverse.dtype != torch.float32:
+        return "takes fp32 keys and inverses"
+    if keys.shape[1] > PRECONDITION_KEYS:
+        return f"leaves {keys.shape[1]} > {PRECONDITION_KEYS} keys to the library's GEMM"
+    return None
+
+
+@implements("precondition", "triton", _declines_precondition)
+def precondition(keys: Tensor, inverse: Tensor) -> Tensor:
+    batch, count, width = keys.shape
+    out = torch.empty_like(keys, dtype=torch.float64, memory_format=torch.contiguous_format)
+    launch = PRECONDITION_LAUNCH
+    tiles = batch * triton.cdiv(width, launch["BLOCK_COLS"]) * triton.cdiv(count, launch["BLOCK_KEYS"])
+    with torch.cuda.device(keys.device):
+        _precondition_kernel[(tiles,)](
+            keys.contiguous(),
+            inverse.contiguous(),
+            out,
+            count,
+            width,
+            **launch,
+        )
+    return out
 
 
 @implements("residual_gram", "triton", _declines)

@@ -122,9 +122,52 @@ void multiply_matrices(Warp& w, const Instruction& i, uint32_t) {
   }
 }
 
+// mma.m{8, 16}n8k{4, 8, 16} in fp64, an element a register; m8 has the upper half of the rows alone.
+void multiply_doubles(Warp& w, const Instruction& i, uint32_t) {
+  const int halves = i.outputs / 2, depth = i.variant, steps = depth / 4;
+  const Operand *a = &i.operand[i.outputs], *b = a + halves * steps, *c = b + steps;
+  double A[16][16], B[16][8], C[16][8];
+  for (int l = 0; l < kLanes; ++l) {
+    const int g = l / 4, t = l % 4;
+    for (int r = 0; r < halves * steps; ++r)
+      A[g + 8 * (r % halves)][t + 4 * (r / halves)] = w.in<double>(a[r])[l];
+    for (int r = 0; r < steps; ++r) B[t + 4 * r][g] = w.in<double>(b[r])[l];
+    for (int r = 0; r < i.outputs; ++r) C[g + 8 * (r >> 1)][2 * t + (r & 1)] = w.in<double>(c[r])[l];
+  }
+  for (int r = 0; r < i.outputs; ++r) {
+    double result[kLanes];
+    for (int l = 0; l < kLanes; ++l) {
+      const int row = l / 4 + 8 * (r >> 1), column = 2 * (l % 4) + (r & 1);
+      double sum = C[row][column];
+      // The ISA leaves the order open.
+      for (int k = 0; k < depth; ++k) {
+        const int at = options.sums ? depth - 1 - k : k;
+        sum = std::fma(A[row][at], B[at][column], sum);
+      }
+      result[l] = canonical(sum);
+    }
+    keep(w, i.operand[r], result, ~0u);
+  }
+}
+
+void bind_doubles(Kernel& kernel, Instruction& i, Opcode& opcode) {
+  const bool half = opcode.take("m8n8k4");
+  i.variant = half || opcode.take("m16n8k4") ? 4
+              : opcode.take("m16n8k8")       ? 8
+              : opcode.take("m16n8k16")      ? 16
+                                             : 0;
+  if (!i.variant || i.type != Type::f64 || opcode.type(2) != Type::f64 || opcode.type(3) != Type::f64)
+    throw Error("a product of matrices that is not known");
+  i.outputs = half ? 2 : 4;
+  const int steps = i.variant / 4;
+  shape(kernel, i, std::vector<int>(2 * i.outputs + (i.outputs / 2 + 1) * steps, 8));
+  i.run = multiply_doubles;
+}
+
 void bind_multiply(Kernel& kernel, Instruction& i, Opcode& opcode) {
   opcode.take("row");
   opcode.take("col");
+  if (i.source_type == Type::f64) return bind_doubles(kernel, i, opcode);
   const bool tf32 = i.source_type == Type::tf32,
              half = i.source_type == Type::f16 || i.source_type == Type::bf16;
   i.variant = opcode.take("m16n8k8") ? 8 : opcode.take("m16n8k16") ? 16 : opcode.take("m16n8k4") ? 4 : 0;
