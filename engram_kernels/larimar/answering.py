@@ -86,8 +86,8 @@ class Answerer:
         max_new_tokens: of an answer.
 
     Example:
-        >>> answerer = Answerer(memory, load_encoder("minilm"), *load_model("smollm2"))
-        >>> answerer("Who runs the bakery?").text
+        >>> answers = Answerer(memory, load_encoder("minilm"), *load_model("smollm2"))
+        >>> answers("Who runs the bakery?").text
         'Marta Oduya runs the bakery on Linden Street.'
 
     Not run on a GPU.
