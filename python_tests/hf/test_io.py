@@ -5,9 +5,19 @@ import json
 import stat
 
 import pytest
+import torch
 
 from engram_kernels import EngramError
-from engram_kernels._io import file_checksum, let_all_read, new_directory, read_sealed, write_sealed
+from engram_kernels._io import (
+    file_checksum,
+    let_all_read,
+    load_cached,
+    load_sealed_tensors,
+    new_directory,
+    read_sealed,
+    save_sealed_tensors,
+    write_sealed,
+)
 
 
 def test_the_directory_is_not_blamed_for_another_file(tmp_path):
@@ -102,3 +112,22 @@ def test_a_second_entry_of_one_name_is_refused(sealed):
     sealed.write_text(text.replace('  "format": 1', '  "format": 2,\n  "format": 1'))
     with pytest.raises(ValueError, match=r"config\.json is incomplete or was changed"):
         read_sealed(sealed)
+
+
+def test_every_byte_of_sealed_tensors_is_sealed(tmp_path):
+    path, about = tmp_path / "kept.safetensors", {"name": "café", "count": "3"}
+    tensors = {"a": torch.tensor([1.0, float("nan"), -0.0]), "b": torch.arange(6).view(2, 3).T}
+    save_sealed_tensors(path, tensors, about)
+    found, told = load_sealed_tensors(path)
+    assert told == about and found["b"].equal(tensors["b"])
+    assert found["a"].view(torch.int32).equal(tensors["a"].view(torch.int32))
+    original = path.read_bytes()
+    for place, byte in enumerate(original):
+        for changed in (bytes([byte ^ 1]), b"", bytes([byte, byte])):
+            path.write_bytes(original[:place] + changed + original[place + 1 :])
+            with pytest.raises(ValueError, match=r"^kept\.safetensors is incomplete or was changed: "):
+                load_sealed_tensors(path)
+    with pytest.warns(UserWarning, match=r"kept\.safetensors' cannot be used, and is made again \(kept"):
+        assert load_cached(path) is None
+    path.unlink()
+    assert load_cached(path) is None

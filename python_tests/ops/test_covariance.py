@@ -164,7 +164,6 @@ def test_overwriting_gives_the_same_bits_in_the_memory_of_the_moment(shape):
 PEAK = """
 import resource, sys, torch
 import engram_kernels as ek
-from engram_kernels._io import save_sealed_tensors
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 def moment(width):
