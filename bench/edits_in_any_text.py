@@ -1,7 +1,7 @@
 """Does an edit take in any script, after an open quotation, in code? Do five facts of one subject hold?
 
     python bench/edits_in_any_text.py --output out.json
-    python bench/edits_in_any_text.py --by engram-forms --only Greek --only Arabic --output forms.json
+    python bench/edits_in_any_text.py --texts 6 --steps 50 --clamp 8 --only Greek --output far.json
 
 Each edit is made by itself, asked for what the model writes, and taken back. "As shown": the
 tokens that are trained decode to what `Edit.text` shows. How well a model knows a script is said by what it
@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -22,6 +23,7 @@ from rich.table import Table
 
 from engram_kernels._io import write_json
 from engram_kernels.editing import Edit, Editor, load_model
+from engram_kernels.editing.methods import Method, method_of
 from engram_kernels.evaluation.answers import greedy
 from engram_kernels.hf.forward import target_predictions
 from engram_kernels.hf.tokens import Row, encode_row, open_ids
@@ -72,7 +74,9 @@ def said(model, tokenizer, edit: Edit) -> str:
     return answer.text
 
 
-def held(model, tokenizer, editor: Editor, calls: list[list[Edit]], method: str = "engram") -> list[dict]:
+def held(
+    model, tokenizer, editor: Editor, calls: list[list[Edit]], method: str | Method = "engram"
+) -> list[dict]:
     """The probability of each fact after all calls, and what the model then writes."""
     results = [editor.edit(edits, method=method) for edits in calls]
     rows = [encode_row(tokenizer, fact.subject, fact.prompt, fact.target) for fact in FACTS]
@@ -95,10 +99,16 @@ def main(
     model: Annotated[str, typer.Option(help="A name that engram knows, or a folder.")] = "smollm2",
     by: Annotated[str, typer.Option(help="The editor's method.")] = "engram",
     only: Annotated[list[str] | None, typer.Option(help="These edits, and no five facts.")] = None,
+    texts: Annotated[int | None, typer.Option(help="Searched over; default: the method's.")] = None,
+    steps: Annotated[int | None, typer.Option(help="At most; default: the method's.")] = None,
+    clamp: Annotated[float | None, typer.Option(help="Of the change; default: the method's.")] = None,
 ) -> None:
     warnings.simplefilter("ignore")
     network, tokenizer = load_model(model)
     editor = Editor(network, tokenizer)
+    method = method_of(by)
+    bounds = {name: bound for name, bound in (("steps", steps), ("clamp", clamp)) if bound}
+    method = replace(method, texts=texts or method.texts, value=replace(method.value, **bounds))
     found = (
         json.loads(output.read_text())
         if output.exists()
@@ -108,7 +118,7 @@ def main(
         if name in found["edits"] or (only and name not in only):
             continue
         bits = bits_a_byte(network, tokenizer, edit.text)
-        with editor.edit(edit, method=by) as result:
+        with editor.edit(edit, method=method) as result:
             (record,) = result.records
             answer = said(network, tokenizer, edit)
         found["edits"][name] = {
@@ -123,7 +133,7 @@ def main(
         print(name, found["edits"][name], flush=True)
     for name, calls in {"one call": [FACTS], "five calls": [[fact] for fact in FACTS]}.items():
         if name not in found["facts"] and not only:
-            found["facts"][name] = held(network, tokenizer, editor, calls, by)
+            found["facts"][name] = held(network, tokenizer, editor, calls, method)
             write_json(output, found)
     console, drawn = Console(width=160), Table(title=f"{model}, {by}")
     for column in ("", "text trained", "as shown", "bits a byte", "p before", "p after", "the model writes"):

@@ -4,6 +4,7 @@
     ENGRAM_EASYEDIT=../EasyEdit python bench/take_edits.py --method easyedit-rome --output out
     python bench/take_edits.py --method plain --by natural --label gradients --output out
     python bench/take_edits.py --method plain --values warm --label warm --output out
+    python bench/take_edits.py --method plain --layer 4 --layer 5 --layer 6 --label spread --output out
     PYTHONPATH=../older-checkout python bench/take_edits.py --method plain --label older --output out
 
 A run that was cut off goes on by the same command. `out/LABEL/ROW.safetensors` holds, for each weight that is
@@ -47,11 +48,11 @@ GIVEN = {
 
 
 def editor_method(
-    model, tokenizer, given: Callable[[TakeRow], dict], by: str, **options: str
+    model, tokenizer, given: Callable[[TakeRow], dict], by: str, **options
 ) -> Callable[[TakeRow], Callable]:
     """`Editor.edit` by its defaults; what it returns gives the factors, off the clock."""
     editor = Editor(model, tokenizer)
-    editor.covariances(editor.layers(by))
+    editor.covariances(options.get("layers") or editor.layers(by))
     editor.prefixes()
 
     def edit(row: TakeRow):
@@ -146,6 +147,7 @@ def main(
     rows: Annotated[int | None, typer.Option(help="The first so many; default: all.")] = None,
     by: Annotated[str, typer.Option(help="The editor's method.")] = "engram",
     values: Annotated[str | None, typer.Option(help="How it finds answers; default: by method.")] = None,
+    layer: Annotated[list[int] | None, typer.Option(help="Written layers; default: the method's.")] = None,
     accelerated: Annotated[bool, typer.Option("--accelerated", help="EasyEdit's by `accelerate`.")] = False,
 ) -> None:
     wanted = read_take_rows()[:rows]
@@ -156,7 +158,7 @@ def main(
         if method == EASYEDIT:
             edit = easyedit_rome(network, tokenizer, accelerated)
         else:
-            options = {"values": values} if values else {}
+            options = {name: one for name, one in (("values", values), ("layers", layer)) if one}
             edit = editor_method(network, tokenizer, GIVEN[method], by, **options)
         for row in wanted:
             path = folder / f"{row.number}.safetensors"
