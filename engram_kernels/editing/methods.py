@@ -82,8 +82,9 @@ class Method:
 # The papers weigh `C` by 10,000 to 20,000, for models of billions of parameters whose inputs are small. Here
 # it weighs 20 throughout, as SmolLM2 asks for, and what is in its unit is scaled with it.
 METHODS = {
+    # Joint: of 60 edits one after the other, later ones undo a quarter of the earlier.
     "engram": Method(
-        batch=1, key_ridge=10.0, texts=14,
+        batch=100, key_ridge=10.0, texts=14,
         value=ValueOptions(learning_rate=0.8, stop_probability=0.9, relative=True),
         source="this package: ROME under a key that every text answers to",
     ),

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 # One edit after the other, each of which holds the earlier ones; with a ridge, so that all of them together
 # are the solution of one least-squares problem, out of which any can be taken.
-DEFAULT = replace(METHODS["engram"], ridge=1.0, preserve=True)
+DEFAULT = replace(METHODS["engram"], batch=1, ridge=1.0, preserve=True)
 
 # Of the editor, on which the values depend.
 _SETTINGS = ("contexts", "bare_prompt_weight", "consistent_key", "ridge", "value", "seed", "tokens")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +14,7 @@ from .fields import Fields
 from .readers import reader
 
 PROTOCOLS = ("memit", "easyedit")
+GZIP = b"\x1f\x8b"
 
 
 class Cases(NamedTuple):
@@ -93,10 +96,13 @@ def case_of(row: object, number: int, zsre: str = "memit") -> Case:
 
 
 def read_rows(path: Path) -> list:
-    """The rows of a JSON array, or of one JSON object a line."""
+    """The rows of a JSON array, or of one JSON object a line; the file may be compressed by gzip."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, ValueError) as error:
+        content = path.read_bytes()
+        packed = content.startswith(GZIP)
+        text = (gzip.decompress(content) if packed else content).decode("utf-8-sig")
+    # What ends too early, or is compressed otherwise, is no OSError.
+    except (OSError, ValueError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"data: expected a file of rows, got {str(path)!r} ({reason})") from None
     if text.lstrip().startswith("["):

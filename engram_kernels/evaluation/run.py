@@ -16,6 +16,7 @@ import torch
 from .. import _checks as check
 from .._hashing import digest, tensor_checksum
 from .._progress import Progress
+from ..editing.methods import method_of
 from ..errors import EngramError
 from ..hf.eval_mode import eval_mode
 from ..hf.fingerprints import weights_checksums
@@ -228,7 +229,7 @@ class Evaluation:
         """Whether many calls of the editor do what one does: with one layer, whose keys stay the same."""
         method, layers = self.options.get("method", "engram"), self.options.get("layers")
         one_layer = layers is None or isinstance(layers, int) or len(layers) == 1
-        single = method in ("engram", "rome") and self.options.get("batch") in (None, 1)
+        single = method in ("engram", "rome") and (self.options.get("batch") or method_of(method).batch) == 1
         return single and one_layer and not self.options.get("preserve")
 
     def _settled(self, cases: Sequence[Case]) -> list[Case]:

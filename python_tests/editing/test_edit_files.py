@@ -159,7 +159,7 @@ def test_removing_of_more_edits_than_half_the_dimensions(make, count, tmp_path):
 def test_removing_an_edit_of_a_sequence_leaves_its_write_out(make):
     editor = make()
     base = weights(editor.model)
-    result = editor.edit(EDITS[:3])
+    result = editor.edit(EDITS[:3], batch=1)
     kept = [result.writes[0], result.writes[2]]
     result.remove(1)
     assert [write.edits for write in result.writes] == [(0,), (1,)]

@@ -151,7 +151,7 @@ def test_joint_write_answers_every_key(make, monkeypatch):
 
 def test_sequential_list_is_the_edits_one_after_the_other(make):
     together, apart = make(), make()
-    together.edit(EDITS)
+    together.edit(EDITS, batch=1)
     for edit in EDITS:
         apart.edit(edit)
     assert changed(weights(together.model), apart.model) == []
@@ -315,7 +315,7 @@ def test_bad_directories(make, tmp_path):
 def test_saved_edit_is_validated(make, tmp_path):
     from safetensors.torch import load_file, save_file
 
-    with make().edit(EDITS) as result:
+    with make().edit(EDITS, batch=1) as result:
         result.save_pretrained(tmp_path / "edit")
     report = read_sealed(tmp_path / "edit" / "edit.json")
     (edited,) = report["edited_modules"]
@@ -544,7 +544,7 @@ def test_failure_in_the_middle_of_a_list_changes_nothing(make, monkeypatch, laye
 
     monkeypatch.setattr(run_module, "find_values", failing)
     with pytest.raises(EngramError):
-        one.edit(EDITS, layers)
+        one.edit(EDITS, layers, batch=1)
     assert written == [f"model.layers.{layer}.mlp.down_proj.weight" for layer in layers]
     assert changed(before, one.model) == []
 
@@ -557,7 +557,7 @@ def test_interruption_changes_nothing(make):
     editor = make(progress=interrupt)
     before = weights(editor.model)
     with pytest.raises(KeyboardInterrupt):
-        editor.edit(EDITS)
+        editor.edit(EDITS, batch=1)
     assert changed(before, editor.model) == []
     assert not output_projection(editor.model, 1).module._forward_hooks
     assert all(parameter.requires_grad for parameter in editor.model.parameters())

@@ -30,7 +30,7 @@ def make(tmp_path):
 
 
 METHODS = {
-    "rome": {"preserve": True},
+    "rome": {"method": "rome", "preserve": True},
     "emmet": {"method": "emmet", "batch": 4},
     "memit": {"method": "memit", "layers": [0, 1], "ridge": 0.2, "batch": 6, "preserve": True},
 }
@@ -150,7 +150,7 @@ editor = Editor(
     model, model_zoo.byte_level_tokenizer(), corpus=model_zoo.TEXTS, cache_dir=cache, contexts=((4, 1),),
     ridge=0.01, value=ValueOptions(steps=3, learning_rate=0.02),
 )
-editor.edit(edits, preserve=True, directory=run)
+editor.edit(edits, batch=1, preserve=True, directory=run)
 torch.save(model.state_dict(), out)
 """
 

@@ -155,6 +155,18 @@ def test_alphaedit_leaves_the_answers_to_ordinary_keys(make):
     assert any(r.probability_after > r.probability_before for r in result.records)
 
 
+def test_several_edits_of_the_default_method_are_one_write(make):
+    """Each key gets its own answer, and no edit is searched in a model that an earlier one has moved."""
+    (write,) = make().edit(EDITS, layers=1).writes
+    assert write.edits == (0, 1, 2)
+    single = make()
+    writes = [make().edit(fact, layers=1).writes[0] for fact in EDITS]
+    torch.testing.assert_close(
+        write.residuals, torch.cat([one.residuals for one in writes]), rtol=1e-3, atol=1e-5
+    )
+    assert [one.edits for one in single.edit(EDITS, layers=1, batch=1).writes] == [(0,), (1,), (2,)]
+
+
 def test_preserve_holds_the_answers_to_earlier_keys(make):
     drift = {}
     for preserve in (False, 1000.0):
@@ -315,7 +327,7 @@ def test_conflicts_are_refused_or_the_last_wins(make):
 def test_in_sequence_the_last_of_two_conflicting_edits_holds(make):
     editor = make(value=ValueOptions(steps=20, learning_rate=0.05, weight_decay=0.0))
     for preserve in (False, True):
-        with editor.edit([CONFLICTING[0], CONFLICTING[2]], preserve=preserve) as result:
+        with editor.edit([CONFLICTING[0], CONFLICTING[2]], batch=1, preserve=preserve) as result:
             _, second = result.writes
             update = second.left @ second.right
             torch.testing.assert_close(second.keys @ update.T, second.residuals, rtol=1e-3, atol=1e-4)
@@ -383,15 +395,15 @@ def test_an_edit_whose_write_fails_is_skipped_in_a_sequence(make, monkeypatch, t
     monkeypatch.setattr(run_module, "write_values", failing)
     before = weights(editor.model)
     with pytest.raises(EngramError, match="got infinity"):
-        editor.edit(EDITS)
+        editor.edit(EDITS, batch=1)
     assert changed(before, editor.model) == []
     for _ in range(2):
-        with editor.edit(EDITS, failures="skip", directory=tmp_path / "run") as result:
+        with editor.edit(EDITS, batch=1, failures="skip", directory=tmp_path / "run") as result:
             assert [r.edit for r in result.records] == [EDITS[0], EDITS[2]]
             assert [(s.number, s.edit) for s in result.skipped] == [(1, EDITS[1])]
             edited = weights(editor.model)
         assert changed(before, editor.model) == []
-    only.edit([EDITS[0], EDITS[2]])
+    only.edit([EDITS[0], EDITS[2]], batch=1)
     assert changed(edited, only.model) == []
 
 

@@ -191,7 +191,7 @@ def ultraedit(weight, covariance, batches, method):
 
 
 FORMULAS = {
-    "engram": rome, "engram-forms": rome, "rome": rome, "r-rome": rome, "emmet": emmet, "memit": memit,
+    "engram": emmet, "engram-forms": rome, "rome": rome, "r-rome": rome, "emmet": emmet, "memit": memit,
     "alphaedit": alphaedit, "encore": encore, "rlsedit": rlsedit, "evoedit": evoedit, "betaedit": betaedit,
     "nse": nse, "sphere": sphere, "simie": simie, "ultraedit": ultraedit,
 }  # fmt: skip

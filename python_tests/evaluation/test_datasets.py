@@ -1,5 +1,6 @@
 """Rows in the formats in which data sets are published, made up here."""
 
+import gzip
 import json
 
 import pytest
@@ -349,3 +350,27 @@ def test_files_that_hold_no_rows(tmp_path):
             read_cases(path)
     with pytest.raises(ValueError, match=r"data: expected a file of rows, got .*No such file"):
         read_cases(tmp_path / "none")
+
+
+@pytest.mark.parametrize("lines", [False, True], ids=["array", "lines"])
+def test_files_as_other_systems_write_them(tmp_path, lines):
+    """A mark of the byte order, lines that end as on Windows, compression: the same rows."""
+    rows = [EASY_EDIT, ROME]
+    text = "\r\n".join(map(json.dumps, rows)) + "\r\n" if lines else json.dumps(rows, indent=1)
+    plain = text.encode()
+    expected = read_cases_of(tmp_path, plain)
+    assert len(expected) == 2
+    for content in (b"\xef\xbb\xbf" + plain, plain.replace(b"\n", b"\r\n"), gzip.compress(plain)):
+        assert read_cases_of(tmp_path, content) == expected
+    for content in (
+        gzip.compress(plain)[:40],
+        gzip.compress(plain)[:10] + b"other",
+        plain.decode().encode("utf-16"),
+    ):
+        with pytest.raises(ValueError, match=r"^data: expected a file of rows, got .*rows"):
+            read_cases_of(tmp_path, content)
+
+
+def read_cases_of(folder, content):
+    (folder / "rows").write_bytes(content)
+    return read_cases(folder / "rows").cases

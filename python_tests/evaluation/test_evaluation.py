@@ -73,7 +73,7 @@ def test_skipped_edits_are_left_out_of_the_means(tokenizer, cases):
     for run in ("each", "together"):
         editor = stub(tokenizer, refused=("Zürich",))
         before = checksums(editor.model)
-        evaluation = Evaluation(editor, {"failures": "skip"}, fluency_tokens=0)
+        evaluation = Evaluation(editor, {"method": "rome", "failures": "skip"}, fluency_tokens=0)
         outcomes = evaluation.each(cases) if run == "each" else evaluation.together(cases, [2, 3])[0]
         assert [outcome.skipped for outcome in outcomes] == [None, None, SKIPPED, None]
         assert outcomes[2].after is None and checksums(editor.model) == before
@@ -122,7 +122,10 @@ def test_together_measures_what_stands_at_each_checkpoint(tokenizer, cases):
 
 
 @pytest.mark.parametrize(
-    "options", [{"method": "emmet"}, {"preserve": True}, {"batch": 2}, {"layers": [1, 2]}], ids=str
+    "options",
+    [{}, {"method": "emmet"}]
+    + [{"method": "rome"} | more for more in ({"preserve": True}, {"batch": 2}, {"layers": [1, 2]})],
+    ids=str,
 )
 def test_edits_that_know_of_each_other_are_one_call(tokenizer, cases, options):
     editor = stub(tokenizer)
@@ -132,7 +135,7 @@ def test_edits_that_know_of_each_other_are_one_call(tokenizer, cases, options):
 
 def test_each_call_has_its_folder(tokenizer, cases, tmp_path):
     editor = stub(tokenizer)
-    Evaluation(editor, fluency_tokens=0).together(cases, [1, 3], tmp_path)
+    Evaluation(editor, {"method": "rome"}, fluency_tokens=0).together(cases, [1, 3], tmp_path)
     folders = [options["directory"] for *_, options in editor.calls]
     assert folders == [tmp_path / name for name in ("000000", "000001", "000003")]
 
