@@ -31,6 +31,7 @@ WIDEST = "|".join(
         "update, odd, bf16",
         "residual, bf16",
         "residual, odd, bf16",
+        "P, odd",
         "blend, bf16, base",
         "gradient, bf16, base",
         "blend of all, bf16, base",

@@ -33,22 +33,23 @@ constexpr int64_t kChain = 256;
 // Bytes of `right` that a thread keeps packed: a share of the second-level cache.
 constexpr int64_t kPanelBytes = 1 << 18;
 constexpr int64_t kRowsPerUnit = 48;
-constexpr int64_t kLineBytes = 64, kAheadBytes = 512;
+// Bytes from a tile to the one that is asked for with it, in the same rows or at the beginning of the next.
+constexpr int64_t kAheadBytes = 512;
 
 // One register tile of kRows rows. `panel` holds its columns of `right`, tile after tile for each k.
 template <class Type, int kRows>
-void update_tile(typename Type::Element* weight, int64_t row_stride, const typename Type::Compute* left,
-                 const typename Type::Compute* panel, int64_t rank, typename Type::Compute scale) {
+void update_tile(typename Type::Element* weight, const typename Type::Element* later, int64_t row_stride,
+                 const typename Type::Compute* left, const typename Type::Compute* panel, int64_t rank,
+                 typename Type::Compute scale) {
   using T = typename Type::Compute;
   using V = Vector<T, Type::kLanes>;
   constexpr int kLanes = Type::kLanes;
-  // What comes after next in each row is asked for, or a weight from memory would wait for every tile.
-  constexpr int64_t kElement = sizeof(*weight), kTile = kTileVectors * kLanes;
+  // A later tile is asked for, or weights from memory would be waited for in each.
+  constexpr int64_t kTile = kTileVectors * kLanes, kLine = 64 / sizeof(*weight);
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 8
-    for (int64_t c = kAheadBytes / kElement; c < kAheadBytes / kElement + kTile; c += kLineBytes / kElement)
-      __builtin_prefetch(weight + i * row_stride + c, 1);
+    for (int64_t c = 0; c < kTile; c += kLine) __builtin_prefetch(later + i * row_stride + c, 1);
   }
   V sum[kRows][kTileVectors] = {};
   const auto add_chain = [&](int64_t first, int64_t last, V(&into)[kRows][kTileVectors]) {
@@ -91,13 +92,15 @@ void update_rows(typename Type::Element* weight, int64_t row_stride, const typen
   constexpr int64_t kTile = kTileVectors * Type::kLanes;
   int64_t c = 0;
   for (; c + kTile <= columns; c += kTile) {
-    update_tile<Type, kRows>(weight + c, row_stride, left, panel + c * rank, rank, scale);
+    const int64_t ahead = c + kAheadBytes / int64_t{sizeof(*weight)};
+    const auto* later = weight + (ahead < columns ? ahead : kRows * row_stride + ahead - columns);
+    update_tile<Type, kRows>(weight + c, later, row_stride, left, panel + c * rank, rank, scale);
   }
   if (c == columns) return;
   typename Type::Element edge[kRows * kTile] = {};
   const int64_t bytes = (columns - c) * sizeof(*edge);
   for (int i = 0; i < kRows; ++i) std::memcpy(edge + i * kTile, weight + i * row_stride + c, bytes);
-  update_tile<Type, kRows>(edge, kTile, left, panel + c * rank, rank, scale);
+  update_tile<Type, kRows>(edge, edge, kTile, left, panel + c * rank, rank, scale);
   for (int i = 0; i < kRows; ++i) std::memcpy(weight + i * row_stride + c, edge + i * kTile, bytes);
 }
 

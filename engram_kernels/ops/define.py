@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import increment_version
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_dynamo_compiling
 
 from .._namespace import NAMESPACE
 from ..backends import select
@@ -134,9 +134,9 @@ def define(
         torch.library.register_vmap(f"{NAMESPACE}::{name}", batched(operator), lib=_library)
 
     def call(*args):
-        if is_compiling():
+        if is_dynamo_compiling():
             return operator(*args)
-        if is_divided(args[0]):
+        if type(args[0]) is not Tensor and is_divided(args[0]):
             # DTensor calls it again, on parts: nothing is known of those.
             register(ops)
             return operator(*args)

@@ -356,7 +356,10 @@ def apply_low_rank_(weight: Tensor, left: Tensor, right: Tensor, alpha: float = 
     _check_apply(weight, left, right, alpha)
     dtype = compute_dtype(weight)
     matrix = weight.detach() if weight.requires_grad else weight
-    left, right = (x.detach().to(dtype) if x.requires_grad or x.dtype != dtype else x for x in (left, right))
+    if left.requires_grad or left.dtype != dtype:
+        left = left.detach().to(dtype)
+    if right.requires_grad or right.dtype != dtype:
+        right = right.detach().to(dtype)
     if matrix.stride(-1) != 1 and matrix.stride(-2) == 1:
         # A transposed view (GPT-2's Conv1D) has contiguous columns the other way round: Wᵀ += Rᵀ Lᵀ.
         matrix, left, right = matrix.mT, right.mT, left.mT
