@@ -98,6 +98,13 @@ def test_triton_low_rank(recorded, shape, count):
     assert programs == batch * divided(rows, launch["BLOCK_ROWS"]) * divided(count, launch["BLOCK_KEYS"])
     stage = 4 * launch["BLOCK_COLS"] * (launch["BLOCK_ROWS"] + launch["BLOCK_KEYS"])
     assert launch["num_stages"] * stage <= min(shared for _, shared in GPUS.values())
+
+    if 0 < count <= low_rank.PRECONDITION_KEYS and cols < 2**15:
+        programs, launch = recorded(
+            low_rank, "_precondition_kernel", low_rank.precondition,
+            meta(batch, count, cols), meta(batch, cols, cols),
+        )  # fmt: skip
+        assert programs == batch * divided(cols, launch["BLOCK_COLS"]) * divided(count, launch["BLOCK_KEYS"])
     # tl.dot takes no side below 16.
     assert min(size for name, size in launch.items() if name.startswith("BLOCK")) >= 16
 

@@ -176,7 +176,8 @@ def _precondition_kernel(
             mask=(i < width)[:, None] & (j < width)[None, :],
             other=0.0,
         )
-        product = tl.dot(k.to(tl.float64), q.to(tl.float64), product, out_dtype=tl.float64)
+        k, q = k.to(tl.float64), q.to(tl.float64)
+        product = tl.dot(k, q, product, input_precision="ieee", out_dtype=tl.float64)
     place = out + b * count * width + n[:, None] * width + j[None, :]
     tl.store(place, product, mask=(n < count)[:, None] & (j < width)[None, :])
 
