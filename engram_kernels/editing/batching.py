@@ -41,6 +41,12 @@ class EncodedEdit:
         return [*self.rewriting, *self.held]
 
     @property
+    def bare(self) -> list[Row]:
+        """The rows of its prompts by themselves."""
+        firsts = itertools.accumulate(self.texts[:-1], initial=0)
+        return [self.rewriting[first] for first in firsts]
+
+    @property
     def span(self) -> tuple[int, int]:
         """The longest stretch that is read from the subject's last token on, and the longest before it."""
         rows = [*self.rows, self.kl_prompt]

@@ -20,12 +20,15 @@ class MeanKey:
 
     bare: float | None = None
 
-    def weights(self, keys: Tensor, preconditioner: Preconditioner) -> Tensor:
+    #: Whether it asks for the keys of other tokens.
+    spares = False
+
+    def weights(self, keys: Tensor, preconditioner: Preconditioner, others: None = None) -> Tensor:
         """`[texts]`, the share of each key; one that is 0, of a token that misses the expert, has none.
 
         Args:
             keys: `[texts, in]`, the bare prompt's first.
-            preconditioner: not asked here.
+            preconditioner, others: not asked here.
         """
         there = keys.any(-1).to(keys.dtype)
         others = len(keys) - 1
@@ -36,14 +39,18 @@ class MeanKey:
 
 @dataclass(frozen=True)
 class SpreadKey:
-    """The combination of the keys that every text answers to alike.
+    """The combination of the keys that every text answers to alike, and the prompt's other tokens not at all.
 
     The subject's last token has another key in every text, and a write under their mean reaches some of them
-    by little. A joint write of the same `δ` under all of them, `δᵀ 1ᵀ (λI + G)⁻¹ K C⁻¹` with `G = K C⁻¹ Kᵀ`,
-    reaches each by about all of it; it is of rank one, and but for a factor next to 1 the write of `δ` under
-    one key,
+    by little. It also changes the answers to the tokens around it, of which the search knows nothing: where
+    the second moment has seen few of a script's, by up to a third of `δ`. A joint write of `δ` under the keys
+    of all texts, and of 0 under those `H` of the other tokens, does neither,
 
-        w ∝ (λI + G)⁻¹ 1,   k = Σ w_c k_c
+        [δᵀ 1ᵀ, 0] (λI + G)⁻¹ X C⁻¹,   X = [K; H],   G = X C⁻¹ Xᵀ
+
+    It is of rank one, and but for a factor next to 1 the write of `δ` under one key,
+
+        w ∝ (λI + G)⁻¹ [1; 0],   k = Σ w_i x_i
 
     Args:
         ridge: `λ`: the larger, the nearer to the mean.
@@ -51,18 +58,26 @@ class SpreadKey:
 
     ridge: float
 
-    def weights(self, keys: Tensor, preconditioner: Preconditioner) -> Tensor:
-        """`[texts]`, the share of each key; they sum to 1, and a share may be negative.
+    #: Whether it asks for the keys of other tokens.
+    spares = True
+
+    def weights(self, keys: Tensor, preconditioner: Preconditioner, others: Tensor | None = None) -> Tensor:
+        """`[texts + others]`, the share of each key; those of texts sum to 1, and a share may be negative.
 
         Args:
             keys: `[texts, in]`.
             preconditioner: `C⁻¹`, or what stands in its place.
+            others: `[others, in]`, keys of tokens whose answers shall stay.
         """
+        texts = keys.new_ones(len(keys), dtype=torch.bool)
+        if others is not None:
+            texts = torch.cat([texts, texts.new_zeros(len(others))])
+            keys = torch.cat([keys, others])
         there = keys.any(-1)
         wide = keys[there].double()
         gram = preconditioner.apply(wide) @ wide.T
         gram.diagonal().add_(self.ridge)
-        found = torch.linalg.solve((gram + gram.T) / 2, torch.ones_like(gram[:, 0]))
+        found = torch.linalg.solve((gram + gram.T) / 2, texts[there].to(gram))
         weights = torch.zeros_like(keys[:, 0])
-        weights[there] = (found / found.sum()).to(weights)
+        weights[there] = (found / found[texts[there]].sum()).to(weights)
         return weights

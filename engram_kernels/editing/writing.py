@@ -27,6 +27,8 @@ from .weights import add_in_range
 # Of a forward pass; and edits whose states are in memory at once.
 ROWS = 64
 EDITS = 256
+# Tokens on either side of the subject's last one whose answers a key spares: farther ones hardly notice.
+AROUND = 32
 
 
 def write_values(
@@ -70,7 +72,11 @@ def write_values(
     if len(projections) == 1:
         (projection,) = projections
         texts = [value.keys[: _counted(one, key)] for one, value in zip(encoded, values, strict=True)]
-        keys = torch.stack([_combined(own, own, key, operators[projection.layer]) for own in texts])
+        others = _others(model, projection, encoded, key, ranks)
+        operator = operators[projection.layer]
+        keys = torch.stack(
+            [_combined(own, rest, key, operator)[0] for own, rest in zip(texts, others, strict=True)]
+        )
         bare = torch.stack([value.keys[0] for value in values]) if bare_denominator else None
         return [_write(projection, encoded, keys, bare, residuals, operators, edits)]
     last = projections[-1]
@@ -101,10 +107,12 @@ def _combined_states(
     for start in range(0, len(encoded), EDITS):
         piece = encoded[start : start + EDITS]
         own, above = subject_states(model, projection, last, piece, ranks)
-        for one, mine, over in zip(piece, own, above, strict=True):
+        others = _others(model, projection, piece, key, ranks)
+        for one, mine, over, rest in zip(piece, own, above, others, strict=True):
             count = _counted(one, key)
-            for combined, states in zip(found, (mine, over), strict=True):
-                combined.append(_combined(states[:count], mine[:count], key, operator))
+            combined, shares = _combined(mine[:count], rest, key, operator)
+            found[0].append(combined)
+            found[1].append(shares.to(over) @ over[:count])
     return torch.stack(found[0]), torch.stack(found[1])
 
 
@@ -113,9 +121,20 @@ def _counted(encoded: EncodedEdit, key: MeanKey | SpreadKey) -> int:
     return len(encoded.rewriting) if isinstance(key, MeanKey) else len(encoded.rows)
 
 
-def _combined(states: Tensor, keys: Tensor, key: MeanKey | SpreadKey, operator: LayerOperator) -> Tensor:
-    """The states `[texts, width]` of one edit combined as its keys are."""
-    return key.weights(keys, operator.current).to(states) @ states
+def _combined(
+    keys: Tensor, others: Tensor | None, key: MeanKey | SpreadKey, operator: LayerOperator
+) -> tuple[Tensor, Tensor]:
+    """The one key of an edit `[in]`, and the shares of its texts in it."""
+    shares = key.weights(keys, operator.current, others).to(keys)
+    known = keys if others is None else torch.cat([keys, others])
+    return shares @ known, shares[: len(keys)]
+
+
+def _others(model, projection: Projection, encoded, key, ranks: Ranks) -> Sequence[Tensor | None]:
+    """For each edit the keys that its own shall spare, if it spares any."""
+    if not key.spares:
+        return [None] * len(encoded)
+    return ranks.own(lambda: other_keys(model, projection, encoded))
 
 
 def _write(projection: Projection, encoded, keys, bare_keys, residuals, operators, edits) -> Write:
@@ -150,6 +169,38 @@ def _dependent(encoded: Sequence[EncodedEdit], width: int) -> str:
         "edits: expected subjects with linearly independent keys, or a ridge, got dependent ones among "
         f"{names}{more}"
     )
+
+
+@torch.no_grad()
+def other_keys(model: nn.Module, projection: Projection, encoded: Sequence[EncodedEdit]) -> list[Tensor]:
+    """For each edit the projection's inputs at the tokens around the subject's last one, in its bare prompts.
+
+    Returns:
+        `[tokens, in]` each, float32, in the model as it is now: up to `AROUND` tokens on either side, the
+        target's too.
+    """
+    seen: list[Tensor] = []
+
+    def see(_module, arguments, _keywords):
+        seen.append(projection.inputs(arguments[0]))
+        raise Stop
+
+    found = []
+    with capture(before={projection.module: see}):
+        for rows in (one.bare for one in encoded):
+            ids, mask = pad_rows([row.ids for row in rows], input_device(model))
+            seen.clear()
+            run_until(model, input_ids=ids, attention_mask=mask)
+            # Some models (OPT) flatten [rows, longest, width] before their MLP.
+            states = seen[0].reshape(*ids.shape, -1)
+            places = [
+                (i, at)
+                for i, row in enumerate(rows)
+                for at in range(max(0, row.subject - AROUND), min(len(row.ids), row.subject + AROUND + 1))
+                if at != row.subject
+            ]
+            found.append(torch.stack([states[place] for place in places]).float())
+    return found
 
 
 @torch.no_grad()

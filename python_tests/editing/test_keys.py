@@ -53,6 +53,23 @@ def test_it_is_the_joint_write_of_one_change_under_all_keys(cloud):
     assert scale.item() == pytest.approx((1 - shrink / (shrink + key @ inverse @ key)).item())
 
 
+def test_other_tokens_are_spared(cloud):
+    keys, inverse = cloud
+    generator = torch.Generator().manual_seed(1)
+    # Near the subject's, as in a script that the statistics hardly have; one is missing.
+    others = keys[1:7] + 2 * torch.randn(6, keys.shape[1], generator=generator)
+    others[2] = 0
+    rest = torch.cat([keys, others])
+    alone = SpreadKey(0.1).weights(keys, operator(inverse))
+    leak = responses(rest, inverse, torch.cat([alone, torch.zeros(6)]))[13:].abs()
+    assert leak.max() > 0.5
+    weights = SpreadKey(0.1).weights(keys, operator(inverse), others)
+    assert weights.shape == (19,) and weights[:13].sum().item() == pytest.approx(1) and weights[15] == 0
+    key = weights.double() @ rest.double()
+    shares = rest.double() @ inverse @ key / (key @ inverse @ key)
+    assert shares[13:].abs().max() < 0.05 and (shares[:13] - 1).abs().max() < 0.15
+
+
 def test_a_large_ridge_gives_the_mean(cloud):
     keys, inverse = cloud
     weights = SpreadKey(1e9).weights(keys, operator(inverse))

@@ -19,7 +19,7 @@ from engram_kernels.editing.batching import encode_edit
 from engram_kernels.editing.methods import METHODS
 from engram_kernels.editing.preconditioner import principal_directions
 from engram_kernels.editing.values import ValueOptions
-from engram_kernels.editing.writing import adds_up, subject_states
+from engram_kernels.editing.writing import AROUND, adds_up, other_keys, subject_states
 from engram_kernels.errors import EngramError
 from engram_kernels.hf.layers import decoder_layers
 from engram_kernels.hf.projection import output_projection
@@ -101,6 +101,37 @@ def test_subject_states_are_what_the_model_has_there(make):
                     keys[i, j], seen[0].reshape(-1, 64)[row.subject], rtol=1e-4, atol=1e-5
                 )
                 torch.testing.assert_close(hidden[i, j], states[3][0, row.subject], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+def test_the_default_method_spares_the_prompts_other_tokens(make, family):
+    """The search changes the answer to the subject alone, and so does the write."""
+    editor = make(family)
+    edit = replace(EDITS[0], paraphrases=["To see {}, go to the city of"])
+    projection = output_projection(editor.model, 1)
+    before = projection.matrix.clone()
+    encoded = encode_edit(editor.model, editor.tokenizer, edit, editor.prefixes())
+    (keys,) = other_keys(editor.model, projection, [encoded])
+    assert len(encoded.bare) == 2 and len(keys) == sum(len(row.ids) - 1 for row in encoded.bare)
+    (subjects,), _ = subject_states(editor.model, projection, projection, [encoded])
+    leaks, reached = [], []
+    # A width of 64 is a small one, for which the default ridge is a large one.
+    for ridge in (0.1, None):
+        with editor.edit(edit, layers=1, method=replace(METHODS["engram"], key_ridge=ridge)) as result:
+            change = (projection.matrix - before).double()
+            wanted = result.writes[0].residuals[0].double()
+        along = change.T @ wanted / wanted.square().sum()
+        leaks.append((keys.double() @ along).abs().max())
+        reached.append((subjects.double() @ along).mean())
+    assert reached[0] > 0.9 and leaks[0] < 0.05 < 0.2 < leaks[1]
+
+
+def test_keys_far_from_the_subject_are_not_spared(make):
+    editor = make()
+    long = Edit("The Eiffel Tower", "word " * 50 + "{} is in" + " word" * 50, "Rome")
+    encoded = encode_edit(editor.model, editor.tokenizer, long, ())
+    (keys,) = other_keys(editor.model, output_projection(editor.model, 1), [encoded])
+    assert len(keys) == 2 * AROUND
 
 
 def test_one_layer_with_a_ridge_gives_up_a_little(make, monkeypatch):
