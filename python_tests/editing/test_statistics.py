@@ -535,7 +535,7 @@ def test_given_covariance_is_used_whatever_the_weights_become(tokenizer, tmp_pat
     assert editor.covariances([0, 1])[1] is given
     row = encode_row(tokenizer, "Rome", "{} is in")
     key = keys_of(editor.model, 1, torch.tensor(row.ids))[row.subject]
-    with editor.edit(Edit("Rome", "{} is in", "Paris"), layers=1) as result:
+    with editor.edit(Edit("Rome", "{} is in", "Paris"), layers=1, method="rome") as result:
         # With the identity the write points along the key itself.
         right = result.writes[0].right.double()
     assert torch.cosine_similarity(right, key[None]).item() == pytest.approx(1, abs=1e-6)
