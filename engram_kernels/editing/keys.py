@@ -20,9 +20,6 @@ class MeanKey:
 
     bare: float | None = None
 
-    #: Whether it asks for the keys of other tokens.
-    spares = False
-
     def weights(self, keys: Tensor, preconditioner: Preconditioner, others: None = None) -> Tensor:
         """`[texts]`, the share of each key; one that is 0, of a token that misses the expert, has none.
 
@@ -57,9 +54,6 @@ class SpreadKey:
     """
 
     ridge: float
-
-    #: Whether it asks for the keys of other tokens.
-    spares = True
 
     def weights(self, keys: Tensor, preconditioner: Preconditioner, others: Tensor | None = None) -> Tensor:
         """`[texts + others]`, the share of each key; those of texts sum to 1, and a share may be negative.

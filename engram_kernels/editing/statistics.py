@@ -131,10 +131,8 @@ class Checkpoint:
         kept = load_cached(self.path)
         if kept is None:
             return None
-        tensors, sums = kept[0], zeros(projections)
-        for layer, total in sums.items():
-            # Into memory of PyTorch's own alignment, on which the last bits of a product depend.
-            total.copy_(tensors[str(layer)])
+        tensors = kept[0]
+        sums = {one.layer: tensors[str(one.layer)].to(one.matrix.device) for one in projections}
         return sums, int(tensors["seen"]), tensors["ids"]
 
     def save_when_due(self, sums: dict[int, torch.Tensor], seen: int, ids: torch.Tensor) -> None:

@@ -132,7 +132,7 @@ def _combined(
 
 def _others(model, projection: Projection, encoded, key, ranks: Ranks) -> Sequence[Tensor | None]:
     """For each edit the keys that its own shall spare, if it spares any."""
-    if not key.spares:
+    if isinstance(key, MeanKey):
         return [None] * len(encoded)
     return ranks.own(lambda: other_keys(model, projection, encoded))
 
