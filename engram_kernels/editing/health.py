@@ -24,7 +24,7 @@ from .records import Write, joined_factors
 T = TypeVar("T")
 
 # Past these a warning says so. `update` tells a matrix that runs away, and not what ordinary text suffers: in
-# SmolLM2 it is 0.7 to 1.4 of an edit by `engram`, 1.2 to 1.8 of one by `engram-forms`, text at most 1.3 %
+# SmolLM2 it is 0.6 to 2.5 of an edit by `engram`, 0.5 to 1.3 of one by `engram-forms`, text at most 1.4 %
 # more perplexing, but of fifty by ROME 1.76 with 13 %, and of a thousand by natural gradients 0.42 with 8 %.
 BOUNDS = {"growth": 1.5, "update": 3.0, "holding": 0.5, "perplexity": 0.1}
 

@@ -186,7 +186,8 @@ def test_bad_bounds(stop_on, kind, message):
 
 
 def test_wide_bounds_tell_ruin_from_a_strong_edit():
-    """Of what was measured in SmolLM2: the strongest edit by `engram-forms`, and fifty by ROME."""
+    """Of what was measured in SmolLM2: strong single edits, and fifty by ROME."""
+    assert Health(1, growth=1.03, update=2.52, perplexity=0.002).past(BOUNDS) == []
     assert Health(1, growth=1.027, update=1.832, perplexity=0.013).past(BOUNDS) == []
     assert Health(50, growth=1.0, update=1.76, perplexity=0.13).past(BOUNDS) == ["perplexity 0.13, above 0.1"]
 
