@@ -39,7 +39,7 @@ class Chunks {
   template <class Function>
   void for_each(int threads, const Function& function) const {
     const int64_t useful = smaller(threads, count() / 2);
-    parallel_for(useful < 1 ? 1 : useful, count(), [&](int64_t chunk) { visit(chunk, function); });
+    parallel_for(useful < 1 ? 1 : useful, count(), [&](int64_t chunk, int) { visit(chunk, function); });
   }
 
  private:

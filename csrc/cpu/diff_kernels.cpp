@@ -152,7 +152,7 @@ bool sparse_diff(const GraftTensor* tensors, int64_t count, double threshold, bo
   const Scratch<int64_t> found(chunks.count()), changed(count);
   const int64_t index_bytes = wide_indices ? 8 : 4;
 
-  parallel_for_uneven(threads, part_count, [&](int64_t part) {
+  parallel_for(threads, part_count, [&](int64_t part, int) {
     for (int64_t chunk = first(part); chunk < first(part + 1); ++chunk)
       chunks.visit(chunk, [&](const GraftTensor& tensor, int64_t begin, int64_t end) {
         const int64_t size = end - begin;
@@ -179,7 +179,7 @@ bool sparse_diff(const GraftTensor* tensors, int64_t count, double threshold, bo
   const Scratch<SparseTarget> targets(count);
   place(context, changed.data(), targets.data());
 
-  parallel_for_uneven(threads, part_count, [&](int64_t part) {
+  parallel_for(threads, part_count, [&](int64_t part, int) {
     const char* from = parts[part].data;
     for (int64_t chunk = first(part); chunk < first(part + 1); ++chunk)
       chunks.visit(chunk, [&](const GraftTensor& tensor, int64_t, int64_t end) {

@@ -160,28 +160,27 @@ void apply(typename Type::Element* weight, WeightShape shape, const typename Typ
   const int64_t blocks = ceil_div(shape.rows, kRowsPerUnit);
   const int64_t units = shape.batch * panels * blocks;
   threads = threads_for(threads, shape.batch * shape.rows * shape.cols * rank);
-  Scratch<T> scratch(threads * width * rank);
+  const Scratch<T> scratch(threads * width * rank);
+  const Scratch<int64_t> packed(threads);  // the panel that each thread has packed
+  for (int i = 0; i < threads; ++i) packed.data()[i] = -1;
 
-  parallel(threads, [&](int thread) {
+  parallel_for(threads, units, [&](int64_t unit, int thread) {
     T* panel = scratch.data() + thread * width * rank;
-    int64_t packed = -1;
-    for (int64_t unit = units * thread / threads; unit < units * (thread + 1) / threads; ++unit) {
-      const int64_t batch = unit / (panels * blocks);
-      const int64_t column = unit / blocks % panels * width;
-      const int64_t columns = smaller(width, shape.cols - column);
-      if (packed != unit / blocks) {
-        packed = unit / blocks;
-        pack<Type>(right + batch * rank * shape.cols + column, shape.cols, rank, columns, panel);
-      }
-      const int64_t first = unit % blocks * kRowsPerUnit;
-      const int64_t last = smaller(shape.rows, first + kRowsPerUnit);
-      for (int64_t row = first; row < last;) {
-        const int64_t step = last - row >= kTileRows ? kTileRows : 1;
-        const auto update = step == 1 ? update_rows<Type, 1> : update_rows<Type, kTileRows>;
-        update(weight + batch * shape.batch_stride + row * shape.row_stride + column, shape.row_stride,
-               left + (batch * shape.rows + row) * rank, panel, rank, static_cast<T>(scale), columns);
-        row += step;
-      }
+    const int64_t batch = unit / (panels * blocks);
+    const int64_t column = unit / blocks % panels * width;
+    const int64_t columns = smaller(width, shape.cols - column);
+    if (packed.data()[thread] != unit / blocks) {
+      packed.data()[thread] = unit / blocks;
+      pack<Type>(right + batch * rank * shape.cols + column, shape.cols, rank, columns, panel);
+    }
+    const int64_t first = unit % blocks * kRowsPerUnit;
+    const int64_t last = smaller(shape.rows, first + kRowsPerUnit);
+    for (int64_t row = first; row < last;) {
+      const int64_t step = last - row >= kTileRows ? kTileRows : 1;
+      const auto update = step == 1 ? update_rows<Type, 1> : update_rows<Type, kTileRows>;
+      update(weight + batch * shape.batch_stride + row * shape.row_stride + column, shape.row_stride,
+             left + (batch * shape.rows + row) * rank, panel, rank, static_cast<T>(scale), columns);
+      row += step;
     }
   });
 }

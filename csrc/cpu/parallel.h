@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "scratch.h"
 #include "threads.h"
 
 namespace engram::cpu::ENGRAM_ISA {
@@ -14,20 +15,21 @@ void parallel(int64_t parts, const Body& body) {
   run_parts(static_cast<int>(parts), call, &body);
 }
 
-// Calls body(i) for each i in [0, count), in `parts` stretches of one length side by side.
+// Calls body(i, part) for each i in [0, count), in `parts` stretches of one length side by side. A part that
+// is done with its own stretch helps with the others.
 template <class Body>
 void parallel_for(int64_t parts, int64_t count, const Body& body) {
+  struct alignas(64) Stretch {
+    int64_t next, end;
+  };
+  const Scratch<Stretch> stretches(parts);
+  for (int64_t i = 0; i < parts; ++i) stretches.data()[i] = {count * i / parts, count * (i + 1) / parts};
   parallel(parts, [&](int part) {
-    for (int64_t i = count * part / parts; i < count * (part + 1) / parts; ++i) body(i);
-  });
-}
-
-// The same, where some take longer than others: each goes to the next thread that has nothing to do.
-template <class Body>
-void parallel_for_uneven(int64_t parts, int64_t count, const Body& body) {
-  int64_t next = 0;
-  parallel(parts, [&](int) {
-    for (int64_t i; (i = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < count;) body(i);
+    for (int64_t other = 0; other < parts; ++other) {
+      Stretch& stretch = stretches.data()[(part + other) % parts];
+      for (int64_t i; (i = __atomic_fetch_add(&stretch.next, 1, __ATOMIC_RELAXED)) < stretch.end;)
+        body(i, part);
+    }
   });
 }
 

@@ -43,6 +43,11 @@ class Pool {
     body(context, 0);
     for (int part = helped; part < parts; ++part) body(context, part);
     for (int i = 1; i < helped && i < parts; ++i) {
+      // A worker that has not woken up by now would be waited for longer than its part takes.
+      if (take(workers_[i - 1], round_)) {
+        body(context, i);
+        continue;
+      }
       for (int spins = 0; workers_[i - 1].done != round_; ++spins)
         spins < kSpins ? pause() : std::this_thread::yield();
     }
@@ -54,8 +59,15 @@ class Pool {
  private:
   struct Worker {
     alignas(64) std::atomic<uint64_t> asked{0};  // the round that it shall work in
+    alignas(64) std::atomic<uint64_t> taken{0};  // the last one whose part it, or the caller for it, began
     alignas(64) std::atomic<uint64_t> done{0};   // the last one that it did
   };
+
+  // Whether a worker's part of a round is the one's who asks: the first to ask has it.
+  static bool take(Worker& worker, uint64_t round) {
+    uint64_t last = worker.taken;
+    return last < round && worker.taken.compare_exchange_strong(last, round);
+  }
 
   // As many workers as are wanted, or as the system gives.
   int hire(int wanted) {
@@ -82,6 +94,7 @@ class Pool {
         --sleeping_;
       }
       round = worker.asked;
+      if (!take(worker, round)) continue;
       body_(context_, part);
       worker.done = round;
     }

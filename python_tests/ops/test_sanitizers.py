@@ -1,4 +1,7 @@
-"""The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, at each instruction set there is."""
+"""The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, at each instruction set there is.
+
+Their threads under ThreadSanitizer.
+"""
 
 import os
 import platform
@@ -24,17 +27,23 @@ if X86:
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")]
 
 
-@pytest.fixture(scope="module")
-def drivers(tmp_path_factory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("sanitizers")
-    options = ["-std=c++17", "-O1", "-g1", "-pthread", "-fsanitize=address,undefined"]
-    options += ["-fno-sanitize-recover=all", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'include'}"]
-    options += ["-DENGRAM_X86"] * X86
+OPTIONS = ["-std=c++17", "-O1", "-g1", "-pthread", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'include'}"]
+
+
+def sanitized(folder: Path, *names: str) -> list[str]:
+    """The compiler's options for sanitizers, where it can link them."""
+    options = [*OPTIONS, f"-fsanitize={','.join(names)}", "-fno-sanitize-recover=all"]
     probe = folder / "probe.cpp"
     probe.write_text("int main() {}")
     if subprocess.run([COMPILER, *options, probe, "-o", folder / "probe"], capture_output=True).returncode:
-        pytest.skip(f"{COMPILER} cannot link the sanitizers")
+        pytest.skip(f"{COMPILER} cannot link the sanitizers: {', '.join(names)}")
+    return options
 
+
+@pytest.fixture(scope="module")
+def drivers(tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("sanitizers")
+    options = [*sanitized(folder, "address", "undefined"), *["-DENGRAM_X86"] * X86]
     jobs = [(NATIVE / f"sanitize_{family}.cpp", [], folder / f"{family}-driver.o") for family in FAMILIES]
     for source in CPU.glob("*.cpp"):
         if not source.stem.endswith("_kernels"):
@@ -72,3 +81,11 @@ def test_no_report(drivers, family, level):
     report = done.stdout + done.stderr
     assert done.returncode == 0, report
     assert "runtime error" not in report and "Sanitizer" not in report, report
+
+
+def test_threads(tmp_path):
+    sources = NATIVE / "threads.cpp", CPU / "threads.cpp"
+    driver = tmp_path / "threads"
+    subprocess.run([COMPILER, *sanitized(tmp_path, "thread"), *sources, "-o", driver], check=True)
+    done = subprocess.run([driver], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
