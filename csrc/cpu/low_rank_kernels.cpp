@@ -33,8 +33,6 @@ constexpr int64_t kChain = 256;
 // Bytes of `right` that a thread keeps packed: a share of the second-level cache.
 constexpr int64_t kPanelBytes = 1 << 18;
 constexpr int64_t kRowsPerUnit = 48;
-// Bytes from a tile to the one that is asked for with it, in the same rows or at the beginning of the next.
-constexpr int64_t kAheadBytes = 512;
 
 // One register tile of kRows rows. `panel` holds its columns of `right`, tile after tile for each k.
 template <class Type, int kRows>
@@ -246,11 +244,14 @@ void products(const typename Type::Element* matrix, int64_t row_stride, int64_t 
   if (rows < kPanelRows) std::memset(panel, 0, sizeof(panel));
   for (int64_t column = 0; column < cols; column += kBlock) {
     const int64_t columns = smaller(kBlock, cols - column);
+    // A later block is asked for, of the same rows or of the next ones.
+    const int64_t later = column + kBlock < cols ? kBlock : kPanelRows * row_stride - column;
     for (int64_t i = 0; i < rows; ++i) {
       const auto* row = matrix + i * row_stride + column;
       T* to = panel + i * kBlock;
       int64_t c = 0;
       for (; c + kLanes <= columns; c += kLanes) {
+        if (c % (64 / sizeof(*row)) == 0) __builtin_prefetch(row + later + c);
         const auto v = Type::load(row + c);
         std::memcpy(to + c, &v, sizeof(v));
       }

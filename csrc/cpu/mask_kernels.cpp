@@ -21,25 +21,50 @@ void for_each_chunk(int64_t size, int threads, const Function& function) {
   });
 }
 
+// Entries begin to end. In functions of their own: what they write could be, for all the compiler knows, the
+// pointers that a closure holds.
 template <class Element>
-void choose(const void* pre, const void* ft, const uint8_t* mask, int64_t size, void* out, int threads) {
-  const auto* a = static_cast<const Element*>(pre);
-  const auto* b = static_cast<const Element*>(ft);
-  auto* to = static_cast<Element*>(out);
+void choose(const Element* pre, const Element* ft, const uint8_t* mask, Element* out, int64_t begin,
+            int64_t end) {
   using V = Vector<Element, 8>;
   V bit;
   for (int lane = 0; lane < 8; ++lane) bit[lane] = Element(1) << lane;
-  for_each_chunk(size, threads, [&](int64_t begin, int64_t end) {
-    int64_t i = begin;
-    for (; i + 8 <= end; i += 8) {
-      V first, second;
-      std::memcpy(&first, a + i, sizeof(V));
-      std::memcpy(&second, b + i, sizeof(V));
-      const V chosen = ((V{} + Element(mask[i / 8])) & bit) != 0 ? second : first;
-      std::memcpy(to + i, &chosen, sizeof(V));
+  int64_t i = begin;
+  for (; i + 8 <= end; i += 8) {
+    if (i * sizeof(Element) % 64 == 0) {
+      ask_ahead(pre + i);
+      ask_ahead(ft + i);
+      ask_ahead<1>(out + i);
     }
-    for (; i < end; ++i) to[i] = mask[i / 8] >> (i % 8) & 1 ? b[i] : a[i];
-  });
+    V first, second;
+    std::memcpy(&first, pre + i, sizeof(V));
+    std::memcpy(&second, ft + i, sizeof(V));
+    const V chosen = ((V{} + Element(mask[i / 8])) & bit) != 0 ? second : first;
+    std::memcpy(out + i, &chosen, sizeof(V));
+  }
+  for (; i < end; ++i) out[i] = mask[i / 8] >> (i % 8) & 1 ? ft[i] : pre[i];
+}
+
+void pack(const uint8_t* mask, uint8_t* packed, int64_t begin, int64_t end) {
+  const int64_t whole = end / 8;
+  for (int64_t byte = begin / 8; byte < whole; ++byte) packed[byte] = pack_eight(mask + 8 * byte);
+  if (8 * whole < end) {
+    uint8_t last[8] = {};
+    std::memcpy(last, mask + 8 * whole, end - 8 * whole);
+    packed[whole] = pack_eight(last);
+  }
+}
+
+void unpack(const uint8_t* packed, uint8_t* mask, int64_t begin, int64_t end) {
+  const int64_t whole = end / 8;
+  for (int64_t byte = begin / 8; byte < whole; ++byte) {
+    const uint64_t bytes = unpack_eight(packed[byte]);
+    std::memcpy(mask + 8 * byte, &bytes, 8);
+  }
+  if (8 * whole < end) {
+    const uint64_t bytes = unpack_eight(packed[whole]);
+    std::memcpy(mask + 8 * whole, &bytes, end - 8 * whole);
+  }
 }
 
 // ---- the k largest keys
@@ -60,6 +85,10 @@ void keys_of(const GraftTensor& tensor, int64_t begin, int64_t end, uint32_t* ke
   const auto key = [](Floats a, Floats b) { return ordered(bits<Floats>(bits<Words>(b - a) & 0x7fffffffu)); };
   int64_t i = begin;
   for (; i + kFloats <= end; i += kFloats) {
+    if (i * sizeof(Element) % 64 == 0) {
+      ask_ahead(pre + i);
+      if (ft) ask_ahead(ft + i);
+    }
     const Floats a = Type::load(pre + i);
     const Words w = ft ? key(a, Type::load(ft + i)) : ordered(a);
     std::memcpy(keys + (i - begin), &w, sizeof(w));
@@ -159,15 +188,20 @@ class Selection {
 
   void count(int64_t chunk, int shift, uint32_t bins, Tally& tally) const {
     const int64_t size = fill(chunk, tally.keys);
-    for (int64_t i = 0; i < size; ++i) {
-      const uint32_t key = tally.keys[i];
-      if (known_ == 0) {
-        tally.invalid += !finite(key);
-        ++tally.histogram[key >> shift];
-      } else if (key >> (32 - known_) == prefix_) {
-        ++tally.histogram[(key >> shift) & (bins - 1)];
+    const uint32_t *key = tally.keys, *end = key + size;
+    if (known_ == 0) {
+      int64_t invalid = 0;
+      for (; key < end; ++key) {
+        invalid += !finite(*key);
+        ++tally.histogram[*key >> shift];
       }
+      tally.invalid += invalid;
+      return;
     }
+    const int known = 32 - known_;
+    const uint32_t prefix = prefix_;
+    for (; key < end; ++key)
+      if (*key >> known == prefix) ++tally.histogram[(*key >> shift) & (bins - 1)];
   }
 
   uint8_t byte(const uint32_t* keys, int64_t size, int64_t& ties) const {
@@ -191,36 +225,25 @@ class Selection {
 }  // namespace
 
 void pack_mask(const uint8_t* mask, int64_t size, uint8_t* packed, int threads) {
-  for_each_chunk(size, threads, [&](int64_t begin, int64_t end) {
-    const int64_t whole = end / 8;
-    for (int64_t byte = begin / 8; byte < whole; ++byte) packed[byte] = pack_eight(mask + 8 * byte);
-    if (8 * whole < end) {
-      uint8_t last[8] = {};
-      std::memcpy(last, mask + 8 * whole, end - 8 * whole);
-      packed[whole] = pack_eight(last);
-    }
-  });
+  for_each_chunk(size, threads, [&](int64_t begin, int64_t end) { pack(mask, packed, begin, end); });
 }
 
 void unpack_mask(const uint8_t* packed, int64_t size, uint8_t* mask, int threads) {
-  for_each_chunk(size, threads, [&](int64_t begin, int64_t end) {
-    const int64_t whole = end / 8;
-    for (int64_t byte = begin / 8; byte < whole; ++byte) {
-      const uint64_t bytes = unpack_eight(packed[byte]);
-      std::memcpy(mask + 8 * byte, &bytes, 8);
-    }
-    if (8 * whole < end) {
-      const uint64_t bytes = unpack_eight(packed[whole]);
-      std::memcpy(mask + 8 * whole, &bytes, end - 8 * whole);
-    }
-  });
+  for_each_chunk(size, threads, [&](int64_t begin, int64_t end) { unpack(packed, mask, begin, end); });
 }
 
 void graft_blend_packed(const void* pre, const void* ft, const uint8_t* mask, int64_t size, int element_bytes,
                         void* out, int threads) {
-  if (element_bytes == 2) choose<uint16_t>(pre, ft, mask, size, out, threads);
-  if (element_bytes == 4) choose<uint32_t>(pre, ft, mask, size, out, threads);
-  if (element_bytes == 8) choose<uint64_t>(pre, ft, mask, size, out, threads);
+  const auto run = [&](auto zero) {
+    using Element = decltype(zero);
+    for_each_chunk(size, threads, [&](int64_t begin, int64_t end) {
+      choose(static_cast<const Element*>(pre), static_cast<const Element*>(ft), mask,
+             static_cast<Element*>(out), begin, end);
+    });
+  };
+  if (element_bytes == 2) run(uint16_t{});
+  if (element_bytes == 4) run(uint32_t{});
+  if (element_bytes == 8) run(uint64_t{});
 }
 
 int64_t top_k_mask(const GraftTensor* tensors, int64_t count, int64_t k, int threads) {
