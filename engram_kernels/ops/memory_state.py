@@ -81,6 +81,8 @@ def singular(matrix: int, batch: int, ridge: float) -> EngramError:
 
 def flat(tensor: Tensor) -> Tensor:
     """One leading dimension in place of all, [B, rows, columns]."""
+    if tensor.dim() == 2:
+        return tensor.unsqueeze(0)
     return tensor.reshape(math.prod(tensor.shape[:-2]), *tensor.shape[-2:])
 
 
