@@ -192,8 +192,8 @@ on_gpu() {
 
   stage rates 40 "$python" "$bench/machine.py" rates "$results"
   # What is furthest from its goal comes first: waits and the host's time, then kernels bound by latency.
-  stage calls 40 "$python" "$bench/calls.py" cuda
-  if [[ -f $work/calls.log ]]; then cat "$work/calls.log"; fi
+  stage host 60 "$python" "$bench/host_time.py" --device cuda --turns 1
+  if [[ -f $work/host.log ]]; then cat "$work/host.log"; fi
   local family
   for family in memory low_rank graft ridge; do
     # A case that takes longer than a minute is given up, and the next one begins.
@@ -225,8 +225,8 @@ without_gpu() {
   stage benchmarks 300 "${as_if[@]}" --benchmark-only "$bench"
   stage plan 120 "$python" "$bench/cases.py"
   if [[ -f $work/plan.log ]]; then cat "$work/plan.log"; fi
-  stage calls 120 "$python" "$bench/calls.py" cpu
   stage host 300 "$python" "$bench/host_time.py" --turns 1
+  stage host-kernels 300 "$python" "$bench/host_time.py" --device cpu --turns 1
   stage sanitize 120 "$python" "$bench/sanitize.py" torch --device cpu
   stage documents 60 "$python" "$bench/report.py" docs --check
   stage aot 3600 "$python" -m pytest -q -rP -p no:cacheprovider "$root/python_tests/ops/test_triton_aot.py" \

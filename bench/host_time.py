@@ -1,12 +1,15 @@
-"""Microseconds of the host in each call, and its waits for the device, with the kernels of GPUs left out.
+"""Microseconds of the host in each call, and its waits for the device, on tensors that take no time.
 
-    python bench/host_time.py                      this checkout
-    python bench/host_time.py --before FOLDER      beside another one, in turns, in one run
+    python bench/host_time.py                      what is installed
+    python bench/host_time.py --before FOLDER      beside another checkout, in turns, in one run
+    python bench/host_time.py --device cuda        on a GPU, with its kernels
 
-It runs anywhere: the package is told that CPU tensors are a GPU's, Triton's launches and the functions of the
-module `_cuda` do nothing, and what they would have filled is ones. What is left is the package's Python and
-torch's operators around the kernels, on tensors so small that these take no time. A launch's own time (some
-microseconds) and a real device's allocator are not in it.
+Without a device it runs anywhere, and leaves the kernels of GPUs out: the package is told that CPU tensors
+are a GPU's, Triton's launches and the functions of the module `_cuda` do nothing, and what they would have
+filled is ones. What is left is the package's Python and torch's operators around the kernels; a launch's own
+time (some microseconds) and a real device's allocator are not in it. On a device the time is from the call to
+its return, with nothing waited for, and waits are those that torch's own check sees
+(`torch.cuda.set_sync_debug_mode`).
 """
 
 import importlib
@@ -16,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -72,6 +76,7 @@ def single(ek: ModuleType) -> dict[str, Callable[[], object]]:
     """Calls of one tensor, or of one matrix and its keys."""
     weight, keys, values = torch.randn(8, 8), torch.ones(1, 8), torch.randn(1, 8)
     left, right, inverse = values.T.contiguous(), keys, torch.eye(8, dtype=torch.float64)
+    moment = torch.zeros(8, 8)
     pre, ft, logits = torch.randn(3, ENTRIES)
     mask = ek.pack_mask(pre > 0)
     A, B = torch.eye(4, dtype=torch.float64), torch.ones(4, 4, dtype=torch.float64)
@@ -96,7 +101,7 @@ def single(ek: ModuleType) -> dict[str, Callable[[], object]]:
         "graft_blend_packed": lambda: ek.graft_blend_packed(pre, ft, mask),
         "pack_mask": lambda: ek.pack_mask(mask.bool()),
         "unpack_mask": lambda: ek.unpack_mask(mask, (ENTRIES,)),
-        "second_moment_": lambda: ek.second_moment_(torch.zeros(8, 8), weight),
+        "second_moment_": lambda: ek.second_moment_(moment, weight),
         "memory_accumulate_": lambda: ek.memory_accumulate_(A, B, w, z),
         "memory_solve": lambda: ek.memory_solve(A, B, ridge=0.1),
         "memory_stream": lambda: ek.memory_stream(A, B, w.double(), z.double()),
@@ -132,20 +137,25 @@ def lists(ek: ModuleType) -> dict[str, Callable[[], object]]:
     return calls
 
 
-def microseconds(call: Callable[[], object], rounds: int) -> float:
-    """The median of a call, by the clock of the thread: other processes do not count."""
+def microseconds(call: Callable[[], object], rounds: int, device: str | None) -> float:
+    """The median of a call; without a device by the thread's clock, so that other processes do not count."""
+    clock = time.perf_counter if device else time.thread_time
     for _ in range(5):
         call()
     seconds = []
     for _ in range(rounds):
-        start = time.thread_time()
+        if device == "cuda":
+            torch.cuda.synchronize()  # no queue, in which a launch would wait for room
+        start = clock()
         call()
-        seconds.append(time.thread_time() - start)
+        seconds.append(clock() - start)
     return 1e6 * statistics.median(seconds)
 
 
-def waits(call: Callable[[], object]) -> int:
+def waits(call: Callable[[], object], device: str | None) -> int:
     """How often a call brings a value from the device to the host."""
+    if device == "cuda":
+        return waits_for_gpu(call)
 
     def by_lapack(event) -> bool:
         return event.name in LAPACK or (event.cpu_parent is not None and by_lapack(event.cpu_parent))
@@ -160,24 +170,38 @@ def waits(call: Callable[[], object]) -> int:
     return len(lists) + sum(e.name in WAITS and not by_lapack(e) for e in ran.events())
 
 
-def measure() -> None:
+def waits_for_gpu(call: Callable[[], object]) -> int:
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            call()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return sum("synchronizing" in str(warning.message) for warning in warned)
+
+
+def measure(device: str | None) -> None:
     """Print what one checkout takes, as JSON."""
     torch.set_num_threads(1)
-    ek = as_if_gpu()
+    ek = importlib.import_module("engram_kernels") if device else as_if_gpu()
     if hasattr(ek, "checks"):
         ek.checks("async")
+    with torch.device(device or "cpu"):
+        calls = [(single(ek), 400), (lists(ek), 40)]
     found = {}
-    for calls, rounds in ((single(ek), 400), (lists(ek), 40)):
-        for name, call in calls.items():
-            found[name] = microseconds(call, rounds), waits(call)
+    for some, rounds in calls:
+        for name, call in some.items():
+            found[name] = microseconds(call, rounds, device), waits(call, device)
             if hasattr(ek, "checks"):
                 ek.synchronize_checks()
     print(json.dumps(found))
 
 
-def run(checkout: Path) -> dict[str, tuple[float, int]]:
-    environment = {**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__, "--worker"]
+def run(checkout: Path | None, device: str | None) -> dict[str, tuple[float, int]]:
+    """What a checkout takes, or what is installed."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | ({"PYTHONPATH": str(checkout)} if checkout else {})
+    command = [sys.executable, __file__, "--worker", *(("--device", device) if device else ())]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         sys.exit(done.stderr)
@@ -187,17 +211,18 @@ def run(checkout: Path) -> dict[str, tuple[float, int]]:
 def main(
     before: Annotated[Path | None, typer.Option(help="Another checkout, with its modules built.")] = None,
     turns: Annotated[int, typer.Option(help="Processes for each checkout.")] = 3,
+    device: Annotated[str | None, typer.Option(help="A device that is there, with its kernels.")] = None,
     worker: Annotated[bool, typer.Option(hidden=True)] = False,
 ) -> None:
     """Measure."""
     if worker:
-        measure()
+        measure(device)
         return
-    checkouts = {"after": Path(__file__).parents[1]} | ({"before": before} if before else {})
+    checkouts = {"after": None} | ({"before": before} if before else {})
     taken = {name: [] for name in checkouts}
     for _ in range(turns):
         for name, folder in checkouts.items():
-            taken[name].append(run(folder))
+            taken[name].append(run(folder, device))
     print(f"torch {torch.__version__}, medians of {turns} processes; lists of {TENSORS} tensors")
     print("| call | µs before | µs | waits before | waits |\n|---|---:|---:|---:|---:|")
     for call in taken["after"][0]:
