@@ -14,8 +14,8 @@ namespace engram::cpu::ENGRAM_ISA {
 
 namespace {
 
-// A thread is worth starting for this many multiply-adds.
-constexpr int64_t kWorkPerThread = 1 << 15;
+// A thread is worth waking for this many multiply-adds, some ten microseconds.
+constexpr int64_t kWorkPerThread = 1 << 18;
 
 int threads_for(int threads, int64_t work) {
   const int64_t useful = smaller(threads, ceil_div(work, kWorkPerThread));
