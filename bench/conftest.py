@@ -21,6 +21,11 @@ def pytest_addoption(parser):
     group.addoption(
         "--smallest", action="store_true", help="of each benchmark and device only the first case"
     )
+    group.addoption("--warm", action="store_true", help="leave the caches as the call before left them")
+
+
+def pytest_configure(config):
+    harness.cold = not config.getoption("--warm")
 
 
 def pytest_collection_modifyitems(config, items):

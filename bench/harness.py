@@ -20,6 +20,8 @@ import torch
 
 # Larger than the last-level cache of any machine this is run on: data comes cold.
 FLUSH_BYTES = 256 << 20
+# Not so with --warm (conftest.py).
+cold = True
 # Passes over them that keep a GPU busy while a call's launches queue up behind.
 COVER = 4
 # Of a large copy on a GPU, where it must take longer than a launch by far.
@@ -80,8 +82,9 @@ def flush(device: str) -> None:
 
 
 def seconds(function: Callable[[], object], device: str) -> float:
-    """Time one call with cold caches, to its end."""
-    flush(device)
+    """Time one call with cold caches, unless `cold` says otherwise, to its end."""
+    if cold:
+        flush(device)
     synchronize(device)
     start = time.perf_counter()
     function()
