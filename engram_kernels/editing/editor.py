@@ -20,18 +20,18 @@ from ..hf.layers import decoder_layers
 from ..hf.loading import cache_directory, writable_directory
 from ..hf.placement import mirrors, unwrapped, whole_model
 from ..hf.projection import default_layer, searched_projection
-from .batching import encode_edit
 from .edit import Edit
 from .health import check_bounds
-from .journal import Journal
-from .keys import MeanKey, SpreadKey
 from .methods import Method, check_choices, method_of
-from .moments import Moments
-from .prefixes import sample_prefixes
-from .result import EditResult
 from .run import Plan, Run
-from .values import ValueOptions
-from .writing import adds_up
+from .saving.journal import Journal
+from .saving.result import EditResult
+from .search.batching import encode_edit
+from .search.prefixes import sample_prefixes
+from .search.values import ValueOptions
+from .statistics.moments import Moments
+from .writing.keys import MeanKey, SpreadKey
+from .writing.writing import adds_up
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

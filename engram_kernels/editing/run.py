@@ -20,23 +20,23 @@ from ..hf.layers import adapter_settings
 from ..hf.placement import input_device
 from ..hf.projection import searched_projection
 from ..hf.tokens import Row
-from .batching import EncodedEdit, encode_edit, encode_held
 from .edit import Edit
-from .gradient_writes import write_gradients
-from .gradients import Stream
 from .health import Health, HealthCheck, spread, warn
-from .history import facts_in, note
-from .journal import Journal
-from .keys import MeanKey, SpreadKey
 from .methods import Method
-from .preconditioner import LayerOperator
 from .reach import Reached, reached
-from .records import EditedModule, EditRecord, SkippedEdit, Write
-from .result import SHOWN, EditResult
-from .room import edits_that_fit, out_of_memory
-from .values import Value, ValueOptions, find_values, value_groups
-from .weights import Snapshot, matrix_checksum
-from .writing import write_values
+from .saving.history import facts_in, note
+from .saving.journal import Journal
+from .saving.result import SHOWN, EditResult
+from .search.batching import EncodedEdit, encode_edit, encode_held
+from .search.gradients import Stream
+from .search.room import edits_that_fit, out_of_memory
+from .search.values import Value, ValueOptions, find_values, value_groups
+from .writing.gradient_writes import write_gradients
+from .writing.keys import MeanKey, SpreadKey
+from .writing.preconditioner import LayerOperator
+from .writing.records import EditedModule, EditRecord, SkippedEdit, Write
+from .writing.weights import Snapshot, matrix_checksum
+from .writing.writing import write_values
 
 T = TypeVar("T")
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
-from ..editing.corpus import read_texts
 from ..editing.held_out import text_loss, text_rows, wikipedia_rows
+from ..editing.statistics.corpus import read_texts
 from ..errors import EngramError
 from .answers import greedy, success
 from .cases import Question

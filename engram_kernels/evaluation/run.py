@@ -30,7 +30,7 @@ from .outcomes import Outcome, Retained
 
 if TYPE_CHECKING:
     from ..editing import Edit, Editor
-    from ..editing.records import EditRecord
+    from ..editing.writing.records import EditRecord
 
 CHECKPOINTS = (10, 50, 100)
 # Cases measured between two reports of progress.

@@ -14,7 +14,7 @@ from editing_helpers import changed, small_editor, spy_on_values, weights
 from engram_kernels._io import read_sealed, write_sealed
 from engram_kernels.editing import Edit, Editor, EditResult, load_model
 from engram_kernels.editing import run as run_module
-from engram_kernels.editing.values import ValueOptions
+from engram_kernels.editing.search.values import ValueOptions
 from engram_kernels.errors import EngramError
 from engram_kernels.hf.projection import output_projection
 from engram_kernels.hf.tokens import encode_row

@@ -16,10 +16,10 @@ from editing_helpers import changed, small_editor, weights
 from engram_kernels import EngramError
 from engram_kernels.editing import Edit, EditResult
 from engram_kernels.editing import run as run_module
-from engram_kernels.editing.batching import encode_edit, encode_held
-from engram_kernels.editing.forms import forms_of
 from engram_kernels.editing.methods import METHODS
-from engram_kernels.editing.values import ValueOptions, find_values
+from engram_kernels.editing.search.batching import encode_edit, encode_held
+from engram_kernels.editing.search.forms import forms_of
+from engram_kernels.editing.search.values import ValueOptions, find_values
 from engram_kernels.hf.projection import output_projection
 
 TOWER = "The Eiffel Tower"

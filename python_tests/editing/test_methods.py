@@ -14,12 +14,12 @@ from editing_helpers import changed, small_editor, spy_on_values, weights
 from engram_kernels.covariance import Covariance
 from engram_kernels.editing import Edit
 from engram_kernels.editing import run as run_module
-from engram_kernels.editing import writing as writing_module
-from engram_kernels.editing.batching import encode_edit
 from engram_kernels.editing.methods import METHODS
-from engram_kernels.editing.preconditioner import principal_directions
-from engram_kernels.editing.values import ValueOptions
-from engram_kernels.editing.writing import AROUND, adds_up, other_keys, subject_states
+from engram_kernels.editing.search.batching import encode_edit
+from engram_kernels.editing.search.values import ValueOptions
+from engram_kernels.editing.writing import writing as writing_module
+from engram_kernels.editing.writing.preconditioner import principal_directions
+from engram_kernels.editing.writing.writing import AROUND, adds_up, other_keys, subject_states
 from engram_kernels.errors import EngramError
 from engram_kernels.hf.layers import decoder_layers
 from engram_kernels.hf.projection import output_projection

@@ -20,10 +20,11 @@ from accuracy import error
 from editing_helpers import changed, weights
 from mutations import flip
 
-from engram_kernels.editing import METHODS, Edit, EditResult, EditStore, journal
-from engram_kernels.editing import statistics as statistics_module
-from engram_kernels.editing.compression import compressed
-from engram_kernels.editing.values import ValueOptions
+from engram_kernels.editing import METHODS, Edit, EditResult, EditStore
+from engram_kernels.editing.saving import journal
+from engram_kernels.editing.saving.compression import compressed
+from engram_kernels.editing.search.values import ValueOptions
+from engram_kernels.editing.statistics import statistics as statistics_module
 from engram_kernels.errors import EngramError
 
 EDITS = [Edit(f"Tower {letter}", "{} is located in the city of", "Rome") for letter in "abcdefgh"]

@@ -11,7 +11,7 @@ from model_zoo import TEXTS, small_model
 
 from engram_kernels import EngramError
 from engram_kernels.editing import Editor
-from engram_kernels.editing.values import ValueOptions
+from engram_kernels.editing.search.values import ValueOptions
 from engram_kernels.evaluation.drift import Drift
 from engram_kernels.evaluation.fluency import fluency
 from engram_kernels.evaluation.measures import measure

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import torch
 
-from .. import _checks as check
-from .._hashing import tensor_bytes
-from .._progress import Progress
-from .._ranks import ALONE, Ranks
-from ..covariance import Covariance
-from ..hf.fingerprints import states_fingerprint
-from ..hf.loading import writable_directory
-from ..hf.projection import Projection, output_projection, searched_projection
+from ... import _checks as check
+from ..._hashing import tensor_bytes
+from ..._progress import Progress
+from ..._ranks import ALONE, Ranks
+from ...covariance import Covariance
+from ...hf.fingerprints import states_fingerprint
+from ...hf.loading import writable_directory
+from ...hf.projection import Projection, output_projection, searched_projection
 from . import corpus as corpora
 from . import statistics
 

@@ -11,21 +11,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .. import _checks as check
-from .._hashing import digest
-from ..errors import EngramError
-from ..hf.fingerprints import weights_checksums
-from .edit import Edit
-from .editor import Editor
-from .health import Health
+from ... import _checks as check
+from ..._hashing import digest
+from ...errors import EngramError
+from ...hf.fingerprints import weights_checksums
+from ..edit import Edit
+from ..editor import Editor
+from ..health import Health
+from ..methods import METHODS, Method, check_values, method_of
+from ..saving.result import EditResult
+from ..writing.records import EditRecord
 from .joint import joint_writes
-from .methods import METHODS, Method, check_values, method_of
-from .records import EditRecord
-from .result import EditResult
 from .store_folder import StoreFolder, method_from, method_plain
 
 if TYPE_CHECKING:
-    from ..hf.tokens import Tokenizer
+    from ...hf.tokens import Tokenizer
 
 # One edit after the other, each of which holds the earlier ones; with a ridge, so that all of them together
 # are the solution of one least-squares problem, out of which any can be taken.

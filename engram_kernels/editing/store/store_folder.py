@@ -10,15 +10,15 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from .._io import file_checksum, load_sealed_tensors, read_sealed, write_sealed
-from ..errors import EngramError
-from ..hf.loading import writable_directory
-from .files import REPORT
-from .gradients import GradientOptions
-from .methods import Method
-from .result import EditResult
-from .statistics import PARTIAL
-from .values import ValueOptions
+from ..._io import file_checksum, load_sealed_tensors, read_sealed, write_sealed
+from ...errors import EngramError
+from ...hf.loading import writable_directory
+from ..methods import Method
+from ..saving.files import REPORT
+from ..saving.result import EditResult
+from ..search.gradients import GradientOptions
+from ..search.values import ValueOptions
+from ..statistics.statistics import PARTIAL
 
 FORMAT = 2
 _OWN = ("statistics", "edits", "pending")

@@ -8,20 +8,20 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from .. import _checks as check
-from .._ranks import ALONE, Ranks
-from ..errors import EngramError
-from ..hf.hooks import Stop, capture, run_until
-from ..hf.layers import decoder_layers
-from ..hf.placement import input_device
-from ..hf.projection import Projection
-from ..hf.tokens import pad_rows
-from .batching import EncodedEdit
+from ... import _checks as check
+from ..._ranks import ALONE, Ranks
+from ...errors import EngramError
+from ...hf.hooks import Stop, capture, run_until
+from ...hf.layers import decoder_layers
+from ...hf.placement import input_device
+from ...hf.projection import Projection
+from ...hf.tokens import pad_rows
+from ..search.batching import EncodedEdit
+from ..search.partial_forward import adding
+from ..search.values import Value
 from .keys import MeanKey, SpreadKey
-from .partial_forward import adding
 from .preconditioner import LayerOperator, Solved
 from .records import Write, left_factor
-from .values import Value
 from .weights import add_in_range
 
 # Of a forward pass; and edits whose states are in memory at once.

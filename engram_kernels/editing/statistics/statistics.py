@@ -9,16 +9,16 @@ from pathlib import Path
 
 import torch
 
-from .._io import load_cached, save_sealed_tensors
-from .._progress import Progress
-from .._ranks import ALONE, Ranks
-from ..errors import EngramError
-from ..hf.hooks import Stop, capture, run_until
-from ..hf.placement import input_device
-from ..hf.projection import Projection
-from ..hf.tokens import context_length
-from ..ops import second_moment_
-from ..ops.waiting import raises_at_once
+from ..._io import load_cached, save_sealed_tensors
+from ..._progress import Progress
+from ..._ranks import ALONE, Ranks
+from ...errors import EngramError
+from ...hf.hooks import Stop, capture, run_until
+from ...hf.placement import input_device
+from ...hf.projection import Projection
+from ...hf.tokens import context_length
+from ...ops import second_moment_
+from ...ops.waiting import raises_at_once
 
 CHUNK = 512
 BATCH = 4
