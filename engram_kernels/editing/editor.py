@@ -15,6 +15,7 @@ from .. import tracing
 from .._progress import Progress
 from .._ranks import Ranks
 from ..covariance import Covariance
+from ..errors import EngramError
 from ..hf.eval_mode import eval_mode
 from ..hf.layers import decoder_layers
 from ..hf.loading import cache_directory, writable_directory
@@ -133,6 +134,8 @@ class Editor:
         self.seed = seed
         self.progress = progress
         self._prefixes: list[str] | None = None
+        # By layer, what a probe of it found: the model's code does not change.
+        self._adds_up: dict[int, bool] = {}
         self._moments = Moments(
             model, tokenizer, corpus, self.cache, tokens=tokens, ridge=ridge, seed=seed, progress=progress,
             ranks=self.ranks,
@@ -225,6 +228,7 @@ class Editor:
         for layer in plan.layers:
             searched_projection(self.model, layer)
         with eval_mode(self.model), self.ranks.failing_together():
+            self._check_spread(plan)
             run = Run(self.model, self.tokenizer, edits, plan, self.progress, self.ranks, after)
             run.begin()
             # Gradients are of the prompts alone.
@@ -298,10 +302,25 @@ class Editor:
             return layers
         if not self.consistent_key:
             return (middle,)
-        with eval_mode(self.model):
-            probe = encode_edit(self.model, self.tokenizer, PROBE, ())
-            last = searched_projection(self.model, layers[-1])
-            return layers if adds_up(self.model, last, probe) else (middle,)
+        return layers if self._adds(layers[-1]) else (middle,)
+
+    def _adds(self, layer: int) -> bool:
+        """Whether a change of a projection's output is the same change of its layer's output."""
+        if layer not in self._adds_up:
+            with eval_mode(self.model):
+                probe = encode_edit(self.model, self.tokenizer, PROBE, ())
+                projection = searched_projection(self.model, layer)
+                self._adds_up[layer] = adds_up(self.model, projection, probe)
+        return self._adds_up[layer]
+
+    def _check_spread(self, plan: Plan) -> None:
+        """A searched change goes over several layers only where they share it by equal parts."""
+        if len(plan.layers) > 1 and plan.method.values != "gradient" and not self._adds(plan.layers[-1]):
+            name = searched_projection(self.model, plan.layers[-1]).name
+            raise EngramError(
+                "layers: expected one layer for this model, whose layers do not add the output of "
+                f"{name!r} to their own as it is, got several"
+            )
 
     def prefixes(self) -> list[str]:
         """The texts that are put before every prompt, sampled once."""

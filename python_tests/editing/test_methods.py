@@ -321,6 +321,18 @@ def test_layers_that_do_not_add_up_are_refused(make, family):
     assert editor.layers("memit") == editor.layers("engram-forms") == (1,)
 
 
+def test_a_model_is_probed_once_however_many_batches(make, monkeypatch):
+    probes, adding = [], writing_module.adding
+    monkeypatch.setattr(
+        writing_module, "adding", lambda *given: probes.append(given[0].layer) or adding(*given)
+    )
+    editor = make()
+    editor.edit(EDITS, method="memit", batch=1).revert()
+    editor.edit(EDITS, layers=[1, 2], method="memit", batch=1).revert()
+    # With the change and without it.
+    assert probes == [editor.layers("memit")[-1]] * 2 + [2] * 2
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("family", model_zoo.FAMILIES)
 def test_layers_that_add_up_are_taken(make, family, dtype):
