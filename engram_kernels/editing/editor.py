@@ -337,14 +337,19 @@ class Editor:
         """
         return self.covariances([layer])[layer]
 
-    def covariances(self, layers: Sequence[int]) -> dict[int, Covariance]:
+    def covariances(self, layers: Sequence[int], anew: bool = True) -> dict[int, Covariance]:
         """The second moments of several layers' keys, inverted; what is missing comes from one pass.
 
+        Args:
+            layers: by index.
+            anew: compute again, with a warning, what `cache_dir` holds in a file that is spoilt.
+
         Raises:
-            EngramError: the corpus is empty or too small for the dimension of the key.
+            EngramError: the corpus is empty or too small for the dimension of the key, or a file is spoilt
+                and `anew` False.
         """
         with eval_mode(self.model), self.ranks.failing_together():
-            return self._moments.covariances(layers)
+            return self._moments.covariances(layers, anew)
 
     def use_covariance(self, layer: int, covariance: Covariance | None) -> None:
         """Take a covariance made elsewhere for a layer, whatever the weights become; None: no longer.

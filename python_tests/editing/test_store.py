@@ -20,6 +20,7 @@ from accuracy import error
 from editing_helpers import changed, weights
 from mutations import flip
 
+from engram_kernels import _io
 from engram_kernels.editing import METHODS, Edit, EditResult, EditStore
 from engram_kernels.editing.saving import journal
 from engram_kernels.editing.saving.compression import compressed
@@ -349,7 +350,7 @@ def test_spoilt_statistics_are_refused_by_name(tmp_path):
     flip(path, -1)
     model = model_zoo.small_model("llama")
     before = weights(model)
-    kind = rf"^directory: expected the store's statistics .*{path.name}.* its checksum is another\); without"
+    kind = rf"^directory: expected the statistics as .*{path.name}.* its checksum is another\); without"
     for call in (lambda: open_store(tmp_path, model), lambda: EditStore(tmp_path).verify()):
         with pytest.raises(EngramError, match=kind):
             call()
@@ -358,6 +359,20 @@ def test_spoilt_statistics_are_refused_by_name(tmp_path):
     with open_store(tmp_path, model) as store:
         store.add(EDITS[1])
     assert store.verify() == 2
+
+
+def test_statistics_are_read_once_a_call(tmp_path, monkeypatch):
+    method = replace(METHODS["memit"], layers=2, batch=1, preserve=True)
+    open_store(tmp_path, method=method).revert()
+    sums, checksum = [], _io._tensors_checksum
+    monkeypatch.setattr(
+        _io,
+        "_tensors_checksum",
+        lambda tensors, about: sums.append("moment" in tensors) or checksum(tensors, about),
+    )
+    with open_store(tmp_path) as store:
+        store.add(EDITS[0])
+    assert sum(sums) == 2  # a file a layer
 
 
 def test_a_run_that_another_version_began_is_refused_with_the_way_out(tmp_path, monkeypatch):

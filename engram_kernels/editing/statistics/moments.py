@@ -81,14 +81,19 @@ class Moments:
         self._computed: dict[int, tuple[str, Covariance]] = {}
         self._given: dict[int, Covariance] = {}
 
-    def covariances(self, layers: Sequence[int]) -> dict[int, Covariance]:
+    def covariances(self, layers: Sequence[int], anew: bool = True) -> dict[int, Covariance]:
         """The covariance of each layer, on its device; the model is in evaluation mode.
+
+        Args:
+            layers: by index.
+            anew: compute again what the cache holds in a spoilt file.
 
         Raises:
             TypeError: `layers` is no sequence of integers.
             ValueError: a layer is out of range.
             EngramError: a layer cannot be edited, the corpus is empty, too small for the dimension of the
-                key or cannot be read, or the inputs of a layer are not finite.
+                key or cannot be read, the inputs of a layer are not finite, or a file of the cache is spoilt
+                and `anew` False.
         """
         if not isinstance(layers, Iterable) or isinstance(layers, str):
             raise TypeError(f"layers: expected a sequence of integers, got {type(layers).__name__}")
@@ -106,7 +111,7 @@ class Moments:
                 lambda: {layer: key for layer, (key, _) in self._computed.items()}
             )
             missing = [one for one in group if any(has.get(one.layer) != keys[one.layer] for has in known)]
-            for layer, moment, seen in self._moments(missing, keys, ids, count):
+            for layer, moment, seen in self._moments(missing, keys, ids, count, anew):
                 covariance = Covariance.from_second_moment(moment, seen, self.ridge, overwrite=True)
                 self._computed[layer] = keys[layer], covariance
         return {
@@ -140,13 +145,18 @@ class Moments:
         return given
 
     def _moments(
-        self, projections: list[Projection], keys: dict[int, str], ids: torch.Tensor | None, count: int
+        self,
+        projections: list[Projection],
+        keys: dict[int, str],
+        ids: torch.Tensor | None,
+        count: int,
+        anew: bool,
     ) -> Iterator[tuple[int, torch.Tensor, int]]:
         """`(layer, moment, number of tokens)` of each: what is on disk first, then the rest."""
         files = {layer: self.folder / f"{key}.safetensors" for layer, key in keys.items()}
         missing = []
         for projection in projections:
-            cached = self._cached(files[projection.layer], projection)
+            cached = self._cached(files[projection.layer], projection, anew)
             if cached is None:
                 missing.append(projection)
             else:
@@ -170,10 +180,10 @@ class Moments:
         for projection in missing:
             yield projection.layer, sums.pop(projection.layer), seen
 
-    def _cached(self, path: Path, projection: Projection) -> tuple[torch.Tensor, int] | None:
+    def _cached(self, path: Path, projection: Projection, anew: bool) -> tuple[torch.Tensor, int] | None:
         """What the first rank has on disk, on all of them."""
         ranks = self.ranks.everyone
-        loaded = statistics.load_moment(path) if ranks.rank == 0 else None
+        loaded = statistics.load_moment(path, anew) if ranks.rank == 0 else None
         count = ranks.decided(lambda: None if loaded is None else loaded[1])
         if count is None:
             return None

@@ -122,8 +122,8 @@ class EditStore:
     def _open(self, model, tokenizer, method, layers, values, options) -> None:
         """Bind the model, which must be the base, and bring it to where the store is."""
         folder = self._folder
-        folder.check_statistics()
-        editor = Editor(model, tokenizer, cache_dir=folder.path / "statistics", **options)
+        with folder.naming_it():
+            editor = Editor(model, tokenizer, cache_dir=folder.path / "statistics", **options)
         base = digest(weights_checksums(model))
         settings = {name: repr(getattr(editor, name)) for name in _SETTINGS}
         check_values(values)
@@ -148,7 +148,9 @@ class EditStore:
                 raise EngramError(f"{name}: expected the store's, {value}, got {settings.get(name)}")
         # Of the unedited model, before anything is applied to it.
         editor.prefixes()
-        for layer, covariance in editor.covariances(self.layers).items():
+        with folder.naming_it():
+            covariances = editor.covariances(self.layers, anew=False)
+        for layer, covariance in covariances.items():
             editor.use_covariance(layer, covariance)
         self._editor = editor
         self._sync()
