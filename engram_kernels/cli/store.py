@@ -59,7 +59,11 @@ def add(
     ] = None,
     model: Model = "smollm2",
     method: Annotated[
-        str | None, typer.Option(help="Of a new store: engram, rome, memit and others: docs/methods.md.")
+        str | None,
+        typer.Option(
+            help="Of a new store: engram, rome, memit and others (docs/methods.md), one edit at a time, each "
+            "of which holds the earlier ones; natural and ultraedit in batches."
+        ),
     ] = None,
     layers: Layers = None,
     values: Values = None,

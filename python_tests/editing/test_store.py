@@ -172,7 +172,7 @@ def test_remove_is_as_if_never_made(tmp_path):
 
 
 def test_remove_of_a_method_that_forgets_leaves_its_write_out(tmp_path):
-    store = open_store(tmp_path, method="rome")
+    store = open_store(tmp_path, method=METHODS["rome"])
     store.add(EDITS[:3])
     whole = store.result()
     store.remove(2)
@@ -359,6 +359,25 @@ def test_spoilt_statistics_are_refused_by_name(tmp_path):
     with open_store(tmp_path, model) as store:
         store.add(EDITS[1])
     assert store.verify() == 2
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_a_name_is_the_method_one_edit_at_a_time(tmp_path, name):
+    """The store's own is the one of that name; one by gradients keeps its batches."""
+    with open_store(tmp_path / "named", method=name, layers=1) as store:
+        method, given = store.method, METHODS[name]
+    if given.values == "gradient":
+        assert method == given
+        return
+    assert method.batch == 1 and method.ridge == (given.ridge or 1) and method.held > 0
+    assert replace(method, batch=given.batch, ridge=given.ridge, preserve=given.preserve) == given
+    with open_store(tmp_path / "named", method=name) as again:
+        assert again.method == method
+    if name == "engram":
+        with open_store(tmp_path / "own", layers=1) as own:
+            assert own.method == method
+    with open_store(tmp_path / "settings", method=given, layers=1) as settings:
+        assert settings.method == given
 
 
 def test_statistics_are_read_once_a_call(tmp_path, monkeypatch):
