@@ -69,6 +69,15 @@ def one_thread():
 
 
 @pytest.fixture
+def room_for():
+    """`room_for(bytes)`: no file of this process can become larger, as on a disk that is full."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.fixture
 def engram(monkeypatch, capsys):
     """Run the command line; return its exit status and what it printed."""
     from engram_kernels import cli

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ..hf.scripts import is_whole
+
 if TYPE_CHECKING:
     from ..memory import EpisodicMemory
     from ..memory.ledger import Entry, Id
@@ -197,8 +199,7 @@ def _check(number: int, name: str, value: object, expected: type | tuple[type, .
     blank = isinstance(value, str) and not value.strip()
     if not isinstance(value, expected) or isinstance(value, bool) or blank:
         raise ValueError(f"facts: expected a text as {name!r} in line {number}, got {value!r}")
-    # JSON can spell half of a character, which no file and no tokenizer takes.
-    if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
+    if isinstance(value, str) and not is_whole(value):
         raise ValueError(f"facts: expected whole characters as {name!r} in line {number}, got {value[:60]!r}")
 
 

@@ -231,7 +231,7 @@ def _edits(subject: str | None, prompt: str | None, target: str | None, facts: P
     for number, line in lines("facts", facts):
         try:
             edits.append(Edit(**json.loads(line)))
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(
                 f"facts: expected a fact in line {number}, got {line[:60]!r} ({error})"
             ) from None

@@ -101,11 +101,17 @@ class Run:
         plan = repr(self.plan)
         self.ranks.check_same("edits", digest(plan, [asdict(edit) for edit in self.edits]))
         self.ranks.check_same("model", [matrix_checksum(projection) for projection in self.projections])
-        first: dict[Edit, int] = {}
+        asked: dict[Edit, int] = {}
         for number, edit in enumerate(self.edits):
-            if first.setdefault(edit, number) != number:
-                self._skip(number, EngramError(f"it is the same as edit {first[edit]}"), always=True)
-        self._encode(first.values(), ())
+            other = asked.pop(edit, number)
+            between = self.edits[other + 1 : number]
+            # Of two that are the same the first is made, unless it is contradicted before the second.
+            again = other < number and any(_contradict(edit, one) for one in between)
+            asked[edit] = number if again else other
+            if other < number:
+                twin, left = (number, other) if again else (other, number)
+                self._skip(left, EngramError(f"it is the same as edit {twin}"), always=True)
+        self._encode(sorted(asked.values()), ())
         rows = {number: one.rewriting[0] for number, one in self.encoded.items()}
         self._before = dict(zip(rows, self._reached(list(rows.values()), list(rows)), strict=True))
         subjects = {edit.subject for edit in self.edits}

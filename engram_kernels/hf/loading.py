@@ -19,7 +19,7 @@ import torch
 
 from .. import _checks as check
 from .._hashing import digest
-from .._io import let_all_read, read_json, read_sealed, write_sealed
+from .._io import let_all_read, read_json, read_sealed, system_errors, write_sealed
 from .._ranks import together
 from ..errors import EngramError
 from .layers import check_dtype
@@ -273,7 +273,7 @@ def _converted(gguf: Path | None, name: str) -> Path:
         warnings.warn(f"{str(target)!r} is not as it was written, and is made again", stacklevel=2)
     try:
         # The bar of transformers' converter has no switch.
-        with without_progress_bars(transformers), redirect_stderr(io.StringIO()):
+        with without_progress_bars(transformers), redirect_stderr(io.StringIO()), system_errors():
             for part in _read_gguf(transformers, gguf):
                 part.save_pretrained(work)
         seal(work)
@@ -287,6 +287,10 @@ def _converted(gguf: Path | None, name: str) -> Path:
             # Another process converted the same file meanwhile; its result is as good.
             if not is_whole(target):
                 raise
+    except OSError as error:
+        raise EngramError(
+            f"the cache ($ENGRAM_CACHE): expected room for {str(target)!r}, got none ({error.strerror})"
+        ) from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return target

@@ -10,7 +10,7 @@ import torch
 
 from .. import _checks as check
 from ..errors import EngramError
-from .scripts import joint, whole_words
+from .scripts import is_whole, joint, whole_words
 
 if TYPE_CHECKING:
     # Of the public signatures: other parts of the package do not import transformers.
@@ -22,10 +22,11 @@ def check_text(name: str, value: object) -> str:
 
     Raises:
         TypeError: it is not a string.
-        ValueError: it is empty.
+        ValueError: it is empty, or holds half a character, which no tokenizer takes.
     """
     check.expect(isinstance(value, str), name, "a string", type(value).__name__, TypeError)
     check.expect(bool(value.strip()), name, "some text", repr(value))
+    check.expect(is_whole(value), name, "whole characters", repr(value))
     return value.strip()
 
 
@@ -250,7 +251,7 @@ def check_length(model, row: Row, text: str, prefix: str = "") -> Row:
         after = f" after the prefix {prefix!r}" if prefix else ""
         raise EngramError(
             f"prompt: expected at most {limit} tokens with subject and target, the model's context, "
-            f"got {len(row.ids)} in {text!r}{after}"
+            f"got {len(row.ids)} in {check.excerpt(text)}{after}"
         )
     return row
 

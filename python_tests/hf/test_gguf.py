@@ -85,6 +85,14 @@ def test_what_was_spoilt_is_converted_anew(small, spoil, name):
     assert not (folder / "spoilt").exists()
 
 
+def test_a_full_cache_is_said(small, room_for):
+    path, _, _ = small
+    room_for(10_000)
+    with pytest.raises(EngramError, match=r"^the cache \(\$ENGRAM_CACHE\): expected room for .*small-f32-.*"):
+        load_model(path)
+    assert not list((path.parent.parent / "cache").iterdir())
+
+
 def test_files_with_other_times_and_the_same_bytes_are_kept(small, monkeypatch):
     path, _, _ = small
     folder = checkpoint_folder(path)

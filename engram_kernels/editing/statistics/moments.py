@@ -15,6 +15,7 @@ from ..._hashing import tensor_bytes
 from ..._progress import Progress
 from ..._ranks import ALONE, Ranks
 from ...covariance import Covariance
+from ...errors import EngramError
 from ...hf.fingerprints import states_fingerprint
 from ...hf.loading import writable_directory
 from ...hf.projection import Projection, output_projection, searched_projection
@@ -194,10 +195,15 @@ class Moments:
             moment = loaded[0].to(projection.matrix.device)
         return ranks.broadcast_(moment), count
 
-    @staticmethod
-    def _save(files: Mapping[int, Path], sums: Mapping[int, torch.Tensor], seen: int) -> None:
-        for layer, moment in sums.items():
-            statistics.save_moment(files[layer], moment, seen)
+    def _save(self, files: Mapping[int, Path], sums: Mapping[int, torch.Tensor], seen: int) -> None:
+        try:
+            for layer, moment in sums.items():
+                statistics.save_moment(files[layer], moment, seen)
+        except OSError as error:
+            raise EngramError(
+                f"cache_dir: expected room for the statistics in {str(self.folder)!r}, got none "
+                f"({error.strerror})"
+            ) from error
 
     def _pass(
         self,
