@@ -11,7 +11,7 @@ from .. import _checks as check
 from ..errors import EngramError
 from ..hf.generation import closing_tokens
 from ..hf.generation import greedy as continued
-from ..hf.tokens import context_length, open_ids
+from ..hf.tokens import check_known, context_length, open_ids
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,7 @@ def greedy(
     encoded = [open_ids(tokenizer, prompt.rstrip(" ")) for prompt in prompts]
     limit = context_length(model)
     for prompt, ids, count in zip(prompts, encoded, counts, strict=True):
+        check_known(model, ids, prompt)
         check_room(limit, prompt, ids, count)
     special = closing_tokens(model) | set(tokenizer.all_special_ids)
     found: list[Written | None] = [None] * len(prompts)

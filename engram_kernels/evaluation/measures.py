@@ -11,7 +11,7 @@ from typing import NamedTuple
 from .. import _checks as check
 from ..errors import EngramError
 from ..hf.forward import target_predictions
-from ..hf.tokens import Row, context_length, encode_row, open_ids
+from ..hf.tokens import Row, check_known, context_length, encode_row, open_ids
 from .answers import check_room, greedy, success
 from .cases import Case, RippleTest
 
@@ -273,6 +273,7 @@ def said(tokenizer, prompt: str, chat: bool) -> str:
 
 def _encode(model, tokenizer, prompt: str, answer: str) -> Row:
     row = encode_row(tokenizer, prompt, "{}", answer)
+    check_known(model, row.ids, prompt)
     limit = context_length(model)
     if limit is not None and len(row.ids) > limit:
         raise EngramError(

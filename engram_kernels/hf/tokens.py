@@ -240,12 +240,28 @@ def check_apart(row: Row, text: str, target: str) -> Row:
     return row
 
 
-def check_length(model, row: Row, text: str, prefix: str = "") -> Row:
-    """The row of a prompt's text, which fits into the model's context.
+def check_known(model, ids: Sequence[int], text: str) -> None:
+    """Check that a model has an embedding for every token of a text; a GPU would end the process.
 
     Raises:
-        EngramError: it does not.
+        EngramError: it does not: the tokenizer is another model's, or has more tokens.
     """
+    count = model.get_input_embeddings().weight.shape[0]
+    highest = max(ids, default=0)
+    if highest >= count:
+        raise EngramError(
+            f"tokenizer: expected the model's, which has embeddings of {count} tokens, got token {highest} "
+            f"in {check.excerpt(text)}"
+        )
+
+
+def check_length(model, row: Row, text: str, prefix: str = "") -> Row:
+    """The row of a prompt's text, which the model has embeddings for and which fits into its context.
+
+    Raises:
+        EngramError: it has not, or it does not.
+    """
+    check_known(model, row.ids, text)
     limit = context_length(model)
     if limit is not None and len(row.ids) > limit:
         after = f" after the prefix {prefix!r}" if prefix else ""

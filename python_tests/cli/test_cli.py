@@ -73,6 +73,16 @@ def test_edit_reports_and_saves(engram, folder, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["edit", "report.json"]
 
 
+@pytest.mark.parametrize("option", ["--paraphrase", "--control"])
+def test_what_is_asked_fits_into_the_context(engram, folder, option):
+    """Whatever is edited: a text that is asked only would be read beyond what the model knows."""
+    long = "the towers " * 100 + "{} is in"
+    status, _, err = engram(
+        "edit", "--model", folder, "--corpus", folder / "corpus.txt", *FACT, option, long, "--device", "cpu"
+    )
+    assert status == 1 and "Error: --prompt: expected at most 128 tokens" in err and len(err) < 300, err
+
+
 @pytest.mark.parametrize("name", ["subject", "prompt", "target"])
 def test_bytes_that_are_no_text_are_refused(engram, name):
     """As the system hands them on where an argument is no UTF-8."""

@@ -19,6 +19,7 @@ from ...errors import EngramError
 from ...hf.fingerprints import states_fingerprint
 from ...hf.loading import writable_directory
 from ...hf.projection import Projection, output_projection, searched_projection
+from ...hf.tokens import check_known
 from . import corpus as corpora
 from . import statistics
 
@@ -240,6 +241,7 @@ class Moments:
             if self._stream is None:
                 self._stream = corpora.TokenStream(self.tokenizer, corpus)
             ids = self._stream.first(count)
+            check_known(self.model, [int(ids.max())], "the corpus")
             if self.tokens is not None and len(ids) < count:
                 warnings.warn(f"corpus: expected {count} tokens, got {len(ids)}", stacklevel=5)
             self._sources[count] = ids, hashlib.sha256(tensor_bytes(ids)).hexdigest()
