@@ -1,6 +1,7 @@
 """What the tests share: the backends that exist here, seeds, poisoned outputs, the command line."""
 
 import os
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -70,11 +71,19 @@ def one_thread():
 
 @pytest.fixture
 def room_for():
-    """`room_for(bytes)`: no file of this process can become larger, as on a disk that is full."""
+    """`with room_for(bytes):` no file of this process can become larger, as on a disk that is full."""
     resource = pytest.importorskip("resource")
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    @contextmanager
+    def limited(size):
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return limited
 
 
 @pytest.fixture

@@ -102,8 +102,8 @@ def test_a_full_disk_leaves_nothing_half_written(engram, folder, tmp_path, room_
     """The sentence names the option and the path, whichever of the files does not fit."""
     asked = ("edit", "--model", folder, "--corpus", folder / "corpus.txt", *FACT, "--device", "cpu")
     assert engram(*asked)[0] == 0  # what the cache keeps is there
-    room_for(room)
-    status, _, err = engram(*asked, option, tmp_path / name)
+    with room_for(room):
+        status, _, err = engram(*asked, option, tmp_path / name)
     assert status == 1
     sentence = (
         rf"Error: {option}: expected \w+ \w* ?that can be written, got '{tmp_path / name}' \(File too large\)"
