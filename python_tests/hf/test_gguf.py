@@ -12,7 +12,7 @@ from engram_kernels.editing import load_model
 from engram_kernels.errors import EngramError
 from engram_kernels.hf import loading
 from engram_kernels.hf.loading import gguf_file
-from engram_kernels.hf.shards import checkpoint_folder
+from engram_kernels.hf.shards import Checkpoint, checkpoint_folder
 
 pytest.importorskip("gguf")
 pytest.importorskip("accelerate")
@@ -83,6 +83,14 @@ def test_what_was_spoilt_is_converted_anew(small, spoil, name):
     assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
     assert loading.is_whole(folder) and [one.name for one in folder.parent.iterdir()] == [folder.name]
     assert not (folder / "spoilt").exists()
+
+
+def test_what_is_written_from_it_has_no_seal(small, tmp_path):
+    """Which is of the cache's files, and not of changed ones."""
+    folder = checkpoint_folder(small[0])
+    Checkpoint(folder).rewrite(tmp_path / "new", {})
+    names = {path.name for path in folder.iterdir()}
+    assert {path.name for path in (tmp_path / "new").iterdir()} == names - {loading.SEAL} < names
 
 
 def test_a_full_cache_is_said(small, room_for):
