@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from ..memory import EpisodicMemory
     from ..memory.ledger import Entry, Id
 
-# UTF-32 first: its mark begins with that of UTF-16.
-_MARKS = (
+# What names a text's encoding. UTF-32 first: its mark begins with that of UTF-16.
+MARKS = (
     (codecs.BOM_UTF32_LE, "utf-32"),
     (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF16_LE, "utf-16"),
@@ -140,7 +140,7 @@ def _text(path: Path) -> str:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"facts: expected a text file, got {str(path)!r} ({reason})") from None
-    encoding = next((name for mark, name in _MARKS if content.startswith(mark)), "utf-8")
+    encoding = next((name for mark, name in MARKS if content.startswith(mark)), "utf-8")
     try:
         text = content.decode(encoding)
     except UnicodeDecodeError as error:
