@@ -31,7 +31,7 @@ from rich.table import Table
 import engram_kernels as ek
 from engram_kernels._io import new_file
 from engram_kernels.editing import Editor, load_model
-from engram_kernels.editing.npz import save_npz
+from engram_kernels.editing.statistics.npz import save_npz
 
 SAMPLES = 100
 NAMES = {

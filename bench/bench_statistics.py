@@ -14,7 +14,8 @@ import pytest
 import torch
 from harness import check, floor, interleave, relative
 
-from engram_kernels.editing import load_model, statistics
+from engram_kernels.editing import load_model
+from engram_kernels.editing.statistics import statistics
 from engram_kernels.errors import EngramError
 from engram_kernels.hf.projection import output_projection
 

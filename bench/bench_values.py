@@ -24,8 +24,8 @@ from rich.table import Table
 
 from engram_kernels._io import new_file
 from engram_kernels.editing import Edit, Editor, load_model
-from engram_kernels.editing.batching import EncodedEdit, encode_edit
-from engram_kernels.editing.values import ValueOptions, find_values, value_groups
+from engram_kernels.editing.search.batching import EncodedEdit, encode_edit
+from engram_kernels.editing.search.values import ValueOptions, find_values, value_groups
 from engram_kernels.hf.projection import default_layer, output_projection
 from engram_kernels.hf.tokens import Row, pad_rows
 

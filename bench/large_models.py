@@ -94,7 +94,7 @@ def one_way(way: str, model: str, folder: Path) -> None:
     """Each in a process of its own, for its peak."""
     from engram_kernels.editing import EditResult, edit_checkpoint, load_model
     from engram_kernels.editing.edit import Edit
-    from engram_kernels.editing.records import EditedModule, EditRecord, Write
+    from engram_kernels.editing.writing.records import EditedModule, EditRecord, Write
     from engram_kernels.hf.checkpoints import save_model
     from engram_kernels.hf.projection import default_layer, output_projection
 

@@ -25,9 +25,9 @@ import typer
 
 from engram_kernels._io import write_json
 from engram_kernels.editing import METHODS, Edit, EditStore, load_model
-from engram_kernels.editing.batching import encode_edit
 from engram_kernels.editing.held_out import text_loss, wikipedia_rows
 from engram_kernels.editing.reach import reached
+from engram_kernels.editing.search.batching import encode_edit
 
 STAGES = (100, 200, 400, 700, 1000, 1500, 2000)
 ASKED, TEXTS = 300, 16

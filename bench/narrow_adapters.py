@@ -22,8 +22,8 @@ import typer
 from lifelong import TEXTS, holding, read_edits
 
 from engram_kernels.editing import EditStore, load_model
-from engram_kernels.editing.compression import compressed
 from engram_kernels.editing.held_out import text_loss, wikipedia_rows
+from engram_kernels.editing.saving.compression import compressed
 
 
 def main(

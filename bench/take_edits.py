@@ -33,7 +33,7 @@ from take_rows import TakeRow, read_take_rows
 
 import engram_kernels as ek
 from engram_kernels.editing import Edit, Editor, load_model
-from engram_kernels.editing.npz import save_npz
+from engram_kernels.editing.statistics.npz import save_npz
 from engram_kernels.hf.projection import default_layer
 
 EASYEDIT = "easyedit-rome"

@@ -17,6 +17,11 @@ def expect(
         raise error(f"{name}: expected {expected}, got {got}")
 
 
+def excerpt(text: str, most: int = 60) -> str:
+    """A text as an error shows it: as Python writes it, its beginning where it is long."""
+    return repr(text if len(text) <= most else f"{text[:most]}…")
+
+
 def number(name: str, value: object, at_least: float = -math.inf, above: float = -math.inf) -> None:
     """Check that a value is a finite number, and not under a bound."""
     if type(value) is not float:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import warnings
@@ -22,6 +23,20 @@ Made = TypeVar("Made")
 
 
 @contextmanager
+def system_errors() -> Iterator[None]:
+    """Let a full disk be an `OSError`, whoever writes: safetensors has errors of its own."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
+
+
+@contextmanager
 def new_directory(directory: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary folder beside `directory`, and give it that name at the end of the block.
 
@@ -37,10 +52,12 @@ def new_directory(directory: str | os.PathLike) -> Iterator[Path]:
         directory.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
         os.chmod(temporary, 0o755)
-        yield temporary
+        with system_errors():
+            yield temporary
         temporary.rename(directory)
     except OSError as error:
-        if temporary and error.filename and not Path(str(error.filename)).is_relative_to(temporary):
+        named = [Path(str(name)) for name in (error.filename, error.filename2) if name]
+        if temporary and named and not any(name.is_relative_to(temporary) for name in named):
             raise  # The block's, of a file elsewhere: the directory is not to blame.
         reason = error.strerror or error
         raise EngramError(
@@ -74,12 +91,21 @@ def write_directory(
 
 @contextmanager
 def new_file(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a temporary path beside `path`, and give what was written there that name at the end."""
+    """Yield a temporary path beside `path`, and give what was written there that name at the end.
+
+    Raises:
+        OSError: it cannot be written; its file is `path`.
+    """
     path = Path(path)
-    with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as folder:
-        temporary = Path(folder) / path.name
-        yield temporary
-        os.replace(temporary, path)
+    try:
+        with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as folder, system_errors():
+            temporary = Path(folder) / path.name
+            yield temporary
+            os.replace(temporary, path)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def let_all_read(folder: Path) -> None:
@@ -218,7 +244,7 @@ def read_json(path: str | os.PathLike) -> object:
         ValueError: it is no JSON, or is nested deeper than anything that is written here.
     """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except RecursionError as error:
         raise ValueError(f"{os.fspath(path)!r} is nested too deeply") from error
 

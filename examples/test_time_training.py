@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import engram_kernels as ek
 from engram_kernels.editing import load_model
-from engram_kernels.editing.corpus import read_texts, wikipedia_file
+from engram_kernels.editing.statistics.corpus import read_texts, wikipedia_file
 from engram_kernels.hf.projection import output_projection
 
 RULES = ("none", "sum", "ridge")

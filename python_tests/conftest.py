@@ -1,6 +1,7 @@
 """What the tests share: the backends that exist here, seeds, poisoned outputs, the command line."""
 
 import os
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -66,6 +67,23 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def room_for():
+    """`with room_for(bytes):` no file of this process can become larger, as on a disk that is full."""
+    resource = pytest.importorskip("resource")
+
+    @contextmanager
+    def limited(size):
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return limited
 
 
 @pytest.fixture

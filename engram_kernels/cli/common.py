@@ -1,11 +1,12 @@
 """What the commands share: options, errors, progress bars, and checks before any work."""
 
+import errno
 import importlib.metadata
 import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
@@ -66,6 +67,8 @@ StopOn = Annotated[
 
 # What a command ends with; `engram --help` and docs/command-line.md say the same.
 FAILED, NOT_AS_WANTED = 1, 3
+# Errors of the system in writing: no room, no right, a file that is too large.
+NOT_WRITTEN = {errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EFBIG}
 
 
 class NotAsWantedError(EngramError):
@@ -79,9 +82,23 @@ class Command(TyperCommand):
         try:
             return super().invoke(ctx)
         except (EngramError, ValueError, TypeError, OSError) as error:
-            sentence = escape(self.in_options(str(error)))
+            text = self.of_a_file(error, ctx.params) if isinstance(error, OSError) else str(error)
+            sentence = escape(self.in_options(text))
             errors.print(f"[red]Error:[/red] {sentence}", highlight=False, soft_wrap=True)
             raise typer.Exit(NOT_AS_WANTED if isinstance(error, NotAsWantedError) else FAILED) from None
+
+    @staticmethod
+    def of_a_file(error: OSError, given: Mapping[str, Any]) -> str:
+        """What the system says of a file, with the argument that named the file."""
+        if error.filename is None or error.strerror is None:
+            return str(error)
+        path = Path(str(error.filename))
+        done = "written" if error.errno in NOT_WRITTEN else "read"
+        for name, value in given.items():
+            for one in value if isinstance(value, list | tuple) else [value]:
+                if isinstance(one, Path) and path.is_relative_to(one):
+                    return f"{name}: expected a path that can be {done}, got {str(path)!r} ({error.strerror})"
+        return f"{str(path)!r} cannot be {done}: {error.strerror}"
 
     def in_options(self, text: str) -> str:
         """Replace the arguments that an error of the library names by the command's options."""
@@ -90,6 +107,9 @@ class Command(TyperCommand):
             for option in given.opts:
                 if option.startswith("-"):
                     names[option.lstrip("-").replace("-", "_")] = names[given.name] = given.opts[0]
+        # A folder that is written has the name of the option that asks for it.
+        folder = next((name for name in ("out", "save", "report") if name in names), "directory")
+        names.setdefault("directory", names.get(folder, folder))
         text = re.sub(r"^(\w+)(?=:)", lambda found: names.get(found[1], found[1]), text)
         # What Python could be told, and this command cannot.
         told = r" \((\w+)=True [^()]*\)|, or give (\w+)=True"

@@ -8,7 +8,7 @@ import torch
 import typer
 from rich.markup import escape
 
-from ..hf.tokens import encode_row, open_ids, prompt_words
+from ..hf.tokens import Row, check_length, encode_row, open_ids, prompt_words
 from .common import (
     Corpus,
     Device,
@@ -113,6 +113,9 @@ def edit(
         texts = [encode_row(tokenizer, fact.subject, one).ids for _, one in asked]
         texts += [open_ids(tokenizer, text) for text in controls]
         wanted = [encode_row(tokenizer, fact.subject, one, target, space=space) for _, one in asked]
+        rows = [*wanted, *(Row(ids, 0, len(ids)) for ids in texts[len(wanted) :])]
+        for row, text in zip(rows, [*(prompt_words(one) for _, one in asked), *controls], strict=True):
+            check_length(network, row, text)
         editor = Editor(
             network, tokenizer, corpus=corpus, tokens=tokens, value=value, seed=seed, progress=progress,
             group=group_of_ranks(),

@@ -213,6 +213,7 @@ def evaluate(
         network, tokenizer = load(progress, model, dtype, device)
         if chat and not tokenizer.chat_template:
             raise ValueError("chat: expected a model whose tokenizer has a chat template, got one without")
+        cases = _fitting(network, tokenizer, cases, refused, skip_bad, chat)
         texts = drift_rows_of(tokenizer, drift_text, drift_rows) if drift_rows else []
         drift = Drift(network, tokenizer, texts, facts, batch_size) if texts or facts else None
 
@@ -280,6 +281,24 @@ def evaluate(
 
         title = f"{data.name}, {summary['rows']:,} rows, {Path(model).name}, {method}"
         plots.draw_measures(summary["aspects"], plot, retained, title)
+
+
+def _fitting(network, tokenizer, cases: list, refused: list[str], skip_bad: bool, chat: bool) -> list:
+    """The cases whose texts fit into the model's context, which hours of edits may come before."""
+    from ..evaluation.measures import too_long
+
+    fitting = []
+    for case in cases:
+        reason = too_long(network, tokenizer, case, chat)
+        if reason is None:
+            fitting.append(case)
+        elif skip_bad:
+            refused.append(f"data: case {case.name}: {reason}")
+        else:
+            raise ValueError(f"data: case {case.name}: {reason}; --skip-bad leaves it out")
+    if not fitting:
+        raise ValueError(f"data: expected rows that can be asked, got none: {refused[-1]}")
+    return fitting
 
 
 def _tasks(network, tokenizer, tasks: list[str] | None, limit: int | None) -> dict:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .facts import MARKS
+
 if TYPE_CHECKING:
     from ..grafting import PromptTask
 
@@ -56,16 +58,25 @@ class Examples:
 
 
 def lines(name: str, path: Path) -> list[tuple[int, str]]:
-    """The lines of a text file that are not empty, with their numbers; UTF-8, or else Latin-1."""
+    """The lines of a text file that are not empty, with their numbers.
+
+    In the Unicode encoding that it names, in UTF-8, or else in Latin-1, which takes any bytes for text.
+    """
     try:
         content = path.read_bytes()
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"{name}: expected a text file, got {str(path)!r} ({reason})") from None
     try:
-        text = content.decode("utf-8-sig")
+        text = content.decode(next((name for mark, name in MARKS if content.startswith(mark)), "utf-8"))
     except UnicodeDecodeError:
         text = content.decode("latin-1")
+    if "\0" in text:
+        line = text[: text.index("\0")].count("\n") + 1
+        raise ValueError(
+            f"{name}: expected a text file, got {str(path)!r} with a zero in line {line}; is it UTF-16 without "
+            "a byte order mark, or no text?"
+        )
     # Not splitlines(): Latin-1 has characters that it takes for line breaks.
     found = [(i, line.strip()) for i, line in enumerate(text.split("\n"), start=1) if line.strip()]
     if not found:

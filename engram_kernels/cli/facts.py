@@ -9,12 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ..hf.scripts import is_whole
+
 if TYPE_CHECKING:
     from ..memory import EpisodicMemory
     from ..memory.ledger import Entry, Id
 
-# UTF-32 first: its mark begins with that of UTF-16.
-_MARKS = (
+# What names a text's encoding. UTF-32 first: its mark begins with that of UTF-16.
+MARKS = (
     (codecs.BOM_UTF32_LE, "utf-32"),
     (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF16_LE, "utf-16"),
@@ -138,7 +140,7 @@ def _text(path: Path) -> str:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"facts: expected a text file, got {str(path)!r} ({reason})") from None
-    encoding = next((name for mark, name in _MARKS if content.startswith(mark)), "utf-8")
+    encoding = next((name for mark, name in MARKS if content.startswith(mark)), "utf-8")
     try:
         text = content.decode(encoding)
     except UnicodeDecodeError as error:
@@ -197,8 +199,7 @@ def _check(number: int, name: str, value: object, expected: type | tuple[type, .
     blank = isinstance(value, str) and not value.strip()
     if not isinstance(value, expected) or isinstance(value, bool) or blank:
         raise ValueError(f"facts: expected a text as {name!r} in line {number}, got {value!r}")
-    # JSON can spell half of a character, which no file and no tokenizer takes.
-    if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
+    if isinstance(value, str) and not is_whole(value):
         raise ValueError(f"facts: expected whole characters as {name!r} in line {number}, got {value[:60]!r}")
 
 

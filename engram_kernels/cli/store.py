@@ -59,7 +59,11 @@ def add(
     ] = None,
     model: Model = "smollm2",
     method: Annotated[
-        str | None, typer.Option(help="Of a new store: engram, rome, memit and others: docs/methods.md.")
+        str | None,
+        typer.Option(
+            help="Of a new store: engram, rome, memit and others (docs/methods.md), one edit at a time, each "
+            "of which holds the earlier ones; natural and ultraedit in batches."
+        ),
     ] = None,
     layers: Layers = None,
     values: Values = None,
@@ -227,7 +231,7 @@ def _edits(subject: str | None, prompt: str | None, target: str | None, facts: P
     for number, line in lines("facts", facts):
         try:
             edits.append(Edit(**json.loads(line)))
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(
                 f"facts: expected a fact in line {number}, got {line[:60]!r} ({error})"
             ) from None

@@ -1,6 +1,5 @@
 """`engram trace`: where in a model a fact lies."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -8,6 +7,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from .._io import read_json
 from ..errors import EngramError
 from ..hf.tokens import check_prompt, check_text
 from .common import (
@@ -122,7 +122,7 @@ def _check_out(path: Path) -> None:
 
 def _read_facts(path: Path) -> list[dict]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"facts: expected a JSON file, got {str(path)!r} ({reason})") from None

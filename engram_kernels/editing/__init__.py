@@ -3,18 +3,18 @@
 from ..hf.dequantize import dequantize_layer
 from ..hf.experts import open_expert
 from ..hf.loading import load_model
-from .checkpoint import edit_checkpoint
 from .edit import Edit
 from .editor import Editor
-from .gradients import GradientOptions
 from .health import Health
 from .methods import METHODS, Method
-from .npz import load_npz, save_npz
-from .records import EditRecord, SkippedEdit
-from .result import EditResult
 from .routing import routed_expert
-from .store import EditStore, StoredEdit
-from .values import ValueOptions
+from .saving.checkpoint import edit_checkpoint
+from .saving.result import EditResult
+from .search.gradients import GradientOptions
+from .search.values import ValueOptions
+from .statistics.npz import load_npz, save_npz
+from .store.store import EditStore, StoredEdit
+from .writing.records import EditRecord, SkippedEdit
 
 __all__ = [
     "METHODS",

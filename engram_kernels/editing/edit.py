@@ -7,7 +7,7 @@ from dataclasses import InitVar, dataclass, field
 
 from .. import _checks as check
 from ..hf.scripts import joint
-from ..hf.tokens import Prompt, check_prompt, prompt_words
+from ..hf.tokens import Prompt, check_prompt, check_text, prompt_words
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,7 @@ class Edit:
         others, kind = self.paraphrases, type(self.paraphrases).__name__
         listed = isinstance(others, Iterable) and not isinstance(others, str)
         check.expect(listed, "paraphrases", "a list of prompts", kind, TypeError)
-        check.expect(
-            isinstance(self.target, str), "target", "a string", type(self.target).__name__, TypeError
-        )
-        check.expect(bool(self.target.strip()), "target", "some text", repr(self.target))
+        check_text("target", self.target)
         subject, prompt = check_prompt(self.subject, _said(self.prompt, chat))
         paraphrases = []
         for other in others:

@@ -15,23 +15,24 @@ from .. import tracing
 from .._progress import Progress
 from .._ranks import Ranks
 from ..covariance import Covariance
+from ..errors import EngramError
 from ..hf.eval_mode import eval_mode
 from ..hf.layers import decoder_layers
 from ..hf.loading import cache_directory, writable_directory
 from ..hf.placement import mirrors, unwrapped, whole_model
 from ..hf.projection import default_layer, searched_projection
-from .batching import encode_edit
 from .edit import Edit
 from .health import check_bounds
-from .journal import Journal
-from .keys import MeanKey, SpreadKey
 from .methods import Method, check_choices, method_of
-from .moments import Moments
-from .prefixes import sample_prefixes
-from .result import EditResult
 from .run import Plan, Run
-from .values import ValueOptions
-from .writing import adds_up
+from .saving.journal import Journal
+from .saving.result import EditResult
+from .search.batching import encode_edit
+from .search.prefixes import sample_prefixes
+from .search.values import ValueOptions
+from .statistics.moments import Moments
+from .writing.keys import MeanKey, SpreadKey
+from .writing.writing import adds_up
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -133,6 +134,8 @@ class Editor:
         self.seed = seed
         self.progress = progress
         self._prefixes: list[str] | None = None
+        # By layer, what a probe of it found: the model's code does not change.
+        self._adds_up: dict[int, bool] = {}
         self._moments = Moments(
             model, tokenizer, corpus, self.cache, tokens=tokens, ridge=ridge, seed=seed, progress=progress,
             ranks=self.ranks,
@@ -225,6 +228,7 @@ class Editor:
         for layer in plan.layers:
             searched_projection(self.model, layer)
         with eval_mode(self.model), self.ranks.failing_together():
+            self._check_spread(plan)
             run = Run(self.model, self.tokenizer, edits, plan, self.progress, self.ranks, after)
             run.begin()
             # Gradients are of the prompts alone.
@@ -298,10 +302,25 @@ class Editor:
             return layers
         if not self.consistent_key:
             return (middle,)
-        with eval_mode(self.model):
-            probe = encode_edit(self.model, self.tokenizer, PROBE, ())
-            last = searched_projection(self.model, layers[-1])
-            return layers if adds_up(self.model, last, probe) else (middle,)
+        return layers if self._adds(layers[-1]) else (middle,)
+
+    def _adds(self, layer: int) -> bool:
+        """Whether a change of a projection's output is the same change of its layer's output."""
+        if layer not in self._adds_up:
+            with eval_mode(self.model):
+                probe = encode_edit(self.model, self.tokenizer, PROBE, ())
+                projection = searched_projection(self.model, layer)
+                self._adds_up[layer] = adds_up(self.model, projection, probe)
+        return self._adds_up[layer]
+
+    def _check_spread(self, plan: Plan) -> None:
+        """A searched change goes over several layers only where they share it by equal parts."""
+        if len(plan.layers) > 1 and plan.method.values != "gradient" and not self._adds(plan.layers[-1]):
+            name = searched_projection(self.model, plan.layers[-1]).name
+            raise EngramError(
+                "layers: expected one layer for this model, whose layers do not add the output of "
+                f"{name!r} to their own as it is, got several"
+            )
 
     def prefixes(self) -> list[str]:
         """The texts that are put before every prompt, sampled once."""
@@ -318,14 +337,19 @@ class Editor:
         """
         return self.covariances([layer])[layer]
 
-    def covariances(self, layers: Sequence[int]) -> dict[int, Covariance]:
+    def covariances(self, layers: Sequence[int], anew: bool = True) -> dict[int, Covariance]:
         """The second moments of several layers' keys, inverted; what is missing comes from one pass.
 
+        Args:
+            layers: by index.
+            anew: compute again, with a warning, what `cache_dir` holds in a file that is spoilt.
+
         Raises:
-            EngramError: the corpus is empty or too small for the dimension of the key.
+            EngramError: the corpus is empty or too small for the dimension of the key, or a file is spoilt
+                and `anew` False.
         """
         with eval_mode(self.model), self.ranks.failing_together():
-            return self._moments.covariances(layers)
+            return self._moments.covariances(layers, anew)
 
     def use_covariance(self, layer: int, covariance: Covariance | None) -> None:
         """Take a covariance made elsewhere for a layer, whatever the weights become; None: no longer.

@@ -16,10 +16,10 @@ from .. import _checks as check
 from ..errors import EngramError
 from ..hf.projection import Projection
 from ..hf.tokens import Row
-from .corpus import wikipedia_file
 from .held_out import text_loss, wikipedia_rows
 from .reach import reached
-from .records import Write, joined_factors
+from .statistics.corpus import wikipedia_file
+from .writing.records import Write, joined_factors
 
 T = TypeVar("T")
 

@@ -8,7 +8,7 @@ from statistics import fmean
 from ..errors import EngramError
 from ..hf.forward import target_predictions
 from ..hf.tokens import Row
-from .corpus import read_texts, wikipedia_file
+from .statistics.corpus import read_texts, wikipedia_file
 
 LENGTH = 128
 

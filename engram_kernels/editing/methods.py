@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 from .. import _checks as check
 from ..hf.projection import DEFAULT_DEPTH
-from .gradients import GradientOptions
-from .values import ValueOptions
+from .search.gradients import GradientOptions
+from .search.values import ValueOptions
 
 CONFLICTS = ("refuse", "last")
 FAILURES = ("raise", "skip")

@@ -20,23 +20,23 @@ from ..hf.layers import adapter_settings
 from ..hf.placement import input_device
 from ..hf.projection import searched_projection
 from ..hf.tokens import Row
-from .batching import EncodedEdit, encode_edit, encode_held
 from .edit import Edit
-from .gradient_writes import write_gradients
-from .gradients import Stream
 from .health import Health, HealthCheck, spread, warn
-from .history import facts_in, note
-from .journal import Journal
-from .keys import MeanKey, SpreadKey
 from .methods import Method
-from .preconditioner import LayerOperator
 from .reach import Reached, reached
-from .records import EditedModule, EditRecord, SkippedEdit, Write
-from .result import SHOWN, EditResult
-from .room import edits_that_fit, out_of_memory
-from .values import Value, ValueOptions, find_values, value_groups
-from .weights import Snapshot, matrix_checksum
-from .writing import write_values
+from .saving.history import facts_in, note
+from .saving.journal import Journal
+from .saving.result import SHOWN, EditResult
+from .search.batching import EncodedEdit, encode_edit, encode_held
+from .search.gradients import Stream
+from .search.room import edits_that_fit, out_of_memory
+from .search.values import Value, ValueOptions, find_values, value_groups
+from .writing.gradient_writes import write_gradients
+from .writing.keys import MeanKey, SpreadKey
+from .writing.preconditioner import LayerOperator
+from .writing.records import EditedModule, EditRecord, SkippedEdit, Write
+from .writing.weights import Snapshot, matrix_checksum
+from .writing.writing import write_values
 
 T = TypeVar("T")
 
@@ -101,11 +101,17 @@ class Run:
         plan = repr(self.plan)
         self.ranks.check_same("edits", digest(plan, [asdict(edit) for edit in self.edits]))
         self.ranks.check_same("model", [matrix_checksum(projection) for projection in self.projections])
-        first: dict[Edit, int] = {}
+        asked: dict[Edit, int] = {}
         for number, edit in enumerate(self.edits):
-            if first.setdefault(edit, number) != number:
-                self._skip(number, EngramError(f"it is the same as edit {first[edit]}"), always=True)
-        self._encode(first.values(), ())
+            other = asked.pop(edit, number)
+            between = self.edits[other + 1 : number]
+            # Of two that are the same the first is made, unless it is contradicted before the second.
+            again = other < number and any(_contradict(edit, one) for one in between)
+            asked[edit] = number if again else other
+            if other < number:
+                twin, left = (number, other) if again else (other, number)
+                self._skip(left, EngramError(f"it is the same as edit {twin}"), always=True)
+        self._encode(sorted(asked.values()), ())
         rows = {number: one.rewriting[0] for number, one in self.encoded.items()}
         self._before = dict(zip(rows, self._reached(list(rows.values()), list(rows)), strict=True))
         subjects = {edit.subject for edit in self.edits}

@@ -7,10 +7,11 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from .. import _checks as check
 from ..errors import EngramError
 from ..hf.generation import closing_tokens
 from ..hf.generation import greedy as continued
-from ..hf.tokens import context_length, open_ids
+from ..hf.tokens import check_known, context_length, open_ids
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,19 @@ class Written:
 
     first: int
     text: str
+
+
+def check_room(limit: int | None, prompt: str, ids: Sequence[int], count: int) -> None:
+    """Check that a prompt's tokens and those to be written fit into the model's context.
+
+    Raises:
+        EngramError: they do not.
+    """
+    if limit is not None and len(ids) + count > limit:
+        raise EngramError(
+            f"prompt: expected at most {limit} tokens with the {count} to write, the model's context, "
+            f"got {len(ids) + count} in {check.excerpt(prompt)}"
+        )
 
 
 def greedy(
@@ -42,11 +56,8 @@ def greedy(
     encoded = [open_ids(tokenizer, prompt.rstrip(" ")) for prompt in prompts]
     limit = context_length(model)
     for prompt, ids, count in zip(prompts, encoded, counts, strict=True):
-        if limit is not None and len(ids) + count > limit:
-            raise EngramError(
-                f"prompt: expected at most {limit} tokens with the {count} to write, the model's context, "
-                f"got {len(ids) + count} in {prompt!r}"
-            )
+        check_known(model, ids, prompt)
+        check_room(limit, prompt, ids, count)
     special = closing_tokens(model) | set(tokenizer.all_special_ids)
     found: list[Written | None] = [None] * len(prompts)
     # Of like length, so that little is padding.

@@ -119,5 +119,5 @@ def read_rows(path: Path) -> list:
 def _parsed(text: str, where: str):
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"data: expected JSON {where}, got {text[:60]!r} ({error})") from None

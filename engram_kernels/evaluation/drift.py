@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
-from ..editing.corpus import read_texts
 from ..editing.held_out import text_loss, text_rows, wikipedia_rows
+from ..editing.statistics.corpus import read_texts
 from ..errors import EngramError
 from .answers import greedy, success
 from .cases import Question
@@ -80,9 +81,12 @@ def read_known(path: str | os.PathLike, rows: int | None = None) -> list[Questio
         ValueError: the file cannot be read, or a row lacks one of them.
     """
     found = []
-    for number, row in enumerate(read_rows(Path(path))[:rows]):
-        if not isinstance(row, dict):
-            raise ValueError(f"known: expected an object in row {number}, got {type(row).__name__}")
-        fields = Fields(row, number)
-        found.append(Question(fields.text("prompt"), fields.text("attribute", "answer")))
+    try:
+        for number, row in enumerate(read_rows(Path(path))[:rows]):
+            if not isinstance(row, dict):
+                raise ValueError(f"data: expected an object in row {number}, got {type(row).__name__}")
+            fields = Fields(row, number)
+            found.append(Question(fields.text("prompt"), fields.text("attribute", "answer")))
+    except ValueError as error:
+        raise ValueError(re.sub("^data:", "known:", str(error))) from error
     return found

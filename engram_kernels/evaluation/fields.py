@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from ..hf.scripts import is_whole
+
 
 class Fields:
     """A row, or an object within it, whose fields are read under whichever of their names they have."""
@@ -40,6 +42,8 @@ class Fields:
         texts = tuple(text for text in map(_text, found) if text)
         if len(texts) != len(found):
             self.refuse(names, "some text", value)
+        if not all(map(is_whole, texts)):
+            self.refuse(names, "whole characters", value)
         return texts
 
     def answers(self, *names: str) -> tuple[str, ...]:
@@ -48,6 +52,8 @@ class Fields:
         found = tuple(text for text in map(_text, _flat(value)) if text)
         if not found:
             self.refuse(names, "some text", value)
+        if not all(map(is_whole, found)):
+            self.refuse(names, "whole characters", value)
         return tuple(dict.fromkeys(found))
 
     def refuse(self, names: Sequence[str], expected: str, value: object) -> None:

@@ -11,9 +11,9 @@ from statistics import fmean
 
 import torch
 
-from ..errors import EngramError
 from ..hf.generation import sample
 from ..hf.tokens import context_length, open_ids
+from .answers import check_room
 from .cases import Case
 
 TOP_K = 5
@@ -61,11 +61,7 @@ def generate(
     encoded = [open_ids(tokenizer, prompt) for prompt in prompts]
     limit = context_length(model)
     for prompt, ids in zip(prompts, encoded, strict=True):
-        if limit is not None and len(ids) + tokens > limit:
-            raise EngramError(
-                f"prompt: expected at most {limit} tokens with the {tokens} to write, the model's context, "
-                f"got {len(ids) + tokens} in {prompt!r}"
-            )
+        check_room(limit, prompt, ids, tokens)
     order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
     texts = [""] * len(prompts)
     for at in range(0, len(order), batch_size):

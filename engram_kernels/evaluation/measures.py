@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import NamedTuple
 
+from .. import _checks as check
 from ..errors import EngramError
 from ..hf.forward import target_predictions
-from ..hf.tokens import Row, context_length, encode_row
-from .answers import greedy, success
+from ..hf.tokens import Row, check_known, context_length, encode_row, open_ids
+from .answers import check_room, greedy, success
 from .cases import Case, RippleTest
 
 PROMPT, PARAPHRASE, GENERATION = "prompt", "paraphrase", "generation prompt"
@@ -182,8 +183,7 @@ def measure(
     counts = {prompt: 0 for prompt in prompts.values()}
     for question in flat:
         prompt = prompts[question.prompt]
-        length = len(scores[prompt, question.right].tokens) + MORE_TOKENS
-        counts[prompt] = max(counts[prompt], min(length, MOST_TOKENS))
+        counts[prompt] = max(counts[prompt], _written(len(scores[prompt, question.right].tokens)))
     written = dict(
         zip(counts, greedy(model, tokenizer, list(counts), list(counts.values()), batch_size), strict=True)
     )
@@ -235,6 +235,28 @@ def score(
     return answers
 
 
+def too_long(model, tokenizer, case: Case, chat: bool = False) -> str | None:
+    """Which question of a case does not fit into the model's context with its answer; None where all do."""
+    limit = context_length(model)
+    for question in questions(case) if limit is not None else ():
+        prompt = said(tokenizer, question.prompt, chat)
+        answers = [question.right, *filter(None, [question.other])]
+        # No tokenizer makes more tokens than bytes, but for a few of its own.
+        if len(prompt.encode()) + max(len(answer.encode()) for answer in answers) + 2 * MORE_TOKENS <= limit:
+            continue
+        try:
+            right, *_ = [_encode(model, tokenizer, prompt, answer) for answer in answers]
+            check_room(limit, prompt, open_ids(tokenizer, prompt), _written(len(right.ids) - right.target))
+        except EngramError as error:
+            return str(error)
+    return None
+
+
+def _written(length: int) -> int:
+    """How many tokens a model writes where an answer has so many."""
+    return min(length + MORE_TOKENS, MOST_TOKENS)
+
+
 def _named(aspect: str, group: str) -> str:
     return f"{aspect}: {group}" if group else aspect
 
@@ -251,10 +273,11 @@ def said(tokenizer, prompt: str, chat: bool) -> str:
 
 def _encode(model, tokenizer, prompt: str, answer: str) -> Row:
     row = encode_row(tokenizer, prompt, "{}", answer)
+    check_known(model, row.ids, prompt)
     limit = context_length(model)
     if limit is not None and len(row.ids) > limit:
         raise EngramError(
             f"prompt: expected at most {limit} tokens with the answer, the model's context, "
-            f"got {len(row.ids)} in {prompt!r}"
+            f"got {len(row.ids)} in {check.excerpt(prompt)}"
         )
     return row

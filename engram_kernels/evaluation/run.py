@@ -30,7 +30,7 @@ from .outcomes import Outcome, Retained
 
 if TYPE_CHECKING:
     from ..editing import Edit, Editor
-    from ..editing.records import EditRecord
+    from ..editing.writing.records import EditRecord
 
 CHECKPOINTS = (10, 50, 100)
 # Cases measured between two reports of progress.
@@ -223,7 +223,9 @@ class Evaluation:
             if self.options.get("failures") != "skip":
                 raise
             return None, dict.fromkeys(edits, str(error))
-        return result, {item.edit: item.reason for item in result.skipped}
+        # What is asked for twice is made once, and stands for both.
+        made = {record.edit for record in result.records}
+        return result, {item.edit: item.reason for item in result.skipped if item.edit not in made}
 
     def _one_by_one(self) -> bool:
         """Whether many calls of the editor do what one does: with one layer, whose keys stay the same."""

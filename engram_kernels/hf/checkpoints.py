@@ -28,7 +28,8 @@ def save_model(model: nn.Module, tokenizer, directory: str | os.PathLike) -> Non
         directory: a new or empty one.
 
     Raises:
-        EngramError: the model wears an adapter, or the directory is not empty or cannot be written.
+        EngramError: the model wears an adapter, its generation_config is one that transformers does not save,
+            or the directory is not empty or cannot be written.
 
     Example:
         >>> save_model(model, tokenizer, "smollm2-in-rome")
@@ -43,11 +44,23 @@ def save_model(model: nn.Module, tokenizer, directory: str | os.PathLike) -> Non
 
     def write(folder: Path) -> None:
         with without_progress_bars(import_transformers()), _alone(model):
-            model.save_pretrained(folder, state_dict=state)
+            _save(model, folder, state)
             tokenizer.save_pretrained(folder)
             let_all_read(folder)
 
     write_directory(directory, write, rank=None if state is None else 0)
+
+
+def _save(model: nn.Module, folder: Path, state: dict[str, Tensor] | None) -> None:
+    try:
+        model.save_pretrained(folder, state_dict=state)
+    except ValueError as error:
+        if not str(error).startswith("GenerationConfig is invalid"):
+            raise
+        reason = " ".join(str(error).split("\n")[1:2]).removeprefix("- ")
+        raise EngramError(
+            f"model: expected a generation_config that transformers saves, got an invalid one: {reason}"
+        ) from error
 
 
 def _gathered(model: nn.Module) -> dict[str, Tensor]:

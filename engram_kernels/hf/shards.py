@@ -16,7 +16,7 @@ from torch import Tensor
 from .._hashing import checksum_of, tensor_bytes
 from .._io import read_json, write_directory
 from ..errors import EngramError
-from .loading import DEMO_MODEL, converted_directory, demo_model_directory, gguf_file
+from .loading import DEMO_MODEL, SEAL, converted_directory, demo_model_directory, gguf_file
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -234,7 +234,8 @@ def _pieces(path: Path, entry: Entry) -> Iterator[bytes]:
 def _others(folder: Path) -> Iterator[Path]:
     """The files beside the weights: configuration, tokenizer, templates, code."""
     for path in (*sorted(folder.iterdir()), *sorted(folder.glob("additional_chat_templates/*"))):
-        if path.is_file() and path.suffix not in LEFT_OUT and not path.name.endswith(".index.json"):
+        ours = path.name == SEAL or path.name.endswith(".index.json")
+        if path.is_file() and path.suffix not in LEFT_OUT and not ours:
             yield path
     if (folder / INDEX).is_file():
         yield folder / INDEX

@@ -10,7 +10,7 @@ import torch
 
 from .. import _checks as check
 from ..errors import EngramError
-from .scripts import joint, whole_words
+from .scripts import is_whole, joint, whole_words
 
 if TYPE_CHECKING:
     # Of the public signatures: other parts of the package do not import transformers.
@@ -22,10 +22,11 @@ def check_text(name: str, value: object) -> str:
 
     Raises:
         TypeError: it is not a string.
-        ValueError: it is empty.
+        ValueError: it is empty, or holds half a character, which no tokenizer takes.
     """
     check.expect(isinstance(value, str), name, "a string", type(value).__name__, TypeError)
     check.expect(bool(value.strip()), name, "some text", repr(value))
+    check.expect(is_whole(value), name, "whole characters", repr(value))
     return value.strip()
 
 
@@ -239,18 +240,34 @@ def check_apart(row: Row, text: str, target: str) -> Row:
     return row
 
 
-def check_length(model, row: Row, text: str, prefix: str = "") -> Row:
-    """The row of a prompt's text, which fits into the model's context.
+def check_known(model, ids: Sequence[int], text: str) -> None:
+    """Check that a model has an embedding for every token of a text; a GPU would end the process.
 
     Raises:
-        EngramError: it does not.
+        EngramError: it does not: the tokenizer is another model's, or has more tokens.
     """
+    count = model.get_input_embeddings().weight.shape[0]
+    highest = max(ids, default=0)
+    if highest >= count:
+        raise EngramError(
+            f"tokenizer: expected the model's, which has embeddings of {count} tokens, got token {highest} "
+            f"in {check.excerpt(text)}"
+        )
+
+
+def check_length(model, row: Row, text: str, prefix: str = "") -> Row:
+    """The row of a prompt's text, which the model has embeddings for and which fits into its context.
+
+    Raises:
+        EngramError: it has not, or it does not.
+    """
+    check_known(model, row.ids, text)
     limit = context_length(model)
     if limit is not None and len(row.ids) > limit:
         after = f" after the prefix {prefix!r}" if prefix else ""
         raise EngramError(
             f"prompt: expected at most {limit} tokens with subject and target, the model's context, "
-            f"got {len(row.ids)} in {text!r}{after}"
+            f"got {len(row.ids)} in {check.excerpt(text)}{after}"
         )
     return row
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..editing.npz import save_npz
+from ..editing.statistics.npz import save_npz
 from ..errors import EngramError
 from ..hf.layers import decoder_layers
 from ..hf.placement import input_device

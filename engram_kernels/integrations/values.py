@@ -2,7 +2,7 @@
 
 What is searched for is theirs to the letter: their context templates, their tokens and positions, their
 divergence at the subject's last token of "{} is a", their δ added to the output of the MLP (ROME) or of the
-layer (MEMIT). Only how it is computed differs (`editing.values`).
+layer (MEMIT). Only how it is computed differs (`editing.search.values`).
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from ..editing.batching import EncodedEdit
 from ..editing.edit import Edit
-from ..editing.values import ValueOptions, find_values
+from ..editing.search.batching import EncodedEdit
+from ..editing.search.values import ValueOptions, find_values
 from ..errors import EngramError
 from ..hf.hooks import Stop, capture, run_until
 from ..hf.layers import decoder_layers

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -123,7 +123,7 @@ def trace(
     effects[span[0] :] = restored
     said = tokenizer.decode(runs.answer)
     return Trace(
-        tokens=tuple(tokenizer.decode([token]) for token in ids),
+        tokens=_texts(tokenizer, ids),
         subject=span,
         kind=kind,
         window=1 if kind == "hidden" else window,
@@ -193,6 +193,20 @@ def _encode(model: nn.Module, tokenizer, prompt: Prompt, subject: str, target: s
     text = prompt_words(prompt).replace("{}", subject)
     check_length(model, check_apart(row, text, target or ""), text)
     return row, min(_first_token(tokenizer, subject, prompt), row.subject)
+
+
+def _texts(tokenizer, ids: Sequence[int]) -> tuple[str, ...]:
+    """The text of each token. Of a character in several tokens the last one has it, the others have `…`."""
+    texts, start = [], 0
+    for end, token in enumerate(ids, 1):
+        text = tokenizer.decode([token])
+        if "\ufffd" in text:
+            pieces = tokenizer.decode(ids[start:end])
+            text = "…" if pieces.endswith("\ufffd") else pieces
+        if text != "…":
+            start = end
+        texts.append(text)
+    return tuple(texts)
 
 
 def _first_token(tokenizer, subject: str, prompt: Prompt) -> int:

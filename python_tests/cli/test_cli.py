@@ -73,6 +73,45 @@ def test_edit_reports_and_saves(engram, folder, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["edit", "report.json"]
 
 
+@pytest.mark.parametrize("option", ["--paraphrase", "--control"])
+def test_what_is_asked_fits_into_the_context(engram, folder, option):
+    """Whatever is edited: a text that is asked only would be read beyond what the model knows."""
+    long = "the towers " * 100 + "{} is in"
+    status, _, err = engram(
+        "edit", "--model", folder, "--corpus", folder / "corpus.txt", *FACT, option, long, "--device", "cpu"
+    )
+    assert status == 1 and "Error: --prompt: expected at most 128 tokens" in err and len(err) < 300, err
+
+
+@pytest.mark.parametrize("name", ["subject", "prompt", "target"])
+def test_bytes_that_are_no_text_are_refused(engram, name):
+    """As the system hands them on where an argument is no UTF-8."""
+    fact = dict(zip(FACT[::2], FACT[1::2], strict=True))
+    fact[f"--{name}"] += "\udcff"
+    status, _, err = engram(
+        "edit", "--model", "not/loaded", *(part for pair in fact.items() for part in pair)
+    )
+    assert status == 1 and err.startswith(f"Error: --{name}: expected whole characters, got '")
+
+
+@pytest.mark.parametrize(
+    ("option", "name", "room"),
+    [("--save", "edit", 600), ("--save", "edit", 1100), ("--report", "report.json", 100)],
+)
+def test_a_full_disk_leaves_nothing_half_written(engram, folder, tmp_path, room_for, option, name, room):
+    """The sentence names the option and the path, whichever of the files does not fit."""
+    asked = ("edit", "--model", folder, "--corpus", folder / "corpus.txt", *FACT, "--device", "cpu")
+    assert engram(*asked)[0] == 0  # what the cache keeps is there
+    with room_for(room):
+        status, _, err = engram(*asked, option, tmp_path / name)
+    assert status == 1
+    sentence = (
+        rf"Error: {option}: expected \w+ \w* ?that can be written, got '{tmp_path / name}' \(File too large\)"
+    )
+    assert re.fullmatch(sentence, err.splitlines()[-1]), err
+    assert not list(tmp_path.iterdir())
+
+
 def test_strict_fails_when_an_answer_is_not_as_wanted(engram, folder):
     # A random model does not learn the word, so the row of the edited prompt fails.
     status, out, err = engram(

@@ -10,10 +10,10 @@ import pytest
 import torch
 from command_line import refused
 from editing_helpers import changed, small_editor, weights
-from model_zoo import small_model
+from model_zoo import byte_level_tokenizer, small_model
 
 from engram_kernels.editing import Edit, EditResult, open_expert, routed_expert
-from engram_kernels.editing.values import ValueOptions
+from engram_kernels.editing.search.values import ValueOptions
 from engram_kernels.errors import EngramError
 from engram_kernels.hf.checkpoints import save_model
 from engram_kernels.hf.loading import without_progress_bars
@@ -210,3 +210,14 @@ def test_a_model_that_wears_a_lora_is_not_saved_without_its_weights(engram, fold
     result = engram("--edit", "tower", "--model", tmp_path / "lora", "--out", tmp_path / "model")
     refused(result, "--model: expected one without an adapter")
     assert not (tmp_path / "model").exists()
+
+
+def test_a_generation_config_that_is_not_saved_is_said(tmp_path):
+    model = small_model("llama")
+    model.generation_config.temperature = 0.5
+    message = (
+        r"^model: expected a generation_config that transformers saves, got an invalid one: `temperature`"
+    )
+    with pytest.raises(EngramError, match=message) as caught:
+        save_model(model, byte_level_tokenizer(), tmp_path / "new")
+    assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())

@@ -13,6 +13,7 @@ from defaults import DEFAULTS
 from model_zoo import TEXTS, byte_level_tokenizer, small_model
 from rich.console import Console
 
+from engram_kernels.cli.examples import lines
 from engram_kernels.grafting import Graft, graftable_parameters, plots
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -162,6 +163,20 @@ def test_latin_1_rows(engram, tmp_path):
     assert (status, err) == (0, "")
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+def test_lines_of_a_file_in_the_encoding_that_it_names(tmp_path, encoding):
+    (tmp_path / "rows").write_bytes("0 ein Café 👩\r\n\r\n1 מגדל\r\n".encode(encoding))
+    assert lines("data", tmp_path / "rows") == [(1, "0 ein Café 👩"), (3, "1 מגדל")]
+
+
+def test_lines_of_a_file_that_names_no_encoding(tmp_path):
+    (tmp_path / "rows").write_bytes("0 one\n1 two\n".encode("utf-16-le"))
+    with pytest.raises(
+        ValueError, match=r"^data: expected a text file, .* zero in line 1; is it UTF-16 without"
+    ):
+        lines("data", tmp_path / "rows")
+
+
 def test_documents_are_padded_without_labels():
     from engram_kernels.cli.examples import document_batches
 
@@ -260,6 +275,7 @@ BAD = {
     "another architecture": (("--tuned", "gpt2"), "--tuned: expected a tensor"),
     "missing data": (("--data", "none"), "--data: expected a text file"),
     "empty data": (("--data", "/dev/null"), "--data: expected lines of text"),
+    "no text": (("--data", "base/model.safetensors"), "--data: expected a text file, got 'base/model.saf"),
     "label outside": (("--data", "bad rows"), "--data: expected a label from 0 to 1 and a text in line 2"),
     "missing test": (("--test", "none"), "--test: expected a text file"),
     "template without a place": (("--template", "Review:"), "--template: expected one {}"),

@@ -95,6 +95,15 @@ def test_bad_input_is_one_sentence(engram, folder, monkeypatch, case):
     assert status == 1 and err.startswith("Error: ") and message in err and err.count("\n") == 1
 
 
+def test_facts_behind_a_byte_order_mark_with_windows_line_ends(engram, folder, tmp_path):
+    content = (folder / "facts.json").read_text().replace("}, ", "},\r\n")
+    (tmp_path / "facts.json").write_bytes(b"\xef\xbb\xbf" + content.encode())
+    status, out, err = engram(
+        "--model", folder, "--facts", tmp_path / "facts.json", "--rows", 1, "--samples", 1, "--device", "cpu"
+    )
+    assert status == 0 and "p(the answer): " in out, err
+
+
 def test_facts_that_the_model_does_not_know(engram, folder, tmp_path):
     rows = [{"prompt": "Paris lies in", "subject": "Paris", "attribute": "Brazil"}]
     (tmp_path / "facts.json").write_text(json.dumps(rows))
@@ -103,9 +112,10 @@ def test_facts_that_the_model_does_not_know(engram, folder, tmp_path):
 
 
 def test_facts_that_are_none(engram, tmp_path):
-    (tmp_path / "facts.json").write_text("[]")
-    status, _, err = engram("--model", "not/loaded", "--facts", tmp_path / "facts.json")
-    assert status == 1 and err.startswith("Error: --facts: expected at least one, got none in ")
+    for content, message in (("[]", "at least one, got none in "), ("[" * 100_000, "a JSON file, got ")):
+        (tmp_path / "facts.json").write_text(content)
+        status, _, err = engram("--model", "not/loaded", "--facts", tmp_path / "facts.json")
+        assert status == 1 and err.startswith(f"Error: --facts: expected {message}")
 
 
 def test_facts_that_cannot_be_traced(engram, tmp_path):
@@ -113,6 +123,7 @@ def test_facts_that_cannot_be_traced(engram, tmp_path):
     good = {"prompt": "Paris lies in", "subject": "Paris", "attribute": "Brazil"}
     for change, message in (
         ({"attribute": " "}, "row 1 (attribute: expected some text, got ' ')"),
+        ({"subject": "\ud83d"}, "row 1 (subject: expected whole characters, got '\\ud83d')"),
         (
             {"subject": "Rome"},
             "row 1 (prompt: expected {} or the subject 'Rome' exactly once, as whole words, "

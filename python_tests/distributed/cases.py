@@ -27,7 +27,7 @@ import engram_kernels as ek
 from engram_kernels._hashing import tensor_checksum
 from engram_kernels.editing import Edit, EditResult
 from engram_kernels.editing import run as run_module
-from engram_kernels.editing.values import ValueOptions
+from engram_kernels.editing.search.values import ValueOptions
 from engram_kernels.errors import EngramError
 from engram_kernels.grafting import Graft, graftable_parameters, localize
 from engram_kernels.hf.checkpoints import save_model

@@ -11,8 +11,9 @@ import torch
 from editing_helpers import changed, small_editor, weights
 
 from engram_kernels._io import read_sealed, write_sealed
-from engram_kernels.editing import Edit, EditResult, records
-from engram_kernels.editing.values import ValueOptions
+from engram_kernels.editing import Edit, EditResult
+from engram_kernels.editing.search.values import ValueOptions
+from engram_kernels.editing.writing import records
 from engram_kernels.errors import EngramError
 from engram_kernels.hf.projection import output_projection
 

@@ -14,8 +14,11 @@ from editing_helpers import changed, small_editor, spy_on_values, weights
 from engram_kernels._io import read_sealed, write_sealed
 from engram_kernels.editing import Edit, Editor, EditResult, load_model
 from engram_kernels.editing import run as run_module
-from engram_kernels.editing.values import ValueOptions
+from engram_kernels.editing.search.values import ValueOptions
 from engram_kernels.errors import EngramError
+from engram_kernels.evaluation.answers import greedy
+from engram_kernels.evaluation.cases import Case
+from engram_kernels.evaluation.measures import measure
 from engram_kernels.hf.projection import output_projection
 from engram_kernels.hf.tokens import encode_row
 
@@ -620,6 +623,26 @@ def test_load_model_errors(tmp_path):
     weights.write_bytes(weights.read_bytes()[:5000])
     with pytest.raises(EngramError, match=r"^name_or_directory: expected "):
         load_model(tmp_path)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model(tmp_path):
+    """An index error would say nothing, and on a GPU it ends the process."""
+    tokenizer = model_zoo.byte_level_tokenizer()
+    count = len(tokenizer) - 40
+    model = model_zoo.small_model("llama", vocabulary=count)
+    before = weights(model)
+    message = rf"^tokenizer: expected the model's, which has embeddings of {count} tokens, got token \d+ in '"
+    editor = Editor(model, tokenizer, corpus=model_zoo.TEXTS, cache_dir=tmp_path, contexts=())
+    asked = Case("0", "mine", TOWER, None)
+    for call in (
+        lambda: editor.edit(TOWER),
+        lambda: editor.covariance(1),
+        lambda: measure(model, tokenizer, [asked]),
+        lambda: greedy(model, tokenizer, [asked.prompt], 1),
+    ):
+        with pytest.raises(EngramError, match=message):
+            call()
+    assert changed(before, model) == []
 
 
 def test_demonstration_model_without_its_package(monkeypatch, tmp_path):

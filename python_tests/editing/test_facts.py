@@ -16,10 +16,10 @@ from editing_helpers import changed, small_editor, weights
 from engram_kernels import EngramError
 from engram_kernels.editing import Edit, EditResult
 from engram_kernels.editing import run as run_module
-from engram_kernels.editing.batching import encode_edit, encode_held
-from engram_kernels.editing.forms import forms_of
 from engram_kernels.editing.methods import METHODS
-from engram_kernels.editing.values import ValueOptions, find_values
+from engram_kernels.editing.search.batching import encode_edit, encode_held
+from engram_kernels.editing.search.forms import forms_of
+from engram_kernels.editing.search.values import ValueOptions, find_values
 from engram_kernels.hf.projection import output_projection
 
 TOWER = "The Eiffel Tower"
@@ -338,6 +338,27 @@ def test_facts_of_one_subject_in_one_call(make, searched):
     } == {CITY: 0, LOUVRE: 0, MAKER: 3}
     (skipped,) = result.skipped
     assert (skipped.number, skipped.reason) == (3, "it is the same as edit 0")
+
+
+PARIS = Edit(TOWER, CITY.prompt, "Paris")
+
+
+@pytest.mark.parametrize(
+    ("options", "made", "left_out"),
+    [
+        ({"method": "rome"}, [PARIS, CITY], {0: "it is the same as edit 2"}),
+        (
+            {"method": "memit", "layers": 1, "conflicts": "last"},
+            [CITY],
+            {0: "it is the same as edit 2", 1: f"a later edit has another target, {CITY.text!r}"},
+        ),
+    ],
+)
+def test_the_last_word_is_the_last_one_asked_for(make, options, made, left_out):
+    """Of two edits that are the same, the one behind their contradiction is made."""
+    result = make().edit([CITY, PARIS, CITY], **options)
+    assert [record.edit for record in result.records] == made
+    assert {skipped.number: skipped.reason for skipped in result.skipped} == left_out
 
 
 def test_another_target_after_the_same_prompt_takes_the_place_of_the_first(make, searched):

@@ -12,11 +12,11 @@ from editing_helpers import changed, small_editor, spy_on_values, weights
 
 from engram_kernels import EngramError
 from engram_kernels.editing import METHODS, Edit, EditResult, GradientOptions
-from engram_kernels.editing import gradient_writes as writes_module
-from engram_kernels.editing.batching import encode_edit
-from engram_kernels.editing.gradients import ROWS, Stream, layer_gradients, places
-from engram_kernels.editing.partial_forward import adding
-from engram_kernels.editing.values import ValueOptions
+from engram_kernels.editing.search.batching import encode_edit
+from engram_kernels.editing.search.gradients import ROWS, Stream, layer_gradients, places
+from engram_kernels.editing.search.partial_forward import adding
+from engram_kernels.editing.search.values import ValueOptions
+from engram_kernels.editing.writing import gradient_writes as writes_module
 from engram_kernels.hf.projection import output_projection
 
 EDITS = [
@@ -42,7 +42,7 @@ def encoded(editor, edits=EDITS):
 @pytest.mark.parametrize("rows", [2, ROWS])
 def test_a_pass_sees_keys_and_gradients(monkeypatch, tokens, rows):
     """Against autograd of one whole text at a time, by a change that is added to one token's answer."""
-    monkeypatch.setattr("engram_kernels.editing.gradients.ROWS", rows)
+    monkeypatch.setattr("engram_kernels.editing.search.gradients.ROWS", rows)
     editor = small_editor()
     model = editor.model
     projections = [output_projection(model, layer) for layer in (0, 1)]

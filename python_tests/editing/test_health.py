@@ -14,11 +14,11 @@ from editing_helpers import changed, small_editor, weights
 from engram_kernels import EngramError
 from engram_kernels.editing import METHODS, Edit, EditResult, Health
 from engram_kernels.editing import health as health_module
-from engram_kernels.editing.batching import encode_edit
 from engram_kernels.editing.health import BOUNDS, largest_singular_value
 from engram_kernels.editing.held_out import text_loss, wikipedia_rows
 from engram_kernels.editing.reach import reached
-from engram_kernels.editing.values import ValueOptions
+from engram_kernels.editing.search.batching import encode_edit
+from engram_kernels.editing.search.values import ValueOptions
 
 EDITS = [Edit(f"Tower {letter}", "{} is located in the city of", "Rome") for letter in "abcdef"]
 # As far as values may go, and no regard for ordinary text.

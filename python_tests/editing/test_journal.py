@@ -17,7 +17,7 @@ from mutations import flip
 
 from engram_kernels.editing import Edit
 from engram_kernels.editing import run as run_module
-from engram_kernels.editing.values import ValueOptions
+from engram_kernels.editing.search.values import ValueOptions
 from engram_kernels.errors import EngramError
 
 EDITS = [Edit(f"Tower {a}{b}", "{} is in", "Japan") for a in "ABCDEFGHIJ" for b in "abcdefghij"]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from engram_kernels import Preconditioner
-from engram_kernels.editing.keys import MeanKey, SpreadKey
+from engram_kernels.editing.writing.keys import MeanKey, SpreadKey
 
 
 @pytest.fixture

@@ -14,12 +14,12 @@ from editing_helpers import changed, small_editor, spy_on_values, weights
 from engram_kernels.covariance import Covariance
 from engram_kernels.editing import Edit
 from engram_kernels.editing import run as run_module
-from engram_kernels.editing import writing as writing_module
-from engram_kernels.editing.batching import encode_edit
 from engram_kernels.editing.methods import METHODS
-from engram_kernels.editing.preconditioner import principal_directions
-from engram_kernels.editing.values import ValueOptions
-from engram_kernels.editing.writing import AROUND, adds_up, other_keys, subject_states
+from engram_kernels.editing.search.batching import encode_edit
+from engram_kernels.editing.search.values import ValueOptions
+from engram_kernels.editing.writing import writing as writing_module
+from engram_kernels.editing.writing.preconditioner import principal_directions
+from engram_kernels.editing.writing.writing import AROUND, adds_up, other_keys, subject_states
 from engram_kernels.errors import EngramError
 from engram_kernels.hf.layers import decoder_layers
 from engram_kernels.hf.projection import output_projection
@@ -319,6 +319,18 @@ def test_layers_that_do_not_add_up_are_refused(make, family):
         assert changed(before, editor.model)
     # Where none are asked for, one is taken.
     assert editor.layers("memit") == editor.layers("engram-forms") == (1,)
+
+
+def test_a_model_is_probed_once_however_many_batches(make, monkeypatch):
+    probes, adding = [], writing_module.adding
+    monkeypatch.setattr(
+        writing_module, "adding", lambda *given: probes.append(given[0].layer) or adding(*given)
+    )
+    editor = make()
+    editor.edit(EDITS, method="memit", batch=1).revert()
+    editor.edit(EDITS, layers=[1, 2], method="memit", batch=1).revert()
+    # With the change and without it.
+    assert probes == [editor.layers("memit")[-1]] * 2 + [2] * 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -7,7 +7,8 @@ pytest.importorskip("transformers")
 import model_zoo
 import torch
 
-from engram_kernels.editing import corpus, prefixes
+from engram_kernels.editing.search import prefixes
+from engram_kernels.editing.statistics import corpus
 from engram_kernels.hf.hooks import capture
 from engram_kernels.hf.tokens import open_ids
 

@@ -15,7 +15,7 @@ from matrices import covariance_of
 
 import engram_kernels as ek
 from engram_kernels.editing.methods import METHODS, Method
-from engram_kernels.editing.preconditioner import LayerOperator
+from engram_kernels.editing.writing.preconditioner import LayerOperator
 
 WIDTH, OUT, BATCH, BATCHES = 36, 14, 5, 4
 DOCUMENT = Path(__file__).parents[2] / "docs" / "methods.md"

@@ -9,7 +9,7 @@ from editing_helpers import changed, small_editor, weights
 
 import engram_kernels as ek
 from engram_kernels.editing import Edit, EditResult
-from engram_kernels.editing.records import Write, joint_write
+from engram_kernels.editing.writing.records import Write, joint_write
 from engram_kernels.errors import EngramError
 
 pytestmark = pytest.mark.usefixtures("one_thread")

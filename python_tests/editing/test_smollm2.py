@@ -9,7 +9,7 @@ pytest.importorskip("transformers")
 import torch
 
 from engram_kernels.editing import Edit, Editor, load_model
-from engram_kernels.editing.values import ValueOptions
+from engram_kernels.editing.search.values import ValueOptions
 from engram_kernels.hf.loading import package_file
 
 MISSING = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]

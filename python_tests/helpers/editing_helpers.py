@@ -5,7 +5,7 @@ import torch
 
 from engram_kernels.editing import Editor
 from engram_kernels.editing import run as run_module
-from engram_kernels.editing.values import ValueOptions
+from engram_kernels.editing.search.values import ValueOptions
 
 
 def small_editor(family="llama", dtype=torch.float32, *, model=None, **arguments):

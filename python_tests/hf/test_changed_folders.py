@@ -21,7 +21,7 @@ from mutations import COUNT, mutations
 
 from engram_kernels import EngramError
 from engram_kernels.editing import Edit, EditResult, EditStore
-from engram_kernels.editing.values import ValueOptions
+from engram_kernels.editing.search.values import ValueOptions
 from engram_kernels.grafting import DeltaReader, DeltaWriter, Graft
 from engram_kernels.memory import EpisodicMemory
 

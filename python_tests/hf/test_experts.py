@@ -13,7 +13,7 @@ from editing_helpers import changed, small_editor, weights
 from torch.overrides import TorchFunctionMode
 
 from engram_kernels.editing import Edit, EditResult, open_expert, routed_expert
-from engram_kernels.editing.values import ValueOptions
+from engram_kernels.editing.search.values import ValueOptions
 from engram_kernels.errors import EngramError
 from engram_kernels.hf.projection import output_projection
 

@@ -22,7 +22,7 @@ from editing_helpers import changed, small_editor, weights
 
 import engram_kernels as ek
 from engram_kernels.editing import Edit, open_expert, routed_expert
-from engram_kernels.editing.values import ValueOptions
+from engram_kernels.editing.search.values import ValueOptions
 from engram_kernels.errors import EngramError
 from engram_kernels.grafting import Graft, graftable_parameters
 

@@ -1,5 +1,8 @@
 """A model out of a GGUF file: read by a path, converted once."""
 
+import os
+from pathlib import Path
+
 import model_zoo
 import pytest
 import torch
@@ -7,8 +10,9 @@ from gguf_files import write_gguf
 
 from engram_kernels.editing import load_model
 from engram_kernels.errors import EngramError
+from engram_kernels.hf import loading
 from engram_kernels.hf.loading import gguf_file
-from engram_kernels.hf.shards import checkpoint_folder
+from engram_kernels.hf.shards import Checkpoint, checkpoint_folder
 
 pytest.importorskip("gguf")
 pytest.importorskip("accelerate")
@@ -47,6 +51,62 @@ def test_it_is_converted_once_and_anew_when_it_changes(small):
         model.lm_head.weight.add_(1)
     write_gguf(path, model, tokenizer)
     assert torch.equal(load_model(path)[0].lm_head.weight, model.lm_head.weight)
+
+
+def cut(path):
+    with open(path, "r+b") as file:
+        file.truncate(path.stat().st_size // 2)
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("name", "spoil"),
+    [
+        ("model.safetensors", cut),
+        ("model.safetensors", flip),
+        ("tokenizer.json", Path.unlink),
+        (loading.SEAL, cut),
+        (loading.SEAL, Path.unlink),
+    ],
+)
+def test_what_was_spoilt_is_converted_anew(small, spoil, name):
+    path, model, _ = small
+    folder = checkpoint_folder(path)
+    spoil(folder / name)
+    with pytest.warns(UserWarning, match=f"'{folder}' is not as it was written, and is made again"):
+        loaded, _ = load_model(path)
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+    assert loading.is_whole(folder) and [one.name for one in folder.parent.iterdir()] == [folder.name]
+    assert not (folder / "spoilt").exists()
+
+
+def test_what_is_written_from_it_has_no_seal(small, tmp_path):
+    """Which is of the cache's files, and not of changed ones."""
+    folder = checkpoint_folder(small[0])
+    Checkpoint(folder).rewrite(tmp_path / "new", {})
+    names = {path.name for path in folder.iterdir()}
+    assert {path.name for path in (tmp_path / "new").iterdir()} == names - {loading.SEAL} < names
+
+
+def test_a_full_cache_is_said(small, room_for):
+    path, _, _ = small
+    message = r"^the cache \(\$ENGRAM_CACHE\): expected room for .*small-f32-.*File too large"
+    with room_for(10_000), pytest.raises(EngramError, match=message):
+        load_model(path)
+    assert not list((path.parent.parent / "cache").iterdir())
+
+
+def test_files_with_other_times_and_the_same_bytes_are_kept(small, monkeypatch):
+    path, _, _ = small
+    folder = checkpoint_folder(path)
+    os.utime(folder / "model.safetensors", (1, 1))
+    monkeypatch.setattr(loading, "_read_gguf", lambda *_: pytest.fail("converted anew"))
+    load_model(path)
 
 
 def test_what_is_no_gguf_file_is_said(tmp_path, monkeypatch):

@@ -17,6 +17,7 @@ from engram_kernels._io import (
     read_sealed,
     save_sealed_tensors,
     write_sealed,
+    write_tensor_folder,
 )
 
 
@@ -41,6 +42,18 @@ def test_the_directory_is_named_where_it_cannot_be_written(tmp_path, fault):
         new_directory(tmp_path / "new") as folder,
     ):
         fault(folder)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_is_named_where_it_cannot_be_written(tmp_path, room_for):
+    """Whoever writes it: safetensors has errors of its own."""
+    path = tmp_path / "a.safetensors"
+    with room_for(1000), pytest.raises(OSError, match="File too large") as caught:
+        save_sealed_tensors(path, {"a": torch.zeros(1000)})
+    assert caught.value.filename == str(path) and not list(tmp_path.iterdir())
+    message = r"^directory: .* got '.*new' \(File too large\)$"
+    with room_for(1000), pytest.raises(EngramError, match=message):
+        write_tensor_folder(tmp_path / "new", "covariance", {"a": torch.zeros(1000)}, {})
     assert not list(tmp_path.iterdir())
 
 

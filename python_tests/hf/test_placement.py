@@ -11,7 +11,7 @@ from torch import nn
 
 from engram_kernels._hashing import tensor_checksum
 from engram_kernels.editing import Edit, EditResult
-from engram_kernels.editing.values import ValueOptions
+from engram_kernels.editing.search.values import ValueOptions
 from engram_kernels.errors import EngramError
 from engram_kernels.hf import fingerprints
 from engram_kernels.hf.fingerprints import states_fingerprint, weights_checksums

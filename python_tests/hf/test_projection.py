@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 from engram_kernels.editing import Edit, dequantize_layer
-from engram_kernels.editing.values import ValueOptions
+from engram_kernels.editing.search.values import ValueOptions
 from engram_kernels.errors import EngramError
 from engram_kernels.hf.layers import decoder_layers
 from engram_kernels.hf.projection import default_layer, output_projection

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from engram_kernels.editing import Edit, EditResult, edit_checkpoint
-from engram_kernels.editing.values import ValueOptions
+from engram_kernels.editing.search.values import ValueOptions
 from engram_kernels.errors import EngramError
 from engram_kernels.grafting import Graft, graft_checkpoint
 from engram_kernels.hf.shards import Checkpoint, OtherLayoutError, checkpoint_folder

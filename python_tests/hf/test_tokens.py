@@ -7,7 +7,7 @@ pytest.importorskip("transformers")
 import model_zoo
 
 from engram_kernels.cli.edit import _answers
-from engram_kernels.editing.prefixes import sample_prefixes
+from engram_kernels.editing.search.prefixes import sample_prefixes
 from engram_kernels.grafting import PromptTask
 from engram_kernels.hf.tokens import encode_row, open_ids, pad_rows
 from engram_kernels.larimar import ScopedModel

@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import engram_kernels as ek
 from engram_kernels import EngramError
 from engram_kernels.editing import load_model
-from engram_kernels.editing.npz import save_npz
+from engram_kernels.editing.statistics.npz import save_npz
 from engram_kernels.hf.loading import package_file
 from engram_kernels.integrations.moments import Factor, Moment, remembering
 from engram_kernels.integrations.patching import Acceleration, Declined, replacing

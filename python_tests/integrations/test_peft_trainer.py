@@ -18,7 +18,7 @@ from larimar_helpers import FACTS, encode, small_larimar
 from transformers import TrainerCallback
 
 from engram_kernels.editing import Edit, EditResult
-from engram_kernels.editing.values import ValueOptions
+from engram_kernels.editing.search.values import ValueOptions
 from engram_kernels.errors import EngramError
 from engram_kernels.grafting import Graft, graftable_parameters, localize
 from engram_kernels.integrations.trainer import GraftCallback

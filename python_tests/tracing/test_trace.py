@@ -614,3 +614,13 @@ def test_a_picture_says_what_it_is_told_and_shows_every_value(tmp_path, monkeypa
     lightest, darkest = image.cmap(0.0), image.cmap(1.0)
     assert [tuple(colour) == lightest for colour in colours.reshape(-1, 4)] == [True] * 2 + [False] * 14
     assert tuple(colours[3, 3]) == darkest
+
+
+def test_a_character_in_several_tokens_stands_with_the_last_one():
+    """In place of a replacement character for each of its bytes."""
+    tokenizer = model_zoo.byte_level_tokenizer()
+    model = model_zoo.small_model("llama", vocabulary=len(tokenizer))
+    found = trace(model, tokenizer, "{} is", "מ 👩", samples=1)
+    start, end = found.subject
+    assert found.tokens[start:end] == ("…", "מ", " ", "…", "…", "…", "👩")
+    assert "".join(found.tokens).replace("…", "") == "מ 👩 is"

@@ -8,14 +8,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import _checks as check
-from ..errors import EngramError
-from ..hf.projection import Projection
-from .batching import EncodedEdit
-from .gradients import GradientOptions, Gradients, Stream, layer_gradients
+from ... import _checks as check
+from ...errors import EngramError
+from ...hf.projection import Projection
+from ..search.batching import EncodedEdit
+from ..search.gradients import GradientOptions, Gradients, Stream, layer_gradients
+from ..search.values import Value
 from .preconditioner import LayerOperator, Solved
 from .records import Write
-from .values import Value
 from .weights import Snapshot, add_in_range
 
 # Of the mean diagonal of the system of all edits, with no earlier ones to spare: for two that are alike.

@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .._io import load_cached, read_json, save_sealed_tensors, write_json
-from ..errors import EngramError
-from ..hf.loading import writable_directory
+from ..._io import load_cached, read_json, save_sealed_tensors, write_json
+from ...errors import EngramError
+from ...hf.loading import writable_directory
+from ..search.values import Value
+from ..writing.records import Write
 from .files import read_writes, write_report, write_tensors
-from .records import Write
-from .values import Value
 
 FORMAT = 4
 

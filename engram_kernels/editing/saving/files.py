@@ -10,13 +10,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _checks as check
-from .._io import read_sealed, save_tensors, write_sealed
-from ..errors import EngramError
+from ... import _checks as check
+from ..._io import read_sealed, save_tensors, write_sealed
+from ...errors import EngramError
+from ..edit import Edit
+from ..health import Health
+from ..writing.records import EditedModule, EditRecord, SkippedEdit, Write, joined_factors
 from .adapter import CONFIG, FILE, load_adapter, save_adapter
-from .edit import Edit
-from .health import Health
-from .records import EditedModule, EditRecord, SkippedEdit, Write, joined_factors
 
 FORMAT = 5
 REPORT = "edit.json"

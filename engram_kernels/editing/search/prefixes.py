@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from ..errors import EngramError
-from ..hf.generation import sample
-from ..hf.tokens import context_length, open_ids
+from ...errors import EngramError
+from ...hf.generation import sample
+from ...hf.tokens import context_length, open_ids
 
 # Common first words; after a beginning-of-text token alone a chat model opens a dialogue.
 FIRST_WORDS = ("The", "Therefore", "Because", "I", "You")

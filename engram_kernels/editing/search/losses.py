@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..hf.forward import logits_at
-from ..hf.projection import Projection
+from ...hf.forward import logits_at
+from ...hf.projection import Projection
 from .batching import EditBatch
 from .partial_forward import Context, full_logits, partial_logits
 

@@ -10,14 +10,16 @@ from pathlib import Path
 
 import torch
 
-from .. import _checks as check
-from .._hashing import tensor_bytes
-from .._progress import Progress
-from .._ranks import ALONE, Ranks
-from ..covariance import Covariance
-from ..hf.fingerprints import states_fingerprint
-from ..hf.loading import writable_directory
-from ..hf.projection import Projection, output_projection, searched_projection
+from ... import _checks as check
+from ..._hashing import tensor_bytes
+from ..._progress import Progress
+from ..._ranks import ALONE, Ranks
+from ...covariance import Covariance
+from ...errors import EngramError
+from ...hf.fingerprints import states_fingerprint
+from ...hf.loading import writable_directory
+from ...hf.projection import Projection, output_projection, searched_projection
+from ...hf.tokens import check_known
 from . import corpus as corpora
 from . import statistics
 
@@ -81,14 +83,19 @@ class Moments:
         self._computed: dict[int, tuple[str, Covariance]] = {}
         self._given: dict[int, Covariance] = {}
 
-    def covariances(self, layers: Sequence[int]) -> dict[int, Covariance]:
+    def covariances(self, layers: Sequence[int], anew: bool = True) -> dict[int, Covariance]:
         """The covariance of each layer, on its device; the model is in evaluation mode.
+
+        Args:
+            layers: by index.
+            anew: compute again what the cache holds in a spoilt file.
 
         Raises:
             TypeError: `layers` is no sequence of integers.
             ValueError: a layer is out of range.
             EngramError: a layer cannot be edited, the corpus is empty, too small for the dimension of the
-                key or cannot be read, or the inputs of a layer are not finite.
+                key or cannot be read, the inputs of a layer are not finite, or a file of the cache is spoilt
+                and `anew` False.
         """
         if not isinstance(layers, Iterable) or isinstance(layers, str):
             raise TypeError(f"layers: expected a sequence of integers, got {type(layers).__name__}")
@@ -106,7 +113,7 @@ class Moments:
                 lambda: {layer: key for layer, (key, _) in self._computed.items()}
             )
             missing = [one for one in group if any(has.get(one.layer) != keys[one.layer] for has in known)]
-            for layer, moment, seen in self._moments(missing, keys, ids, count):
+            for layer, moment, seen in self._moments(missing, keys, ids, count, anew):
                 covariance = Covariance.from_second_moment(moment, seen, self.ridge, overwrite=True)
                 self._computed[layer] = keys[layer], covariance
         return {
@@ -140,13 +147,18 @@ class Moments:
         return given
 
     def _moments(
-        self, projections: list[Projection], keys: dict[int, str], ids: torch.Tensor | None, count: int
+        self,
+        projections: list[Projection],
+        keys: dict[int, str],
+        ids: torch.Tensor | None,
+        count: int,
+        anew: bool,
     ) -> Iterator[tuple[int, torch.Tensor, int]]:
         """`(layer, moment, number of tokens)` of each: what is on disk first, then the rest."""
         files = {layer: self.folder / f"{key}.safetensors" for layer, key in keys.items()}
         missing = []
         for projection in projections:
-            cached = self._cached(files[projection.layer], projection)
+            cached = self._cached(files[projection.layer], projection, anew)
             if cached is None:
                 missing.append(projection)
             else:
@@ -170,10 +182,10 @@ class Moments:
         for projection in missing:
             yield projection.layer, sums.pop(projection.layer), seen
 
-    def _cached(self, path: Path, projection: Projection) -> tuple[torch.Tensor, int] | None:
+    def _cached(self, path: Path, projection: Projection, anew: bool) -> tuple[torch.Tensor, int] | None:
         """What the first rank has on disk, on all of them."""
         ranks = self.ranks.everyone
-        loaded = statistics.load_moment(path) if ranks.rank == 0 else None
+        loaded = statistics.load_moment(path, anew) if ranks.rank == 0 else None
         count = ranks.decided(lambda: None if loaded is None else loaded[1])
         if count is None:
             return None
@@ -184,10 +196,15 @@ class Moments:
             moment = loaded[0].to(projection.matrix.device)
         return ranks.broadcast_(moment), count
 
-    @staticmethod
-    def _save(files: Mapping[int, Path], sums: Mapping[int, torch.Tensor], seen: int) -> None:
-        for layer, moment in sums.items():
-            statistics.save_moment(files[layer], moment, seen)
+    def _save(self, files: Mapping[int, Path], sums: Mapping[int, torch.Tensor], seen: int) -> None:
+        try:
+            for layer, moment in sums.items():
+                statistics.save_moment(files[layer], moment, seen)
+        except OSError as error:
+            raise EngramError(
+                f"cache_dir: expected room for the statistics in {str(self.folder)!r}, got none "
+                f"({error.strerror})"
+            ) from error
 
     def _pass(
         self,
@@ -224,6 +241,7 @@ class Moments:
             if self._stream is None:
                 self._stream = corpora.TokenStream(self.tokenizer, corpus)
             ids = self._stream.first(count)
+            check_known(self.model, [int(ids.max())], "the corpus")
             if self.tokens is not None and len(ids) < count:
                 warnings.warn(f"corpus: expected {count} tokens, got {len(ids)}", stacklevel=5)
             self._sources[count] = ids, hashlib.sha256(tensor_bytes(ids)).hexdigest()

@@ -11,25 +11,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .. import _checks as check
-from .._hashing import digest
-from ..errors import EngramError
-from ..hf.fingerprints import weights_checksums
-from .edit import Edit
-from .editor import Editor
-from .health import Health
+from ... import _checks as check
+from ..._hashing import digest
+from ...errors import EngramError
+from ...hf.fingerprints import weights_checksums
+from ..edit import Edit
+from ..editor import Editor
+from ..health import Health
+from ..methods import Method, check_values, method_of
+from ..saving.result import EditResult
+from ..writing.records import EditRecord
 from .joint import joint_writes
-from .methods import METHODS, Method, check_values, method_of
-from .records import EditRecord
-from .result import EditResult
 from .store_folder import StoreFolder, method_from, method_plain
 
 if TYPE_CHECKING:
-    from ..hf.tokens import Tokenizer
-
-# One edit after the other, each of which holds the earlier ones; with a ridge, so that all of them together
-# are the solution of one least-squares problem, out of which any can be taken.
-DEFAULT = replace(METHODS["engram"], batch=1, ridge=1.0, preserve=True)
+    from ...hf.tokens import Tokenizer
 
 # Of the editor, on which the values depend.
 _SETTINGS = ("contexts", "bare_prompt_weight", "consistent_key", "ridge", "value", "seed", "tokens")
@@ -74,8 +70,9 @@ class EditStore:
         directory: of the store, or a new one.
         model: the base model, without edits; the store's are applied to it. None: to list and export alone.
         tokenizer: its tokenizer.
-        method: a name or settings, of a new store; None: the store's own, or of a new one `"engram"` with a
-            ridge, which preserves earlier keys.
+        method: of a new store, a name: that method one edit at a time, each of which holds the earlier ones
+            (one by gradients: in its batches); or settings, which are taken as they are. None: the store's
+            own, of a new one `"engram"`.
         layers: which are written, of a new store; None: by the method.
         values: of a new store, how answers are found, as for `Editor.edit`; None: by the method.
         timeout: seconds to wait for another writer.
@@ -122,13 +119,13 @@ class EditStore:
     def _open(self, model, tokenizer, method, layers, values, options) -> None:
         """Bind the model, which must be the base, and bring it to where the store is."""
         folder = self._folder
-        folder.check_statistics()
-        editor = Editor(model, tokenizer, cache_dir=folder.path / "statistics", **options)
+        with folder.naming_it():
+            editor = Editor(model, tokenizer, cache_dir=folder.path / "statistics", **options)
         base = digest(weights_checksums(model))
         settings = {name: repr(getattr(editor, name)) for name in _SETTINGS}
         check_values(values)
         if folder.manifest is None:
-            chosen = DEFAULT if method is None else method_of(method)
+            chosen = stored_method("engram" if method is None else method)
             chosen = replace(chosen, values=values or chosen.values)
             layers = editor.layers(chosen) if layers is None else layers
             layers = [layers] if isinstance(layers, int) else list(layers)
@@ -138,7 +135,7 @@ class EditStore:
                 f"model: expected the one of {str(folder.path)!r}, without edits, got other weights"
             )
         else:
-            asked = self.method if method is None else method_of(method)
+            asked = self.method if method is None else stored_method(method)
             asked = replace(asked, values=values or asked.values)
             if asked != self.method:
                 name = "method" if values in (None, self.method.values) else "values"
@@ -148,7 +145,9 @@ class EditStore:
                 raise EngramError(f"{name}: expected the store's, {value}, got {settings.get(name)}")
         # Of the unedited model, before anything is applied to it.
         editor.prefixes()
-        for layer, covariance in editor.covariances(self.layers).items():
+        with folder.naming_it():
+            covariances = editor.covariances(self.layers, anew=False)
+        for layer, covariance in covariances.items():
             editor.use_covariance(layer, covariance)
         self._editor = editor
         self._sync()
@@ -389,3 +388,20 @@ class EditStore:
         written = {write.module for write in whole.writes}
         whole.edited_modules = [edited for edited in whole.edited_modules if edited.module in written]
         del whole.records[place]
+
+
+def stored_method(method: str | Method) -> Method:
+    """A method as a store writes it.
+
+    A name whose answers are searched: one edit after the other, each of which holds the earlier ones, so that
+    it does not matter which call an edit came by; with a ridge, so that all of them together are the solution
+    of one least-squares problem, out of which any can be taken. Gradients are for thousands at a time, and
+    keep their batches.
+
+    Raises:
+        ValueError: there is no such method.
+    """
+    chosen = method_of(method)
+    if isinstance(method, Method) or chosen.values == "gradient":
+        return chosen
+    return replace(chosen, batch=1, ridge=chosen.ridge or 1.0, preserve=chosen.preserve or True)

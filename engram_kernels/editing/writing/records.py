@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from ..errors import EngramError
-from ..hf.projection import Projection
-from .edit import Edit
+from ...errors import EngramError
+from ...hf.projection import Projection
+from ..edit import Edit
 from .weights import add_, matrix_checksum
 
 

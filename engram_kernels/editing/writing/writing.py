@@ -8,20 +8,20 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from .. import _checks as check
-from .._ranks import ALONE, Ranks
-from ..errors import EngramError
-from ..hf.hooks import Stop, capture, run_until
-from ..hf.layers import decoder_layers
-from ..hf.placement import input_device
-from ..hf.projection import Projection
-from ..hf.tokens import pad_rows
-from .batching import EncodedEdit
+from ... import _checks as check
+from ..._ranks import ALONE, Ranks
+from ...errors import EngramError
+from ...hf.hooks import Stop, capture, run_until
+from ...hf.layers import decoder_layers
+from ...hf.placement import input_device
+from ...hf.projection import Projection
+from ...hf.tokens import pad_rows
+from ..search.batching import EncodedEdit
+from ..search.partial_forward import adding
+from ..search.values import Value
 from .keys import MeanKey, SpreadKey
-from .partial_forward import adding
 from .preconditioner import LayerOperator, Solved
 from .records import Write, left_factor
-from .values import Value
 from .weights import add_in_range
 
 # Of a forward pass; and edits whose states are in memory at once.
@@ -51,7 +51,8 @@ def write_values(
 
     Args:
         model: as it was when the values were found.
-        projections: of the layers, the first one first; the values belong to the last.
+        projections: of the layers, the first one first; the values belong to the last, whose output adds
+            up (`adds_up`) where there are several.
         encoded: the edits.
         values: of the edits.
         operators: by layer, `Q` as the method has it after the batches before.
@@ -65,8 +66,7 @@ def write_values(
         One write a layer; they are done.
 
     Raises:
-        EngramError: the keys are dependent, a factor is not finite, the weights leave their type's range, or
-            the last layer's output is not the sum of its parts.
+        EngramError: the keys are dependent, a factor is not finite, or the weights leave their type's range.
     """
     residuals = torch.stack([value.change for value in values])
     if len(projections) == 1:
@@ -80,11 +80,6 @@ def write_values(
         bare = torch.stack([value.keys[0] for value in values]) if bare_denominator else None
         return [_write(projection, encoded, keys, bare, residuals, operators, edits)]
     last = projections[-1]
-    if not adds_up(model, last, encoded[0]):
-        raise EngramError(
-            f"layers: expected one layer for this model, whose layers do not add the output of "
-            f"{last.name!r} to their own as it is, got several"
-        )
     before, writes = None, []
     for number, projection in enumerate(projections):
         keys, hidden = _combined_states(model, projection, last, encoded, key, operators, ranks)

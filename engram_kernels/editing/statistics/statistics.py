@@ -9,16 +9,16 @@ from pathlib import Path
 
 import torch
 
-from .._io import load_cached, save_sealed_tensors
-from .._progress import Progress
-from .._ranks import ALONE, Ranks
-from ..errors import EngramError
-from ..hf.hooks import Stop, capture, run_until
-from ..hf.placement import input_device
-from ..hf.projection import Projection
-from ..hf.tokens import context_length
-from ..ops import second_moment_
-from ..ops.waiting import raises_at_once
+from ..._io import load_cached, load_sealed_tensors, save_sealed_tensors
+from ..._progress import Progress
+from ..._ranks import ALONE, Ranks
+from ...errors import EngramError
+from ...hf.hooks import Stop, capture, run_until
+from ...hf.placement import input_device
+from ...hf.projection import Projection
+from ...hf.tokens import context_length
+from ...ops import second_moment_
+from ...ops.waiting import raises_at_once
 
 CHUNK = 512
 BATCH = 4
@@ -100,9 +100,28 @@ def _observe(model, projections: Sequence[Projection], batch: torch.Tensor, sums
         run_until(model, input_ids=batch.to(input_device(model)))
 
 
-def load_moment(path: Path) -> tuple[torch.Tensor, int] | None:
-    """A cached moment and its number of tokens, or None where there is none that can be used."""
-    kept = load_cached(path)
+def load_moment(path: Path, anew: bool = True) -> tuple[torch.Tensor, int] | None:
+    """A kept moment and its number of tokens, or None where there is none.
+
+    Args:
+        path: of the file.
+        anew: take a spoilt file for none, with a warning, so that it is computed again.
+
+    Raises:
+        EngramError: the file is spoilt, and `anew` is False.
+    """
+    if anew:
+        kept = load_cached(path)
+    else:
+        try:
+            kept = load_sealed_tensors(path)
+        except FileNotFoundError:
+            kept = None
+        except (OSError, ValueError) as error:
+            raise EngramError(
+                f"cache_dir: expected the statistics as they were written, got {str(path)!r} ({error}); "
+                "without the file they are computed again"
+            ) from error
     return kept and (kept[0]["moment"], int(kept[0]["count"]))
 
 
@@ -137,15 +156,13 @@ class Checkpoint:
 
     def save_when_due(self, sums: dict[int, torch.Tensor], seen: int, ids: torch.Tensor) -> None:
         """Write, if the time has come, so that readers see either all of it or what was there before."""
-        from safetensors import SafetensorError
-
         begun = time.monotonic()
         if begun < self._due:
             return
         tensors = {str(layer): total for layer, total in sums.items()}
         try:
             save_sealed_tensors(self.path, tensors | {"seen": torch.tensor(seen), "ids": ids})
-        except (OSError, SafetensorError) as error:
+        except OSError as error:
             # The pass itself is sound: not worth ending it.
             warnings.warn(f"cache_dir: expected room for a checkpoint, got none ({error})", stacklevel=2)
         ended = time.monotonic()

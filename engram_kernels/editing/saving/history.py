@@ -8,8 +8,8 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
-from .edit import Edit
-from .records import EditRecord, Write
+from ..edit import Edit
+from ..writing.records import EditRecord, Write
 
 
 class Standing(NamedTuple):

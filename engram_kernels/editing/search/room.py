@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from ..hf.layers import decoder_layers
-from ..hf.projection import Projection
+from ...hf.layers import decoder_layers
+from ...hf.projection import Projection
 from .batching import EncodedEdit
 
 # Of the free memory; the rest is for what the allocator cannot join, and for the first whole passes.

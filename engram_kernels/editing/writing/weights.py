@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _checks as check
-from .._hashing import tensor_checksum
-from ..errors import EngramError
-from ..hf.placement import is_sharded, keep_part_, local, whole
-from ..hf.projection import Projection
-from ..ops import apply_low_rank_
-from ..ops.waiting import raises_at_once
+from ... import _checks as check
+from ..._hashing import tensor_checksum
+from ...errors import EngramError
+from ...hf.placement import is_sharded, keep_part_, local, whole
+from ...hf.projection import Projection
+from ...ops import apply_low_rank_
+from ...ops.waiting import raises_at_once
 
 
 class Snapshot:

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 
-from ..errors import EngramError
-from ..hf.generation import sample
-from ..hf.loading import package_file
-from ..hf.tokens import context_length
+from ...errors import EngramError
+from ...hf.generation import sample
+from ...hf.loading import package_file
+from ...hf.tokens import context_length
 
 WIKIPEDIA_IN_GENSIM = "test/test_data/enwiki-latest-pages-articles1.xml-*-shortened.bz2"
 

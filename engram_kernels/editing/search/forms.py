@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from ..hf.scripts import stands_apart
-from ..hf.tokens import Prompt
-from .edit import Edit
+from ...hf.scripts import stands_apart
+from ...hf.tokens import Prompt
+from ..edit import Edit
 
 # In English, as the first words of the sampled texts are. They need not make sense: what matters is that
 # other words than the prompt's stand between the subject and the answer.

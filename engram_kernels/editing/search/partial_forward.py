@@ -16,12 +16,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..hf.cache import PrefixCache, inputs_after, read_prefixes
-from ..hf.forward import logits_at, replaying
-from ..hf.hooks import Stop, capture, run_until
-from ..hf.layers import decoder_layers
-from ..hf.projection import Projection
-from ..hf.tokens import pad_rows
+from ...hf.cache import PrefixCache, inputs_after, read_prefixes
+from ...hf.forward import logits_at, replaying
+from ...hf.hooks import Stop, capture, run_until
+from ...hf.layers import decoder_layers
+from ...hf.projection import Projection
+from ...hf.tokens import pad_rows
 from .batching import EditBatch
 
 

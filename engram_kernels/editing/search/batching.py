@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..hf.tokens import Prompt, Row, check_apart, check_length, encode_row
-from .edit import Edit
+from ...hf.tokens import Prompt, Row, check_apart, check_length, encode_row
+from ..edit import Edit
 from .forms import forms_of
 
 

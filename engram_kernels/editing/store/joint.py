@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ..covariance import Covariance
-from .methods import Method
-from .preconditioner import LayerOperator
-from .records import Write
+from ...covariance import Covariance
+from ..methods import Method
+from ..writing.preconditioner import LayerOperator
+from ..writing.records import Write
 
 
 def joint_writes(

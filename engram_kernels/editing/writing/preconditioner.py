@@ -9,10 +9,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from ..covariance import Covariance
-from ..errors import EngramError
-from ..preconditioner import Preconditioner
-from .methods import Method
+from ...covariance import Covariance
+from ...errors import EngramError
+from ...preconditioner import Preconditioner
+from ..methods import Method
 
 # By covariance and threshold: the eigenvectors of a wide layer take minutes.
 _PRINCIPAL: WeakKeyDictionary[Covariance, dict[float, Tensor]] = WeakKeyDictionary()

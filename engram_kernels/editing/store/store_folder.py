@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,15 +11,15 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from .._io import file_checksum, load_sealed_tensors, read_sealed, write_sealed
-from ..errors import EngramError
-from ..hf.loading import writable_directory
-from .files import REPORT
-from .gradients import GradientOptions
-from .methods import Method
-from .result import EditResult
-from .statistics import PARTIAL
-from .values import ValueOptions
+from ..._io import file_checksum, read_sealed, write_sealed
+from ...errors import EngramError
+from ...hf.loading import writable_directory
+from ..methods import Method
+from ..saving.files import REPORT
+from ..saving.result import EditResult
+from ..search.gradients import GradientOptions
+from ..search.values import ValueOptions
+from ..statistics.statistics import PARTIAL, load_moment
 
 FORMAT = 2
 _OWN = ("statistics", "edits", "pending")
@@ -109,15 +110,18 @@ class StoreFolder:
         Raises:
             EngramError: a file is spoilt.
         """
-        for path in sorted((self.path / "statistics").rglob("*.safetensors")):
-            try:
+        with self.naming_it():
+            for path in sorted((self.path / "statistics").rglob("*.safetensors")):
                 if not path.name.endswith(PARTIAL):
-                    load_sealed_tensors(path)
-            except (OSError, ValueError) as error:
-                raise EngramError(
-                    f"directory: expected the store's statistics as they were written, got {str(path)!r} "
-                    f"({error}); without the file they are computed again"
-                ) from error
+                    load_moment(path, anew=False)
+
+    @contextmanager
+    def naming_it(self) -> Iterator[None]:
+        """Let an error about the editor's cache, which is a folder of this one, name the store's argument."""
+        try:
+            yield
+        except EngramError as error:
+            raise EngramError(re.sub("^cache_dir:", "directory:", str(error))) from error
 
     def load(self, entry: dict) -> EditResult:
         """The edits of an entry.

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import _checks as check
-from ..errors import EngramError
-from ..hf.forward import grouped_queries, logits_at
-from ..hf.hooks import capture
-from ..hf.placement import input_device
-from ..hf.projection import Projection
-from ..hf.tokens import Row, pad_rows
+from ... import _checks as check
+from ...errors import EngramError
+from ...hf.forward import grouped_queries, logits_at
+from ...hf.hooks import capture
+from ...hf.placement import input_device
+from ...hf.projection import Projection
+from ...hf.tokens import Row, pad_rows
 from .batching import EncodedEdit
 from .values import only_states_learn
 

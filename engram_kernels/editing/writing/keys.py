@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..preconditioner import Preconditioner
+from ...preconditioner import Preconditioner
 
 
 @dataclass(frozen=True)

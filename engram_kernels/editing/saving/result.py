@@ -11,19 +11,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .. import _checks as check
-from .._io import new_directory
-from ..errors import EngramError
-from ..hf.hub import HubFolder
-from ..hf.placement import unwrapped
-from ..hf.projection import output_projection
+from ... import _checks as check
+from ..._io import new_directory
+from ...errors import EngramError
+from ...hf.hub import HubFolder
+from ...hf.placement import unwrapped
+from ...hf.projection import output_projection
+from ..health import Health
+from ..writing.records import EditedModule, EditRecord, SkippedEdit, Write, joined_factors, joint_write
+from ..writing.weights import Snapshot, matrix_checksum
 from .adapter import save_adapter
 from .compression import compressed
 from .files import Content, load_edits, save_edits
-from .health import Health
 from .history import Standing, note
-from .records import EditedModule, EditRecord, SkippedEdit, Write, joined_factors, joint_write
-from .weights import Snapshot, matrix_checksum
 
 SHOWN = 3
 

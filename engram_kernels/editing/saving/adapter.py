@@ -7,8 +7,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from .._io import save_tensors, write_json
-from .records import EditedModule
+from ..._io import save_tensors, write_json
+from ..writing.records import EditedModule
 
 CONFIG = "adapter_config.json"
 FILE = "adapter_model.safetensors"

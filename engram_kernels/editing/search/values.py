@@ -12,14 +12,14 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .. import _checks as check
-from .._progress import Progress
-from ..errors import EngramError
-from ..hf.forward import grouped_queries
-from ..hf.offload import weights_read_again
-from ..hf.placement import input_device
-from ..hf.projection import Projection, is_plain
-from ..hf.swapped_weights import swapped_weights
+from ... import _checks as check
+from ..._progress import Progress
+from ...errors import EngramError
+from ...hf.forward import grouped_queries
+from ...hf.offload import weights_read_again
+from ...hf.placement import input_device
+from ...hf.projection import Projection, is_plain
+from ...hf.swapped_weights import swapped_weights
 from .batching import EditBatch, EncodedEdit
 from .losses import Losses, UnfitError
 from .partial_forward import record

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy
 import torch
 
-from .. import _checks as check
-from .._io import new_file
-from ..errors import EngramError
+from ... import _checks as check
+from ..._io import new_file
+from ...errors import EngramError
 
 # How their files say None: a NaN of these bits, since pickled objects are kept out.
 NONE = numpy.array(0xFFF8000000000002, dtype=numpy.uint64).view(numpy.float64)

@@ -8,13 +8,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .. import _checks as check
-from .._hashing import tensor_checksum
-from ..errors import EngramError
-from ..hf.shards import Checkpoint, OtherLayoutError, checkpoint_folder
-from ..ops import apply_low_rank_
-from ..ops.waiting import raises_at_once
-from .records import EditedModule
+from ... import _checks as check
+from ..._hashing import tensor_checksum
+from ...errors import EngramError
+from ...hf.shards import Checkpoint, OtherLayoutError, checkpoint_folder
+from ...ops import apply_low_rank_
+from ...ops.waiting import raises_at_once
+from ..writing.records import EditedModule
 from .result import EditResult
 
 

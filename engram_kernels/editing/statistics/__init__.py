@@ -1,0 +1,1 @@
+"""The layers' statistics: the text they come from, the moments, their files."""
