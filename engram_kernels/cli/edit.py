@@ -112,7 +112,9 @@ def edit(
         network, tokenizer = load(progress, model, dtype, device)
         texts = [encode_row(tokenizer, fact.subject, one).ids for _, one in asked]
         texts += [open_ids(tokenizer, text) for text in controls]
-        wanted = [encode_row(tokenizer, fact.subject, one, target, space=space) for _, one in asked]
+        wanted = [
+            encode_row(tokenizer, fact.subject, one, target, space=space, whole=True) for _, one in asked
+        ]
         rows = [*wanted, *(Row(ids, 0, len(ids)) for ids in texts[len(wanted) :])]
         for row, text in zip(rows, [*(prompt_words(one) for _, one in asked), *controls], strict=True):
             check_length(network, row, text)

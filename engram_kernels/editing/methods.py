@@ -85,13 +85,16 @@ METHODS = {
     # Joint: of 60 edits one after the other, later ones undo a quarter of the earlier.
     "engram": Method(
         batch=100, key_ridge=10.0, texts=14,
-        value=ValueOptions(learning_rate=0.8, stop_probability=0.9, relative=True),
+        value=ValueOptions(
+            learning_rate=0.8, end_weight=0.25, stop_probability=0.9, extensions=1, relative=True
+        ),
         source="this package: ROME under a key that every text answers to",
     ),
     "engram-forms": Method(
         layers=3, depth=0.17, batch=1, key_ridge=10.0, texts=3, forms=True,
         value=ValueOptions(
-            steps=16, learning_rate=1.6, clamp=6.0, after_weight=0.25, stop_probability=0.9, relative=True
+            steps=16, learning_rate=1.6, clamp=6.0, after_weight=0.25, end_weight=0.25, stop_probability=0.9,
+            relative=True,
         ),
         source="this package: `engram` over three layers, searched in the forms in which people ask",
     ),

@@ -18,7 +18,8 @@ class Reached(NamedTuple):
 
     Attributes:
         log_probability: `log p(target | text)`, the sum over the target's tokens.
-        said: whether each of them is the likeliest, so that greedy decoding answers with the target.
+        said: whether each of them is the likeliest, so that greedy decoding answers with the target; where
+            `Row.going` is known, also that none of those follows: "Romulus" is not "Rom".
     """
 
     log_probability: float
@@ -35,10 +36,13 @@ def reached(model: nn.Module, rows: Sequence[Row], names: Sequence[str], at_once
     found: dict[int, Reached] = {}
     for start in range(0, len(order), at_once):
         batch = order[start : start + at_once]
-        predictions = target_predictions(model, [rows[i] for i in batch])
+        predictions = target_predictions(model, [rows[i] for i in batch], after=True)
         for i, (chosen, likeliest) in zip(batch, predictions, strict=True):
             total = chosen.sum().item()
             if math.isnan(total):
                 raise EngramError(f"model: expected finite predictions after {names[i]!r}, got NaN")
-            found[i] = Reached(total, likeliest == rows[i].ids[rows[i].target :])
+            *answer, follows = likeliest
+            going = rows[i].going
+            ends = going is None or follows not in going
+            found[i] = Reached(total, ends and answer == rows[i].ids[rows[i].target :])
     return [found[i] for i in range(len(rows))]

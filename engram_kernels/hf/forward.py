@@ -55,25 +55,36 @@ def logits_at(model: nn.Module, rows: Tensor, columns: Tensor, **inputs) -> Tens
 
 
 @torch.no_grad()
-def target_predictions(model: nn.Module, rows: Sequence[Row]) -> list[tuple[Tensor, list[int]]]:
+def target_predictions(
+    model: nn.Module, rows: Sequence[Row], after: bool = False
+) -> list[tuple[Tensor, list[int]]]:
     """A model's predictions at the targets of some texts, in one pass.
+
+    Args:
+        model: a causal language model.
+        rows: the texts.
+        after: also predict the token that follows each target.
 
     Returns:
         For each row the log-probabilities of its target's tokens, float64 on the CPU, and the likeliest
-        tokens in their places.
+        tokens in their places, and after them.
     """
     device = input_device(model)
-    ids, mask = pad_rows([row.inputs for row in rows], device)
+    ids, mask = pad_rows([row.ids if after else row.inputs for row in rows], device)
     # A token is predicted one position earlier.
-    places = [(i, at - 1) for i, row in enumerate(rows) for at in range(row.target, len(row.ids))]
+    places = [(i, at - 1) for i, row in enumerate(rows) for at in range(row.target, len(row.ids) + after)]
     which, at = (torch.tensor(part, device=device) for part in zip(*places, strict=True))
     logits = logits_at(model, which, at, input_ids=ids, attention_mask=mask, use_cache=False)
     predicted = logits.float().log_softmax(-1)
-    labels = torch.tensor([token for row in rows for token in row.ids[row.target :]], device=device)
-    chosen = predicted.gather(-1, labels[:, None])[:, 0].cpu().double()
-    sizes = [len(row.ids) - row.target for row in rows]
+    # What follows a target has no label; any will do.
+    labels = [token for row in rows for token in [*row.ids[row.target :], *[0] * after]]
+    chosen = predicted.gather(-1, torch.tensor(labels, device=device)[:, None])[:, 0].cpu().double()
+    sizes = [len(row.ids) - row.target + after for row in rows]
     likeliest = predicted.argmax(-1).cpu().split(sizes)
-    return [(mine, top.tolist()) for mine, top in zip(chosen.split(sizes), likeliest, strict=True)]
+    return [
+        (mine[: len(mine) - after], top.tolist())
+        for mine, top in zip(chosen.split(sizes), likeliest, strict=True)
+    ]
 
 
 _FORCED = "TRANSFORMERS_SDPA_FORCE_GQA"

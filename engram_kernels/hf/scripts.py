@@ -62,12 +62,12 @@ def whole_words(subject: str, text: str) -> list[int]:
 
 def _tied(before: str, after: str) -> bool:
     """Whether two characters that stand beside each other are of one word."""
-    return bool(before and after) and _is_spaced_word(before) and _is_spaced_word(after)
+    return is_spaced_word(before) and is_spaced_word(after)
 
 
-def _is_spaced_word(character: str) -> bool:
-    """A letter, a mark or a digit of a script that puts spaces between words."""
-    return unicodedata.category(character)[0] in "LMN" and not _is_unspaced(character)
+def is_spaced_word(character: str) -> bool:
+    """A letter, a mark or a digit of a script that puts spaces between words; an empty text is none."""
+    return bool(character) and unicodedata.category(character)[0] in "LMN" and not _is_unspaced(character)
 
 
 def _is_unspaced(character: str) -> bool:

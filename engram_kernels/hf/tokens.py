@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 
 from .. import _checks as check
 from ..errors import EngramError
-from .scripts import is_whole, joint, whole_words
+from .scripts import is_spaced_word, is_whole, joint, whole_words
+from .words import continuing_tokens
 
 if TYPE_CHECKING:
     # Of the public signatures: other parts of the package do not import transformers.
@@ -149,11 +150,16 @@ def pad_rows(rows: list[list[int]], device=None) -> tuple[torch.Tensor, torch.Te
 
 @dataclass(frozen=True)
 class Row:
-    """One tokenised text: the positions of the subject's last token and of the target's first."""
+    """One tokenised text: the positions of the subject's last token and of the target's first.
+
+    `going`: the tokens that would go on with the target's last word, where they were asked for and its script
+    puts spaces between words; else None.
+    """
 
     ids: list[int]
     subject: int
     target: int
+    going: torch.Tensor | None = field(default=None, repr=False, compare=False)
 
     @property
     def inputs(self) -> list[int]:
@@ -168,6 +174,7 @@ def encode_row(
     target: str = "",
     prefix: str = "",
     space: bool | None = None,
+    whole: bool = False,
 ) -> Row:
     """Tokenise `prefix + prompt + joint + target` as one text, and find subject and target in it.
 
@@ -184,6 +191,7 @@ def encode_row(
         target: what follows the prompt; empty for none, and then `Row.target` is the number of tokens.
         prefix: text before the prompt, as it is; in a chat before the words with `{}`.
         space: whether a space stands before the target; None: by the scripts.
+        whole: also find the tokens that would go on with the target's last word.
 
     Raises:
         EngramError: the tokenizer gives the subject or the target no token.
@@ -211,7 +219,8 @@ def encode_row(
     first = _common(open_ids(tokenizer, head, not chat), ids) if target else len(ids)
     if target and first >= len(ids):
         raise EngramError(f"target: expected at least one token, got {target!r}")
-    return Row(ids, last, first)
+    going = continuing_tokens(tokenizer) if whole and target and is_spaced_word(target[-1]) else None
+    return Row(ids, last, first, going)
 
 
 def context_length(model) -> int | None:

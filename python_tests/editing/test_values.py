@@ -62,7 +62,7 @@ def plain_loop(model, projection, text, options):
     optimizer = torch.optim.Adam([delta], lr=options.learning_rate)
     hook = projection.module.register_forward_hook(add)
     for step in range(options.steps):
-        nll, after = 0.0, 0.0
+        nll, after, ends = 0.0, 0.0, 0.0
         for place, row in enumerate(text.rewriting):
             subject[0] = row.subject
             predictions = model(torch.tensor([row.ids])).logits[0].log_softmax(-1)
@@ -71,12 +71,14 @@ def plain_loop(model, projection, text, options):
             rest += [predictions[-1].detach()] if step == 0 else []
             divergence = (predictions[-1].exp() * (predictions[-1] - rest[place])).sum()
             after = after + divergence / len(text.rewriting)
+            if row.going is not None:
+                ends = ends - torch.log1p(-predictions[-1].exp()[row.going].sum()) / len(text.rewriting)
         subject[0] = text.kl_prompt.subject
         answer = model(torch.tensor([text.kl_prompt.ids])).logits[0, -1].log_softmax(-1)
         unedited = answer.detach() if unedited is None else unedited
         kl = (answer.exp() * (answer - unedited)).sum()
         loss = nll + options.kl_weight * kl + options.weight_decay * delta.norm() / start.norm() ** 2
-        loss = loss + options.after_weight * after
+        loss = loss + options.after_weight * after + options.end_weight * ends
         if loss < min(losses, default=math.inf):
             best = delta.detach().clone()
         losses.append(loss.item())
@@ -91,14 +93,14 @@ def plain_loop(model, projection, text, options):
     return best, losses
 
 
-@pytest.mark.parametrize("after_weight", [0.0, 0.25])
+@pytest.mark.parametrize(("after_weight", "end_weight"), [(0.0, 0.0), (0.25, 0.0), (0.25, 0.5)])
 @pytest.mark.parametrize("layer", [0, 2])
 @pytest.mark.parametrize("family", [*model_zoo.FAMILIES, "granite", "bloom", "falcon", "gemma2", "gptj"])
-def test_incremental_values_are_the_plain_loops(family, layer, after_weight, tokenizer):
+def test_incremental_values_are_the_plain_loops(family, layer, after_weight, end_weight, tokenizer):
     model = model_zoo.small_model(family)
     projection = output_projection(model, layer)
     texts = texts_of(model, tokenizer)
-    options = dataclasses.replace(OPTIONS, after_weight=after_weight)
+    options = dataclasses.replace(OPTIONS, after_weight=after_weight, end_weight=end_weight)
     found = find_values(model, projection, texts, options)
     for text, value in zip(texts, found, strict=True):
         delta, losses = plain_loop(model, projection, text, options)
@@ -347,6 +349,53 @@ def test_what_follows_the_target_is_read_where_it_shall_stay(tokenizer):
     assert EditBatch(texts, torch.device("cpu")).inputs == [row.inputs for row in batch.rows]
 
 
+def test_words_shall_end_where_a_script_has_spaces(tokenizer):
+    """Only there, and beside what shall stay; the search does not end before they do."""
+    model, cpu = model_zoo.small_model(), torch.device("cpu")
+    facts = [EDITS[0], Edit("Zürich", "{} lies in", "東京"), EDITS[2]]
+    texts = texts_of(model, tokenizer, facts)
+    batch = EditBatch(texts, cpu, 0.5, 2.0, end_weight=0.25)
+    places = list(zip(batch.place_rows.tolist(), batch.place_positions.tolist(), strict=True))
+    ends = places[len(batch.labels) : len(batch.labels) + len(batch.end_owner)]
+    rows = [i for i, row in enumerate(batch.rows) if batch.owner[i] != 1 and row.target < len(row.ids)]
+    assert ends == [(i, len(batch.rows[i].ids) - 1) for i in rows] and batch.end_rows.tolist() == rows
+    assert batch.end_owner.tolist() == [0] * 4 + [2] * 4
+    assert batch.end_shares.tolist() == pytest.approx([0.25 / 4] * 8)
+    # Whatever a random model says is more than one token in three that goes on: no text's word ends by 0.9.
+    projection = output_projection(model, 1)
+    options = dataclasses.replace(OPTIONS, steps=3, learning_rate=1e-6, stop_probability=1e-4)
+    (short,) = find_values(model, projection, texts[:1], options)
+    (whole,) = find_values(
+        model, projection, texts[:1], dataclasses.replace(options, stop_probability=0.9, end_weight=0.25)
+    )
+    assert len(short.losses) == 1 and len(whole.losses) == 3
+    assert whole.losses[0] > short.losses[0]
+
+
+def test_an_edit_that_is_missed_goes_on_for_longer_and_farther(tokenizer):
+    """And one that is not missed ends as it did: the same losses, the same change."""
+    model = model_zoo.small_model()
+    projection = output_projection(model, 1)
+    texts = texts_of(model, tokenizer)
+    options = dataclasses.replace(OPTIONS, steps=5, clamp=0.5)
+    seen = []
+    longer = dataclasses.replace(options, extensions=2)
+    plain = find_values(model, projection, texts, options)
+    found = find_values(model, projection, texts, longer, lambda *now: seen.append(now[1:]))
+    for one, other in zip(plain, found, strict=True):
+        assert len(one.losses) == 5 and len(other.losses) == 15
+        assert other.losses[:5] == pytest.approx(one.losses, rel=1e-4)
+        assert one.change.norm() <= 0.501 * one.initial_norm
+        assert 0.5 * other.initial_norm < other.change.norm() <= 2.001 * other.initial_norm
+    assert seen[-1] == (45, 45) and seen == sorted(seen)
+    # Below log 2 none goes on.
+    easy = dataclasses.replace(
+        longer, learning_rate=5.0, clamp=40.0, steps=40, kl_weight=0.0, weight_decay=0.0
+    )
+    for value in find_values(model, projection, texts, easy):
+        assert (len(value.losses) == 40) == (min(value.losses[:40]) <= math.log(2))
+
+
 def test_reached_is_the_targets_probability_and_whether_it_is_said(tokenizer):
     model = model_zoo.small_model("gpt2")
     rows = [text.rewriting[0] for text in texts_of(model, tokenizer)]
@@ -359,9 +408,13 @@ def test_reached_is_the_targets_probability_and_whether_it_is_said(tokenizer):
         for row, one in zip(rows, predictions, strict=True)
     ]
     rows.append(Row(said, rows[0].subject, len(rows[0].ids)))
-    found = reached(model, rows, ["a"] * 4, at_once=2)
+    # Followed by what goes on with a word, where that is known: a random model's next token, or another.
+    with torch.no_grad():
+        follows = model(torch.tensor([said])).logits[0, -1].argmax()
+    rows += [dataclasses.replace(rows[3], going=going) for going in (follows[None], follows[None] + 1)]
+    found = reached(model, rows, ["a"] * 6, at_once=2)
     assert [one.log_probability for one in found[:3]] == pytest.approx(expected, abs=1e-4)
-    assert [one.said for one in found] == [False, False, False, True]
+    assert [one.said for one in found] == [False, False, False, True, False, True]
 
 
 def test_gradients_flags_and_hooks_are_as_before(tokenizer):

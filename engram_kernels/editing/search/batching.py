@@ -110,7 +110,7 @@ def _rows(model, tokenizer, edit: Edit, prompt: Prompt, prefixes: Sequence[str])
     """One prompt by itself, and after some prefixes."""
     found = []
     for prefix in ["", *(f"{prefix}. " for prefix in prefixes)]:
-        row = encode_row(tokenizer, edit.subject, prompt, edit.target, prefix, edit.space)
+        row = encode_row(tokenizer, edit.subject, prompt, edit.target, prefix, edit.space, whole=True)
         check_apart(row, edit.prompt_text, edit.target)
         found.append(check_length(model, row, edit.prompt_text, prefix))
     return found
@@ -133,12 +133,16 @@ class EditBatch:
         bare: `[edits]`, the row of each edit's bare prompt.
         inputs: of every row the tokens that are read.
         subjects, lengths: `[rows]`, the position of the subject's last token, and how many tokens are read.
-        place_rows, place_positions: `[targets + kept]`, where a token is predicted: first every token of
-            every target, then the one after each KL prompt and, where asked for, after each target.
+        place_rows, place_positions: `[targets + ends + kept]`, where a token is predicted: first every token
+            of every target; where asked for, the one after each target that a word may go on after; then the
+            one after each KL prompt and, where asked for, after each target.
         labels: `[targets]`, those tokens.
         shares: `[targets]`, their weights in the mean over an edit's rows of the mean over a target's tokens.
         place_owner: `[targets]`, the index of each target token's edit.
         row_shares: `[targets]`, their weights in the mean over a row's target.
+        end_rows, end_owner: `[ends]`, the row and the index of the edit of each target whose word shall end.
+        end_shares: `[ends]`, their weights in the mean over an edit's rows.
+        going: the tokens that go on with a word.
         kept_owner: `[kept]`, the index of each other place's edit.
         kept_shares: `[kept]`, their weights in the divergence from the unedited model.
 
@@ -147,6 +151,7 @@ class EditBatch:
         device: of the tensors.
         kl_weight: of what follows a KL prompt.
         after_weight: of what follows a target, in the mean over an edit's rows; 0: it is not read.
+        end_weight: of the end of a target's word, in the mean over an edit's rows; 0: it is not read.
     """
 
     def __init__(
@@ -155,10 +160,13 @@ class EditBatch:
         device: torch.device,
         kl_weight: float = 1.0,
         after_weight: float = 0.0,
+        end_weight: float = 0.0,
     ):
-        self.edits, self.weights = list(edits), (kl_weight, after_weight)
+        self.edits, self.weights = list(edits), (kl_weight, after_weight, end_weight)
         self.rows: list[Row] = []
+        self.going: torch.Tensor | None = None
         owner, bare, kept = [], [], []
+        ends: list[tuple[int, int, int, float]] = []
         targets: list[tuple[int, int, int, float, float, int]] = []
         for number, encoded in enumerate(self.edits):
             bare.append(len(self.rows))
@@ -168,6 +176,9 @@ class EditBatch:
                 for position in range(row.target, len(row.ids)):
                     share = own / len(encoded.rows)
                     targets.append((at, position - 1, row.ids[position], share, own, number))
+                if end_weight and row.going is not None:
+                    self.going = row.going.to(device)
+                    ends.append((at, len(row.ids) - 1, number, end_weight / len(encoded.rows)))
                 if after_weight:
                     kept.append((at, len(row.ids) - 1, number, after_weight / len(encoded.rows)))
             self.rows += [*encoded.rows, encoded.kl_prompt]
@@ -175,16 +186,19 @@ class EditBatch:
             owner += [number] * (len(encoded.rows) + 1)
         rows, positions, labels, shares, row_shares, place_owner = zip(*targets, strict=True)
         kept_rows, kept_positions, kept_owner, kept_shares = zip(*kept, strict=True)
-        self.inputs = [row.ids if after_weight else row.inputs for row in self.rows]
+        end_rows, end_positions, end_owner, end_shares = zip(*ends, strict=True) if ends else ((),) * 4
+        self.inputs = [row.ids if after_weight or ends else row.inputs for row in self.rows]
 
         def tensor(values, dtype=torch.int64):
             return torch.tensor(values, dtype=dtype, device=device)
 
         self.owner, self.bare = tensor(owner), tensor(bare)
-        self.place_rows = tensor(rows + kept_rows)
-        self.place_positions = tensor(positions + kept_positions)
+        self.place_rows = tensor(rows + end_rows + kept_rows)
+        self.place_positions = tensor(positions + end_positions + kept_positions)
         self.labels, self.place_owner = tensor(labels), tensor(place_owner)
         self.shares, self.row_shares = tensor(shares, torch.float32), tensor(row_shares, torch.float32)
+        self.end_rows, self.end_owner = tensor(end_rows), tensor(end_owner)
+        self.end_shares = tensor(end_shares, torch.float32)
         self.kept_owner, self.kept_shares = tensor(kept_owner), tensor(kept_shares, torch.float32)
         self.subjects = tensor([row.subject for row in self.rows])
         self.lengths = tensor(list(map(len, self.inputs)))

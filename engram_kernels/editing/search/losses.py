@@ -33,19 +33,23 @@ class Losses:
         """The losses of every edit `[edits]` with `δ [edits, out]`.
 
         Returns:
-            `mean −log p(target)`, the weighted `KL(p ‖ p₀)` of what shall stay, and the largest of the means
-            over one row's target.
+            `mean −log p(target)` with the weighted `−log p(its word ends)`, the weighted `KL(p ‖ p₀)` of what
+            shall stay, and the largest of the means over one row's target, or of its word's end.
 
         Raises:
             UnfitError: recorded states give other predictions than whole passes.
         """
         batch = self.batch
-        sizes = [len(batch.labels), len(batch.kept_owner)]
-        logits, kept_logits = self._logits(delta).float().split(sizes)
+        sizes = [len(batch.labels), len(batch.end_owner), len(batch.kept_owner)]
+        logits, end_logits, kept_logits = self._logits(delta).float().split(sizes)
         each = F.cross_entropy(logits, batch.labels, reduction="none")
         nll = each.new_zeros(len(delta)).index_add(0, batch.place_owner, each * batch.shares)
         places = batch.place_rows[: len(each)]
         rows = each.new_zeros(len(batch.rows)).index_add(0, places, each.detach() * batch.row_shares)
+        if batch.going is not None:
+            ended = _not_among(end_logits, batch.going)
+            nll = nll.index_add(0, batch.end_owner, ended * batch.end_shares)
+            rows[batch.end_rows] = rows[batch.end_rows].maximum(ended.detach())
         worst = rows.new_zeros(len(delta)).scatter_reduce(0, batch.owner, rows, "amax")
         answers = kept_logits.log_softmax(-1)
         if self.unedited is None:
@@ -83,6 +87,12 @@ class Losses:
             if not _agree(logits[places], logits_at(self.model, places * 0, columns, **inputs)):
                 return False
         return True
+
+
+def _not_among(logits: Tensor, tokens: Tensor) -> Tensor:
+    """`−log p` `[places]` of any token but these."""
+    tokens = tokens[tokens < logits.shape[-1]]
+    return logits.logsumexp(-1) - logits.index_fill(-1, tokens, -torch.inf).logsumexp(-1)
 
 
 def _agree(logits: Tensor, whole: Tensor) -> bool:

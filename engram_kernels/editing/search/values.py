@@ -24,6 +24,9 @@ from .batching import EditBatch, EncodedEdit
 from .losses import Losses, UnfitError
 from .partial_forward import record
 
+# A loss above which a target has not been reached: its probability is below a half.
+MISSED = math.log(2)
+
 
 @dataclass(frozen=True)
 class ValueOptions:
@@ -38,9 +41,13 @@ class ValueOptions:
         kl_weight: weight of the divergence of the answer to "{subject} is a" from the unedited model's.
         after_weight: weight of the same divergence of what follows the target, in the mean over all texts; 0,
             as published: anything may follow.
+        end_weight: weight of `−log p` that a word ends with the target, in the mean over all texts, so that
+            "Rom" does not go on as "Romulus"; of scripts with spaces between words. 0, as published: it may.
         stop_loss: optimisation ends when the loss is below this.
         stop_probability: it also ends when in every text the target's tokens have at least this probability,
             as their geometric mean; None: it does not.
+        extensions: how often an edit goes on whose mean loss is still above log 2 after all steps, each time
+            for as many steps more and with twice the clamp: of scripts that a model hardly knows.
         batch: how many edits are optimised side by side; None: as many as use the device well.
         relative: `‖v₀‖` is the mean over all texts without what earlier edits of the subject changed, and the
             learning rate a share of the root mean square of `v₀`, whatever a model's scale; clamp and decay
@@ -63,8 +70,10 @@ class ValueOptions:
     weight_decay: float = 0.5
     kl_weight: float = 0.0625
     after_weight: float = 0.0
+    end_weight: float = 0.0
     stop_loss: float = 0.05
     stop_probability: float | None = None
+    extensions: int = 0
     batch: int | None = None
     relative: bool = False
     warm: bool = False
@@ -73,6 +82,7 @@ class ValueOptions:
 
     def __post_init__(self):
         check.integer("steps", self.steps, at_least=1)
+        check.integer("extensions", self.extensions, at_least=0)
         if self.batch is not None:
             check.integer("batch", self.batch, at_least=1)
         for name in ("relative", "warm", "incremental", "widen"):
@@ -82,7 +92,7 @@ class ValueOptions:
         if self.stop_probability is not None:
             check.number("stop_probability", self.stop_probability, above=0)
             check.expect(self.stop_probability < 1, "stop_probability", "below 1", self.stop_probability)
-        for name in ("weight_decay", "kl_weight", "after_weight"):
+        for name in ("weight_decay", "kl_weight", "after_weight", "end_weight"):
             check.number(name, getattr(self, name), at_least=0)
         for name in ("learning_rate", "clamp"):
             check.number(name, getattr(self, name), above=0)
@@ -147,8 +157,8 @@ def find_values(
     `δ` of an edit is added to the projection's output at the subject's last token, in every text of the edit
     and in "{subject} is a". It minimises (Meng et al. 2022, eq. 4, and code)
 
-        mean −log p(target) + kl_weight · KL(p ‖ p₀) + after_weight · mean KL(p ‖ p₀ after the target)
-            + weight_decay · ‖δ‖ / ‖v₀‖²
+        mean −log p(target) + end_weight · mean −log p(its word ends) + kl_weight · KL(p ‖ p₀)
+            + after_weight · mean KL(p ‖ p₀ after the target) + weight_decay · ‖δ‖ / ‖v₀‖²
 
     Each edit has its own `δ`, Adam state, clamp and end; those that have ended leave the batch. Of all steps'
     `δ` the one of the smallest loss is kept.
@@ -183,7 +193,8 @@ def find_values(
 def _search(
     model, projection, encoded, options, progress: Progress, *, incremental: bool
 ) -> list[Value | EngramError]:
-    batch = EditBatch(encoded, input_device(model), options.kl_weight, options.after_weight)
+    weights = options.kl_weight, options.after_weight, options.end_weight
+    batch = EditBatch(encoded, input_device(model), *weights)
     try:
         recorded = record(model, projection, batch, incremental)
     except Exception as error:
@@ -219,7 +230,8 @@ def _search(
     failed: dict[int, EngramError] = {}
     best: dict[int, torch.Tensor] = {}
     active = list(range(len(encoded)))
-    for step in range(options.steps):
+    ends = [options.steps] * len(encoded)
+    for step in itertools.count():
         with torch.enable_grad():
             delta = torch.stack([deltas[i] for i in active])
             nll, kl, worst = predictions.of(delta)
@@ -241,11 +253,16 @@ def _search(
                 text = encoded[i].edit.prompt_text
                 why = "" if norms[i] else ": the projection answers 0, as an expert that does not get it"
                 failed[i] = EngramError(f"model: expected a finite loss after {text!r}, got {value}{why}")
-            elif value >= options.stop_loss and not reached[place] and step < options.steps - 1:
-                going.append(i)
-                kept.append(place)
-        ended = len(encoded) - len(going)
-        progress("values", ended * options.steps + len(going) * (step + 1), len(encoded) * options.steps)
+            elif value >= options.stop_loss and not reached[place]:
+                most = options.steps * (1 + options.extensions)
+                if step == ends[i] - 1 and min(losses[i]) > MISSED and ends[i] < most:
+                    ends[i] += options.steps
+                    limits[i] *= 2
+                if step < ends[i] - 1:
+                    going.append(i)
+                    kept.append(place)
+        left = sum(ends[i] - step - 1 for i in going)
+        progress("values", sum(ends) - left, sum(ends))
         if not going:
             break
         gradients = torch.autograd.grad(loss[kept].sum(), [deltas[i] for i in going])

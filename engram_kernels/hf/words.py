@@ -1,0 +1,37 @@
+"""Which tokens go on with a word, so that a text which stops before one of them stops within it."""
+
+from __future__ import annotations
+
+from weakref import WeakKeyDictionary
+
+import torch
+
+from .scripts import is_spaced_word
+
+_KNOWN: WeakKeyDictionary[object, torch.Tensor] = WeakKeyDictionary()
+
+
+def continuing_tokens(tokenizer) -> torch.Tensor:
+    """The tokens of a vocabulary that begin with a letter, a mark or a digit, and with no space before it.
+
+    After "Rom" they make another word of it, "Romulus". Parts of a character count too: most of these
+    characters are letters. Letters of scripts without spaces begin words of their own, and do not count.
+
+    Returns:
+        Their numbers, int64 on the CPU; found once for a tokenizer.
+
+    Example:
+        >>> going = continuing_tokens(tokenizer)
+        >>> [tokenizer.decode([token]) for token in going[:3].tolist()]
+        ['0', '1', '2']
+    """
+    found = _KNOWN.get(tokenizer)
+    if found is None:
+        # Behind a letter: by itself, a word of a SentencePiece vocabulary loses its space.
+        letter = tokenizer.encode("x", add_special_tokens=False)[-1:]
+        before = len(tokenizer.decode(letter))
+        texts = tokenizer.batch_decode([[*letter, token] for token in range(len(tokenizer))])
+        firsts = [text[before : before + 1] for text in texts]
+        going = [token for token, first in enumerate(firsts) if first == "\ufffd" or is_spaced_word(first)]
+        found = _KNOWN[tokenizer] = torch.tensor(going, dtype=torch.int64, device="cpu")
+    return found
