@@ -74,8 +74,8 @@ def lines(name: str, path: Path) -> list[tuple[int, str]]:
     if "\0" in text:
         line = text[: text.index("\0")].count("\n") + 1
         raise ValueError(
-            f"{name}: expected a text file, got {str(path)!r} with a zero in line {line}; is it UTF-16 without "
-            "a byte order mark, or no text?"
+            f"{name}: expected a text file, got {str(path)!r} with a zero in line {line}; is it UTF-16 "
+            "without a byte order mark, or no text?"
         )
     # Not splitlines(): Latin-1 has characters that it takes for line breaks.
     found = [(i, line.strip()) for i, line in enumerate(text.split("\n"), start=1) if line.strip()]

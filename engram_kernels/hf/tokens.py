@@ -159,7 +159,7 @@ class Row:
     ids: list[int]
     subject: int
     target: int
-    going: torch.Tensor | None = field(default=None, repr=False, compare=False)
+    going: torch.Tensor | None = field(default=None, kw_only=True, repr=False, compare=False)
 
     @property
     def inputs(self) -> list[int]:
@@ -220,7 +220,7 @@ def encode_row(
     if target and first >= len(ids):
         raise EngramError(f"target: expected at least one token, got {target!r}")
     going = continuing_tokens(tokenizer) if whole and target and is_spaced_word(target[-1]) else None
-    return Row(ids, last, first, going)
+    return Row(ids, last, first, going=going)
 
 
 def context_length(model) -> int | None:
