@@ -9,11 +9,9 @@ from ..._linalg import cholesky, damped_root, square_root
 from .. import implements, select
 from . import split
 
-# Elements of a half-precision weight converted at a time: a panel stays near the cache, the weight is never
-# held in fp32 as a whole.
+# Elements of a weight or an inverse converted at a time: a panel stays near the cache, and no matrix is held
+# in the wider type as a whole.
 _PANEL = 1 << 20
-# Columns of an inverse that are widened to fp64 at a time.
-_COLUMNS = 1024
 
 
 def _panels(weight: Tensor) -> Iterator[slice]:
@@ -32,7 +30,10 @@ def _splits(weight: Tensor, factor: Tensor) -> bool:
 def precondition(keys: Tensor, inverse: Tensor) -> Tensor:
     """P = K Q in fp64, without a copy of Q in fp64."""
     wide = keys.double()
-    return torch.cat([wide @ panel.double() for panel in inverse.split(_COLUMNS, dim=-1)], dim=-1)
+    product = torch.zeros_like(wide)
+    for rows in _panels(inverse):
+        product += wide[..., rows] @ inverse[..., rows, :].double()
+    return product
 
 
 @implements("residual_gram", "torch")
