@@ -171,9 +171,7 @@ def test_lines_of_a_file_in_the_encoding_that_it_names(tmp_path, encoding):
 
 def test_lines_of_a_file_that_names_no_encoding(tmp_path):
     (tmp_path / "rows").write_bytes("0 one\n1 two\n".encode("utf-16-le"))
-    with pytest.raises(
-        ValueError, match=r"^data: expected a text file, .* zero in line 1; is it UTF-16 without"
-    ):
+    with pytest.raises(ValueError, match=r"^data: expected a text file, .* zero in line 1; is it UTF-16"):
         lines("data", tmp_path / "rows")
 
 
