@@ -29,6 +29,8 @@ from engram_kernels.editing.held_out import text_loss, wikipedia_rows
 from engram_kernels.evaluation.answers import greedy, success
 
 UNEDITED = "unedited"
+# What the unedited model answers where it knows the truth: how well its own facts hold in other words.
+OWN = "own facts"
 # The last asks the subject for something else, which the target should not answer.
 FORMS = ("prompt", "unseen", "question", "chat", "elsewhere")
 # Questions and chats may begin with other words than the answer.
@@ -117,18 +119,7 @@ def summary(folder: Path, rows: Sequence[TakeRow]) -> dict[str, dict]:
         if not entries:
             continue
         shares: dict = {"rows": len(entries)}
-        for form in FORMS:
-            successes = [
-                success(answer["text"], row.target)
-                for row, entry, _ in entries
-                for answer in entry["answers"]
-                if answer["form"] == form
-            ]
-            if successes:
-                shares[form] = {
-                    name: fmean(getattr(one, name) for one in successes)
-                    for name in ("begins", "contains", "exact")
-                }
+        shares |= _answered([(entry, row.target) for row, entry, _ in entries])
         kept = [
             fmean(a == b for a, b in zip(entry["neighbours"], plain["neighbours"], strict=True))
             for _, entry, plain in entries
@@ -140,7 +131,29 @@ def summary(folder: Path, rows: Sequence[TakeRow]) -> dict[str, dict]:
             if known := [entry[name] for _, entry, _ in entries if name in entry]:
                 shares[name] = median(known)
         found[path.name] = shares
+        if path.name == UNEDITED:
+            true = [(entry, row.truth) for row, entry, _ in entries]
+            known = [pair for pair in true if _answered([pair])["prompt"]["begins"]]
+            found[OWN] = {"rows": len(known), **_answered(known), "neighbours_kept": 1.0, "text_loss": 0.0}
     return found
+
+
+def _answered(entries: Sequence[tuple[dict, str]]) -> dict[str, dict[str, float]]:
+    """By form, the shares of the answers that begin with, contain or are what was wanted."""
+    shares = {}
+    for form in FORMS:
+        successes = [
+            success(answer["text"], wanted)
+            for entry, wanted in entries
+            for answer in entry["answers"]
+            if answer["form"] == form
+        ]
+        if successes:
+            shares[form] = {
+                name: fmean(getattr(one, name) for one in successes)
+                for name in ("begins", "contains", "exact")
+            }
+    return shares
 
 
 def table(found: dict[str, dict], title: str) -> Table:

@@ -22,6 +22,7 @@ class TakeRow:
         number: of the row in CounterFact's file.
         relation: what the fact says, such as "mother tongue".
         subject, prompt, target: the edit.
+        truth: what the prompt's true answer is.
         given: three other wordings that an edit may be told.
         unseen: wordings that no edit is told; the target continues each.
         given_question, question: in the form "Q: … A:"; the first may be told, the second not.
@@ -35,6 +36,7 @@ class TakeRow:
     subject: str
     prompt: str
     target: str
+    truth: str
     given: tuple[str, ...]
     unseen: tuple[str, ...]
     given_question: str
@@ -76,6 +78,7 @@ def read_take_rows(path: Path | None = None, data: Path | None = None) -> list[T
                     subject=row["subject"],
                     prompt=case["prompt"].replace(row["subject"], "{}", 1),
                     target=row["target"],
+                    truth=case["ground_truth"],
                     **{name: tuple(relation[name]) for name in ("given", "unseen")},
                     **{n: relation[n] for n in ("given_question", "question", "given_chat", "chat")},
                     neighbours=(

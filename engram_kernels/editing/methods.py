@@ -84,14 +84,14 @@ class Method:
 METHODS = {
     # Joint: of 60 edits one after the other, later ones undo a quarter of the earlier.
     "engram": Method(
-        batch=100, key_ridge=10.0, texts=14,
+        batch=100, key_ridge=30.0, texts=14,
         value=ValueOptions(
             learning_rate=0.8, end_weight=0.25, stop_probability=0.9, extensions=1, relative=True
         ),
         source="this package: ROME under a key that every text answers to",
     ),
     "engram-forms": Method(
-        layers=3, depth=0.17, batch=1, key_ridge=10.0, texts=3, forms=True,
+        layers=3, depth=0.17, batch=1, key_ridge=30.0, texts=3, forms=True,
         value=ValueOptions(
             steps=16, learning_rate=1.6, clamp=6.0, after_weight=0.25, end_weight=0.25, stop_probability=0.9,
             relative=True,

@@ -247,8 +247,9 @@ class Run:
         for number in numbers:
             try:
                 self.encoded[number] = encode_edit(
-                    self.model, self.tokenizer, self.edits[number], prefixes, self.plan.texts, forms
-                )
+                    self.model, self.tokenizer, self.edits[number], prefixes, self.plan.texts, forms,
+                    others=isinstance(self.plan.key, SpreadKey),
+                )  # fmt: skip
             except EngramError as error:
                 self._skip(number, error)
         self._check_any()

@@ -32,7 +32,7 @@ def responses(keys, inverse, weights):
 def test_every_text_answers_alike(cloud):
     keys, inverse = cloud
     spread = SpreadKey(0.1).weights(keys, operator(inverse))
-    assert spread.sum().item() == pytest.approx(1)
+    assert responses(keys, inverse, spread).mean().item() == pytest.approx(1, abs=1e-5)
     assert (responses(keys, inverse, spread) - 1).abs().max() < 0.05
     # The fault that this mends: the bare prompt, which is what a user asks, got nothing of the change.
     assert responses(keys, inverse, MeanKey(None).weights(keys, operator(inverse)))[0] < 0.1
@@ -48,9 +48,18 @@ def test_it_is_the_joint_write_of_one_change_under_all_keys(cloud):
     # Of rank one both, in one direction; the joint write gives up the ridge's share.
     scale = (joint * alone).sum() / alone.square().sum()
     torch.testing.assert_close(joint, scale * alone)
-    weights = SpreadKey(ridge).weights(keys, operator(inverse))
-    shrink = ridge * weights.square().sum()
-    assert scale.item() == pytest.approx((1 - shrink / (shrink + key @ inverse @ key)).item())
+    shrink = ridge * torch.linalg.solve(gram, torch.ones(13, dtype=torch.float64))
+    assert scale.item() == pytest.approx(1 - shrink.mean().item())
+
+
+def test_a_text_with_the_key_of_a_spared_token_does_not_make_the_others_answer_for_it(cloud):
+    """As where a subject of two tokens begins a text: its key is nearly that of any text's first token."""
+    keys, inverse = cloud
+    first = keys[:1] + 0.001 * torch.randn(1, keys.shape[1], generator=torch.Generator().manual_seed(2))
+    weights = SpreadKey(1.0).weights(keys, operator(inverse), first)
+    shares = responses(torch.cat([keys, first]), inverse, weights)
+    assert shares[:13].mean().item() == pytest.approx(1, abs=1e-5)
+    assert shares[0] < 0.7 and (shares[1:13] - 1).abs().max() < 0.1 and shares[13].abs() < 0.7
 
 
 def test_other_tokens_are_spared(cloud):
@@ -64,9 +73,10 @@ def test_other_tokens_are_spared(cloud):
     leak = responses(rest, inverse, torch.cat([alone, torch.zeros(6)]))[13:].abs()
     assert leak.max() > 0.5
     weights = SpreadKey(0.1).weights(keys, operator(inverse), others)
-    assert weights.shape == (19,) and weights[:13].sum().item() == pytest.approx(1) and weights[15] == 0
+    assert weights.shape == (19,) and weights[15] == 0
     key = weights.double() @ rest.double()
     shares = rest.double() @ inverse @ key / (key @ inverse @ key)
+    assert shares[:13].mean().item() == pytest.approx(1, abs=1e-5)
     assert shares[13:].abs().max() < 0.05 and (shares[:13] - 1).abs().max() < 0.15
 
 
@@ -81,7 +91,9 @@ def test_a_key_that_never_came_has_no_share(cloud, key):
     keys, inverse = cloud
     missing = torch.cat([keys[:4], torch.zeros(1, 40), keys[4:]])
     weights = key.weights(missing, operator(inverse))
-    assert weights[4] == 0 and weights.sum().item() == pytest.approx(1)
+    assert weights[4] == 0
+    if isinstance(key, MeanKey):
+        assert weights.sum().item() == pytest.approx(1)
     if key != MeanKey(0.5):
         torch.testing.assert_close(weights[torch.arange(14) != 4], key.weights(keys, operator(inverse)))
 

@@ -15,6 +15,7 @@ from engram_kernels.covariance import Covariance
 from engram_kernels.editing import Edit
 from engram_kernels.editing import run as run_module
 from engram_kernels.editing.methods import METHODS
+from engram_kernels.editing.search import names
 from engram_kernels.editing.search.batching import encode_edit
 from engram_kernels.editing.search.values import ValueOptions
 from engram_kernels.editing.writing import writing as writing_module
@@ -104,19 +105,27 @@ def test_subject_states_are_what_the_model_has_there(make):
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
-def test_the_default_method_spares_the_prompts_other_tokens(make, family):
+def test_the_default_method_spares_the_prompts_other_tokens_and_other_names(make, family, monkeypatch):
     """The search changes the answer to the subject alone, and so does the write."""
+    # A width of 64 has no room for all.
+    monkeypatch.setattr(names, "NAMES", ["Zürich", "Tower", "the city", "Brazil"])
     editor = make(family)
     edit = replace(EDITS[0], paraphrases=["To see {}, go to the city of"])
     projection = output_projection(editor.model, 1)
     before = projection.matrix.clone()
-    encoded = encode_edit(editor.model, editor.tokenizer, edit, editor.prefixes())
-    (keys,) = other_keys(editor.model, projection, [encoded])
-    assert len(encoded.bare) == 2 and len(keys) == sum(len(row.ids) - 1 for row in encoded.bare)
+    encoded = encode_edit(editor.model, editor.tokenizer, edit, editor.prefixes(), others=True)
+    assert [editor.tokenizer.decode(row.ids) for row in encoded.others] == [
+        "Zürich is located in the city of",
+        "To see the city, go to the city of",
+        "Brazil is located in the city of",
+    ]
+    keys = other_keys(editor.model, projection, encoded)
+    others = sum(len(row.ids) - row.subject for row in encoded.others)
+    assert len(encoded.bare) == 2 and len(keys) == sum(len(row.ids) - 1 for row in encoded.bare) + others
     (subjects,), _ = subject_states(editor.model, projection, projection, [encoded])
     leaks, reached = [], []
-    # A width of 64 is a small one, for which the default ridge is a large one.
-    for ridge in (0.1, None):
+    # For such a width the default ridge is a large one.
+    for ridge in (0.01, None):
         with editor.edit(edit, layers=1, method=replace(METHODS["engram"], key_ridge=ridge)) as result:
             change = (projection.matrix - before).double()
             wanted = result.writes[0].residuals[0].double()
@@ -130,8 +139,7 @@ def test_keys_far_from_the_subject_are_not_spared(make):
     editor = make()
     long = Edit("The Eiffel Tower", "word " * 50 + "{} is in" + " word" * 50, "Rome")
     encoded = encode_edit(editor.model, editor.tokenizer, long, ())
-    (keys,) = other_keys(editor.model, output_projection(editor.model, 1), [encoded])
-    assert len(keys) == 2 * AROUND
+    assert len(other_keys(editor.model, output_projection(editor.model, 1), encoded)) == 2 * AROUND
 
 
 def test_one_layer_with_a_ridge_gives_up_a_little(make, monkeypatch):

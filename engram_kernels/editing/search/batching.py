@@ -11,6 +11,7 @@ import torch
 from ...hf.tokens import Prompt, Row, check_apart, check_length, encode_row
 from ..edit import Edit
 from .forms import forms_of
+from .names import other_names
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class EncodedEdit:
         texts: how many of `rewriting` belong to each prompt, the first one's first.
         offset: `[out]`, what earlier edits changed the projection's answer to the subject by; None: nothing.
         facts: how many facts about the subject shall hold, this one and earlier ones.
+        others: rows of its prompts about other names, without a target, where a write shall spare them.
     """
 
     edit: Edit
@@ -34,6 +36,7 @@ class EncodedEdit:
     texts: tuple[int, ...] = ()
     offset: torch.Tensor | None = field(default=None, compare=False)
     facts: int = 1
+    others: list[Row] = field(default_factory=list)
 
     @property
     def rows(self) -> list[Row]:
@@ -60,6 +63,7 @@ def encode_edit(
     prefixes: Sequence[str],
     texts: int | None = None,
     forms: bool = False,
+    others: bool = False,
 ) -> EncodedEdit:
     """Tokenise one edit.
 
@@ -71,6 +75,7 @@ def encode_edit(
         texts: about how many rows to make; each prompt gets its share of the prefixes, at least one, and no
             two prompts the same ones while there are enough. None: every prompt after every prefix.
         forms: beside them the first prompt in the forms of `forms_of`.
+        others: also its prompts about other names, which take turns.
 
     Raises:
         EngramError: the subject or target has no token, or a text is longer than the model's context.
@@ -88,7 +93,11 @@ def encode_edit(
         groups[0] += [row for form in asked for row in _rows(model, tokenizer, edit, form, ())]
     kl_prompt = check_length(model, encode_row(tokenizer, edit.subject, "{} is a"), edit.prompt_text)
     rewriting = [row for group in groups for row in group]
-    return EncodedEdit(edit, rewriting, kl_prompt, texts=tuple(map(len, groups)))
+    spared = []
+    if others:
+        pairs = zip(other_names(edit.subject), itertools.cycle(prompts), strict=False)
+        spared = [encode_row(tokenizer, name, prompt) for name, prompt in pairs]
+    return EncodedEdit(edit, rewriting, kl_prompt, texts=tuple(map(len, groups)), others=spared)
 
 
 def encode_held(model, tokenizer, facts: Sequence[Edit], prefixes: Sequence[str]) -> list[Row]:

@@ -36,12 +36,13 @@ class MeanKey:
 
 @dataclass(frozen=True)
 class SpreadKey:
-    """The combination of the keys that every text answers to alike, and the prompt's other tokens not at all.
+    """The combination of the keys that every text answers to alike, and other tokens not at all.
 
     The subject's last token has another key in every text, and a write under their mean reaches some of them
-    by little. It also changes the answers to the tokens around it, of which the search knows nothing: where
-    the second moment has seen few of a script's, by up to a third of `δ`. A joint write of `δ` under the keys
-    of all texts, and of 0 under those `H` of the other tokens, does neither,
+    by little. It also changes the answers to tokens of which the search knows nothing: those around it, where
+    the second moment has seen few of a script's, by up to a third of `δ`, and other subjects of its kind. A
+    joint write of `δ` under the keys of all texts, and of 0 under those `H` of the prompt's other tokens and
+    of other names in the subject's place, does neither,
 
         [δᵀ 1ᵀ, 0] (λI + G)⁻¹ X C⁻¹,   X = [K; H],   G = X C⁻¹ Xᵀ
 
@@ -50,13 +51,14 @@ class SpreadKey:
         w ∝ (λI + G)⁻¹ [1; 0],   k = Σ w_i x_i
 
     Args:
-        ridge: `λ`: the larger, the nearer to the mean.
+        ridge: `λ`: the larger, the nearer to the mean. A key that is hardly to be told from one that shall be
+            spared, as of a subject that answers like the first token of any text, has less than its share.
     """
 
     ridge: float
 
     def weights(self, keys: Tensor, preconditioner: Preconditioner, others: Tensor | None = None) -> Tensor:
-        """`[texts + others]`, the share of each key; those of texts sum to 1, and a share may be negative.
+        """`[texts + others]`, the share of each key, which may be negative; texts answer by `δ` in the mean.
 
         Args:
             keys: `[texts, in]`.
@@ -70,8 +72,11 @@ class SpreadKey:
         there = keys.any(-1)
         wide = keys[there].double()
         gram = preconditioner.apply(wide) @ wide.T
-        gram.diagonal().add_(self.ridge)
-        found = torch.linalg.solve((gram + gram.T) / 2, texts[there].to(gram))
+        gram = (gram + gram.T) / 2
+        ridged = gram + self.ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        found = torch.linalg.solve(ridged, texts[there].to(gram))
+        answers = gram @ found
+        # A write of δ under k changes the answer to x by xᵀC⁻¹k / kᵀC⁻¹k of it.
         weights = torch.zeros_like(keys[:, 0])
-        weights[there] = (found / found[texts[there]].sum()).to(weights)
+        weights[there] = (found * answers[texts[there]].mean() / (found @ answers)).to(weights)
         return weights

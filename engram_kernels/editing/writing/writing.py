@@ -71,11 +71,12 @@ def write_values(
     residuals = torch.stack([value.change for value in values])
     if len(projections) == 1:
         (projection,) = projections
-        texts = [value.keys[: _counted(one, key)] for one, value in zip(encoded, values, strict=True)]
-        others = _others(model, projection, encoded, key, ranks)
         operator = operators[projection.layer]
         keys = torch.stack(
-            [_combined(own, rest, key, operator)[0] for own, rest in zip(texts, others, strict=True)]
+            [
+                _combined(model, projection, one, value.keys, key, operator, ranks)[0]
+                for one, value in zip(encoded, values, strict=True)
+            ]
         )
         bare = torch.stack([value.keys[0] for value in values]) if bare_denominator else None
         return [_write(projection, encoded, keys, bare, residuals, operators, edits)]
@@ -102,34 +103,31 @@ def _combined_states(
     for start in range(0, len(encoded), EDITS):
         piece = encoded[start : start + EDITS]
         own, above = subject_states(model, projection, last, piece, ranks)
-        others = _others(model, projection, piece, key, ranks)
-        for one, mine, over, rest in zip(piece, own, above, others, strict=True):
-            count = _counted(one, key)
-            combined, shares = _combined(mine[:count], rest, key, operator)
+        for one, mine, over in zip(piece, own, above, strict=True):
+            combined, shares = _combined(model, projection, one, mine, key, operator, ranks)
             found[0].append(combined)
-            found[1].append(shares.to(over) @ over[:count])
+            found[1].append(shares.to(over) @ over[: len(shares)])
     return torch.stack(found[0]), torch.stack(found[1])
 
 
-def _counted(encoded: EncodedEdit, key: MeanKey | SpreadKey) -> int:
-    """How many of an edit's texts its key is made of: the mean is not of earlier facts."""
-    return len(encoded.rewriting) if isinstance(key, MeanKey) else len(encoded.rows)
-
-
 def _combined(
-    keys: Tensor, others: Tensor | None, key: MeanKey | SpreadKey, operator: LayerOperator
+    model,
+    projection: Projection,
+    encoded: EncodedEdit,
+    keys: Tensor,
+    key,
+    operator: LayerOperator,
+    ranks: Ranks,
 ) -> tuple[Tensor, Tensor]:
-    """The one key of an edit `[in]`, and the shares of its texts in it."""
+    """The one key of an edit `[in]` out of its texts' `[texts, in]`, and the weights of these, of sum 1."""
+    # The mean is not of earlier facts, and spares nothing.
+    mean = isinstance(key, MeanKey)
+    known = keys = keys[: len(encoded.rewriting if mean else encoded.rows)]
+    others = None if mean else ranks.own(lambda: other_keys(model, projection, encoded))
+    if others is not None:
+        known = torch.cat([keys, others])
     shares = key.weights(keys, operator.current, others).to(keys)
-    known = keys if others is None else torch.cat([keys, others])
-    return shares @ known, shares[: len(keys)]
-
-
-def _others(model, projection: Projection, encoded, key, ranks: Ranks) -> Sequence[Tensor | None]:
-    """For each edit the keys that its own shall spare, if it spares any."""
-    if isinstance(key, MeanKey):
-        return [None] * len(encoded)
-    return ranks.own(lambda: other_keys(model, projection, encoded))
+    return shares @ known, shares[: len(keys)] / shares[: len(keys)].sum()
 
 
 def _write(projection: Projection, encoded, keys, bare_keys, residuals, operators, edits) -> Write:
@@ -167,12 +165,12 @@ def _dependent(encoded: Sequence[EncodedEdit], width: int) -> str:
 
 
 @torch.no_grad()
-def other_keys(model: nn.Module, projection: Projection, encoded: Sequence[EncodedEdit]) -> list[Tensor]:
-    """For each edit the projection's inputs at the tokens around the subject's last one, in its bare prompts.
+def other_keys(model: nn.Module, projection: Projection, encoded: EncodedEdit) -> Tensor:
+    """The projection's inputs at the tokens that an edit's key shall spare, in the model as it is now.
 
     Returns:
-        `[tokens, in]` each, float32, in the model as it is now: up to `AROUND` tokens on either side, the
-        target's too.
+        `[tokens, in]`, float32: of the edit's bare prompts up to `AROUND` tokens on either side of the
+        subject's last one, the target's too; of those about other names as many from the name's last one on.
     """
     seen: list[Tensor] = []
 
@@ -180,22 +178,26 @@ def other_keys(model: nn.Module, projection: Projection, encoded: Sequence[Encod
         seen.append(projection.inputs(arguments[0]))
         raise Stop
 
+    own = [
+        (row, [at for at in range(row.subject - AROUND, row.subject + AROUND + 1) if at != row.subject])
+        for row in encoded.bare
+    ]
+    rows = own + [(row, list(range(row.subject, row.subject + AROUND + 1))) for row in encoded.others]
     found = []
     with capture(before={projection.module: see}):
-        for rows in (one.bare for one in encoded):
-            ids, mask = pad_rows([row.ids for row in rows], input_device(model))
+        for start in range(0, len(rows), ROWS):
+            batch = rows[start : start + ROWS]
+            ids, mask = pad_rows([row.ids for row, _ in batch], input_device(model))
             seen.clear()
             run_until(model, input_ids=ids, attention_mask=mask)
             # Some models (OPT) flatten [rows, longest, width] before their MLP.
             states = seen[0].reshape(*ids.shape, -1)
             places = [
-                (i, at)
-                for i, row in enumerate(rows)
-                for at in range(max(0, row.subject - AROUND), min(len(row.ids), row.subject + AROUND + 1))
-                if at != row.subject
+                (i, at) for i, (row, those) in enumerate(batch) for at in those if 0 <= at < len(row.ids)
             ]
-            found.append(torch.stack([states[place] for place in places]).float())
-    return found
+            which, at = zip(*places, strict=True)
+            found.append(states[torch.tensor(which), torch.tensor(at)].float())
+    return torch.cat(found)
 
 
 @torch.no_grad()
