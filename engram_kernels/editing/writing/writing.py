@@ -29,6 +29,8 @@ ROWS = 64
 EDITS = 256
 # Tokens on either side of the subject's last one whose answers a key spares: farther ones hardly notice.
 AROUND = 32
+# Tokens that follow another name.
+FOLLOWING = 4
 
 
 def write_values(
@@ -170,7 +172,7 @@ def other_keys(model: nn.Module, projection: Projection, encoded: EncodedEdit) -
 
     Returns:
         `[tokens, in]`, float32: of the edit's bare prompts up to `AROUND` tokens on either side of the
-        subject's last one, the target's too; of those about other names as many from the name's last one on.
+        subject's last one, the target's too; of those about other names the name's last one and `FOLLOWING`.
     """
     seen: list[Tensor] = []
 
@@ -178,23 +180,24 @@ def other_keys(model: nn.Module, projection: Projection, encoded: EncodedEdit) -
         seen.append(projection.inputs(arguments[0]))
         raise Stop
 
-    own = [
-        (row, [at for at in range(row.subject - AROUND, row.subject + AROUND + 1) if at != row.subject])
-        for row in encoded.bare
-    ]
-    rows = own + [(row, list(range(row.subject, row.subject + AROUND + 1))) for row in encoded.others]
+    # Of each row the tokens to read, and those to spare.
+    rows: list[tuple[list[int], list[int]]] = []
+    for row in encoded.bare:
+        around = range(max(0, row.subject - AROUND), min(len(row.ids), row.subject + AROUND + 1))
+        rows.append((row.ids, [at for at in around if at != row.subject]))
+    for row in encoded.others:
+        ids = row.ids[: row.subject + FOLLOWING + 1]
+        rows.append((ids, list(range(row.subject, len(ids)))))
     found = []
     with capture(before={projection.module: see}):
         for start in range(0, len(rows), ROWS):
             batch = rows[start : start + ROWS]
-            ids, mask = pad_rows([row.ids for row, _ in batch], input_device(model))
+            ids, mask = pad_rows([tokens for tokens, _ in batch], input_device(model))
             seen.clear()
             run_until(model, input_ids=ids, attention_mask=mask)
             # Some models (OPT) flatten [rows, longest, width] before their MLP.
             states = seen[0].reshape(*ids.shape, -1)
-            places = [
-                (i, at) for i, (row, those) in enumerate(batch) for at in those if 0 <= at < len(row.ids)
-            ]
+            places = [(i, at) for i, (_, spared) in enumerate(batch) for at in spared]
             which, at = zip(*places, strict=True)
             found.append(states[torch.tensor(which), torch.tensor(at)].float())
     return torch.cat(found)
