@@ -27,7 +27,7 @@ from .reach import Reached, reached
 from .saving.history import facts_in, note
 from .saving.journal import Journal
 from .saving.result import SHOWN, EditResult
-from .search.batching import EncodedEdit, encode_edit, encode_held
+from .search.batching import EncodedEdit, encode_edit, encode_held, other_rows
 from .search.gradients import Stream
 from .search.room import edits_that_fit, out_of_memory
 from .search.values import Value, ValueOptions, find_values, value_groups
@@ -247,9 +247,8 @@ class Run:
         for number in numbers:
             try:
                 self.encoded[number] = encode_edit(
-                    self.model, self.tokenizer, self.edits[number], prefixes, self.plan.texts, forms,
-                    others=isinstance(self.plan.key, SpreadKey),
-                )  # fmt: skip
+                    self.model, self.tokenizer, self.edits[number], prefixes, self.plan.texts, forms
+                )
             except EngramError as error:
                 self._skip(number, error)
         self._check_any()
@@ -349,7 +348,9 @@ class Run:
         projection, options = self.projections[-1], self.plan.value
 
         def progress(stage: str, steps: int, _total: int) -> None:
-            self.progress(stage, done * options.steps + steps, len(self.encoded) * options.steps)
+            # Steps of edits that go on for longer are beyond what was announced.
+            steps = done * options.steps + min(steps, len(numbers) * options.steps)
+            self.progress(stage, steps, len(self.encoded) * options.steps)
 
         device = torch.device("cpu") if self.ranks.mirror.size > 1 else projection.matrix.device
         kept = self.ranks.mirror.decided(
@@ -393,10 +394,15 @@ class Run:
             return kept
         if not found:
             return []
+        encoded = [self.encoded[i] for i in found]
+        if isinstance(self.plan.key, SpreadKey):
+            encoded = [
+                replace(one, others=other_rows(self.model, self.tokenizer, one.edit)) for one in encoded
+            ]
         writes = self._tried(
             list(found),
             lambda: write_values(
-                self.model, self.projections, [self.encoded[i] for i in found], list(found.values()),
+                self.model, self.projections, encoded, list(found.values()),
                 operators, self.plan.key, list(found), self.plan.bare_denominator, self.ranks,
             ),
         )  # fmt: skip

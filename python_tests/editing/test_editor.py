@@ -390,6 +390,16 @@ def test_progress_reaches_the_end(make, tmp_path):
     assert all(0 < done <= total for _, done, total in seen)
 
 
+def test_progress_goes_on_where_edits_go_on_for_longer(make, tmp_path):
+    """It stays at the end of what was announced: it would go past it, and back with the next edits."""
+    seen = []
+    options = ValueOptions(steps=4, learning_rate=1e-4, extensions=2, batch=1)
+    editor = make(cache_dir=tmp_path, value=options, progress=lambda *arguments: seen.append(arguments))
+    assert {len(record.losses) for record in editor.edit([TOWER, COLOSSEUM]).records} == {12}
+    steps = [done for stage, done, _ in seen if stage == "values"]
+    assert steps == sorted(steps) and seen[-1] == ("values", 8, 8)
+
+
 def test_early_stop_and_clamp(make):
     options = ValueOptions(steps=20, learning_rate=0.5, stop_loss=1e9)
     assert len(make(value=options).edit(TOWER).records[0].losses) == 1

@@ -16,7 +16,7 @@ from engram_kernels.editing import Edit
 from engram_kernels.editing import run as run_module
 from engram_kernels.editing.methods import METHODS
 from engram_kernels.editing.search import names
-from engram_kernels.editing.search.batching import encode_edit
+from engram_kernels.editing.search.batching import encode_edit, other_rows
 from engram_kernels.editing.search.values import ValueOptions
 from engram_kernels.editing.writing import writing as writing_module
 from engram_kernels.editing.writing.preconditioner import principal_directions
@@ -30,6 +30,7 @@ from engram_kernels.editing.writing.writing import (
 from engram_kernels.errors import EngramError
 from engram_kernels.hf.layers import decoder_layers
 from engram_kernels.hf.projection import output_projection
+from engram_kernels.hf.tokens import encode_row
 
 EDITS = [
     Edit("The Eiffel Tower", "{} is located in the city of", "Rome"),
@@ -119,7 +120,8 @@ def test_the_default_method_spares_the_prompts_other_tokens_and_other_names(make
     edit = replace(EDITS[0], paraphrases=["To see {}, go to the city of"])
     projection = output_projection(editor.model, 1)
     before = projection.matrix.clone()
-    encoded = encode_edit(editor.model, editor.tokenizer, edit, editor.prefixes(), others=True)
+    encoded = encode_edit(editor.model, editor.tokenizer, edit, editor.prefixes())
+    encoded = replace(encoded, others=other_rows(editor.model, editor.tokenizer, edit))
     assert [editor.tokenizer.decode(row.ids) for row in encoded.others] == [
         "Zürich is located in the city of",
         "To see the city, go to the city of",
@@ -139,6 +141,35 @@ def test_the_default_method_spares_the_prompts_other_tokens_and_other_names(make
         leaks.append((keys.double() @ along).abs().max())
         reached.append((subjects.double() @ along).mean())
     assert reached[0] > 0.9 and leaks[0] < 0.05 < 0.2 < leaks[1]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_names_that_the_model_cannot_read_are_not_spared(make, family, monkeypatch):
+    """A long name in the place of a short subject, or a token without an embedding, is not the edit's fault."""
+    tokenizer = model_zoo.byte_level_tokenizer()
+    strange = tokenizer.decode([len(tokenizer) - 1]).strip()
+    monkeypatch.setattr(names, "NAMES", ["Rome", "a" + "😀" * 40, strange])
+    edit = Edit("Oslo", "{}" + " is" * 100 + " in", "Paris")
+    editor = make(family, contexts=())
+    assert len(other_rows(editor.model, tokenizer, edit)) == 2
+    with editor.edit(edit, layers=1) as result:
+        assert len(result.records) == 1
+    # As of a tokenizer that has more tokens than the model.
+    least = max(encode_row(tokenizer, edit.subject, edit.prompt, edit.target).ids) + 1
+    assert max(tokenizer(strange)["input_ids"]) >= least
+    (row,) = other_rows(model_zoo.small_model(family, vocabulary=least), tokenizer, edit)
+    assert tokenizer.decode(row.ids).startswith("Rome is")
+
+
+def test_rows_about_other_names_are_made_once_for_an_edit_and_not_kept(make, monkeypatch):
+    asked, runs = [], []
+    monkeypatch.setattr(run_module, "other_rows", lambda *given: asked.append(given[-1]) or other_rows(*given))
+    begin = run_module.Run.begin
+    monkeypatch.setattr(run_module.Run, "begin", lambda run: runs.append(run) or begin(run))
+    make().edit(EDITS, layers=1, batch=1).revert()
+    assert asked == EDITS and not any(one.others for one in runs[0].encoded.values())
+    make().edit(EDITS, layers=1, method="memit").revert()
+    assert asked == EDITS
 
 
 def test_keys_far_from_the_subject_are_not_spared(make):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
 
+from ...errors import EngramError
 from ...hf.tokens import Prompt, Row, check_apart, check_length, encode_row
 from ..edit import Edit
 from .forms import forms_of
@@ -26,7 +28,8 @@ class EncodedEdit:
         texts: how many of `rewriting` belong to each prompt, the first one's first.
         offset: `[out]`, what earlier edits changed the projection's answer to the subject by; None: nothing.
         facts: how many facts about the subject shall hold, this one and earlier ones.
-        others: rows of its prompts about other names, without a target, where a write shall spare them.
+        others: rows of its prompts about other names (`other_rows`), which its write shall spare; a tenth of
+            a megabyte, so they are made for the write and not kept.
     """
 
     edit: Edit
@@ -63,7 +66,6 @@ def encode_edit(
     prefixes: Sequence[str],
     texts: int | None = None,
     forms: bool = False,
-    others: bool = False,
 ) -> EncodedEdit:
     """Tokenise one edit.
 
@@ -75,7 +77,6 @@ def encode_edit(
         texts: about how many rows to make; each prompt gets its share of the prefixes, at least one, and no
             two prompts the same ones while there are enough. None: every prompt after every prefix.
         forms: beside them the first prompt in the forms of `forms_of`.
-        others: also its prompts about other names, which take turns.
 
     Raises:
         EngramError: the subject or target has no token, or a text is longer than the model's context.
@@ -93,11 +94,19 @@ def encode_edit(
         groups[0] += [row for form in asked for row in _rows(model, tokenizer, edit, form, ())]
     kl_prompt = check_length(model, encode_row(tokenizer, edit.subject, "{} is a"), edit.prompt_text)
     rewriting = [row for group in groups for row in group]
-    spared = []
-    if others:
-        pairs = zip(other_names(edit.subject), itertools.cycle(prompts), strict=False)
-        spared = [encode_row(tokenizer, name, prompt) for name, prompt in pairs]
-    return EncodedEdit(edit, rewriting, kl_prompt, texts=tuple(map(len, groups)), others=spared)
+    return EncodedEdit(edit, rewriting, kl_prompt, texts=tuple(map(len, groups)))
+
+
+def other_rows(model, tokenizer, edit: Edit) -> list[Row]:
+    """The rows of an edit's prompts about other names, without a target; the prompts take turns.
+
+    A name is left out that the tokenizer has no token for, or the model no embedding or no room in its context.
+    """
+    rows = []
+    for name, prompt in zip(other_names(edit.subject), itertools.cycle(edit.prompts), strict=False):
+        with suppress(EngramError):
+            rows.append(check_length(model, encode_row(tokenizer, name, prompt), edit.prompt_text))
+    return rows
 
 
 def encode_held(model, tokenizer, facts: Sequence[Edit], prefixes: Sequence[str]) -> list[Row]:
@@ -186,7 +195,7 @@ class EditBatch:
                     share = own / len(encoded.rows)
                     targets.append((at, position - 1, row.ids[position], share, own, number))
                 if end_weight and row.going is not None:
-                    self.going = row.going.to(device)
+                    self.going = row.going
                     ends.append((at, len(row.ids) - 1, number, end_weight / len(encoded.rows)))
                 if after_weight:
                     kept.append((at, len(row.ids) - 1, number, after_weight / len(encoded.rows)))
@@ -196,6 +205,8 @@ class EditBatch:
         rows, positions, labels, shares, row_shares, place_owner = zip(*targets, strict=True)
         kept_rows, kept_positions, kept_owner, kept_shares = zip(*kept, strict=True)
         end_rows, end_positions, end_owner, end_shares = zip(*ends, strict=True) if ends else ((),) * 4
+        if self.going is not None:
+            self.going = self.going.to(device)
         self.inputs = [row.ids if after_weight or ends else row.inputs for row in self.rows]
 
         def tensor(values, dtype=torch.int64):

@@ -168,7 +168,8 @@ def find_values(
         projection: the memory to be written.
         encoded: the edits.
         options: of the optimisation.
-        progress: called with "values", the steps done and all steps, `options.steps` an edit.
+        progress: called with "values", the steps done and all steps, `options.steps` an edit and as many for
+            each time that it goes on.
 
     Returns:
         The value of each edit, or what went wrong with it alone: a loss that is not finite.

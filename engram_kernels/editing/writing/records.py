@@ -23,7 +23,8 @@ class EditRecord:
         probability_before: `p(target | prompt)` of the whole target before any write.
         probability_after: the same after all writes of the call that made the edit.
         took: whether greedy decoding then answers with the target, after the prompt and after every
-            paraphrase: each token of the target is the likeliest one.
+            paraphrase: each token of the target is the likeliest one, and none follows that would go on with
+            its last word.
         reached: `p(target | text)` after all writes, for the prompt and then for every paraphrase: after it
             by itself, in every context in which the value was searched, and in other forms.
         undid: earlier facts about the subject that the model said before this edit, and does not after it.
