@@ -30,8 +30,10 @@ def continuing_tokens(tokenizer) -> torch.Tensor:
         # Behind a letter: by itself, a word of a SentencePiece vocabulary loses its space.
         letter = tokenizer.encode("x", add_special_tokens=False)[-1:]
         before = len(tokenizer.decode(letter))
-        texts = tokenizer.batch_decode([[*letter, token] for token in range(len(tokenizer))])
-        firsts = [text[before : before + 1] for text in texts]
-        going = [token for token, first in enumerate(firsts) if first == "\ufffd" or is_spaced_word(first)]
+        # Their numbers may have gaps, and go beyond how many there are.
+        tokens = sorted(set(tokenizer.get_vocab().values()))
+        texts = tokenizer.batch_decode([[*letter, token] for token in tokens])
+        firsts = [(token, text[before : before + 1]) for token, text in zip(tokens, texts, strict=True)]
+        going = [token for token, first in firsts if first == "\ufffd" or is_spaced_word(first)]
         found = _KNOWN[tokenizer] = torch.tensor(going, dtype=torch.int64, device="cpu")
     return found

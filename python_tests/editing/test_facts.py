@@ -17,6 +17,7 @@ from engram_kernels import EngramError
 from engram_kernels.editing import Edit, EditResult
 from engram_kernels.editing import run as run_module
 from engram_kernels.editing.methods import METHODS
+from engram_kernels.editing.search import names
 from engram_kernels.editing.search.batching import encode_edit, encode_held
 from engram_kernels.editing.search.forms import forms_of
 from engram_kernels.editing.search.values import ValueOptions, find_values
@@ -400,3 +401,10 @@ def test_the_default_write_is_of_rank_one_an_edit(make):
         assert left.shape[1] == right.shape[0] == 2
         result.remove(0)
         assert [record.edit for record in result.records] == [LOUVRE]
+
+
+@pytest.mark.parametrize("subject", ["simon bolivar", "SIMÓN BOLÍVAR", "Simo\u0301n Boli\u0301var", "Bolívar"])
+def test_a_subject_is_no_other_name_whatever_its_case_and_accents(subject):
+    spared = names.other_names(subject)
+    assert "Simón Bolívar" in names.NAMES and "Simón Bolívar" not in spared
+    assert len(spared) == len(names.NAMES) - 1

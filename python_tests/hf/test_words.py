@@ -39,6 +39,15 @@ def test_bytes_within_a_character_go_on_and_characters_of_scripts_without_spaces
             assert token not in going
 
 
+def test_tokens_beyond_a_gap_in_the_numbers_count():
+    tokenizers = pytest.importorskip("tokenizers")
+    transformers = pytest.importorskip("transformers")
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE({"x": 0, "a": 3, ".": 4, "b": 9}, []))
+    backend.decoder = tokenizers.decoders.Fuse()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend)
+    assert len(tokenizer) == 4 and continuing_tokens(tokenizer).tolist() == [0, 3, 9]
+
+
 def test_a_tokenizer_is_asked_once(monkeypatch):
     tokenizer = model_zoo.byte_level_tokenizer()
     first = continuing_tokens(tokenizer)

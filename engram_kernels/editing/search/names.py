@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import unicodedata
+
 # Places, people, companies, works and things. Which ones matters little; that every kind is there matters, as
 # what a write does to one country it does to others.
 NAMES = [
@@ -25,6 +27,11 @@ NAMES = [
 
 
 def other_names(subject: str) -> list[str]:
-    """The names that neither hold the subject nor stand in it."""
-    own = subject.casefold()
-    return [name for name in NAMES if name.casefold() not in own and own not in name.casefold()]
+    """The names that neither hold the subject nor stand in it, whatever their case and accents."""
+    own = _plain(subject)
+    return [name for name in NAMES if _plain(name) not in own and own not in _plain(name)]
+
+
+def _plain(text: str) -> str:
+    parts = unicodedata.normalize("NFKD", text.casefold())
+    return "".join(part for part in parts if not unicodedata.combining(part))
