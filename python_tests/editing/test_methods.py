@@ -11,6 +11,7 @@ import model_zoo
 import torch
 from editing_helpers import changed, small_editor, spy_on_values, weights
 
+from engram_kernels._ranks import ALONE
 from engram_kernels.covariance import Covariance
 from engram_kernels.editing import Edit
 from engram_kernels.editing import run as run_module
@@ -19,7 +20,8 @@ from engram_kernels.editing.search import names
 from engram_kernels.editing.search.batching import encode_edit, other_rows
 from engram_kernels.editing.search.values import ValueOptions
 from engram_kernels.editing.writing import writing as writing_module
-from engram_kernels.editing.writing.preconditioner import principal_directions
+from engram_kernels.editing.writing.keys import SpreadKey
+from engram_kernels.editing.writing.preconditioner import LayerOperator, principal_directions
 from engram_kernels.editing.writing.writing import (
     AROUND,
     FOLLOWING,
@@ -145,7 +147,7 @@ def test_the_default_method_spares_the_prompts_other_tokens_and_other_names(make
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_names_that_the_model_cannot_read_are_not_spared(make, family, monkeypatch):
-    """A long name in the place of a short subject, or a token without an embedding, is not the edit's fault."""
+    """A long name in a short subject's place, or a token without an embedding, is not the edit's fault."""
     tokenizer = model_zoo.byte_level_tokenizer()
     strange = tokenizer.decode([len(tokenizer) - 1]).strip()
     monkeypatch.setattr(names, "NAMES", ["Rome", "a" + "😀" * 40, strange])
@@ -163,7 +165,9 @@ def test_names_that_the_model_cannot_read_are_not_spared(make, family, monkeypat
 
 def test_rows_about_other_names_are_made_once_for_an_edit_and_not_kept(make, monkeypatch):
     asked, runs = [], []
-    monkeypatch.setattr(run_module, "other_rows", lambda *given: asked.append(given[-1]) or other_rows(*given))
+    monkeypatch.setattr(
+        run_module, "other_rows", lambda *given: asked.append(given[-1]) or other_rows(*given)
+    )
     begin = run_module.Run.begin
     monkeypatch.setattr(run_module.Run, "begin", lambda run: runs.append(run) or begin(run))
     make().edit(EDITS, layers=1, batch=1).revert()
@@ -177,6 +181,20 @@ def test_keys_far_from_the_subject_are_not_spared(make):
     long = Edit("The Eiffel Tower", "word " * 50 + "{} is in" + " word" * 50, "Rome")
     encoded = encode_edit(editor.model, editor.tokenizer, long, ())
     assert len(other_keys(editor.model, output_projection(editor.model, 1), encoded)) == 2 * AROUND
+
+
+def test_an_edits_state_is_a_mean_of_its_texts_whatever_its_key_spares(make):
+    """What a layer changes of it is taken from what the next ones shall: other shares would scale it."""
+    editor = make()
+    model, tokenizer, projection = editor.model, editor.tokenizer, output_projection(editor.model, 1)
+    encoded = replace(
+        encode_edit(model, tokenizer, EDITS[0], editor.prefixes()),
+        others=other_rows(model, tokenizer, EDITS[0]),
+    )
+    (keys,), _ = subject_states(model, projection, projection, [encoded])
+    operator = LayerOperator(METHODS["engram"], editor.covariance(1))
+    _, shares = writing_module._combined(model, projection, encoded, keys, SpreadKey(1.0), operator, ALONE)
+    assert shares.shape == (len(keys),) and shares.sum().item() == pytest.approx(1)
 
 
 def test_one_layer_with_a_ridge_gives_up_a_little(make, monkeypatch):

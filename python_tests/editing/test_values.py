@@ -156,11 +156,11 @@ def test_a_step_runs_no_layer_below_the_edited_one(family, tokenizer):
 @pytest.mark.parametrize("incremental", [True, False])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_together_is_one_by_one(family, incremental, tokenizer):
-    """Also when the edits end at different steps and leave the batch."""
+    """Also when the edits end at different steps and leave the batch, and with words that shall end."""
     model = model_zoo.small_model(family)
     projection = output_projection(model, 1)
-    texts = texts_of(model, tokenizer)
-    options = dataclasses.replace(OPTIONS, incremental=incremental, steps=15)
+    texts = texts_of(model, tokenizer, [EDITS[0], Edit("Zürich", "{} lies in", "東京"), EDITS[2]])
+    options = dataclasses.replace(OPTIONS, incremental=incremental, steps=15, end_weight=0.5)
     start = [find_values(model, projection, [text], options)[0].losses for text in texts]
     # Between two losses: a rounding does not decide where the second edit ends.
     losses = sorted(start, key=lambda losses: losses[8])[1]

@@ -100,7 +100,7 @@ def encode_edit(
 def other_rows(model, tokenizer, edit: Edit) -> list[Row]:
     """The rows of an edit's prompts about other names, without a target; the prompts take turns.
 
-    A name is left out that the tokenizer has no token for, or the model no embedding or no room in its context.
+    A name is left out that the tokenizer has no token for, or the model no embedding, or no room for.
     """
     rows = []
     for name, prompt in zip(other_names(edit.subject), itertools.cycle(edit.prompts), strict=False):
