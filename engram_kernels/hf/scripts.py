@@ -70,6 +70,14 @@ def is_spaced_word(character: str) -> bool:
     return bool(character) and unicodedata.category(character)[0] in "LMN" and not _is_unspaced(character)
 
 
+def goes_on(character: str) -> bool:
+    """Whether a character makes another word of the one before it.
+
+    Not in Korean, which writes particles and counters beside a noun or a number ("서울은", "1923년").
+    """
+    return is_spaced_word(character) and not unicodedata.name(character, "").startswith("HANGUL")
+
+
 def _is_unspaced(character: str) -> bool:
     return unicodedata.name(character, "").startswith(UNSPACED)
 

@@ -10,7 +10,7 @@ import torch
 
 from .. import _checks as check
 from ..errors import EngramError
-from .scripts import is_spaced_word, is_whole, joint, whole_words
+from .scripts import goes_on, is_whole, joint, whole_words
 from .words import continuing_tokens
 
 if TYPE_CHECKING:
@@ -219,7 +219,7 @@ def encode_row(
     first = _common(open_ids(tokenizer, head, not chat), ids) if target else len(ids)
     if target and first >= len(ids):
         raise EngramError(f"target: expected at least one token, got {target!r}")
-    going = continuing_tokens(tokenizer) if whole and target and is_spaced_word(target[-1]) else None
+    going = continuing_tokens(tokenizer) if whole and target and goes_on(target[-1]) else None
     return Row(ids, last, first, going=going)
 
 

@@ -6,7 +6,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from .scripts import is_spaced_word
+from .scripts import goes_on
 
 _KNOWN: WeakKeyDictionary[object, torch.Tensor] = WeakKeyDictionary()
 
@@ -34,6 +34,6 @@ def continuing_tokens(tokenizer) -> torch.Tensor:
         tokens = sorted(set(tokenizer.get_vocab().values()))
         texts = tokenizer.batch_decode([[*letter, token] for token in tokens])
         firsts = [(token, text[before : before + 1]) for token, text in zip(tokens, texts, strict=True)]
-        going = [token for token, first in firsts if first == "\ufffd" or is_spaced_word(first)]
+        going = [token for token, first in firsts if first == "\ufffd" or goes_on(first)]
         found = _KNOWN[tokenizer] = torch.tensor(going, dtype=torch.int64, device="cpu")
     return found

@@ -57,7 +57,14 @@ def test_a_tokenizer_is_asked_once(monkeypatch):
 
 @pytest.mark.parametrize(
     ("target", "asked"),
-    [("Rome", True), ("85", True), ("Rome.", False), ("中国", False), ("Rome (city)", False)],
+    [
+        ("Rome", True),
+        ("85", True),
+        ("Rome.", False),
+        ("中国", False),
+        ("서울", False),
+        ("Rome (city)", False),
+    ],
 )
 def test_a_row_knows_them_where_its_target_ends_with_a_word(target, asked):
     tokenizer = model_zoo.byte_level_tokenizer()
