@@ -134,7 +134,13 @@ def summary(folder: Path, rows: Sequence[TakeRow]) -> dict[str, dict]:
         if path.name == UNEDITED:
             true = [(entry, row.truth) for row, entry, _ in entries]
             known = [pair for pair in true if _answered([pair])["prompt"]["begins"]]
-            found[OWN] = {"rows": len(known), **_answered(known), "neighbours_kept": 1.0, "text_loss": 0.0}
+            if known:
+                found[OWN] = {
+                    "rows": len(known),
+                    **_answered(known),
+                    "neighbours_kept": 1.0,
+                    "text_loss": 0.0,
+                }
     return found
 
 

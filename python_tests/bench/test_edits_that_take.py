@@ -1,6 +1,7 @@
 """The rows on which edits are asked in other words, and what is read off the answers."""
 
 import json
+from dataclasses import replace
 
 import edits_that_take
 import pytest
@@ -67,6 +68,7 @@ def test_the_shares_of_a_method(tmp_path):
         "Ada",
         "{} speaks",
         "French",
+        "English",
         ("a {}",),
         ("b {}", "c {}"),
         "q {}",
@@ -88,10 +90,14 @@ def test_the_shares_of_a_method(tmp_path):
         (tmp_path / method).mkdir()
         content = entry | {"answers": answers, "neighbours": kept, "text_loss": loss}
         (tmp_path / method / "3.json").write_text(json.dumps(content))
-    found = edits_that_take.summary(tmp_path, [row])["mine"]
+    everything = edits_that_take.summary(tmp_path, [row])
+    assert set(everything) == {"mine", "unedited"}  # the truth is not what it says unedited
+    found = everything["mine"]
     assert found["prompt"] == {"begins": 1, "contains": 1, "exact": 1}
     assert found["unseen"] == {"begins": 0, "contains": 0.5, "exact": 0}
     assert found["elsewhere"]["contains"] == found["question"]["begins"] == 0 and "chat" not in found
     assert found["neighbours_kept"] == 0.5 and found["text_loss"] == 0.25 and found["rows"] == 1
-    drawn = edits_that_take.table({"mine": found}, "title")
-    assert drawn.row_count == 1
+    known = edits_that_take.summary(tmp_path, [replace(row, truth="French")])[edits_that_take.OWN]
+    assert known["rows"] == 1 and known["unseen"] == found["unseen"] and known["prompt"]["begins"] == 1
+    drawn = edits_that_take.table({"mine": found, "own": known}, "title")
+    assert drawn.row_count == 2
