@@ -96,7 +96,8 @@ class Command(TyperCommand):
         done = "written" if error.errno in NOT_WRITTEN else "read"
         for name, value in given.items():
             for one in value if isinstance(value, list | tuple) else [value]:
-                if isinstance(one, Path) and path.is_relative_to(one):
+                # Older releases of typer make paths of texts later than this.
+                if isinstance(one, Path | str) and str(one) and path.is_relative_to(one):
                     return f"{name}: expected a path that can be {done}, got {str(path)!r} ({error.strerror})"
         return f"{str(path)!r} cannot be {done}: {error.strerror}"
 
