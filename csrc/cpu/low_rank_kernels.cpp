@@ -245,13 +245,14 @@ void products(const typename Type::Element* matrix, int64_t row_stride, int64_t 
   for (int64_t column = 0; column < cols; column += kBlock) {
     const int64_t columns = smaller(kBlock, cols - column);
     // A later block is asked for, of the same rows or of the next ones.
-    const int64_t later = column + kBlock < cols ? kBlock : kPanelRows * row_stride - column;
+    const int64_t later = (column + kBlock < cols ? kBlock : kPanelRows * row_stride - column) *
+                          static_cast<int64_t>(sizeof(*matrix));
     for (int64_t i = 0; i < rows; ++i) {
       const auto* row = matrix + i * row_stride + column;
       T* to = panel + i * kBlock;
       int64_t c = 0;
       for (; c + kLanes <= columns; c += kLanes) {
-        if (c % (64 / sizeof(*row)) == 0) __builtin_prefetch(row + later + c);
+        if (c % (64 / sizeof(*row)) == 0) ask_ahead(row + c, later);
         const auto v = Type::load(row + c);
         std::memcpy(to + c, &v, sizeof(v));
       }

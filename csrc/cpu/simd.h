@@ -43,8 +43,8 @@ using Halves = Vector<uint16_t, kFloats>;
 constexpr int64_t kAheadBytes = 2048;
 
 template <int kWrite = 0>
-inline void ask_ahead(const void* at) {
-  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(at) + kAheadBytes), kWrite);
+inline void ask_ahead(const void* at, int64_t bytes = kAheadBytes) {
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(at) + bytes), kWrite);
 }
 
 template <class V>

@@ -7,7 +7,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
@@ -20,7 +20,7 @@ from typer.core import TyperCommand
 from .. import __version__
 from .._io import write_json as write_json
 from .._ranks import together
-from ..errors import EngramError
+from ..errors import EngramError, naming
 from .output import console, errors, wanted, with_output_options
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -131,14 +131,9 @@ class App(typer.Typer):
         return add
 
 
-@contextmanager
-def reading(argument: str, *library: str) -> Iterator[None]:
+def reading(argument: str, *library: str) -> AbstractContextManager[None]:
     """Let an error about what is read name the command's argument instead of the library's."""
-    names = "|".join(library or ("name_or_directory", "directory"))
-    try:
-        yield
-    except (EngramError, ValueError) as error:
-        raise EngramError(re.sub(rf"^({names}):", f"{argument}:", str(error))) from None
+    return naming(argument, *(library or ("name_or_directory", "directory")))
 
 
 class Report(Protocol):

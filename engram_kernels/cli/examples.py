@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .facts import MARKS
+from .facts import content_of
 
 if TYPE_CHECKING:
     from ..grafting import PromptTask
@@ -62,13 +62,9 @@ def lines(name: str, path: Path) -> list[tuple[int, str]]:
 
     In the Unicode encoding that it names, in UTF-8, or else in Latin-1, which takes any bytes for text.
     """
+    content, encoding = content_of(name, path)
     try:
-        content = path.read_bytes()
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"{name}: expected a text file, got {str(path)!r} ({reason})") from None
-    try:
-        text = content.decode(next((name for mark, name in MARKS if content.startswith(mark)), "utf-8"))
+        text = content.decode(encoding)
     except UnicodeDecodeError:
         text = content.decode("latin-1")
     if "\0" in text:

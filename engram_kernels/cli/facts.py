@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ..memory.ledger import Entry, Id
 
 # What names a text's encoding. UTF-32 first: its mark begins with that of UTF-16.
-MARKS = (
+_MARKS = (
     (codecs.BOM_UTF32_LE, "utf-32"),
     (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF16_LE, "utf-16"),
@@ -133,14 +133,19 @@ def find(memory: EpisodicMemory, ids: Sequence[str], texts: Sequence[str], numbe
     return list(dict.fromkeys(found))
 
 
-def _text(path: Path) -> str:
-    """A file's text, in any Unicode encoding that it names, or in UTF-8."""
+def content_of(name: str, path: Path) -> tuple[bytes, str]:
+    """A file's bytes and the Unicode encoding that they name, or UTF-8; `name` is the argument's."""
     try:
         content = path.read_bytes()
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"facts: expected a text file, got {str(path)!r} ({reason})") from None
-    encoding = next((name for mark, name in MARKS if content.startswith(mark)), "utf-8")
+        raise ValueError(f"{name}: expected a text file, got {str(path)!r} ({reason})") from None
+    return content, next((encoding for mark, encoding in _MARKS if content.startswith(mark)), "utf-8")
+
+
+def _text(path: Path) -> str:
+    """A file's text, in any Unicode encoding that it names, or in UTF-8."""
+    content, encoding = content_of("facts", path)
     try:
         text = content.decode(encoding)
     except UnicodeDecodeError as error:

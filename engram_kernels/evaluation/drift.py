@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
 from ..editing.held_out import text_loss, text_rows, wikipedia_rows
 from ..editing.statistics.corpus import read_texts
-from ..errors import EngramError
+from ..errors import EngramError, naming
 from .answers import greedy, success
 from .cases import Question
 from .datasets import read_rows
@@ -81,12 +80,10 @@ def read_known(path: str | os.PathLike, rows: int | None = None) -> list[Questio
         ValueError: the file cannot be read, or a row lacks one of them.
     """
     found = []
-    try:
+    with naming("known", "data"):
         for number, row in enumerate(read_rows(Path(path))[:rows]):
             if not isinstance(row, dict):
                 raise ValueError(f"data: expected an object in row {number}, got {type(row).__name__}")
             fields = Fields(row, number)
             found.append(Question(fields.text("prompt"), fields.text("attribute", "answer")))
-    except ValueError as error:
-        raise ValueError(re.sub("^data:", "known:", str(error))) from error
     return found

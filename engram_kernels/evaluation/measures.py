@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import NamedTuple
 
-from .. import _checks as check
 from ..errors import EngramError
 from ..hf.forward import target_predictions
-from ..hf.tokens import Row, check_known, context_length, encode_row, open_ids
+from ..hf.tokens import Row, check_length, context_length, encode_row, open_ids
 from .answers import check_room, greedy, success
 from .cases import Case, RippleTest
 
@@ -272,12 +271,4 @@ def said(tokenizer, prompt: str, chat: bool) -> str:
 
 
 def _encode(model, tokenizer, prompt: str, answer: str) -> Row:
-    row = encode_row(tokenizer, prompt, "{}", answer)
-    check_known(model, row.ids, prompt)
-    limit = context_length(model)
-    if limit is not None and len(row.ids) > limit:
-        raise EngramError(
-            f"prompt: expected at most {limit} tokens with the answer, the model's context, "
-            f"got {len(row.ids)} in {check.excerpt(prompt)}"
-        )
-    return row
+    return check_length(model, encode_row(tokenizer, prompt, "{}", answer), prompt, beside="the answer")

@@ -264,7 +264,7 @@ def check_known(model, ids: Sequence[int], text: str) -> None:
         )
 
 
-def check_length(model, row: Row, text: str, prefix: str = "") -> Row:
+def check_length(model, row: Row, text: str, prefix: str = "", beside: str = "subject and target") -> Row:
     """The row of a prompt's text, which the model has embeddings for and which fits into its context.
 
     Raises:
@@ -275,7 +275,7 @@ def check_length(model, row: Row, text: str, prefix: str = "") -> Row:
     if limit is not None and len(row.ids) > limit:
         after = f" after the prefix {prefix!r}" if prefix else ""
         raise EngramError(
-            f"prompt: expected at most {limit} tokens with subject and target, the model's context, "
+            f"prompt: expected at most {limit} tokens with {beside}, the model's context, "
             f"got {len(row.ids)} in {check.excerpt(text)}{after}"
         )
     return row

@@ -160,7 +160,7 @@ class EditBatch:
         row_shares: `[targets]`, their weights in the mean over a row's target.
         end_rows, end_owner: `[ends]`, the row and the index of the edit of each target whose word shall end.
         end_shares: `[ends]`, their weights in the mean over an edit's rows.
-        going: the tokens that go on with a word.
+        going: the tokens that go on with a word, on the CPU; None where no word shall end.
         kept_owner: `[kept]`, the index of each other place's edit.
         kept_shares: `[kept]`, their weights in the divergence from the unedited model.
 
@@ -205,8 +205,6 @@ class EditBatch:
         rows, positions, labels, shares, row_shares, place_owner = zip(*targets, strict=True)
         kept_rows, kept_positions, kept_owner, kept_shares = zip(*kept, strict=True)
         end_rows, end_positions, end_owner, end_shares = zip(*ends, strict=True) if ends else ((),) * 4
-        if self.going is not None:
-            self.going = self.going.to(device)
         self.inputs = [row.ids if after_weight or ends else row.inputs for row in self.rows]
 
         def tensor(values, dtype=torch.int64):

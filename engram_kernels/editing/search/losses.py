@@ -28,6 +28,7 @@ class Losses:
     def __init__(self, model: nn.Module, projection: Projection, batch: EditBatch, context: Context | None):
         self.model, self.projection, self.batch, self.context = model, projection, batch, context
         self.unedited: Tensor | None = None
+        self.going: Tensor | None = None
 
     def of(self, delta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The losses of every edit `[edits]` with `δ [edits, out]`.
@@ -47,7 +48,11 @@ class Losses:
         places = batch.place_rows[: len(each)]
         rows = each.new_zeros(len(batch.rows)).index_add(0, places, each.detach() * batch.row_shares)
         if batch.going is not None:
-            ended = _not_among(end_logits, batch.going)
+            if self.going is None:
+                # A tokenizer may have more tokens than the model.
+                self.going = batch.going[batch.going < end_logits.shape[-1]].to(end_logits.device)
+            rest = end_logits.index_fill(-1, self.going, -torch.inf)
+            ended = end_logits.logsumexp(-1) - rest.logsumexp(-1)
             nll = nll.index_add(0, batch.end_owner, ended * batch.end_shares)
             rows[batch.end_rows] = rows[batch.end_rows].maximum(ended.detach())
         worst = rows.new_zeros(len(delta)).scatter_reduce(0, batch.owner, rows, "amax")
@@ -87,12 +92,6 @@ class Losses:
             if not _agree(logits[places], logits_at(self.model, places * 0, columns, **inputs)):
                 return False
         return True
-
-
-def _not_among(logits: Tensor, tokens: Tensor) -> Tensor:
-    """`−log p` `[places]` of any token but these."""
-    tokens = tokens[tokens < logits.shape[-1]]
-    return logits.logsumexp(-1) - logits.index_fill(-1, tokens, -torch.inf).logsumexp(-1)
 
 
 def _agree(logits: Tensor, whole: Tensor) -> bool:

@@ -231,7 +231,7 @@ def _search(
     failed: dict[int, EngramError] = {}
     best: dict[int, torch.Tensor] = {}
     active = list(range(len(encoded)))
-    ends = [options.steps] * len(encoded)
+    ends, most = [options.steps] * len(encoded), options.steps * (1 + options.extensions)
     for step in itertools.count():
         with torch.enable_grad():
             delta = torch.stack([deltas[i] for i in active])
@@ -255,7 +255,6 @@ def _search(
                 why = "" if norms[i] else ": the projection answers 0, as an expert that does not get it"
                 failed[i] = EngramError(f"model: expected a finite loss after {text!r}, got {value}{why}")
             elif value >= options.stop_loss and not reached[place]:
-                most = options.steps * (1 + options.extensions)
                 if step == ends[i] - 1 and min(losses[i]) > MISSED and ends[i] < most:
                     ends[i] += options.steps
                     limits[i] *= 2

@@ -13,7 +13,7 @@ import torch
 
 from ... import _checks as check
 from ..._hashing import digest
-from ...errors import EngramError
+from ...errors import EngramError, naming
 from ...hf.fingerprints import weights_checksums
 from ..edit import Edit
 from ..editor import Editor
@@ -119,7 +119,8 @@ class EditStore:
     def _open(self, model, tokenizer, method, layers, values, options) -> None:
         """Bind the model, which must be the base, and bring it to where the store is."""
         folder = self._folder
-        with folder.naming_it():
+        # The editor's cache is a folder of the store.
+        with naming("directory", "cache_dir"):
             editor = Editor(model, tokenizer, cache_dir=folder.path / "statistics", **options)
         base = digest(weights_checksums(model))
         settings = {name: repr(getattr(editor, name)) for name in _SETTINGS}
@@ -145,7 +146,7 @@ class EditStore:
                 raise EngramError(f"{name}: expected the store's, {value}, got {settings.get(name)}")
         # Of the unedited model, before anything is applied to it.
         editor.prefixes()
-        with folder.naming_it():
+        with naming("directory", "cache_dir"):
             covariances = editor.covariances(self.layers, anew=False)
         for layer, covariance in covariances.items():
             editor.use_covariance(layer, covariance)

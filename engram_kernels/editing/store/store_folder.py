@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +11,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from ..._io import file_checksum, read_sealed, write_sealed
-from ...errors import EngramError
+from ...errors import EngramError, naming
 from ...hf.loading import writable_directory
 from ..methods import Method
 from ..saving.files import REPORT
@@ -110,18 +109,10 @@ class StoreFolder:
         Raises:
             EngramError: a file is spoilt.
         """
-        with self.naming_it():
+        with naming("directory", "cache_dir"):
             for path in sorted((self.path / "statistics").rglob("*.safetensors")):
                 if not path.name.endswith(PARTIAL):
                     load_moment(path, anew=False)
-
-    @contextmanager
-    def naming_it(self) -> Iterator[None]:
-        """Let an error about the editor's cache, which is a folder of this one, name the store's argument."""
-        try:
-            yield
-        except EngramError as error:
-            raise EngramError(re.sub("^cache_dir:", "directory:", str(error))) from error
 
     def load(self, entry: dict) -> EditResult:
         """The edits of an entry.

@@ -46,9 +46,11 @@ class SpreadKey:
 
         [δᵀ 1ᵀ, 0] (λI + G)⁻¹ X C⁻¹,   X = [K; H],   G = X C⁻¹ Xᵀ
 
-    It is of rank one, and but for a factor next to 1 the write of `δ` under one key,
+    It is of rank one, and but for a factor the write of `δ` under one key,
 
         w ∝ (λI + G)⁻¹ [1; 0],   k = Σ w_i x_i
+
+    which is scaled so that the texts answer by `δ` in the mean.
 
     Args:
         ridge: `λ`: the larger, the nearer to the mean. A key that is hardly to be told from one that shall be
