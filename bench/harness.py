@@ -218,7 +218,8 @@ def check(errors: dict[str, float], slack: float) -> None:
 
 def timed(benchmark, record, case, variants, device, size, traffic, work, errors, once=()):
     """Time the variants, hand ours to pytest-benchmark too, and keep the case for the table."""
-    outcomes = interleave(variants, device, rounds=15 if size < 10**7 else 5, once=once)
+    rounds = 45 if size < 10**6 else 15 if size < 10**7 else 5
+    outcomes = interleave(variants, device, rounds, once)
     for name, error in errors.items():
         outcomes[name].error = error
     record(case, "engram", outcomes, traffic, floor(device, traffic, work), work)

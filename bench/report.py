@@ -1,6 +1,7 @@
 """Tables and charts from files of results, and from nothing else.
 
     python bench/report.py table FILE                    what a run did and measured
+    python bench/report.py compare BEFORE AFTER          what became slower or faster, of one machine
     python bench/report.py resources FILE LOG            keep what the compilers say that kernels use
     python bench/report.py docs                          write the sections of the documentation anew
     python bench/report.py docs --check                  say whether they are what the files make of them
@@ -115,6 +116,23 @@ def whole(run: dict) -> list[str]:
     else:
         lines.append("Nothing was measured.")
     return [*lines, "", *stages(run), "", conditions(run)]
+
+
+def compare(before: dict, after: dict) -> list[str]:
+    """The cases of both runs, those that became slower first, and the medians of each operation."""
+    old = {(line["device"], line["case"]): line for line in before["cases"]}
+    pairs = [(old[key], line) for line in after["cases"] if (key := (line["device"], line["case"])) in old]
+    if not pairs:
+        return ["The runs have no case in common."]
+    gains = {line["case"]: was["seconds"] / line["seconds"] for was, line in pairs}
+    lines = ["| case | seconds before | after | times as fast |", "| --- | ---: | ---: | ---: |"]
+    for was, line in sorted(pairs, key=lambda pair: gains[pair[1]["case"]]):
+        case = line["case"]
+        lines.append(f"| {case} | {was['seconds']:.5f} | {line['seconds']:.5f} | {gains[case]:.2f} |")
+    lines += ["", "| operation | cases | times as fast |", "| --- | ---: | ---: |"]
+    for name, cases in by_operation([line for _, line in pairs]).items():
+        lines.append(f"| {name} | {len(cases)} | {spread([gains[line['case']] for line in cases])} |")
+    return [*lines, "", conditions(before), conditions(after)]
 
 
 # -- documentation -------------------------------------------------------------------------------------------
@@ -238,7 +256,8 @@ def main(command: str, *words: str) -> int:
         with results.changed(words[0]) as run:
             run["resources"] = resources.read(Path(words[1]).read_text(encoding="utf-8"))
         return 0
-    print("\n".join(whole(results.load(words[0]))))
+    runs = [results.load(path) for path in words]
+    print("\n".join(compare(*runs) if command == "compare" else whole(*runs)))
     return 0
 
 

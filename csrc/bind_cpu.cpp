@@ -5,6 +5,7 @@
 
 #include "bind.h"
 #include "cpu/isa.h"
+#include "cpu/threads.h"
 #include "engram/low_rank.h"
 #include "engram/memory.h"
 #include "engram/pages.h"
@@ -44,6 +45,7 @@ static py::dict build_info() {
 PYBIND11_MODULE(_cpu, module) {
   module.doc() = "C++ kernels for CPUs.";
   module.def("build_info", build_info);
+  module.def("set_process", engram::cpu::set_process);
 
   module.def("advise_huge_pages", [](uintptr_t start, int64_t bytes) {
     engram::cpu::advise_huge_pages(pointer<void>(start), bytes);

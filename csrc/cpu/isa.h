@@ -1,7 +1,6 @@
 // One source, several instruction sets: `*_kernels.cpp` is compiled once for each level, in a namespace of
 // that level, and ENGRAM_DISPATCH calls the best one that this machine runs. A whole file for a level, rather
-// than target_clones on functions, so that templates, lambdas and the bodies OpenMP outlines all belong to
-// it.
+// than target_clones on functions, so that templates and lambdas belong to it too.
 #pragma once
 
 namespace engram::cpu {

@@ -21,6 +21,8 @@ from ..errors import EngramError
 from .order import Size, order, size_of
 
 NAMES = ("torch", "cpu", "triton", "cuda")
+# The one that imports this package: a fork of it may load a backend later, and has not torch's threads.
+PROCESS = os.getpid()
 
 
 class Implementation(NamedTuple):

@@ -90,7 +90,8 @@ def define(
             _calling.checked = False
         else:
             check_all(*args)
-        device = _first(args[0]).device.type
+        first = _first(args[0])
+        device = "cpu" if first.is_cpu else first.device.type  # whose name takes its time
         mode = mode_for(device)
         if mode == "sync" and flags:
             synchronize_checks()
@@ -117,8 +118,10 @@ def define(
         if mode == "async" and suspect is not None:
             later(suspect(result, *args), complaint)
         for i in written:
-            tensors = args[i] if isinstance(args[i], list) else (args[i],)
-            increment_version([x for x in tensors if not x.is_inference()])
+            if isinstance(args[i], list):
+                increment_version([x for x in args[i] if not x.is_inference()])
+            elif not args[i].is_inference():
+                increment_version(args[i])
         return result
 
     def trace(*args):

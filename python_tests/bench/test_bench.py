@@ -248,6 +248,20 @@ def test_tables(run):
     assert both[2] == "| update | 2 | 75 (50–100) | eager 1.5 (1–2), upstream 100 |"
 
 
+def test_runs_are_compared_with_what_became_slower_first(run):
+    update, blend = run["cases"]
+    later = run | {
+        "cases": [blend | {"seconds": 0.001}, update | {"seconds": 0.008}, update | {"case": "new"}]
+    }
+    lines = report.compare(run, later)
+    assert lines[2:4] == [
+        "| update cuda bfloat16 4×5 n=1 | 0.00200 | 0.00800 | 0.25 |",
+        "| blend cpu float32 4×5 | 0.00200 | 0.00100 | 2.00 |",
+    ]
+    assert lines[7:9] == ["| blend | 1 | 2 |", "| update | 1 | 0.25 |"]
+    assert report.compare(run, run | {"cases": []}) == ["The runs have no case in common."]
+
+
 def test_results_are_kept_whole(tmp_path, run):
     path = tmp_path / "run.json"
     with results.changed(path) as found:

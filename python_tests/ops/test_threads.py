@@ -1,7 +1,9 @@
-"""The C++ kernels' own threads: in forks, and where several threads of a process call at once."""
+"""The threads of the C++ kernels: torch's; in forks, and where several threads of a process call at once."""
 
 import os
 import signal
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -46,8 +48,18 @@ def test_callers_side_by_side_get_what_each_gets_alone():
             assert all(map(torch.equal, together, alone))
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts threads as Linux lists them")
+def test_kernels_run_on_the_threads_that_torch_has():
+    given = arguments(0)
+    torch.set_num_threads(7)  # more than other tests have begun
+    torch.ones(1 << 22).add_(1)  # long enough for all of them
+    before = os.listdir("/proc/self/task")
+    update(*given)
+    assert os.listdir("/proc/self/task") == before
+
+
 @pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
-def test_a_fork_has_threads_of_its_own():
+def test_a_fork_does_not_wait_for_the_threads_of_its_parent():
     weight, left, right = arguments(0)
     expected = update(weight, left, right)
     child = os.fork()
@@ -59,3 +71,25 @@ def test_a_fork_has_threads_of_its_own():
             ek.apply_low_rank_(weight, left, right)
         os._exit(0 if bits(weight) == bits(expected) else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+FORKED_FIRST = """
+import os, signal, torch, engram_kernels as ek
+torch.set_num_threads(4)
+torch.ones(1 << 22).add_(1)  # begins torch's threads
+weight, left, right = torch.ones(512, 1024), torch.ones(512, 2), torch.ones(2, 1024)
+child = os.fork()
+if child == 0:
+    signal.alarm(30)
+    with ek.use_backend("cpu"):
+        ek.apply_low_rank_(weight, left, right)
+    os._exit(0 if weight[0, 0] == weight[-1, -1] == 3 else 1)
+raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_a_fork_whose_parent_called_no_kernel_does_not_wait_either():
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", FORKED_FIRST], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
