@@ -27,6 +27,7 @@ from engram_kernels._io import write_json
 from engram_kernels.editing import load_model
 from engram_kernels.editing.held_out import text_loss, wikipedia_rows
 from engram_kernels.evaluation.answers import greedy, success
+from engram_kernels.hf.tokens import chat_text
 
 UNEDITED = "unedited"
 # What the unedited model answers where it knows the truth: how well its own facts hold in other words.
@@ -41,8 +42,7 @@ def questions(tokenizer, row: TakeRow) -> dict[str, list[str]]:
     """What is asked of a row, by form."""
 
     def chat(text: str) -> str:
-        messages = [{"role": "user", "content": row.about(text)}]
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return chat_text(tokenizer, [("user", row.about(text))])[0]
 
     return {
         "prompt": [row.about(row.prompt)],

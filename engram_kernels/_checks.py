@@ -22,6 +22,11 @@ def excerpt(text: str, most: int = 60) -> str:
     return repr(text if len(text) <= most else f"{text[:most]}…")
 
 
+def several(name: str, texts: object) -> None:
+    """Check that texts do not come as one text, which would be taken letter by letter."""
+    expect(not isinstance(texts, str), name, "a list of texts", "one text", TypeError)
+
+
 def number(name: str, value: object, at_least: float = -math.inf, above: float = -math.inf) -> None:
     """Check that a value is a finite number, and not under a bound."""
     if type(value) is not float:

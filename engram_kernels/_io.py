@@ -1,5 +1,6 @@
 """Files and folders that are written whole or not at all."""
 
+import codecs
 import hashlib
 import json
 import os
@@ -20,6 +21,15 @@ from ._ranks import once
 from .errors import EngramError
 
 Made = TypeVar("Made")
+
+# What names a text's encoding. UTF-32 first: its mark begins with that of UTF-16.
+_MARKS = (
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+    (codecs.BOM_UTF8, "utf-8-sig"),
+)
 
 
 @contextmanager
@@ -225,6 +235,11 @@ def read_tensor_folder(
         raise EngramError(f"{expected}: {error}") from error
 
 
+def encoding_of(content: bytes) -> str:
+    """The Unicode encoding that the bytes of a text name by a mark at their beginning, or UTF-8."""
+    return next((encoding for mark, encoding in _MARKS if content.startswith(mark)), "utf-8")
+
+
 def write_json(path: str | os.PathLike, content: object) -> None:
     """Write a JSON file, whole or not at all.
 
@@ -249,20 +264,28 @@ def read_json(path: str | os.PathLike) -> object:
         raise ValueError(f"{os.fspath(path)!r} is nested too deeply") from error
 
 
-def write_sealed(path: str | os.PathLike, content: Mapping[str, object], files: Iterable[str] = ()) -> None:
+def write_sealed(
+    path: str | os.PathLike,
+    content: Mapping[str, object],
+    files: Iterable[str] = (),
+    checksums: Mapping[str, str] | None = None,
+) -> None:
     """Write a JSON file with checksums of itself and of files beside it, whole or not at all.
 
     Args:
         path: of the JSON file.
         content: anything but the names `files` and `checksum`, which are added.
-        files: names of files in the same folder; they are there already.
+        files: names of files in the same folder or below it, with `/`; they are there already.
+        checksums: of all files, by name, where they are known; then they are not read.
 
     Raises:
         OSError: a file cannot be read, or the JSON file not written.
         ValueError: the content has something that JSON has not, such as NaN.
     """
     folder = Path(path).parent
-    sealed = {**content, "files": {name: file_checksum(folder / name) for name in files}}
+    if checksums is None:
+        checksums = {name: file_checksum(folder / name) for name in files}
+    sealed = {**content, "files": dict(checksums)}
     write_json(path, {**sealed, "checksum": _checksum(sealed)})
 
 
@@ -287,7 +310,7 @@ def read_sealed(path: str | os.PathLike) -> dict:
     ):
         raise ValueError(f"{path.name} is incomplete or was changed: its checksum is another")
     for name, checksum in content["files"].items():
-        if Path(name).name != name:
+        if Path(name).is_absolute() or ".." in Path(name).parts:
             raise ValueError(f"{path.name} lists {name!r}, which is not in its folder")
         if file_checksum(path.parent / name) != checksum:
             raise ValueError(

@@ -27,6 +27,8 @@ class Edit:
         paraphrases: the same in other words, as further prompts: the fact is searched over all of them.
         space: whether a space stands before the target; None: by the rule.
         chat: each prompt that is a text is what a user says in a chat.
+        suffixes: the target's last word may go on, as in languages that write case endings beside it: where
+            "Rooma" is asked for, "Roomassa" says it. False: it is another word, as "Romulus" is after "Rom".
 
     Raises:
         TypeError: an argument is of the wrong kind.
@@ -46,9 +48,11 @@ class Edit:
     paraphrases: Sequence[Prompt] = ()
     space: bool | None = field(default=None, repr=False)
     chat: InitVar[bool] = False
+    suffixes: bool = field(default=False, repr=False, kw_only=True)
 
     def __post_init__(self, chat: bool):
-        check.expect(isinstance(chat, bool), "chat", "True or False", type(chat).__name__, TypeError)
+        for name, value in {"chat": chat, "suffixes": self.suffixes}.items():
+            check.expect(isinstance(value, bool), name, "True or False", type(value).__name__, TypeError)
         kind = type(self.space).__name__
         check.expect(isinstance(self.space, bool | None), "space", "True, False or None", kind, TypeError)
         others, kind = self.paraphrases, type(self.paraphrases).__name__

@@ -276,6 +276,7 @@ class Editor:
             key=self._key(chosen),
             texts=chosen.texts,
             forms=chosen.forms,
+            shorten=chosen.shorten,
             bare_denominator=not self.consistent_key,
             stop_on=check_bounds(stop_on),
         )

@@ -44,6 +44,7 @@ class Method:
         key_ridge: `λ` of the key that all texts answer to alike (`SpreadKey`); None: the mean key.
         texts: about how many texts a value is searched over; None: every prompt after every context.
         forms: a value is also searched over its prompt in a question, a list, a quotation and a chat.
+        shorten: in every second context of a value's search the prompts are a word shorter.
         value: options of the value's optimisation, where the caller gives none.
         values: `"search"`: each value is optimised; `"gradient"`: batches are written where their gradients
             lead; `"warm"`: each value is optimised from where its first gradient leads.
@@ -66,6 +67,7 @@ class Method:
     key_ridge: float | None = None
     texts: int | None = None
     forms: bool = False
+    shorten: bool = False
     value: ValueOptions = field(default_factory=ValueOptions)
     values: str = "search"
     gradient: GradientOptions = field(default_factory=GradientOptions)
@@ -84,9 +86,10 @@ class Method:
 METHODS = {
     # Joint: of 60 edits one after the other, later ones undo a quarter of the earlier.
     "engram": Method(
-        batch=100, key_ridge=30.0, texts=14,
+        batch=100, key_ridge=30.0, texts=14, shorten=True,
         value=ValueOptions(
-            learning_rate=0.8, end_weight=0.25, stop_probability=0.9, extensions=1, relative=True
+            learning_rate=0.8, after_weight=0.25, end_weight=0.5, stop_probability=0.9, extensions=1,
+            relative=True,
         ),
         source="this package: ROME under a key that every text answers to",
     ),

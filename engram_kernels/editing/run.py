@@ -53,6 +53,7 @@ class Plan:
     key: MeanKey | SpreadKey
     texts: int | None
     forms: bool
+    shorten: bool
     bare_denominator: bool
     stop_on: dict[str, float]
 
@@ -244,10 +245,11 @@ class Run:
                 self._skip(number, reason, always=True)
 
     def _encode(self, numbers: Iterable[int], prefixes: Sequence[str], forms: bool = False) -> None:
+        plan = self.plan
         for number in numbers:
             try:
                 self.encoded[number] = encode_edit(
-                    self.model, self.tokenizer, self.edits[number], prefixes, self.plan.texts, forms
+                    self.model, self.tokenizer, self.edits[number], prefixes, plan.texts, forms, plan.shorten
                 )
             except EngramError as error:
                 self._skip(number, error)

@@ -94,6 +94,6 @@ class Case:
         if not paraphrases and not chat:
             return self
         first, rest = self.paraphrases[:paraphrases], self.paraphrases[paraphrases:]
-        edit = Edit(self.edit.subject, self.edit.prompt, self.edit.target, paraphrases=first, chat=chat)
-        further = tuple(Edit(each.subject, each.prompt, each.target, chat=chat) for each in self.further)
+        edit = replace(self.edit, paraphrases=first, chat=chat)
+        further = tuple(replace(each, chat=chat) for each in self.further)
         return replace(self, edit=edit, further=further, paraphrases=rest)

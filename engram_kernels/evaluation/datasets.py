@@ -9,6 +9,7 @@ import zlib
 from pathlib import Path
 from typing import NamedTuple
 
+from .._io import encoding_of
 from .cases import Case
 from .fields import Fields
 from .readers import reader
@@ -96,11 +97,14 @@ def case_of(row: object, number: int, zsre: str = "memit") -> Case:
 
 
 def read_rows(path: Path) -> list:
-    """The rows of a JSON array, or of one JSON object a line; the file may be compressed by gzip."""
+    """The rows of a JSON array, or of one JSON object a line; the file may be compressed by gzip.
+
+    The text is in the Unicode encoding that it names by its first bytes, or in UTF-8.
+    """
     try:
         content = path.read_bytes()
-        packed = content.startswith(GZIP)
-        text = (gzip.decompress(content) if packed else content).decode("utf-8-sig")
+        content = gzip.decompress(content) if content.startswith(GZIP) else content
+        text = content.decode(encoding_of(content))
     # What ends too early, or is compressed otherwise, is no OSError.
     except (OSError, ValueError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or error

@@ -72,7 +72,7 @@ def generate(
         def choose(numbers: list[int], logits: torch.Tensor, draws=draws) -> list[int]:
             top = logits.cpu().topk(min(TOP_K, logits.shape[-1]))
             reached = top.values.softmax(-1).cumsum(-1)[:, :-1]
-            drawn = torch.tensor([[draws[number].random()] for number in numbers], dtype=torch.float64)
+            drawn = reached.new_tensor([[draws[number].random()] for number in numbers], dtype=torch.float64)
             return top.indices.gather(1, (reached < drawn).sum(1, keepdim=True)).flatten().tolist()
 
         rows = sample(model, [encoded[i] for i in batch], [tokens] * len(batch), choose)

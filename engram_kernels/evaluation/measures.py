@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from ..errors import EngramError
 from ..hf.forward import target_predictions
-from ..hf.tokens import Row, check_length, context_length, encode_row, open_ids
+from ..hf.tokens import Row, chat_text, check_length, context_length, encode_row, open_ids
 from .answers import check_room, greedy, success
 from .cases import Case, RippleTest
 
@@ -266,8 +266,7 @@ def said(tokenizer, prompt: str, chat: bool) -> str:
         return prompt
     if not getattr(tokenizer, "chat_template", None):
         raise EngramError("chat: expected a tokenizer with a chat template, got one without")
-    messages = [{"role": "user", "content": prompt}]
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return chat_text(tokenizer, [("user", prompt)])[0]
 
 
 def _encode(model, tokenizer, prompt: str, answer: str) -> Row:

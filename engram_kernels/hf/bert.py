@@ -83,6 +83,7 @@ class BertTokenizer:
             raise ValueError(str(error)) from error
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
+        self.unk_token_id = self.tokenizer.token_to_id(self.tokenizer.model.unk_token)
         self.model_max_length = _json(folder / "tokenizer_config.json").get("model_max_length", 10**30)
 
     def __call__(

@@ -11,7 +11,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -297,8 +297,8 @@ def _converted(gguf: Path | None, name: str) -> Path:
 
 
 def seal(folder: Path) -> None:
-    """Write beside a converted model what its files are, for `is_whole`."""
-    files = sorted(path.name for path in folder.iterdir())
+    """Write beside a converted model what its files are, those in its folders too, for `is_whole`."""
+    files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     write_sealed(folder / SEAL, {"stats": _stats(folder, files)}, files)
 
 
@@ -306,11 +306,17 @@ def is_whole(folder: Path) -> bool:
     """Whether the files of a converted model are as they were written.
 
     A file of the same size and time is taken as it is, as git does: gigabytes would be read at every load.
-    Where one has others, as in a copy, the bytes count.
+    Where one has others, as in a copy, the bytes count, and the new times are kept: a copy is read once.
     """
     try:
         stats = read_json(folder / SEAL)["stats"]
-        return stats == _stats(folder, stats) or bool(read_sealed(folder / SEAL))
+        # Before they are read: what is changed meanwhile has another time the next time.
+        found = _stats(folder, stats)
+        if found != stats:
+            checksums = read_sealed(folder / SEAL)["files"]
+            with suppress(OSError):  # others may read it, and not write
+                write_sealed(folder / SEAL, {"stats": found}, checksums=checksums)
+        return True
     except (OSError, ValueError, TypeError, LookupError):
         return False
 

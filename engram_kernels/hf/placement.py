@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,6 +13,10 @@ from ..errors import EngramError
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+
+# What DataParallel and its kin put before each name.
+_PARALLEL = "module."
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -43,6 +48,29 @@ def whole_model(model: nn.Module) -> nn.Module:
 def plain_name(path: str) -> str:
     """A module's name without the wrappers of `torch.compile` on its way."""
     return ".".join(part for part in path.split(".") if part != "_orig_mod")
+
+
+def inner_names(names: Iterable[str]) -> dict[str, str]:
+    """Names of a state dict by those that they have in the model without wrappers, to look them up.
+
+    A state dict of a model in torch.compile's or a data parallel wrapper has `_orig_mod.` or `module.` before
+    each name. Where a model calls a part of itself so, that name is there too.
+    """
+    found = {}
+    for name in (names := list(names)):
+        inner = plain_name(name)
+        while inner.startswith(_PARALLEL):
+            inner = inner.removeprefix(_PARALLEL)
+        found[inner] = name
+    return found | {name: name for name in names}
+
+
+def without_wrappers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict under the names that it has without torch.compile's or a data parallel wrapper."""
+    plain = {plain_name(name): tensor for name, tensor in tensors.items()}
+    while plain and all(name.startswith(_PARALLEL) for name in plain):
+        plain = {name.removeprefix(_PARALLEL): tensor for name, tensor in plain.items()}
+    return plain
 
 
 def is_compiled(model: nn.Module) -> bool:

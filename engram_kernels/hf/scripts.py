@@ -14,6 +14,8 @@ QUOTES = "\"'`"
 # Punctuation after which the next word stands by itself. A slash, an underscore, an @ ties words together.
 ENDS = ",;:.!?%…–—&=+*<>|~©®°\u061b\u061f\u060c\u06d4\u0964\u0965"
 BEGINS = "¿¡#@&=+*<~§†"
+# What ends a sentence where no full stop does: in Chinese, Japanese, Hindi, Arabic, Urdu.
+SENTENCE_ENDS = "。！？।॥؟۔"
 
 
 def is_whole(text: str) -> bool:

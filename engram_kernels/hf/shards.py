@@ -80,8 +80,8 @@ class Checkpoint:
         self.folder = Path(folder)
         try:
             config = read_json(self.folder / "config.json")
-            if (self.folder / INDEX).is_file():
-                index = read_json(self.folder / INDEX)["weight_map"]
+            if listed := index_of(self.folder):
+                index = read_json(listed)["weight_map"]
                 for file in index.values():
                     # Rewritten files have the same names, and must lie in their new folder.
                     if Path(str(file)).name != file:
@@ -171,7 +171,7 @@ class Checkpoint:
     def read(self, name: str) -> Tensor:
         """A tensor, in memory of its own."""
         entry = self.entries[name]
-        tensor = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
+        tensor = torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device="cpu")
         with open(self.folder / entry.file, "rb") as file:
             file.seek(entry.start)
             if file.readinto(tensor_bytes(tensor)) != entry.stop - entry.start:
@@ -224,6 +224,15 @@ def _header(folder: Path, file: str) -> Iterator[tuple[str, Entry]]:
         yield name, Entry(file, entry["dtype"], tuple(entry["shape"]), start, stop)
 
 
+def index_of(folder: Path) -> Path | None:
+    """The file that says in which files the weights are; as in transformers none beside a single one.
+
+    It may be left of what was there before.
+    """
+    index = folder / INDEX
+    return index if index.is_file() and not (folder / SINGLE).is_file() else None
+
+
 def _pieces(path: Path, entry: Entry) -> Iterator[bytes]:
     with open(path, "rb") as file:
         file.seek(entry.start)
@@ -237,8 +246,8 @@ def _others(folder: Path) -> Iterator[Path]:
         ours = path.name == SEAL or path.name.endswith(".index.json")
         if path.is_file() and path.suffix not in LEFT_OUT and not ours:
             yield path
-    if (folder / INDEX).is_file():
-        yield folder / INDEX
+    if index := index_of(folder):
+        yield index
 
 
 def _link(source: Path, target: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from .. import _checks as check
 from ..errors import EngramError
+from .chat import rendered
 from .scripts import goes_on, is_whole, joint, whole_words
 from .words import continuing_tokens
 
@@ -99,13 +100,13 @@ def chat_text(tokenizer, messages: Sequence[tuple[str, str]], target: str = "") 
     if not getattr(tokenizer, "chat_template", None):
         raise EngramError("prompt: expected text for a tokenizer without a chat template, got messages")
     chat = [{"role": role, "content": content} for role, content in messages]
-    head = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    head = rendered(tokenizer, chat)
     if not all(content.strip() in head for _, content in messages):
         raise EngramError(f"prompt: expected messages that the chat template keeps, got {head!r}")
     if not target:
         return head, ""
     answered = [*chat, {"role": "assistant", "content": target}]
-    whole = tokenizer.apply_chat_template(answered, tokenize=False)
+    whole = rendered(tokenizer, answered, ask=False)
     rest = whole[len(head) :] if whole.startswith(head) else ""
     return head, rest[: len(rest) - len(rest.lstrip())]
 
@@ -153,13 +154,14 @@ class Row:
     """One tokenised text: the positions of the subject's last token and of the target's first.
 
     `going`: the tokens that would go on with the target's last word, where they were asked for and its script
-    puts spaces between words; else None.
+    puts spaces between words; else None. `shorter`: its prompt is a word shorter than the one given.
     """
 
     ids: list[int]
     subject: int
     target: int
     going: torch.Tensor | None = field(default=None, kw_only=True, repr=False, compare=False)
+    shorter: bool = field(default=False, kw_only=True)
 
     @property
     def inputs(self) -> list[int]:

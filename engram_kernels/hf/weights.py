@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -10,6 +11,22 @@ from torch import Tensor, nn
 
 from ..errors import EngramError
 from .loading import gguf_file, import_transformers, without_progress_bars
+
+
+def first_names(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Of each name the first one that its tensor has."""
+    seen: dict[tuple, str] = {}
+    firsts = {}
+    for name, tensor in tensors.items():
+        place = tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride()
+        # What has no memory shares none.
+        firsts[name] = seen.setdefault(place, name) if tensor.data_ptr() else name
+    return firsts
+
+
+def untied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors by name; of those that are one tensor under several names, the first."""
+    return {name: tensors[name] for name, first in first_names(tensors).items() if name == first}
 
 
 def read_as(model: nn.Module, path: Path) -> dict[str, Tensor]:

@@ -8,7 +8,8 @@ import torch
 
 from .scripts import goes_on
 
-_KNOWN: WeakKeyDictionary[object, torch.Tensor] = WeakKeyDictionary()
+# By tokenizer: how many tokens it had, and which of them.
+_KNOWN: WeakKeyDictionary[object, tuple[int, torch.Tensor]] = WeakKeyDictionary()
 
 
 def continuing_tokens(tokenizer) -> torch.Tensor:
@@ -18,15 +19,15 @@ def continuing_tokens(tokenizer) -> torch.Tensor:
     characters are letters. Letters of scripts without spaces begin words of their own, and do not count.
 
     Returns:
-        Their numbers, int64 on the CPU; found once for a tokenizer.
+        Their numbers, int64 on the CPU; found once for a tokenizer, and anew when tokens were added to it.
 
     Example:
         >>> going = continuing_tokens(tokenizer)
         >>> [tokenizer.decode([token]) for token in going[:3].tolist()]
         ['0', '1', '2']
     """
-    found = _KNOWN.get(tokenizer)
-    if found is None:
+    size, found = _KNOWN.get(tokenizer, (-1, None))
+    if found is None or size != len(tokenizer):
         # Behind a letter: by itself, a word of a SentencePiece vocabulary loses its space.
         letter = tokenizer.encode("x", add_special_tokens=False)[-1:]
         before = len(tokenizer.decode(letter))
@@ -35,5 +36,6 @@ def continuing_tokens(tokenizer) -> torch.Tensor:
         texts = tokenizer.batch_decode([[*letter, token] for token in tokens])
         firsts = [(token, text[before : before + 1]) for token, text in zip(tokens, texts, strict=True)]
         going = [token for token, first in firsts if first == "\ufffd" or goes_on(first)]
-        found = _KNOWN[tokenizer] = torch.tensor(going, dtype=torch.int64, device="cpu")
+        found = torch.tensor(going, dtype=torch.int64, device="cpu")
+        _KNOWN[tokenizer] = len(tokenizer), found
     return found

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
+import itertools
+import os
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,13 +15,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+import numpy
 import torch
 
+from ..editing.statistics.corpus import read_texts, wikipedia_file
 from ..editing.statistics.npz import save_npz
 from ..errors import EngramError
 from ..hf.layers import decoder_layers
 from ..hf.placement import input_device
 from ..hf.projection import output_projection
+from .wise import TextByText, unrelated_text
 
 if TYPE_CHECKING:
     from ..editing import Edit, Editor
@@ -40,9 +45,17 @@ GRACE = {
     "val_reg": "None", "reg": "early_stop", "replacement": "replace_last", "eps_expand": "coverage",
     "num_pert": 8, "dropout": 0.0,
 }  # fmt: skip
+# Those for Llama 3 8B: with those for Llama 2 an edit's own prompt stays below the threshold on SmolLM2.
+WISE = {
+    "edit_lr": 0.9, "n_iter": 30, "objective_optimization": "only_label", "mask_ratio": 0.2, "alpha": 2.0,
+    "beta": 20.0, "gamma": 10.0, "act_ratio": 0.5, "save_freq": 500, "merge_freq": 1000, "retrieve": True,
+    "replay": False, "merge_alg": "ties", "norm_constraint": 1.0, "weights": 1.0, "densities": 0.53,
+}  # fmt: skip
+WISE_DEPTH = 29 / 32
+# Of a corpus, so many texts are there for a method to choose from.
+UNRELATED = 64
 ABSENT = {
     "mend": "EasyEdit's MEND needs a hypernetwork that was trained for this model, which no package carries",
-    "wise": "EasyEdit's WISE asks for unrelated training prompts of its own, which no case has",
 }
 
 
@@ -70,12 +83,14 @@ class EasyEdit:
     """One of EasyEdit's methods on the model of an editor, with the editor's statistics and contexts.
 
     Args:
-        method: `"rome"`, `"memit"`, `"ft-l"` or `"grace"`.
+        method: `"rome"`, `"memit"`, `"ft-l"`, `"grace"` or `"wise"`.
         editor: an `Editor`, whose model is edited, and whose layers, covariances and sampled contexts
             EasyEdit gets instead of its own.
+        corpus: of the texts whose beginnings WISE is told to leave alone, a file or an iterable of strings;
+            None: the Wikipedia articles in the package `gensim`.
 
     Raises:
-        ValueError: the method is another one; of MEND and WISE the message says why they are not there.
+        ValueError: the method is another one; of MEND the message says why it is not there.
         EngramError: EasyEdit cannot be imported, or does not know a model built like this one.
 
     Example:
@@ -83,25 +98,30 @@ class EasyEdit:
         >>> Evaluation(baseline).each(cases)
     """
 
-    def __init__(self, method: str, editor: Editor):
+    def __init__(self, method: str, editor: Editor, corpus: str | os.PathLike | Iterable[str] | None = None):
         check_baseline(f"easyedit:{method}")
         self.method = method
         # Of transformers: `nn.Module` says nothing of its configuration and its embeddings.
         self.model: Any = editor.model
         self.tokenizer = editor.tokenizer
+        self.seed = editor.seed
         self._editor = editor
+        self._corpus = corpus
         self._folder: tempfile.TemporaryDirectory | None = None
-        self._settings: dict | None = None
+        self._texts: list[str] = []
 
     def __repr__(self) -> str:
         return f"EasyEdit({self.method!r}, {type(self.model).__name__})"
 
     def layers(self, method: str = "") -> tuple[int, ...]:
-        """The layers that are written: MEMIT's five, else the editor's one."""
+        """The layers that are written: MEMIT's five, WISE's late one, else the editor's one."""
+        if self.method == "wise":
+            return (int(WISE_DEPTH * len(decoder_layers(self.model)[1])),)
         return self._editor.layers("memit" if self.method == "memit" else "rome")
 
     def covariances(self, layers: Sequence[int]) -> dict:
-        return self._editor.covariances(layers)
+        """The editor's, for the methods that use them."""
+        return self._editor.covariances(layers) if self.method in ("rome", "memit") else {}
 
     def prefixes(self) -> list[str]:
         return self._editor.prefixes()
@@ -114,7 +134,7 @@ class EasyEdit:
         """
         edits = list(edits)
         apply = _METHODS[self.method]
-        flags = {name: parameter.requires_grad for name, parameter in self.model.named_parameters()}
+        flags = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
         try:
             with self._as_it_likes(), contextlib.redirect_stdout(io.StringIO()):
                 undo = apply(self, [self._request(number, edit) for number, edit in enumerate(edits)])
@@ -123,8 +143,8 @@ class EasyEdit:
         except Exception as error:
             raise EngramError(f"baseline: EasyEdit's {self.method} failed: {error}") from error
         finally:
-            for name, parameter in self.model.named_parameters():
-                parameter.requires_grad_(flags.get(name, parameter.requires_grad))
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
         return Edited([Record(edit) for edit in edits], undo)
 
     def module(self, path: str):
@@ -193,6 +213,29 @@ class EasyEdit:
     def templates(self) -> list[str]:
         prefixes = (prefix.replace("{", "").replace("}", "") for prefix in self.prefixes())
         return ["{}", *(f"{prefix}. {{}}" for prefix in prefixes)]
+
+    def texts(self) -> list[str]:
+        """The first texts of the corpus.
+
+        Raises:
+            EngramError: there is none.
+        """
+        if not self._texts:
+            corpus = wikipedia_file() if self._corpus is None else self._corpus
+            if corpus is None:
+                raise EngramError(
+                    f"corpus: expected text that {self.method} leaves alone, or the package gensim with its "
+                    "articles, got neither"
+                )
+            self._texts = list(itertools.islice(read_texts(corpus), UNRELATED))
+        return self._texts
+
+    def place(self) -> tuple[torch.nn.Module, str, str]:
+        """Where a method puts a module of its own: the parent, the name in it, EasyEdit's for its weight."""
+        (layer,) = self.layers()
+        path = self.names()["rewrite_module_tmp"].format(layer)
+        parent, _, last = path.rpartition(".")
+        return self.model.get_submodule(parent), last, re.sub(r"\.(\d+)", r"[\1]", path) + ".weight"
 
     def _request(self, number: int, edit: Edit) -> dict:
         return {"case_id": number, "prompt": edit.prompt, "subject": edit.subject, "target_new": edit.target}
@@ -275,22 +318,18 @@ def _weights(editor: EasyEdit, apply: Callable, requests: list[dict], settings) 
 
 def _grace(editor: EasyEdit, requests: list[dict]) -> Callable[[], None]:
     """GRACE puts a module with a codebook in a layer's place; it knows the prompt's last token only."""
-    if len(requests) > 1:
-        raise EngramError("baseline: expected one fact at a time for EasyEdit's grace, got several")
+    request = _alone("grace", requests)
     main = editor.module("grace.grace_main")
-    (layer,) = editor.layers()
-    path = editor.names()["rewrite_module_tmp"].format(layer)
-    parent, _, last = path.rpartition(".")
-    owner = editor.model.get_submodule(parent)
+    owner, last, inner = editor.place()
     original = getattr(owner, last)
     settings = {"model_name": "engram", "device": editor.settings()["device"], "alg_name": "GRACE", **GRACE}
-    hyper = main.GraceHyperParams(**settings, inner_params=[re.sub(r"\.(\d+)", r"[\1]", path) + ".weight"])
+    hyper = main.GraceHyperParams(**settings, inner_params=[inner])
 
     def undo() -> None:
         setattr(owner, last, original)
 
     try:
-        main.apply_grace_to_model(editor.model, editor.tokenizer, _whole(requests), hyper)
+        main.apply_grace_to_model(editor.model, editor.tokenizer, [request], hyper)
     except BaseException:
         undo()
         raise
@@ -305,6 +344,52 @@ def _from_the_last_token(adapter: Any, inputs: tuple) -> None:
         adapter.key_id = -1
 
 
+def _wise(editor: EasyEdit, requests: list[dict]) -> Callable[[], None]:
+    """WISE puts a module in a layer's place, with a second matrix and a rule for which texts it is."""
+    request = _alone("wise", requests)
+    main, state = editor.module("wise.wise_main"), editor.module("wise.WISE")
+    owner, last, inner = editor.place()
+    original = getattr(owner, last)
+    settings = {"model_name": editor.model.config.model_type, "device": editor.settings()["device"], **WISE}
+    hyper = main.WISEHyperParams(**settings, alg_name="WISE", inner_params=[inner])
+    # WISE samples ten texts, where an editor has twenty, of the same lengths.
+    templates = ["{}", *editor.templates()[1::2]]
+    editor.module("wise.utils").CONTEXT_TEMPLATES_CACHE = templates
+    # A longer one would shift what WISE takes for the prompts' ends.
+    texts = [template.format(f"{request['prompt']} {request['target_new']}") for template in templates]
+    longest = max(map(len, editor.tokenizer(texts, add_special_tokens=False)["input_ids"]))
+    request["loc_prompt"] = unrelated_text(
+        editor.tokenizer, editor.texts(), request["prompt"], request["subject"], longest
+    )
+    editor.tokenizer.padding_side = "left"
+    drawn = numpy.random.get_state()
+    numpy.random.seed(editor.seed)
+    try:
+        main.apply_wise_to_model(editor.model, editor.tokenizer, [request], hyper)
+    except BaseException:
+        setattr(owner, last, original)
+        raise
+    finally:
+        numpy.random.set_state(drawn)
+        state.edit_history.clear()
+    chooser = TextByText(getattr(owner, last))
+    setattr(owner, last, chooser)
+    hook = editor.model.register_forward_pre_hook(chooser.before, with_kwargs=True)
+
+    def undo() -> None:
+        hook.remove()
+        setattr(owner, last, original)
+
+    return undo
+
+
+def _alone(method: str, requests: list[dict]) -> dict:
+    """The one request of a method that keeps no earlier edit."""
+    if len(requests) > 1:
+        raise EngramError(f"baseline: expected one fact at a time for EasyEdit's {method}, got several")
+    return _whole(requests)[0]
+
+
 def _whole(requests: list[dict]) -> list[dict]:
     return [{**each, "prompt": each["prompt"].replace("{}", each["subject"])} for each in requests]
 
@@ -314,4 +399,5 @@ _METHODS: dict[str, Callable[[EasyEdit, list[dict]], Callable[[], None]]] = {
     "memit": _memit,
     "ft-l": _ft,
     "grace": _grace,
+    "wise": _wise,
 }

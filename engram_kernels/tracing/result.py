@@ -61,7 +61,8 @@ class _Found(HubFolder):
         check.expect(len(table) == rows and len(lengths) == 1, cls._table, expected, got)
         numbers = [[math.nan if number is None else number for number in row] for row in table]
         lists = {name: tuple(value) for name, value in content.items() if isinstance(value, list)}
-        return cls(**{**content, **lists, cls._table: torch.tensor(numbers, dtype=torch.float32)})
+        values = torch.tensor(numbers, dtype=torch.float32, device="cpu")
+        return cls(**{**content, **lists, cls._table: values})
 
     def _save_pretrained(self, save_directory: Path) -> None:
         write_json(save_directory / FILE, self.to_dict())

@@ -51,6 +51,7 @@ def test_paraphrases_and_chats():
         ({"prompt": [("user", "Where is Paris?")]}, ValueError, "prompt"),
         ({"space": 1}, TypeError, "space"),
         ({"chat": "yes"}, TypeError, "chat"),
+        ({"suffixes": 1}, TypeError, "suffixes"),
     ],
 )
 def test_bad_options_name_their_argument(arguments, error, word):

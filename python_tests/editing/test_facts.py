@@ -17,10 +17,11 @@ from engram_kernels import EngramError
 from engram_kernels.editing import Edit, EditResult
 from engram_kernels.editing import run as run_module
 from engram_kernels.editing.methods import METHODS
-from engram_kernels.editing.search import names
+from engram_kernels.editing.search import batching, names
 from engram_kernels.editing.search.batching import encode_edit, encode_held
-from engram_kernels.editing.search.forms import forms_of
+from engram_kernels.editing.search.forms import forms_of, shortened
 from engram_kernels.editing.search.values import ValueOptions, find_values
+from engram_kernels.evaluation.measures import said
 from engram_kernels.hf.projection import output_projection
 
 TOWER = "The Eiffel Tower"
@@ -115,6 +116,26 @@ def test_every_prompt_has_its_texts(tokenizer):
     assert encode_edit(model_zoo.small_model(), tokenizer, edit, [], texts=9).texts == (1, 1, 1)
 
 
+@pytest.mark.parametrize(
+    "tokens, texts, forms, made",
+    [
+        (9, 9, False, 9),
+        (8, 9, False, 8),
+        (5.5, 9, False, 5),
+        (1, 9, False, 3),
+        (1, 9, True, 2),
+        (1, None, False, 11),
+    ],
+)
+def test_a_long_prompt_stands_after_fewer_contexts(tokenizer, monkeypatch, tokens, texts, forms, made):
+    """By how many of its texts have so many tokens; the published methods keep all of them."""
+    model, edit, prefixes = model_zoo.small_model(), Edit(TOWER, "{} costs $", "5"), ["one", "two"] * 5
+    (row,) = encode_edit(model, tokenizer, edit, []).rewriting
+    monkeypatch.setattr(batching, "TOKENS", int(tokens * len(row.ids)))
+    encoded = encode_edit(model, tokenizer, edit, prefixes, texts, forms)
+    assert encoded.texts == (made,) and encoded.rewriting[0] == row
+
+
 def test_the_prompt_is_searched_in_the_forms_in_which_people_ask(tokenizer):
     model, edit = model_zoo.small_model(), Edit(TOWER, "{} is in", "Rome", ["To see {}, go to"])
     encoded = encode_edit(model, tokenizer, edit, ["one", "two"], texts=3, forms=True)
@@ -133,6 +154,37 @@ def test_the_prompt_is_searched_in_the_forms_in_which_people_ask(tokenizer):
     assert chats == [
         f"[user]{TOWER} is in [assistant]Rome", f"[user]Complete the sentence: {TOWER} is in [assistant]Rome",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("prompt", "target", "expected"),
+    [
+        ("{} lies in the", "Alps", ["{} in the", "{} lies the", "{} lies in"]),
+        ("The tongue of {} is", "Thai", ["tongue of {} is", "The of {} is", "The tongue {} is"]),
+        ("{}'s main town is", "Rome", ["{}'s town is", "{}'s main is", "{}'s main town"]),
+        ("Who made {}", "Anna", ["made {}", "Who {}"]),
+        ("{} now costs $", "5", ["{} costs $", "{} now $"]),
+        ("{} is", "red", []),
+        ("About {}", "red", []),
+        ("{}的首都是", "罗马", []),
+        ([("user", "Where is {} now?")], "Rome", []),
+    ],
+)
+def test_a_prompt_is_shortened_by_each_of_its_words(prompt, target, expected):
+    edit = Edit("Zürich", prompt, target)
+    assert shortened(edit, edit.prompt) == expected
+
+
+def test_in_every_second_context_a_prompt_is_a_word_shorter(tokenizer):
+    model, prefixes = model_zoo.small_model(), ["one", "two", "three"]
+    edit = Edit(TOWER, "{} is in", "Rome", ["{}在"])
+    encoded = encode_edit(model, tokenizer, edit, prefixes, texts=8, shorten=True)
+    assert texts(tokenizer, encoded.rewriting) == [
+        f"{TOWER} is in Rome", f"one. {TOWER} in Rome", f"three. {TOWER} is in Rome", f"two. {TOWER} is Rome",
+        f"{TOWER}在Rome", f"one. {TOWER}在Rome", f"three. {TOWER}在Rome", f"two. {TOWER}在Rome",
+    ]  # fmt: skip
+    assert [row.shorter for row in encoded.rewriting] == [False, True, False, True] + [False] * 4
+    assert encoded.texts == (4, 4)
 
 
 @pytest.mark.parametrize(
@@ -179,6 +231,21 @@ def test_a_templates_space_before_an_answer_is_its_own(tokenizer):
         model_zoo.small_model(), tokenizer, Edit("Rome", "Where is {}?", "Italy", chat=True), []
     ).rewriting
     assert tokenizer.decode(row.ids) == "[I]Where is Rome?[/I] Italy"
+
+
+def test_a_model_that_thinks_aloud_is_asked_not_to(tokenizer):
+    """As Qwen3's template has it: the last answer has its thoughts before it, none here."""
+    tokenizer.chat_template = (
+        "{% set quiet = enable_thinking is defined and not enable_thinking %}{% for m in messages %}"
+        "[{{ m.role }}]{{ '<think></think> ' if m.role == 'assistant' }}{{ m.content }}"
+        "{{ '/no' if quiet and m.role == 'user' }}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{{ '<think></think>' if quiet }}{% endif %}"
+    )
+    edit = Edit("Rome", "Where is {}?", "Italy", chat=True)
+    (row,) = encode_edit(model_zoo.small_model(), tokenizer, edit, []).rewriting
+    text = "[user]Where is Rome?/no[assistant]<think></think>"
+    assert tokenizer.decode(row.ids) == f"{text} Italy" and trained(tokenizer, row) == " Italy"
+    assert said(tokenizer, "Where is Rome?", chat=True) == text
 
 
 def test_one_change_is_searched_over_all_texts(make):

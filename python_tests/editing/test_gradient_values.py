@@ -61,7 +61,7 @@ def test_a_pass_sees_keys_and_gradients(monkeypatch, tokens, rows):
                 hook = projection.module.register_forward_hook(lambda _m, a, _o, kept=keys: kept.append(a[0]))
                 delta = torch.zeros(1, projection.matrix.shape[0], requires_grad=True)
                 where = torch.zeros(1, dtype=torch.int64)
-                with adding(projection, delta, where, where + position):
+                with adding(projection, delta, where + position):
                     logits = model(torch.tensor([row.inputs])).logits[0].log_softmax(-1)
                 hook.remove()
                 chosen = [logits[p - 1, row.ids[p]] for p in range(row.target, len(row.ids))]

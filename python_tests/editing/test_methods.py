@@ -9,15 +9,16 @@ pytest.importorskip("transformers")
 
 import model_zoo
 import torch
+from defaults import DEFAULTS
 from editing_helpers import changed, small_editor, spy_on_values, weights
 
 from engram_kernels._ranks import ALONE
 from engram_kernels.covariance import Covariance
-from engram_kernels.editing import Edit
+from engram_kernels.editing import Edit, EditResult
 from engram_kernels.editing import run as run_module
 from engram_kernels.editing.methods import METHODS
 from engram_kernels.editing.search import names
-from engram_kernels.editing.search.batching import encode_edit, other_rows
+from engram_kernels.editing.search.batching import NAMES_TOKENS, encode_edit, other_rows
 from engram_kernels.editing.search.values import ValueOptions
 from engram_kernels.editing.writing import writing as writing_module
 from engram_kernels.editing.writing.keys import SpreadKey
@@ -163,6 +164,20 @@ def test_names_that_the_model_cannot_read_are_not_spared(make, family, monkeypat
     assert tokenizer.decode(row.ids).startswith("Rome is")
 
 
+def test_fewer_names_are_spared_where_much_stands_before_the_subject(make):
+    """What follows it is not read; before it a few words leave all names."""
+    model, tokenizer = make().model, model_zoo.byte_level_tokenizer()
+    count = len(names.other_names("Oslo"))
+    model.config.max_position_embeddings = 1000
+    for before, after, kept in (
+        ("", " a" * 400, count),
+        ("a " * 20, "", count),
+        ("a " * 400, "", count // 3),
+    ):
+        rows = other_rows(model, tokenizer, Edit("Oslo", f"{before}{{}} is in{after}", "Paris"))
+        assert kept <= len(rows) <= kept + 1 and sum(row.subject for row in rows) < 1.1 * NAMES_TOKENS
+
+
 def test_rows_about_other_names_are_made_once_for_an_edit_and_not_kept(make, monkeypatch):
     asked, runs = [], []
     monkeypatch.setattr(
@@ -176,11 +191,15 @@ def test_rows_about_other_names_are_made_once_for_an_edit_and_not_kept(make, mon
     assert asked == EDITS
 
 
-def test_keys_far_from_the_subject_are_not_spared(make):
+def test_keys_far_from_the_subject_are_not_spared(make, monkeypatch):
+    """Nor is what stands behind them read, to whose length a batch would be padded."""
     editor = make()
     long = Edit("The Eiffel Tower", "word " * 50 + "{} is in" + " word" * 50, "Rome")
     encoded = encode_edit(editor.model, editor.tokenizer, long, ())
+    read, pad = [], writing_module.pad_rows
+    monkeypatch.setattr(writing_module, "pad_rows", lambda rows, *rest: read.extend(rows) or pad(rows, *rest))
     assert len(other_keys(editor.model, output_projection(editor.model, 1), encoded)) == 2 * AROUND
+    assert list(map(len, read)) == [encoded.bare[0].subject + AROUND + 1]
 
 
 def test_an_edits_state_is_a_mean_of_its_texts_whatever_its_key_spares(make):
@@ -337,6 +356,24 @@ def test_every_method_edits_and_reverts(make, name):
     assert changed(weights(again.model), editor.model) == []
     result.revert()
     assert changed(before, editor.model) == []
+
+
+@pytest.mark.parametrize("layers", [[1], [1, 2]])
+@pytest.mark.parametrize("name", ["engram", "memit", "natural", "ultraedit"])
+def test_a_default_device_of_the_caller_makes_no_difference(make, tmp_path, name, layers):
+    """Also to what is collected, saved, and written anew without an edit."""
+    method = replace(METHODS[name], batch=3)
+    here, there = make(cache_dir=tmp_path / "here"), make(cache_dir=tmp_path / "there")
+    here.edit(EDITS, layers=layers, method=method).remove(1)
+    with DEFAULTS["another device"]():
+        result = there.edit(EDITS, layers=layers, method=method)
+        result.remove(1)
+        result.save_pretrained(tmp_path / "edit")
+    assert changed(weights(here.model), there.model) == []
+    result.revert()
+    with DEFAULTS["another device"]():
+        EditResult.from_pretrained(tmp_path / "edit").apply(there.model)
+    assert changed(weights(here.model), there.model) == []
 
 
 @pytest.mark.parametrize("count", [3, 40])

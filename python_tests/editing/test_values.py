@@ -19,7 +19,8 @@ from engram_kernels.editing import run as run_module
 from engram_kernels.editing.reach import reached
 from engram_kernels.editing.search import losses as losses_module
 from engram_kernels.editing.search import values as values_module
-from engram_kernels.editing.search.batching import EditBatch, encode_edit
+from engram_kernels.editing.search.batching import EditBatch, EncodedEdit, encode_edit
+from engram_kernels.editing.search.partial_forward import record
 from engram_kernels.editing.search.room import bytes_of, edits_that_fit
 from engram_kernels.editing.search.values import ValueOptions, find_values, value_groups
 from engram_kernels.errors import EngramError
@@ -69,9 +70,13 @@ def plain_loop(model, projection, text, options):
             predictions = model(torch.tensor([row.ids])).logits[0].log_softmax(-1)
             chosen = [predictions[i - 1, row.ids[i]] for i in range(row.target, len(row.ids))]
             nll = nll - torch.stack(chosen).mean() / len(text.rewriting)
-            rest += [predictions[-1].detach()] if step == 0 else []
-            divergence = (predictions[-1].exp() * (predictions[-1] - rest[place])).sum()
-            after = after + divergence / len(text.rewriting)
+            follows = predictions[-1]
+            if row.going is not None and options.end_weight:
+                # Given that the word ends.
+                others = torch.ones(len(follows), dtype=torch.bool).index_fill(0, row.going, False)
+                follows = follows[others].log_softmax(-1)
+            rest += [follows.detach()] if step == 0 else []
+            after = after + (follows.exp() * (follows - rest[place])).sum() / len(text.rewriting)
             if row.going is not None:
                 ends = ends - torch.log1p(-predictions[-1].exp()[row.going].sum()) / len(text.rewriting)
         subject[0] = text.kl_prompt.subject
@@ -300,10 +305,10 @@ def test_one_edit_without_a_finite_loss_does_not_touch_the_others(tokenizer, mon
     expected = find_values(model, projection, texts, options)
     losses = losses_module.Losses.of
 
-    def spoilt(self, delta):
-        nll, *others = losses(self, delta)
-        at = [i for i, text in enumerate(self.batch.edits) if text.edit is EDITS[1]]
-        return nll.index_fill(0, torch.tensor(at, dtype=torch.long), float("nan")), *others
+    def spoilt(self, delta, chosen):
+        loss, *others = losses(self, delta, chosen)
+        at = [i for i, row in enumerate(chosen) if self.batch.owner[row] == 1]
+        return loss.index_fill(0, torch.tensor(at, dtype=torch.long), float("nan")), *others
 
     monkeypatch.setattr(losses_module.Losses, "of", spoilt)
     found = find_values(model, projection, texts, options)
@@ -327,26 +332,32 @@ def test_batch_reads_every_target_token_once(tokenizer):
     model = model_zoo.small_model()
     texts = texts_of(model, tokenizer)
     batch = EditBatch(texts, torch.device("cpu"))
-    for place, label in enumerate(batch.labels.tolist()):
-        row = batch.rows[batch.place_rows[place]]
-        assert row.ids[batch.place_positions[place] + 1] == label
+    labels = batch.labels.tolist()
+    for (row, position), label in zip(places_of(batch)[: len(labels)], labels, strict=True):
+        assert batch.rows[row].ids[position + 1] == label
     for number, text in enumerate(texts):
-        mine = batch.place_owner == number
+        mine = batch.owner[batch.target_rows] == number
         assert batch.shares[mine].sum().item() == pytest.approx(1.0)
         assert int(mine.sum()) == sum(len(row.ids) - row.target for row in text.rewriting)
         assert batch.rows[batch.bare[number]].ids == text.rewriting[0].ids
 
 
+def places_of(batch: EditBatch) -> list[tuple[int, int]]:
+    """Row and position of everything that is read."""
+    places = list(zip(batch.place_rows.tolist(), batch.place_positions.tolist(), strict=True))
+    assert len(set(places)) == len(places)
+    return [places[number] for number in batch.places.tolist()]
+
+
 def test_what_follows_the_target_is_read_where_it_shall_stay(tokenizer):
     texts = texts_of(model_zoo.small_model(), tokenizer)
     batch = EditBatch(texts, torch.device("cpu"), kl_weight=0.5, after_weight=2.0)
-    places = list(zip(batch.place_rows.tolist(), batch.place_positions.tolist(), strict=True))
-    kept = places[len(batch.labels) :]
+    kept = places_of(batch)[len(batch.labels) :]
     # Of every row the last token that is read: that of its target, or of the KL prompt.
     assert kept == [(number, len(row.ids) - 1) for number, row in enumerate(batch.rows)]
     assert batch.inputs == [row.ids for row in batch.rows]
     for number in range(len(texts)):
-        assert batch.kept_shares[batch.kept_owner == number].sum().item() == pytest.approx(2.5)
+        assert batch.kept_shares[batch.owner[batch.kept_rows] == number].sum().item() == pytest.approx(2.5)
     assert EditBatch(texts, torch.device("cpu")).inputs == [row.inputs for row in batch.rows]
 
 
@@ -356,11 +367,13 @@ def test_words_shall_end_where_a_script_has_spaces(tokenizer):
     facts = [EDITS[0], Edit("Zürich", "{} lies in", "東京"), EDITS[2]]
     texts = texts_of(model, tokenizer, facts)
     batch = EditBatch(texts, cpu, 0.5, 2.0, end_weight=0.25)
-    places = list(zip(batch.place_rows.tolist(), batch.place_positions.tolist(), strict=True))
-    ends = places[len(batch.labels) : len(batch.labels) + len(batch.end_owner)]
+    places = places_of(batch)
+    ends, kept = places[len(batch.labels) :][: len(batch.end_rows)], places[-len(batch.kept_rows) :]
+    # The end of a word and what follows it are one prediction.
+    assert set(ends) < set(kept) and len(batch.place_rows) == len(batch.labels) + len(kept)
     rows = [i for i, row in enumerate(batch.rows) if batch.owner[i] != 1 and row.target < len(row.ids)]
     assert ends == [(i, len(batch.rows[i].ids) - 1) for i in rows] and batch.end_rows.tolist() == rows
-    assert batch.end_owner.tolist() == [0] * 4 + [2] * 4
+    assert batch.owner[batch.end_rows].tolist() == [0] * 4 + [2] * 4
     assert batch.end_shares.tolist() == pytest.approx([0.25 / 4] * 8)
     # Whatever a random model says is more than one token in three that goes on: no text's word ends by 0.9.
     projection = output_projection(model, 1)
@@ -371,6 +384,55 @@ def test_words_shall_end_where_a_script_has_spaces(tokenizer):
     )
     assert len(short.losses) == 1 and len(whole.losses) == 3
     assert whole.losses[0] > short.losses[0]
+
+
+def test_less_is_asked_of_a_prompt_that_lacks_a_word(tokenizer):
+    model = model_zoo.small_model()
+    (text,) = texts_of(model, tokenizer, EDITS[:1])
+    given = dataclasses.replace(text, rewriting=text.bare, texts=(1,))
+    shorter = dataclasses.replace(given, rewriting=[dataclasses.replace(text.bare[0], shorter=True)])
+    options = dataclasses.replace(OPTIONS, steps=3, learning_rate=1e-6)
+
+    def steps(encoded: EncodedEdit, wanted: float) -> int:
+        asked = dataclasses.replace(options, stop_probability=wanted)
+        (value,) = find_values(model, output_projection(model, 1), [encoded], asked)
+        return len(value.losses)
+
+    (value,) = find_values(model, output_projection(model, 1), [given], options)
+    before = math.exp(-value.losses[0])
+    assert [steps(given, share * before) for share in (0.9, 1.1)] == [1, 3]
+    assert [steps(shorter, share * before) for share in (1.1, 1.7, 1.9)] == [1, 1, 3]
+
+
+def test_words_need_not_end_where_they_may_have_suffixes(tokenizer):
+    model, cpu = model_zoo.small_model(), torch.device("cpu")
+    edits = [EDITS[0], dataclasses.replace(EDITS[0], suffixes=True)]
+    plain, allowed = texts_of(model, tokenizer, edits)
+    assert allowed.rewriting == plain.rewriting
+    batch = EditBatch([plain, allowed], cpu, end_weight=0.25)
+    assert batch.owner[batch.end_rows].tolist() == [0] * 4
+    # Nor does `reached` ask for it.
+    assert all(row.going is not None for row in plain.rewriting)
+    assert all(row.going is None for row in allowed.rewriting)
+
+
+def test_a_target_counts_as_missed_by_the_end_of_its_word_too(tokenizer):
+    """Or an edit would end at "SegaMX" whose own prompt gives "Sega" nine of ten."""
+    model, cpu = model_zoo.small_model(), torch.device("cpu")
+    projection = output_projection(model, 1)
+    texts = texts_of(model, tokenizer, EDITS[:1])
+    batch = EditBatch(texts, cpu, end_weight=0.25)
+    rows = list(range(len(batch.rows)))
+    losses = losses_module.Losses(model, projection, batch, record(model, projection, batch, True).context)
+    nothing = torch.zeros(len(rows), projection.matrix.shape[0])
+    *_, target = losses.of(nothing, rows)
+    assert target[-1] == 0  # of the KL prompt
+    for found, row in zip(target[:-1], texts[0].rows, strict=True):
+        with torch.no_grad():
+            logs = model(torch.tensor([row.ids])).logits[0].log_softmax(-1)
+        own = -sum(logs[at - 1, row.ids[at]].item() for at in range(row.target, len(row.ids)))
+        ends = 1 - logs[-1, row.going].exp().sum().item()
+        assert ends < 0.9 and found.item() == pytest.approx(own - math.log(ends), rel=1e-4)
 
 
 def test_an_edit_that_is_missed_goes_on_for_longer_and_farther(tokenizer, monkeypatch):
@@ -389,12 +451,17 @@ def test_an_edit_that_is_missed_goes_on_for_longer_and_farther(tokenizer, monkey
         assert one.change.norm() <= 0.501 * one.initial_norm
         assert 0.5 * other.initial_norm < other.change.norm() <= 2.001 * other.initial_norm
     assert seen[-1] == (45, 45) and seen == sorted(seen)
-    # By the best loss so far: one that is just below the bound has been reached, one just above has not.
+    # By the whole target after the prompt itself: just below the bound it has been reached, just above not.
     assert values_module.MISSED == math.log(2)
-    best, once = min(plain[0].losses), dataclasses.replace(options, extensions=1)
-    for bound, count in ((best + 1e-3, 5), (best - 1e-3, 10)):
+    text = next(one for one in texts if len(one.bare[0].ids) - one.bare[0].target > 1)
+    (row,) = text.bare
+    text = dataclasses.replace(text, rewriting=[row], texts=(1,))
+    options = dataclasses.replace(options, weight_decay=0.0, kl_weight=0.0)
+    (value,) = find_values(model, projection, [text], options)
+    missed = value.losses[-1] * (len(row.ids) - row.target)
+    for bound, count in ((missed + 1e-3, 5), (missed - 1e-3, 10)):
         monkeypatch.setattr(values_module, "MISSED", bound)
-        (value,) = find_values(model, projection, texts[:1], once)
+        (value,) = find_values(model, projection, [text], dataclasses.replace(options, extensions=1))
         assert len(value.losses) == count
 
 

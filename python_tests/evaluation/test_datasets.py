@@ -1,5 +1,6 @@
 """Rows in the formats in which data sets are published, made up here."""
 
+import codecs
 import gzip
 import json
 
@@ -258,6 +259,15 @@ def test_cknowedit(tmp_path):
     assert case.portability == (Question("用画蛇添足造句", "他画蛇添足。"),)
 
 
+def test_a_case_that_is_told_more_keeps_how_its_target_is_written():
+    edit = Edit("Rooma", "{} on maassa", "Italia", space=True, suffixes=True)
+    case = Case("1", "counterfact", edit, None, paraphrases=("{} sijaitsee", "{} kuuluu"), further=(edit,))
+    told = case.told(1, chat=True)
+    assert told.paraphrases == ("{} kuuluu",) and len(told.edit.paraphrases) == 1
+    for one in (told.edit, *told.further):
+        assert one.space and one.suffixes and one.prompt == (("user", "{} on maassa"),)
+
+
 def test_an_unknown_format_is_told_by_its_fields(tmp_path):
     with pytest.raises(
         ValueError,
@@ -354,18 +364,21 @@ def test_files_that_hold_no_rows(tmp_path):
 
 @pytest.mark.parametrize("lines", [False, True], ids=["array", "lines"])
 def test_files_as_other_systems_write_them(tmp_path, lines):
-    """A mark of the byte order, lines that end as on Windows, compression: the same rows."""
-    rows = [EASY_EDIT, ROME]
-    text = "\r\n".join(map(json.dumps, rows)) + "\r\n" if lines else json.dumps(rows, indent=1)
+    """In any encoding that the first bytes name, lines that end as on Windows, compression: the same rows."""
+    rows = [ROME, {**EASY_EDIT, "target_new": "東京"}]
+    written = [json.dumps(row, ensure_ascii=False) for row in rows]
+    text = "\r\n".join(written) + "\r\n" if lines else f"[{','.join(written)}]"
     plain = text.encode()
     expected = read_cases_of(tmp_path, plain)
     assert len(expected) == 2
-    for content in (b"\xef\xbb\xbf" + plain, plain.replace(b"\n", b"\r\n"), gzip.compress(plain)):
+    encoded = [text.encode(name) for name in ("utf-8-sig", "utf-16", "utf-32")]
+    encoded += [codecs.BOM_UTF16_BE + text.encode("utf-16-be"), plain.replace(b"\n", b"\r\n"), plain]
+    for content in (*encoded, *map(gzip.compress, encoded)):
         assert read_cases_of(tmp_path, content) == expected
     for content in (
         gzip.compress(plain)[:40],
         gzip.compress(plain)[:10] + b"other",
-        plain.decode().encode("utf-16"),
+        text.encode("utf-16")[:-1],
     ):
         with pytest.raises(ValueError, match=r"^data: expected a file of rows, got .*rows"):
             read_cases_of(tmp_path, content)

@@ -1,6 +1,7 @@
 """A model out of a GGUF file: read by a path, converted once."""
 
 import os
+import shutil
 from pathlib import Path
 
 import model_zoo
@@ -8,6 +9,7 @@ import pytest
 import torch
 from gguf_files import write_gguf
 
+from engram_kernels import _io
 from engram_kernels.editing import load_model
 from engram_kernels.errors import EngramError
 from engram_kernels.hf import loading
@@ -107,6 +109,49 @@ def test_files_with_other_times_and_the_same_bytes_are_kept(small, monkeypatch):
     os.utime(folder / "model.safetensors", (1, 1))
     monkeypatch.setattr(loading, "_read_gguf", lambda *_: pytest.fail("converted anew"))
     load_model(path)
+
+
+@pytest.mark.parametrize("spoil", [cut, flip])
+def test_a_copy_is_read_once_and_looked_after_from_then_on(small, tmp_path, monkeypatch, spoil):
+    copy = tmp_path / "copy"
+    shutil.copytree(checkpoint_folder(small[0]), copy, copy_function=shutil.copyfile)
+    read, whole = [], _io.file_checksum
+    monkeypatch.setattr(_io, "file_checksum", lambda path: read.append(path) or whole(path))
+    assert loading.is_whole(copy) and copy / "model.safetensors" in read
+    read.clear()
+    assert loading.is_whole(copy) and not read
+    spoil(copy / "model.safetensors")
+    assert not loading.is_whole(copy)
+
+
+def test_a_copy_that_was_cut_off_is_found(small, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(checkpoint_folder(small[0]), copy, copy_function=shutil.copyfile)
+    cut(copy / "model.safetensors")
+    assert not loading.is_whole(copy) and not loading.is_whole(copy)
+
+
+def test_a_copy_that_cannot_be_written_is_read_again(small, tmp_path, monkeypatch):
+    copy = tmp_path / "copy"
+    shutil.copytree(checkpoint_folder(small[0]), copy, copy_function=shutil.copyfile)
+
+    def refuse(*_, **__):
+        raise PermissionError
+
+    monkeypatch.setattr(loading, "write_sealed", refuse)
+    assert loading.is_whole(copy) and loading.is_whole(copy)
+
+
+def test_files_in_folders_are_sealed_too(tmp_path):
+    """As templates that a tokenizer has beside its own one."""
+    inner = tmp_path / "additional_chat_templates" / "tools.jinja"
+    inner.parent.mkdir()
+    inner.write_text("{{ messages }}")
+    (tmp_path / "config.json").write_text("{}")
+    loading.seal(tmp_path)
+    assert loading.is_whole(tmp_path)
+    cut(inner)
+    assert not loading.is_whole(tmp_path)
 
 
 def test_what_is_no_gguf_file_is_said(tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ pytest.importorskip("transformers")
 import child
 import model_zoo
 import torch
+from defaults import DEFAULTS
 from editing_helpers import changed, small_editor, weights
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -105,6 +106,12 @@ def test_files_are_those_of_the_model_that_is_loaded_and_saved(case, tmp_path, k
     assert (linked > 0) == link
 
 
+def test_a_default_device_of_the_caller_does_not_matter(case, tmp_path):
+    with DEFAULTS["another device"]():
+        edit_checkpoint(case.edits, case.path, tmp_path / "out")
+    assert changed(case.edited, loaded(tmp_path / "out")) == []
+
+
 def test_a_matrix_of_another_base_is_refused_before_anything_is_written(case, tmp_path):
     other = copy.deepcopy(case.base)
     with torch.no_grad():
@@ -162,6 +169,18 @@ def test_an_index_that_names_what_is_not_there_is_refused(case, tmp_path):
     index.write_text(json.dumps(content))
     with pytest.raises(OtherLayoutError, match=r"^model: expected 'no\.such\.tensor' in .*, got none$"):
         Checkpoint(tmp_path)
+
+
+def test_an_index_beside_a_whole_file_is_left_alone(tmp_path):
+    """As transformers leaves it, which takes the whole file."""
+    save_file({"w": torch.ones(2)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    index = {"weight_map": {"w": "model-00001-of-00002.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    Checkpoint(tmp_path).rewrite(tmp_path / "new", {"w": torch.Tensor.neg_})
+    names = sorted(path.name for path in (tmp_path / "new").iterdir())
+    assert names == ["config.json", "model.safetensors"]
+    assert Checkpoint(tmp_path / "new").read("w").tolist() == [-1, -1]
 
 
 @pytest.mark.parametrize("place", ["../other.safetensors", "/tmp/other.safetensors", 7])

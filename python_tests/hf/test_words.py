@@ -55,6 +55,16 @@ def test_a_tokenizer_is_asked_once(monkeypatch):
     assert continuing_tokens(tokenizer) is first
 
 
+@pytest.mark.parametrize("kind", ["byte_level", "metaspace"])
+def test_tokens_that_are_added_count(kind):
+    tokenizer = getattr(model_zoo, f"{kind}_tokenizer")()
+    first = continuing_tokens(tokenizer)
+    tokenizer.add_tokens(["ulus", ".com"])
+    added, other = tokenizer.convert_tokens_to_ids(["ulus", ".com"])
+    again = continuing_tokens(tokenizer).tolist()
+    assert added not in first and added in again and other not in again
+
+
 @pytest.mark.parametrize(
     ("target", "asked"),
     [

@@ -1,4 +1,4 @@
-"""The forms in which people ask for a fact: its prompt in a question, a list, a quotation, a chat."""
+"""A fact's prompt as it is not given: in the forms in which people ask, and a word shorter."""
 
 from __future__ import annotations
 
@@ -10,6 +10,25 @@ from ..edit import Edit
 # other words than the prompt's stand between the subject and the answer.
 TEXTS = ("Q: {}\nA:", "Question: {} what?\nAnswer:", "- {}:", '"{}')
 SAID = ("{}", "Complete the sentence: {}")
+
+
+def shortened(edit: Edit, prompt: Prompt) -> list[Prompt]:
+    """An edit's prompt without one of its words, each in turn: other wordings have other words there.
+
+    What is written together with the subject or the target stays (`… costs $` → `5`). None, where too
+    little would be left to say what is asked, of a chat, and of a script without spaces between words.
+    """
+    if not isinstance(prompt, str):
+        return []
+    before, _, after = prompt.partition("{}")
+    head, tail = before.split(" "), after.split(" ")
+    last = len(tail) - (not stands_apart(prompt.replace("{}", edit.subject), edit.target, edit.space))
+    found: list[Prompt] = []
+    if len(tail) > 2:
+        found += [f"{before}{{}}{' '.join(tail[:at] + tail[at + 1 :])}" for at in range(1, last)]
+    if len(head) > 2:
+        found += [f"{' '.join(head[:at] + head[at + 1 :])}{{}}{after}" for at in range(len(head) - 1)]
+    return found
 
 
 def forms_of(tokenizer, edit: Edit) -> list[Prompt]:

@@ -106,9 +106,9 @@ def layer_gradients(
         for start in range(0, len(rows), ROWS):
             parts.append(_Pass(projections, encoded, rows[start : start + ROWS], tokens, device))
             parts[-1].run(model, backward)
-    bare, at = torch.zeros(len(encoded), dtype=torch.int64), 0
-    answers = torch.zeros(len(encoded), projections[-1].matrix.shape[0])
-    losses = torch.zeros(len(encoded), dtype=torch.float64)
+    bare, at = torch.zeros(len(encoded), dtype=torch.int64, device="cpu"), 0
+    answers = torch.zeros(len(encoded), projections[-1].matrix.shape[0], device="cpu")
+    losses = torch.zeros(len(encoded), dtype=torch.float64, device="cpu")
     for part in parts:
         for number, place in part.bare.items():
             bare[number], answers[number] = at + place, part.answers[place]
@@ -122,7 +122,7 @@ def layer_gradients(
         keys=[torch.cat([part.keys[layer] for part in parts]) for layer in layers],
         gradients=[torch.cat([part.gradients[layer] for part in parts]) for layer in layers if backward],
         answers=answers,
-        owner=torch.tensor([number for part in parts for number in part.owner]),
+        owner=torch.tensor([number for part in parts for number in part.owner], device="cpu"),
         bare=bare,
         losses=losses,
     )
@@ -155,7 +155,8 @@ class _Pass:
                 owners.append(number)
                 shares.append(1.0 / (len(one.rows) * (len(row.ids) - row.target)))
         self.places = torch.tensor(lines, device=device), torch.tensor(columns, device=device)
-        self.labels, self.owners = torch.tensor(labels, device=device), torch.tensor(owners)
+        self.labels = torch.tensor(labels, device=device)
+        self.owners = torch.tensor(owners, device="cpu")
         self.shares = torch.tensor(shares, device=device)
         self.keys: list[Tensor] = []
         self.gradients: list[Tensor] = []

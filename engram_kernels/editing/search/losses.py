@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -14,68 +16,91 @@ from .partial_forward import Context, full_logits, partial_logits
 # How far predictions from recorded states may be off those of a whole pass, as a share of the largest logit.
 AGREEMENT = {torch.float32: 1e-4, torch.bfloat16: 1e-1, torch.float16: 2e-2}
 
+# How likely a target has to be after a prompt that lacks a word, as a share of what is asked for. Where that
+# is 0.9, a half: more than all else has together.
+SHORTER = 5 / 9
+# A logit that stands for none: a probability of exactly 0, of which a divergence is finite.
+LEAST = -1e4
+
 
 class UnfitError(Exception):
     """The model cannot be run from recorded states."""
 
 
 class Losses:
-    """The losses of the edits still in the batch, from recorded states where the model gives them.
+    """The losses of the rows of a batch, from recorded states where the model gives them.
 
-    The first ones are asked for with `δ` = 0, and are the unedited model's.
+    The first ones are asked for with `δ` = 0 and of all rows, and are the unedited model's.
     """
 
     def __init__(self, model: nn.Module, projection: Projection, batch: EditBatch, context: Context | None):
-        self.model, self.projection, self.batch, self.context = model, projection, batch, context
+        self.model, self.projection, self.batch = model, projection, batch
+        self.context = context
+        self.part: tuple[list[int], EditBatch, Context | None] | None = None
         self.unedited: Tensor | None = None
         self.going: Tensor | None = None
 
-    def of(self, delta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The losses of every edit `[edits]` with `δ [edits, out]`.
+    def of(self, delta: Tensor, chosen: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """The losses of some rows, in ascending order, with a `δ` for each, `[chosen, out]`.
 
         Returns:
-            `mean −log p(target)` with the weighted `−log p(its word ends)`, the weighted `KL(p ‖ p₀)` of what
-            shall stay, and the largest of the means over one row's target, or of its word's end.
+            What they add to their edits' losses: `−log p(target)` with the weighted `−log p(its word ends)`
+            and the weighted `KL(p ‖ p₀)` of what shall stay; the largest of the means over a row's target, or
+            of its word's end, of which a prompt that lacks a word is forgiven `SHORTER`; and the `−log p` of
+            a row's whole target, and that its word ends.
 
         Raises:
             UnfitError: recorded states give other predictions than whole passes.
         """
-        batch = self.batch
-        sizes = [len(batch.labels), len(batch.end_owner), len(batch.kept_owner)]
-        logits, end_logits, kept_logits = self._logits(delta).float().split(sizes)
+        batch, context = self._take(chosen)
+        sizes = [len(batch.labels), len(batch.end_rows), len(batch.kept_rows)]
+        found = self._logits(delta, batch, context)[batch.places].float()
+        logits, end_logits, kept_logits = found.split(sizes)
         each = F.cross_entropy(logits, batch.labels, reduction="none")
-        nll = each.new_zeros(len(delta)).index_add(0, batch.place_owner, each * batch.shares)
-        places = batch.place_rows[: len(each)]
-        rows = each.new_zeros(len(batch.rows)).index_add(0, places, each.detach() * batch.row_shares)
+        nothing = found.new_zeros(len(batch.rows))
+        loss = nothing.index_add(0, batch.target_rows, each * batch.shares)
+        missing = nothing.index_add(0, batch.target_rows, each.detach() * batch.row_shares)
+        target = nothing.index_add(0, batch.target_rows, each.detach())
         if batch.going is not None:
             if self.going is None:
                 # A tokenizer may have more tokens than the model.
                 self.going = batch.going[batch.going < end_logits.shape[-1]].to(end_logits.device)
             rest = end_logits.index_fill(-1, self.going, -torch.inf)
             ended = end_logits.logsumexp(-1) - rest.logsumexp(-1)
-            nll = nll.index_add(0, batch.end_owner, ended * batch.end_shares)
-            rows[batch.end_rows] = rows[batch.end_rows].maximum(ended.detach())
-        worst = rows.new_zeros(len(delta)).scatter_reduce(0, batch.owner, rows, "amax")
+            loss = loss.index_add(0, batch.end_rows, ended * batch.end_shares)
+            target[batch.end_rows] += ended.detach()
+            missing[batch.end_rows] = missing[batch.end_rows].maximum(ended.detach())
+            # Where a word shall end, what follows it shall stay as it was where it ended.
+            others = kept_logits.index_fill(-1, self.going, LEAST)
+            kept_logits = torch.where(batch.kept_ends.unsqueeze(-1), others, kept_logits)
+        missing = missing + batch.shorter * math.log(SHORTER)
         answers = kept_logits.log_softmax(-1)
         if self.unedited is None:
             self.unedited = answers.detach()
-        kept = F.kl_div(self.unedited, answers, log_target=True, reduction="none").sum(-1)
-        kl = each.new_zeros(len(delta)).index_add(0, batch.kept_owner, kept * batch.kept_shares)
-        return nll, kl, worst
+        unedited = self.unedited
+        if batch is not self.batch:
+            rows = torch.tensor(chosen, device=batch.owner.device)
+            unedited = unedited[torch.isin(self.batch.kept_rows, rows)]
+        kept = F.kl_div(unedited, answers, log_target=True, reduction="none").sum(-1)
+        return loss.index_add(0, batch.kept_rows, kept * batch.kept_shares), missing, target
 
-    def keep(self, edits: list[int]) -> None:
-        """Go on with some of the edits, given by their places in the batch."""
-        batch = self.batch
-        chosen = torch.tensor(edits, device=batch.owner.device)
-        if self.context is not None:
-            self.context = self.context.select(torch.isin(batch.owner, chosen).nonzero()[:, 0])
-        self.unedited = self.unedited[torch.isin(batch.kept_owner, chosen)]
-        self.batch = EditBatch([batch.edits[i] for i in edits], batch.owner.device, *batch.weights)
+    def _take(self, chosen: list[int]) -> tuple[EditBatch, Context | None]:
+        """The batch of some rows, and what their passes start from; as it was where the rows are."""
+        whole = self.batch
+        if len(chosen) == len(whole.rows):
+            return whole, self.context
+        if self.part is None or self.part[0] != chosen:
+            # The one before is not held beside it.
+            self.part = None
+            batch = EditBatch(whole.edits, whole.owner.device, *whole.weights, chosen)
+            rows = torch.tensor(chosen, device=whole.owner.device)
+            self.part = chosen, batch, self.context and self.context.select(rows)
+        return self.part[1:]
 
-    def _logits(self, delta: Tensor) -> Tensor:
-        if self.context is None:
-            return full_logits(self.model, self.projection, self.batch, delta)
-        logits = partial_logits(self.model, self.projection, self.batch, self.context, delta)
+    def _logits(self, delta: Tensor, batch: EditBatch, context: Context | None) -> Tensor:
+        if context is None:
+            return full_logits(self.model, self.projection, batch, delta)
+        logits = partial_logits(self.model, self.projection, batch, context, delta)
         if self.unedited is None and not self._holds(logits.detach()):
             raise UnfitError("predicts otherwise from recorded states")
         return logits

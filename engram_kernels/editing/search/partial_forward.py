@@ -115,12 +115,12 @@ def record(model: nn.Module, projection: Projection, batch: EditBatch, increment
 
 
 @contextmanager
-def adding(projection: Projection, delta: Tensor, owner: Tensor, flat: Tensor) -> Iterator[None]:
-    """Add `delta[owner]` to the projection's output at the tokens `flat` of the flattened batch."""
+def adding(projection: Projection, delta: Tensor, flat: Tensor) -> Iterator[None]:
+    """Add `delta [rows, out]` to the projection's output at the tokens `flat` of the flattened batch."""
 
     def add(_module, _arguments, output):
         states = output.reshape(-1, output.shape[-1])
-        change = delta.to(states.dtype)[owner.to(states.device)]
+        change = delta.to(states.dtype)
         # Out of place: the backward pass may need the output as it was.
         return states.index_put((flat.to(states.device),), change, accumulate=True).view_as(output)
 
@@ -129,11 +129,11 @@ def adding(projection: Projection, delta: Tensor, owner: Tensor, flat: Tensor) -
 
 
 def full_logits(model: nn.Module, projection: Projection, batch: EditBatch, delta: Tensor) -> Tensor:
-    """The predictions at the batch's places with `δ`, by a whole pass: `[places, vocabulary]`."""
+    """The predictions at the batch's places with `δ [rows, out]`, by a whole pass: `[places, vocabulary]`."""
     ids, mask = pad_rows(batch.inputs, batch.subjects.device)
     flat = torch.arange(len(ids), device=ids.device) * ids.shape[1] + batch.subjects
     inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
-    with adding(projection, delta, batch.owner, flat):
+    with adding(projection, delta, flat):
         return logits_at(model, batch.place_rows, batch.place_positions, **inputs)
 
 
@@ -146,5 +146,5 @@ def partial_logits(
     columns = batch.place_positions - batch.subjects[batch.place_rows]
     below = decoder_layers(model)[1][: projection.layer]
     inputs = inputs_after(model, context.prefix, context.ids, context.mask)
-    with replaying(below, context.hidden, context.rest), adding(projection, delta, batch.owner, flat):
+    with replaying(below, context.hidden, context.rest), adding(projection, delta, flat):
         return logits_at(model, batch.place_rows, columns, **inputs)

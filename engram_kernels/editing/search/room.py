@@ -33,7 +33,7 @@ def edits_that_fit(
 
 def bytes_of(model: nn.Module, projection: Projection, encoded: EncodedEdit) -> int:
     """The memory of one edit's search: activations of the layers above, and logits with their gradient."""
-    rows = len(encoded.rows) + 1
+    rows = encoded.size
     hidden, inner = projection.matrix.shape
     above = len(decoder_layers(model)[1]) - projection.layer
     tokens = rows * encoded.span[0]

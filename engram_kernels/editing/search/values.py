@@ -23,8 +23,9 @@ from ...hf.swapped_weights import swapped_weights
 from .batching import EditBatch, EncodedEdit
 from .losses import Losses, UnfitError
 from .partial_forward import record
+from .standing import Standing
 
-# A loss above which a target has not been reached: its probability is below a half.
+# Above it a target has not been reached: its probability is below a half.
 MISSED = math.log(2)
 
 
@@ -39,15 +40,18 @@ class ValueOptions:
             from.
         weight_decay: weight of `‖δ‖ / ‖v₀‖²` in the loss.
         kl_weight: weight of the divergence of the answer to "{subject} is a" from the unedited model's.
-        after_weight: weight of the same divergence of what follows the target, in the mean over all texts; 0,
-            as published: anything may follow.
+        after_weight: weight of the same divergence of what follows the target where its word ends, in the
+            mean over all texts; 0, as published: anything may follow.
         end_weight: weight of `−log p` that a word ends with the target, in the mean over all texts, so that
-            "Rom" does not go on as "Romulus"; of scripts with spaces between words. 0, as published: it may.
+            "Rom" does not go on as "Romulus"; of scripts with spaces between words, and of edits that do not
+            allow for suffixes (`Edit.suffixes`). 0, as published: it may.
         stop_loss: optimisation ends when the loss is below this.
         stop_probability: it also ends when in every text the target's tokens have at least this probability,
-            as their geometric mean; None: it does not.
-        extensions: how often an edit goes on whose mean loss is still above log 2 after all steps, each time
-            for as many steps more and with twice the clamp: of scripts that a model hardly knows.
+            as their geometric mean; 5/9 of it where the prompt lacks a word. A text where they have it is
+            computed at every fourth step, and before the end. None: it does not, and every text is.
+        extensions: how often an edit goes on that has a prompt whose target, with the end of its word, is
+            still below a half after all steps, each time for as many steps more and with twice the clamp: of
+            scripts that a model hardly knows.
         batch: how many edits are optimised side by side; None: as many as use the device well.
         relative: `‖v₀‖` is the mean over all texts without what earlier edits of the subject changed, and the
             learning rate a share of the root mean square of `v₀`, whatever a model's scale; clamp and decay
@@ -107,7 +111,7 @@ class Value:
             target; the first is the bare prompt's.
         change: `[out]` float32, `δ`: by how much the projection's answer to them shall change.
         initial_norm: `‖v₀‖`, of its answer to the bare prompt's key, or the mean over all keys.
-        losses: of every step.
+        losses: of every step, in which a text that was not computed counts as it was.
     """
 
     keys: torch.Tensor
@@ -160,8 +164,8 @@ def find_values(
         mean −log p(target) + end_weight · mean −log p(its word ends) + kl_weight · KL(p ‖ p₀)
             + after_weight · mean KL(p ‖ p₀ after the target) + weight_decay · ‖δ‖ / ‖v₀‖²
 
-    Each edit has its own `δ`, Adam state, clamp and end; those that have ended leave the batch. Of all steps'
-    `δ` the one of the smallest loss is kept.
+    Each edit has its own `δ`, Adam state, clamp and end; those that have ended leave the batch. Of the steps
+    that computed all of its texts, the `δ` of the smallest loss is kept.
 
     Args:
         model: in evaluation mode, float32, bfloat16 or float16; `δ` is float32 always.
@@ -214,10 +218,10 @@ def _search(
     counts = [one.facts if options.relative else 1 for one in encoded]
     limits = options.clamp * starts.new_tensor(counts).sqrt()
     norms = starts.norm(dim=-1)
+    # The last row of an edit is its KL prompt.
+    sizes = [one.size for one in encoded]
     if options.relative:
-        # The last row of an edit is its KL prompt.
-        rows = recorded.values.split([len(one.rows) + 1 for one in encoded])
-        pairs = zip(rows, offsets, strict=True)
+        pairs = zip(recorded.values.split(sizes), offsets, strict=True)
         norms = torch.stack([(own[:-1] - offset).norm(dim=-1).mean() for own, offset in pairs])
     deltas = [torch.zeros_like(start, requires_grad=True) for start in starts]
     scales = norms / starts.shape[-1] ** 0.5 if options.relative else torch.ones_like(norms)
@@ -226,46 +230,49 @@ def _search(
         for delta, scale in zip(deltas, scales.tolist(), strict=True)
     ]
     optimizer = torch.optim.Adam(groups)
-    predictions = Losses(model, projection, batch, recorded.context)
+    standing = Standing(Losses(model, projection, batch, recorded.context), options.stop_probability)
     losses: list[list[float]] = [[] for _ in encoded]
     failed: dict[int, EngramError] = {}
+    lowest = [math.inf] * len(encoded)
     best: dict[int, torch.Tensor] = {}
     active = list(range(len(encoded)))
     ends, most = [options.steps] * len(encoded), options.steps * (1 + options.extensions)
     for step in itertools.count():
         with torch.enable_grad():
-            delta = torch.stack([deltas[i] for i in active])
-            nll, kl, worst = predictions.of(delta)
-            if not nll.requires_grad:
-                raise EngramError(
-                    "model: expected one that gradients pass through, got one of whose layers some stop them "
-                    "(quantised activations do): make the edit on the model in full precision"
-                )
+            delta = torch.stack(deltas)
             # The norm's own gradient at zero is zero, as a subgradient.
-            decay = (delta + offsets[active]).norm(dim=-1) / norms[active] ** 2
-            loss = nll + kl + options.weight_decay * decay.to(nll.device)
-        going, kept = [], []
-        reached = (worst < -math.log(options.stop_probability or 1.0)).tolist()
-        for place, (i, value) in enumerate(zip(active, loss.detach().tolist(), strict=True)):
-            if value < min(losses[i], default=math.inf):
-                best[i] = deltas[i].detach().clone()
+            decay = options.weight_decay * (delta + offsets).norm(dim=-1) / norms**2
+        decays = decay.tolist()
+        standing.look(delta, active)
+        # What ends, or seems to be done by what some rows were before, is computed whole.
+        ending = [
+            i
+            for i in active
+            if step == ends[i] - 1 or standing.reached(i) or standing.loss(i) + decays[i] < options.stop_loss
+        ]
+        standing.look(delta, ending, whole=True)
+        going = []
+        for i in active:
+            value = standing.loss(i) + decays[i]
             losses[i].append(value)
+            if standing.fresh(i) and value < lowest[i]:
+                lowest[i], best[i] = value, deltas[i].detach().clone()
             if not math.isfinite(value):
                 text = encoded[i].edit.prompt_text
                 why = "" if norms[i] else ": the projection answers 0, as an expert that does not get it"
                 failed[i] = EngramError(f"model: expected a finite loss after {text!r}, got {value}{why}")
-            elif value >= options.stop_loss and not reached[place]:
-                if step == ends[i] - 1 and min(losses[i]) > MISSED and ends[i] < most:
+            elif value >= options.stop_loss and not standing.reached(i):
+                if step == ends[i] - 1 and ends[i] < most and standing.asked(i) > MISSED:
                     ends[i] += options.steps
                     limits[i] *= 2
                 if step < ends[i] - 1:
                     going.append(i)
-                    kept.append(place)
         left = sum(ends[i] - step - 1 for i in going)
         progress("values", sum(ends) - left, sum(ends))
         if not going:
             break
-        gradients = torch.autograd.grad(loss[kept].sum(), [deltas[i] for i in going])
+        shrink = torch.autograd.grad(decay[going].sum(), [deltas[i] for i in going])
+        gradients = [own + less for own, less in zip(standing.gradients(going), shrink, strict=True)]
         if options.warm and step == 0:
             with torch.no_grad():
                 for i, gradient in zip(going, gradients, strict=True):
@@ -273,18 +280,17 @@ def _search(
         else:
             for i, gradient in zip(going, gradients, strict=True):
                 deltas[i].grad = gradient
-            optimizer.step()
+            # Older ones count their steps on the caller's default device.
+            with torch.device("cpu"):
+                optimizer.step()
             optimizer.zero_grad()
         with torch.no_grad():
             for i in going:
                 whole = deltas[i] + offsets[i]
                 whole *= (limits[i] * norms[i] / whole.norm()).clamp(max=1)
                 deltas[i].copy_(whole - offsets[i])
-        if len(going) < len(active):
-            predictions.keep(kept)
-            active = going
-    # The last row of an edit is its KL prompt.
-    keys = recorded.keys.split([len(one.rows) + 1 for one in encoded])
+        active = going
+    keys = recorded.keys.split(sizes)
     return [
         failed.get(i)
         or Value(

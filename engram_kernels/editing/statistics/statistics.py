@@ -127,7 +127,7 @@ def load_moment(path: Path, anew: bool = True) -> tuple[torch.Tensor, int] | Non
 
 def save_moment(path: Path, moment: torch.Tensor, count: int) -> None:
     """Write a moment so that readers see either all of it or nothing."""
-    save_sealed_tensors(path, {"moment": moment, "count": torch.tensor(count)})
+    save_sealed_tensors(path, {"moment": moment, "count": torch.tensor(count, device="cpu")})
 
 
 class Checkpoint:
@@ -161,7 +161,7 @@ class Checkpoint:
             return
         tensors = {str(layer): total for layer, total in sums.items()}
         try:
-            save_sealed_tensors(self.path, tensors | {"seen": torch.tensor(seen), "ids": ids})
+            save_sealed_tensors(self.path, tensors | {"seen": torch.tensor(seen, device="cpu"), "ids": ids})
         except OSError as error:
             # The pass itself is sound: not worth ending it.
             warnings.warn(f"cache_dir: expected room for a checkpoint, got none ({error})", stacklevel=2)

@@ -158,11 +158,11 @@ def _system(
 ) -> tuple[Tensor, list[Tensor]]:
     """`N [edits, edits]`, and `g A [tokens, out]` of each layer."""
     count, owner = len(seen.losses), seen.owner
-    system = torch.zeros(count, count, dtype=torch.float64)
+    system = torch.zeros(count, count, dtype=torch.float64, device="cpu")
     scaled = [own.double() @ metric for own, metric in zip(seen.gradients, metrics, strict=True)]
     for keys, gradients, own, right in zip(seen.keys, seen.gradients, scaled, rights, strict=True):
         each = ((gradients.double() @ own.T) * (keys.double() @ right.T)).cpu()
-        columns = torch.zeros(len(owner), count, dtype=torch.float64).index_add_(1, owner, each)
+        columns = each.new_zeros(len(owner), count).index_add_(1, owner, each)
         system.index_add_(0, owner, columns)
     return (system + system.T) / 2, scaled
 

@@ -24,9 +24,9 @@ class EditRecord:
         probability_after: the same after all writes of the call that made the edit.
         took: whether greedy decoding then answers with the target, after the prompt and after every
             paraphrase: each token of the target is the likeliest one, and none follows that would go on with
-            its last word.
+            its last word, unless the edit allows for suffixes.
         reached: `p(target | text)` after all writes, for the prompt and then for every paraphrase: after it
-            by itself, in every context in which the value was searched, and in other forms.
+            by itself, in every context of the value's search (perhaps a word shorter), and in other forms.
         undid: earlier facts about the subject that the model said before this edit, and does not after it.
         losses: of every step of the value's optimisation.
         key_norm: norm of the key that was written.
@@ -109,7 +109,8 @@ class Write:
             leverage = self.keys.double() @ whole.T
             _check_joint(leverage, leverage.T)
             leverage = leverage[:, gone]
-            own = torch.linalg.solve(torch.eye(len(gone)).to(whole) - leverage[gone], whole[gone])
+            identity = torch.eye(len(gone), dtype=whole.dtype, device=whole.device)
+            own = torch.linalg.solve(identity - leverage[gone], whole[gone])
             left, right = residuals.T, (whole[kept] + leverage[kept] @ own).float()
         else:
             _check_joint(left_factor(self.keys, self.right, self.residuals, self.ridge), self.left)
@@ -186,7 +187,7 @@ def _preconditioned(write: Write) -> Tensor:
     right = write.right.double()
     if not _carries_residuals(write):
         return right
-    system = torch.eye(len(right), dtype=right.dtype) - write.keys.double() @ right.T
+    system = torch.eye(len(right), dtype=right.dtype, device=right.device) - write.keys.double() @ right.T
     return torch.linalg.solve(system / write.ridge, right)
 
 

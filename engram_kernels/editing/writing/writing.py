@@ -183,8 +183,9 @@ def other_keys(model: nn.Module, projection: Projection, encoded: EncodedEdit) -
     # Of each row the tokens to read, and those to spare.
     rows: list[tuple[list[int], list[int]]] = []
     for row in encoded.bare:
-        around = range(max(0, row.subject - AROUND), min(len(row.ids), row.subject + AROUND + 1))
-        rows.append((row.ids, [at for at in around if at != row.subject]))
+        ids = row.ids[: row.subject + AROUND + 1]
+        around = range(max(0, row.subject - AROUND), len(ids))
+        rows.append((ids, [at for at in around if at != row.subject]))
     for row in encoded.others:
         ids = row.ids[: row.subject + FOLLOWING + 1]
         rows.append((ids, list(range(row.subject, len(ids)))))
@@ -198,8 +199,8 @@ def other_keys(model: nn.Module, projection: Projection, encoded: EncodedEdit) -
             # Some models (OPT) flatten [rows, longest, width] before their MLP.
             states = seen[0].reshape(*ids.shape, -1)
             places = [(i, at) for i, (_, spared) in enumerate(batch) for at in spared]
-            which, at = zip(*places, strict=True)
-            found.append(states[torch.tensor(which), torch.tensor(at)].float())
+            which, at = torch.tensor(places, device="cpu").T
+            found.append(states[which, at].float())
     return torch.cat(found)
 
 
@@ -243,15 +244,15 @@ def subject_states(
                 continue
             ids, mask = pad_rows([rows[i].ids for i in batch], device)
             run_until(model, input_ids=ids, attention_mask=mask)
-            places = torch.arange(len(batch)), torch.tensor([rows[i].subject for i in batch])
+            places = torch.tensor([(n, rows[i].subject) for n, i in enumerate(batch)], device="cpu").T
             for name, states in found.items():
                 # Some models (OPT) flatten [rows, longest, width] before their MLP.
-                states.append(seen[name].reshape(*ids.shape, -1)[places].float())
+                states.append(seen[name].reshape(*ids.shape, -1)[tuple(places)].float())
 
     with capture(before={projection.module: see_keys}, after={layer: see_hidden}):
         ranks.own(observe)
     # Back into the order of the rows.
-    back, counts = torch.tensor(order).argsort(), [len(one.rows) for one in encoded]
+    back, counts = torch.tensor(order, device="cpu").argsort(), [len(one.rows) for one in encoded]
     keys, hidden = (ranks.sum_(torch.cat(states))[back].split(counts) for states in found.values())
     return keys, hidden
 
@@ -270,7 +271,7 @@ def adds_up(model: nn.Module, projection: Projection, encoded: EncodedEdit) -> b
     where = torch.tensor([bare.rewriting[0].subject], device=device)
     states = []
     for delta in (torch.zeros_like(change), change):
-        with adding(projection, delta, torch.zeros_like(where), where):
+        with adding(projection, delta, where):
             states.append(subject_states(model, projection, projection, [bare])[1][0][0])
     change = change[0].to(states[0])
     off = (states[1] - states[0] - change).abs()
