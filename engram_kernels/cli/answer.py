@@ -10,7 +10,7 @@ import typer
 from rich.markup import escape
 
 from .common import Device, device_of, reading
-from .kept import Folder, User, encoder_name, load, number_of, saved
+from .kept import Folder, User, encoder_of, number_of, saved
 from .output import console, emit, show, wanted
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def chat(
     Example: engram memory chat town
     """
     kept = saved(memory)
-    encoder = load(encoder_name(kept, memory), device, light=False)
+    encoder = encoder_of(kept, memory, device)
     speaker = answerer(kept, encoder, model, only_memory, device, number_of(kept, user))
     while question := _asked():
         speaker.memory = saved(memory)

@@ -65,6 +65,12 @@ def edit(
             "--space/--no-space", help="Whether a space stands before the target; default: by script."
         ),
     ] = None,
+    suffixes: Annotated[
+        bool,
+        typer.Option(
+            "--suffixes", help="The target's last word may go on, as with case endings: Rooma, Roomassa."
+        ),
+    ] = False,
     method: Method = "engram",
     layers: Layers = None,
     values: Values = None,
@@ -96,7 +102,7 @@ def edit(
     value = method_of(method).value
     asked_layers = layers_of(layers)
     with reading("also", "paraphrases"):
-        fact = Edit(subject, prompt, target, also or (), space, chat)
+        fact = Edit(subject, prompt, target, also or (), space, chat, suffixes=suffixes)
     asked = [("edited", one) for one in fact.prompts]
     for text in paraphrase or ([] if also or chat else [frame.format(prompt) for frame in FRAMES]):
         with reading("paraphrase", "prompt"):
@@ -113,7 +119,8 @@ def edit(
         texts = [encode_row(tokenizer, fact.subject, one).ids for _, one in asked]
         texts += [open_ids(tokenizer, text) for text in controls]
         wanted = [
-            encode_row(tokenizer, fact.subject, one, target, space=space, whole=True) for _, one in asked
+            encode_row(tokenizer, fact.subject, one, target, space=space, whole=not suffixes)
+            for _, one in asked
         ]
         rows = [*wanted, *(Row(ids, 0, len(ids)) for ids in texts[len(wanted) :])]
         for row, text in zip(rows, [*(prompt_words(one) for _, one in asked), *controls], strict=True):

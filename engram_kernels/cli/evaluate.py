@@ -170,7 +170,7 @@ def evaluate(
     from ..evaluation.outcomes import summarise
     from ..evaluation.report import EvalReport
     from ..evaluation.run import CHECKPOINTS, Evaluation, peak_memory
-    from ..integrations.easyedit import check_baseline
+    from ..integrations.easyedit import EasyEdit, check_baseline
 
     if mode not in MODES:
         raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
@@ -259,7 +259,8 @@ def evaluate(
         outcomes, retained, summary = evaluate_by(editor, report, options, settings, mode)
         compared = {f"{method}, {mode}": summary}
         for name in baseline or ():
-            compared[name] = _baseline(name, editor, report, settings, failures, evaluate_by)
+            other = EasyEdit(check_baseline(name), editor, corpus)
+            compared[name] = _baseline(name, other, report, settings, failures, evaluate_by)
     show(_table(summary, f"{data.name}, {Path(model).name}, {method}, {mode}"))
     if len(compared) > 1:
         show(_comparison(compared))
@@ -308,12 +309,9 @@ def _tasks(network, tokenizer, tasks: list[str] | None, limit: int | None) -> di
     return run_tasks(network, tokenizer, tasks, limit) if tasks else {}
 
 
-def _baseline(name: str, editor, report: Path | None, settings: dict, failures: str, evaluate_by) -> dict:
+def _baseline(name: str, other, report: Path | None, settings: dict, failures: str, evaluate_by) -> dict:
     """Another library's method on the same cases, one by one, in a report of its own."""
-    from ..integrations.easyedit import EasyEdit, check_baseline
-
     kept_at = None if report is None else report.with_name(f"{report.stem}.{name.replace(':', '-')}.json")
-    other = EasyEdit(check_baseline(name), editor)
     said = settings | {"method": name, "mode": "each"}
     return evaluate_by(other, kept_at, {"failures": failures}, said, "each")[2]
 

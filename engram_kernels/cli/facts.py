@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import codecs
 import json
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from .._io import encoding_of
 from ..hf.scripts import is_whole
 
 if TYPE_CHECKING:
     from ..memory import EpisodicMemory
     from ..memory.ledger import Entry, Id
 
-# What names a text's encoding. UTF-32 first: its mark begins with that of UTF-16.
-_MARKS = (
-    (codecs.BOM_UTF32_LE, "utf-32"),
-    (codecs.BOM_UTF32_BE, "utf-32"),
-    (codecs.BOM_UTF16_LE, "utf-16"),
-    (codecs.BOM_UTF16_BE, "utf-16"),
-    (codecs.BOM_UTF8, "utf-8-sig"),
-)
 _NAMES = ("key", "value", "id", "tags")
 
 
@@ -140,7 +132,7 @@ def content_of(name: str, path: Path) -> tuple[bytes, str]:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"{name}: expected a text file, got {str(path)!r} ({reason})") from None
-    return content, next((encoding for mark, encoding in _MARKS if content.startswith(mark)), "utf-8")
+    return content, encoding_of(content)
 
 
 def _text(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from datetime import datetime, timezone
 from itertools import chain, repeat
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .common import bars, device_of, reading
-from .facts import Fact
+from .facts import Fact, fact_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,6 +23,8 @@ Folder = Annotated[Path, typer.Argument(help="The memory's folder.")]
 User = Annotated[str | None, typer.Option(help="Whose memory in the folder; default: the one of no user.")]
 # Characters of a fact that a table shows.
 SHOWN = 200
+# One encoder's latents of a text are as near to each other as this, on whatever device.
+_SAME = 0.99
 
 
 def saved(folder: Path) -> EpisodicMemory:
@@ -64,6 +67,28 @@ def number_of(kept: EpisodicMemory, user: str | None, add: bool = False) -> int:
         return kept.add_memory(user)
     users = ", ".join(repr(label) for label in kept.labels if label is not None) or "no users"
     raise ValueError(f"user: expected one of the memory's ({users}), got {user!r}")
+
+
+def encoder_of(
+    kept: EpisodicMemory, folder: Path, device: str | None, light: bool = False
+) -> SentenceEncoder:
+    """The encoder that a memory names, if it still makes the latents that its newest fact has."""
+    import torch
+
+    name = encoder_name(kept, folder)
+    encoder = load(name, device, light)
+    written = [entry for _, entry in kept.ledger.items() if (entry.metadata or {}).get("written")]
+    for entry in written[-1:]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what can be said of that text was said when it was written
+            latents, _ = encoder.encode_passages([fact_of(entry).asked])
+        now, then = latents[:1].cpu().float(), entry.key[:1].cpu().float()
+        if now.shape != then.shape or float(torch.cosine_similarity(now, then)) < _SAME:
+            raise ValueError(
+                f"encoder: expected the one that made {str(folder)!r}, got {name!r}, which makes other "
+                "latents of the same text now: put the former back, or write the facts to a new memory"
+            )
+    return encoder
 
 
 class Encoded:

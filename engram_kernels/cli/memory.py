@@ -18,6 +18,7 @@ from .kept import (
     User,
     counted,
     encoder_name,
+    encoder_of,
     filled,
     known_number,
     load,
@@ -102,7 +103,7 @@ def write(
         named = encoder_name(first, memory)
         if encoder is not None and encoder != named:
             raise ValueError(f"encoder: expected {named!r}, which made {str(memory)!r}, got {encoder!r}")
-        sentence_encoder = load(named, device, light=True)
+        sentence_encoder = encoder_of(first, memory, device, light=True)
     encoded = Encoded(sentence_encoder, wanted.facts.values())
     with reading("memory"), EpisodicMemory.open(memory, new=(lambda: first) if new else None) as kept:
         if kept.encoder != named:
@@ -154,7 +155,7 @@ def update(
     asked = ([] if id is None else [id]), ([] if text is None else [text])
     kept = filled(memory)
     find(kept, *asked, number_of(kept, user))
-    sentence_encoder = load(encoder_name(kept, memory), device, light=True)
+    sentence_encoder = encoder_of(kept, memory, device, light=True)
     with reading("memory"), EpisodicMemory.open(memory) as kept:
         number = number_of(kept, user)
         (name, *others) = find(kept, *asked, number)

@@ -11,7 +11,7 @@ from rich.markup import escape
 from . import answer as answering
 from .common import Device
 from .facts import fact_of
-from .kept import Folder, User, encoder_name, filled, load, number_of, saved, shown
+from .kept import Folder, User, encoder_of, filled, number_of, saved, shown
 from .output import emit, facts, show, table, wanted
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def ask(
         raise ValueError("question: expected some text, got none")
     kept = filled(memory)
     number = number_of(kept, user)
-    encoder = load(encoder_name(kept, memory), device, light=not answer)
+    encoder = encoder_of(kept, memory, device, light=not answer)
     said = None
     if answer:
         where = _with_tags(tag)

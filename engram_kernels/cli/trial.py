@@ -11,6 +11,7 @@ import torch
 
 from .common import Report, group_of_ranks, reading
 from .examples import Examples, document_batches
+from .output import note
 
 if TYPE_CHECKING:
     from .._progress import Progress
@@ -134,9 +135,24 @@ def tuned_tensors(name: str, model: torch.nn.Module, dtype: torch.dtype) -> Mapp
     with reading("tuned"):
         source = name if local else load_model(name, dtype=dtype)[0]
     found = tuned.tuned_tensors(source, model, [key for key, _ in model.named_parameters()], "tuned")
+    found = _of_the_base_tokens(found, model)
     for key, parameter in model.named_parameters():
         if found[key].shape != parameter.shape:
             raise EngramError(
                 f"tuned: expected shape {list(parameter.shape)} in {key!r}, got {list(found[key].shape)}"
             )
     return {key: tensor.to(dtype) for key, tensor in found.items()}
+
+
+def _of_the_base_tokens(found: Mapping[str, torch.Tensor], model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The tensors without the rows of tokens that the fine-tuned model was given, behind the base's own."""
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    rows = {id(module.weight): len(module.weight) for module in ends if module is not None}
+    cut, more = dict(found), 0
+    for key, parameter in model.named_parameters():
+        kept = rows.get(id(parameter))
+        if kept is not None and found[key].shape[1:] == parameter.shape[1:] and len(found[key]) > kept:
+            cut[key], more = found[key][:kept], len(found[key]) - kept
+    if more:
+        note(f"The fine-tuned model has {more:,} tokens more than the base, which are left out.")
+    return cut

@@ -14,6 +14,7 @@ from .. import _checks as check
 from .._hashing import tensor_checksum
 from ..errors import EngramError
 from ..hf.placement import divide_again, is_sharded, keep_part_, local, whole
+from ..hf.projection import is_plain
 from ..ops import SparsePlan, sparse_apply_
 from ..ops.waiting import raises_at_once
 from .parameters import tensors_of
@@ -193,6 +194,8 @@ def _check_base(weights: Mapping[str, Tensor], graft: Delta, known: dict[str, st
             )
         if not weight.is_floating_point() or weight.is_meta:
             raise EngramError(f"model: expected floating-point weights in memory in {name!r}, got others")
+        if not (is_plain(weight) or is_sharded(weight)):
+            raise EngramError(f"model: expected plain weights, got {type(weight).__name__} in {name!r}")
         if known is None:
             continue
         if name not in known:

@@ -16,13 +16,15 @@ from .._hashing import tensor_checksum
 from .._progress import Progress
 from ..errors import EngramError
 from ..hf.hub import HubFolder
+from ..hf.placement import without_wrappers
+from ..hf.weights import first_names
 from ..ops import pack_mask, sparse_diff, unpack_mask
 from .applied import AppliedGraft
 from .density import Density, layer_and_kind, percent
 from .files import read_files, write_files
 from .joining import Options
 from .merging import RULES, by_method, by_rule, check_method, common_base
-from .parameters import tensors_of
+from .parameters import by_inner_name, tensors_of
 from .refit import refit
 
 
@@ -150,20 +152,24 @@ class Graft(HubFolder):
     ) -> Graft:
         """Make a graft of all entries that differ, bit for bit or by more than a threshold.
 
+        Of weights that are tied in `pre`, which a state dict has under each of their names, the first name
+        is grafted. Tensors of integers must be the same.
+
         Args:
             pre, ft: tensors by name on one device, the base's and the fine-tuned ones, of one dtype each.
             threshold: as for `ek.sparse_diff`.
             **attributes: of the graft.
 
         Raises:
-            EngramError: a tensor is missing, or nothing differs.
+            EngramError: a tensor is missing or of another shape or type, weights that are tied in `pre`
+                differ in `ft`, or nothing differs.
 
         Example:
             >>> graft = Graft.from_difference(base.state_dict(), tuned.state_dict())
         """
-        missing = [name for name in pre if name not in ft]
-        if missing:
-            raise EngramError(f"ft: expected a tensor {missing[0]!r}, got none of that name")
+        pre, ft = without_wrappers(pre), by_inner_name(ft)
+        _check_alike(pre, ft)
+        pre = {name: tensor for name, tensor in _tied_once(pre, ft).items() if tensor.is_floating_point()}
         found = sparse_diff([pre[name] for name in pre], [ft[name] for name in pre], threshold)
         entries = {
             name: (at.cpu(), value.cpu()) for name, at, value in zip(pre, *found, strict=True) if at.numel()
@@ -406,6 +412,32 @@ class Graft(HubFolder):
             raise EngramError(
                 f"name_or_directory: expected a saved graft, got {str(folder)!r} ({error})"
             ) from error
+
+
+def _check_alike(pre: Mapping[str, Tensor], ft: Mapping[str, Tensor]) -> None:
+    """Name the tensor of `ft` that is missing, of another shape or type, or a counter that differs."""
+    for name, tensor in pre.items():
+        if name not in ft:
+            raise EngramError(f"ft: expected a tensor {name!r}, got none of that name")
+        expected, got = (f"{list(x.shape)} of {x.dtype}" for x in (tensor, ft[name]))
+        if expected != got:
+            raise EngramError(f"ft: expected {expected} in {name!r}, got {got}")
+        if not (tensor.is_floating_point() or torch.equal(tensor, ft[name])):
+            raise EngramError(
+                f"ft: expected in {name!r}, which holds {tensor.dtype}, what pre has, got others"
+            )
+
+
+def _tied_once(pre: Mapping[str, Tensor], ft: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Each tensor of `pre` once, where those of `ft` under its other names are the same."""
+    firsts = first_names(pre)
+    for name, first in firsts.items():
+        if name != first and not _same_bits(ft[name].detach().flatten(), ft[first].detach().flatten()):
+            raise EngramError(
+                f"ft: expected one tensor as {first!r} and as {name!r}, which are tied in pre, got two: "
+                "untie them in pre too"
+            )
+    return {name: pre[name] for name in dict.fromkeys(firsts.values())}
 
 
 def _same_bits(one: Tensor, two: Tensor) -> bool:

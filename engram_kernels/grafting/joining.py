@@ -90,7 +90,7 @@ class Options(NamedTuple):
 
 @raises_at_once
 def trim(change: Tensor, density: float) -> Tensor:
-    """Keep the `⌊density · n⌋` largest of a tensor's entries by magnitude, and make the others 0.
+    """Keep the `⌊density · n⌋` largest of a tensor's entries by magnitude, at least one; make the others 0.
 
     Of equal ones the first are kept. By the packed mask of `top_k_mask`: nothing is sorted.
 
@@ -102,7 +102,7 @@ def trim(change: Tensor, density: float) -> Tensor:
         A new tensor of the same shape and dtype.
 
     Raises:
-        ValueError: nothing would be left, or an entry is not finite.
+        ValueError: an entry is not finite.
 
     Example:
         >>> trim(torch.tensor([1.0, -3.0, 2.0]), 0.67)
@@ -110,10 +110,10 @@ def trim(change: Tensor, density: float) -> Tensor:
 
     Source: Yadav et al. 2023 (arXiv 2306.01708), section 3.
     """
-    if density >= 1:
+    if density >= 1 or not change.numel():
         return change.clone()
-    k = int(density * change.numel())
-    check.expect(k > 0, "density", f"a share of {change.numel()} entries that is one or more", density)
+    # A model has scales of one number, and a graft few entries in most tensors: no tensor loses all it has.
+    k = max(1, int(density * change.numel()))
     (mask,) = top_k_mask([change.abs()], k)
     return graft_blend_packed(torch.zeros_like(change), change, mask)
 
@@ -241,7 +241,7 @@ def join_state_dicts(
 
     Raises:
         TypeError, ValueError: an argument that cannot be used.
-        EngramError: a tensor is missing or of another shape.
+        EngramError: a tensor is missing, of another shape, quantised, or has an entry that is not finite.
 
     Example:
         >>> joined = join_state_dicts(base, [maths, code], "ties", density=0.2)
@@ -269,8 +269,18 @@ def join_state_dicts(
         if not tensor.is_floating_point():
             joined[name] = tensor.clone()
             continue
+        _check_weight("base", tensor, repr(name))
+        for number, model in enumerate(tuned):
+            _check_weight("tuned", model[name], f"{name!r} of number {number}")
         if tensor.device not in generators:
             generators[tensor.device] = torch.Generator(tensor.device).manual_seed(seed)
         others = [model[name].detach() for model in tuned]
         joined[name] = join(tensor.detach(), others, method, options, generators[tensor.device])
     return joined
+
+
+def _check_weight(argument: str, tensor: Tensor, place: str) -> None:
+    if tensor.dtype not in check.WEIGHT_DTYPES:
+        raise EngramError(f"{argument}: expected plain weights, got {tensor.dtype} in {place}")
+    if not check.is_finite(tensor):
+        raise EngramError(f"{argument}: expected finite weights, got NaN or infinity in {place}")

@@ -11,7 +11,9 @@ from .. import _checks as check
 from .._io import read_json
 from ..errors import EngramError
 from ..hf.layers import MODEL_DTYPES, decoder_layers
-from ..hf.placement import is_sharded, plain_name, unwrapped
+from ..hf.placement import inner_names, is_sharded, plain_name, unwrapped
+from ..hf.projection import is_plain
+from ..hf.shards import SINGLE, index_of
 
 
 def graftable_parameters(
@@ -66,6 +68,8 @@ def graftable_parameters(
             raise EngramError(
                 f"model: expected float32, bfloat16 or float16, got {parameter.dtype} in {name!r}"
             )
+        if not is_plain(parameter):
+            raise EngramError(f"model: expected plain weights, got {type(parameter).__name__} in {name!r}")
         if parameter.device != device:
             raise EngramError(
                 f"model: expected its layers on one device, got {device} and {parameter.device}"
@@ -123,9 +127,12 @@ def tensors_of(source: object, names: Sequence[str], argument: str) -> dict[str,
         EngramError: a tensor is missing, or a file cannot be read.
     """
     if isinstance(source, nn.Module):
-        found: Mapping[str, Tensor] = named_weights(source)
+        # A state dict has buffers too, such as the biases of a router.
+        buffers = unwrapped(source).named_buffers(remove_duplicate=False)
+        found: Mapping[str, Tensor] = {plain_name(name): buffer for name, buffer in buffers}
+        found |= named_weights(source)
     elif isinstance(source, Mapping):
-        found = source
+        found = by_inner_name(source)
     elif isinstance(source, (str, os.PathLike)):
         found = mapped_tensors(Path(source), names, argument)
     else:
@@ -136,17 +143,28 @@ def tensors_of(source: object, names: Sequence[str], argument: str) -> dict[str,
     return {name: found[name].detach() for name in names}
 
 
+def by_inner_name(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a state dict, also by the names that they have in the model without wrappers."""
+    return {inner: tensors[name] for inner, name in inner_names(tensors).items()}
+
+
 def mapped_tensors(path: Path, names: Sequence[str], argument: str) -> dict[str, Tensor]:
-    """Those of the names that a safetensors file has, or a folder's shards; pages are read when used."""
+    """Those of the names that a safetensors file has, or a folder's shards; pages are read when used.
+
+    Of a folder's files those that transformers would load: `model.safetensors`, else the shards of the index,
+    else all that there are.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:
-        index = path / "model.safetensors.index.json"
         if path.is_file():
             shards = [path]
-        elif index.is_file():
+        elif (path / SINGLE).is_file():
+            shards = [path / SINGLE]
+        elif index := index_of(path):
             listed: dict[str, str] = read_json(index)["weight_map"]  # type: ignore[index]
-            shards = [path / name for name in sorted({listed[name] for name in names if name in listed})]
+            keys = inner_names(listed)
+            shards = [path / name for name in sorted({listed[keys[name]] for name in names if name in keys})]
         else:
             shards = sorted(path.glob("*.safetensors"))
         if not shards:
@@ -154,8 +172,10 @@ def mapped_tensors(path: Path, names: Sequence[str], argument: str) -> dict[str,
         tensors: dict[str, Tensor] = {}
         for shard in shards:
             with safe_open(shard, framework="pt") as file:
-                held = set(file.keys())
-                tensors |= {name: file.get_tensor(name) for name in names if name in held}
+                held = inner_names(file.keys())
+                if twice := [name for name in names if name in held and name in tensors]:
+                    raise OSError(f"{twice[0]!r} in several files, one of them {shard.name}: name the file")
+                tensors |= {name: file.get_tensor(held[name]) for name in names if name in held}
         return tensors
     except (OSError, KeyError, ValueError, SafetensorError) as error:
         raise EngramError(

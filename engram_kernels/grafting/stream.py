@@ -22,6 +22,8 @@ from .. import _checks as check
 from .._hashing import tensor_bytes, tensor_checksum
 from .._io import file_checksum, new_directory, read_sealed, save_tensors, write_sealed
 from ..errors import EngramError
+from ..hf.placement import unwrapped, without_wrappers
+from ..hf.weights import untied
 from ..ops import sparse_apply_, sparse_diff
 from ..ops.waiting import raises_at_once
 from .parameters import tensors_of
@@ -133,8 +135,12 @@ class DeltaWriter:
         return f"DeltaWriter({str(self._folder)!r}, {len(self._served)} tensors, at delta {self.number})"
 
     def _weights(self, model: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
-        named = dict(model.named_parameters()) if isinstance(model, nn.Module) else dict(model)
-        return {name: tensor.detach().to(self._dtype or tensor.dtype) for name, tensor in named.items()}
+        named = dict(unwrapped(model).named_parameters()) if isinstance(model, nn.Module) else dict(model)
+        # Tied weights, which a state dict has under each of their names, are written once.
+        return {
+            name: tensor.detach().to(self._dtype or tensor.dtype)
+            for name, tensor in untied(without_wrappers(named)).items()
+        }
 
 
 class DeltaReader:

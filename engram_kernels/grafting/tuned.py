@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from ..errors import EngramError
 from ..hf.adapters import holds_an_adapter, merged_weights, with_adapter
 from ..hf.loading import gguf_file
+from ..hf.placement import is_sharded, plain_name, unwrapped
+from ..hf.projection import is_plain
 from ..hf.weights import read_as
-from .parameters import mapped_tensors
+from .parameters import by_inner_name, mapped_tensors
 
 Source = nn.Module | Mapping[str, Tensor] | str | os.PathLike
 
@@ -44,6 +46,10 @@ def tuned_tensors(
         raise EngramError(f"{argument}: expected a tensor {missing[0]!r}, got none of that name")
     wanted = [*names, *(name for name in others if name in found)]
     if not isinstance(source, (str, os.PathLike)):
+        for name in wanted:
+            if not (is_plain(found[name]) or is_sharded(found[name])):
+                kind = f"{type(found[name]).__name__} of {found[name].dtype}"
+                raise EngramError(f"{argument}: expected plain weights, got {kind} in {name!r}")
         return {name: found[name].detach() for name in wanted}
     own = dict(model.named_parameters(remove_duplicate=False))
     for name in wanted:
@@ -56,21 +62,22 @@ def _found(
     source: Source, model: nn.Module, names: Sequence[str], others: Sequence[str], argument: str
 ) -> Mapping[str, Tensor]:
     if isinstance(source, nn.Module):
-        return dict(merged_weights(source))
+        return {plain_name(name): weight for name, weight in merged_weights(unwrapped(source))}
     if isinstance(source, Mapping):
-        return source
+        return by_inner_name(source)
     if not isinstance(source, (str, os.PathLike)):
         raise TypeError(f"{argument}: expected a model, a mapping or a path, got {type(source).__name__}")
     path = Path(source)
+    saved = (path / "config.json").is_file()
     try:
         if holds_an_adapter(path):
             return dict(merged_weights(with_adapter(model, path)))
-        if gguf_file(path):
+        if gguf_file(path) or (saved and not any(path.glob("*.safetensors"))):
             return read_as(model, path)
     except EngramError as error:
         raise EngramError(f"{argument}: expected weights at {str(path)!r}, got {error}") from error
     found = mapped_tensors(path, [*names, *others], argument)
-    if all(name in found for name in names) or not (path / "config.json").is_file():
+    if all(name in found for name in names) or not saved:
         return found
     try:
         return read_as(model, path)

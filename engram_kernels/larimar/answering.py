@@ -10,7 +10,7 @@ from torch import nn
 from .. import _checks as check
 from ..hf.chat import chat_ids
 from ..hf.generation import greedy
-from ..memory.encoder import SentenceEncoder
+from ..memory.encoder import SentenceEncoder, warn_of_another
 from ..memory.episodic import EpisodicMemory
 from ..memory.ledger import Entry, Id
 from ..memory.recall import PRIOR, STEP, Recalled
@@ -105,6 +105,7 @@ class Answerer:
         max_new_tokens: int = 48,
     ):
         check.integer("max_new_tokens", max_new_tokens, at_least=1)
+        warn_of_another(encoder, memory.encoder)
         self.memory = memory
         self.encoder = encoder
         self.decoder = decoder
@@ -126,7 +127,13 @@ class Answerer:
         return self.answer([question])[0]
 
     def answer(self, questions: Sequence[str]) -> list[Answer]:
-        """Answer questions, each for itself; the model writes all answers at once."""
+        """Answer questions, each for itself; the model writes all answers at once.
+
+        Raises:
+            TypeError: one text in place of a list.
+            ValueError: an empty question.
+        """
+        check.several("questions", questions)
         found = [(question.strip(), self.recall(question)) for question in questions]
         prompts = [self._prompt(*asked) for asked in found]
         said = iter(self.say([prompt for prompt in prompts if prompt is not None]))

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 from .. import _checks as check
 from ..hf.modeling import AutoConfig, PreTrainedConfig
+from ..hf.pooling import POOLINGS
 from ..memory.addressing import check_addressing
 
 
@@ -22,6 +23,7 @@ class LarimarConfig(PreTrainedConfig):
         seed: of the memory's M0.
         addressing: `"key"`: a fact is written at its key's address and read at the query's, `w = z M0⁺`;
             `"content"`: read by the memory's own projection, `w = z M⁺`, as in the paper.
+        pooling: of the encoder's states, as for `SentenceEncoder`.
         hidden: size of the conditioning's hidden layer; 0: one linear map, as in the paper.
         train_encoder: whether the encoder is trained, and stored, too.
         train_decoder: likewise. A frozen decoder answers as before where there is no readout.
@@ -43,9 +45,11 @@ class LarimarConfig(PreTrainedConfig):
         hidden: int = 1024,
         train_encoder: bool = False,
         train_decoder: bool = False,
+        pooling: str = "mean",
         **kwargs: Any,
     ):
         check_addressing(addressing)
+        check.expect(pooling in POOLINGS, "pooling", f"one of {', '.join(POOLINGS)}", repr(pooling))
         check.integer("hidden", hidden)
         check.expect(hidden >= 0, "hidden", "a size, or 0 for none", hidden)
         check.number("ridge", ridge, at_least=0)
@@ -58,6 +62,7 @@ class LarimarConfig(PreTrainedConfig):
         self.seed = seed
         self.addressing = addressing
         self.hidden = hidden
+        self.pooling = pooling
         self.train_encoder = train_encoder
         self.train_decoder = train_decoder
         super().__init__(**kwargs)

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from textwrap import wrap
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from ..hf.scripts import SENTENCE_ENDS
 from ..hf.tokens import pad_rows
 from ..memory.encoder import SentenceEncoder
 from .words import content_words
 
 # Longer texts are looked at two sentences at a time.
 _LONG = 400
-_BETWEEN = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])")
+# Texts whose states are in memory at a time.
+_TEXTS = 64
+_BETWEEN = re.compile(rf"(?<=[.!?])\s+|(?<=[{SENTENCE_ENDS}])\s*")
 
 
 @torch.no_grad()
@@ -40,16 +44,34 @@ def coverage(encoder: SentenceEncoder, question: str, texts: Sequence[str]) -> l
     content = [word.span() for word in content_words(question)]
     if not content or not texts:
         return [1.0] * len(texts)
-    asked, *told = _states(encoder, [question, *texts], [content, *([(0, len(text))] for text in texts)])
-    return [float((asked @ states.mT).amax(-1).min()) for states in told]
+    (asked,) = _states(encoder, [question], [content])
+    found = []
+    for at in range(0, len(texts), _TEXTS):
+        some = texts[at : at + _TEXTS]
+        told = _states(encoder, some, [[(0, len(text))] for text in some])
+        found += [float((asked @ states.mT).amax(-1).min()) for states in told]
+    return found
 
 
 def excerpts(text: str) -> list[str]:
-    """A text as a whole, or, where it is long, each two neighbouring sentences of it."""
-    sentences = [part for part in _BETWEEN.split(text.strip()) if part]
-    if len(text) <= _LONG or len(sentences) < 3:
+    """A text as a whole, or, where it is long, each two neighbouring sentences of it.
+
+    What has no sentences, such as a table or a list, is cut by its lines, and a long line between words.
+    """
+    if len(text) <= _LONG:
+        return [text]
+    sentences = [part for sentence in _BETWEEN.split(text.strip()) for part in _parts(sentence)]
+    if len(sentences) < 3:
         return [text]
     return [" ".join(sentences[at : at + 2]) for at in range(len(sentences) - 1)]
+
+
+def _parts(sentence: str) -> list[str]:
+    """A sentence as it is, or in parts of at most `_LONG` characters."""
+    if len(sentence) <= _LONG:
+        return [sentence] if sentence else []
+    lines = filter(None, map(str.strip, sentence.splitlines()))
+    return [part for line in lines for part in wrap(line, _LONG, break_on_hyphens=False)]
 
 
 def _states(

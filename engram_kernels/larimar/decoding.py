@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _checks as check
+from ..errors import EngramError
 from ..hf.cache import cache_inputs, empty_cache
 from ..hf.forward import takes
 from ..hf.modeling import Cache, ModelOutput
@@ -49,6 +50,11 @@ def decode(
         kwargs |= cache_inputs(decoder, cache, use_cache)
         return decoder(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
     check_readout(readout, len(input_ids), conditioning.latent)
+    if decoder.training and any(getattr(part, "gradient_checkpointing", False) for part in decoder.modules()):
+        raise EngramError(
+            "decoder: expected no gradient checkpointing, for which transformers drops the cache that a "
+            "readout goes into: switch it off, or freeze the decoder"
+        )
     condition = conditioning(readout)
     embeddings = decoder.get_input_embeddings()(input_ids)
     cache = empty_cache(decoder.config) if cache is None else cache

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .._io import new_file, read_json, save_tensors
 from ..errors import EngramError
+from ..hf.weights import untied
 
 CONFIG, WEIGHTS, MEMORY = "config.json", "model.safetensors", "memory"
 
@@ -57,15 +58,3 @@ def check_weights(folder: Path, state: dict[str, Tensor], expected: dict[str, Te
             f"name_or_directory: expected the weights of its configuration, got {len(wrong)} that are "
             f"missing, foreign or of another shape in {str(folder)!r}, such as {wrong[0]!r}"
         )
-
-
-def untied(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors by name, those that share memory once."""
-    seen: set[tuple] = set()
-    kept = {}
-    for name, tensor in state.items():
-        place = (tensor.data_ptr(), tensor.shape, tensor.stride())
-        if place not in seen:
-            seen.add(place)
-            kept[name] = tensor
-    return kept

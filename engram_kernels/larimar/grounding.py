@@ -5,10 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+from ..hf.scripts import SENTENCE_ENDS
 from .words import WORD, content_words
 
 # A full stop after one of these ends no sentence, and none after an initial.
-_SENTENCE = re.compile(r"(?<!\bDr)(?<!\bMr)(?<!\bMrs)(?<!\bSt)(?<!\b\w)[.!?][\"'”’»)]*(?=\s|$)|[。！？]")
+_SENTENCE = re.compile(
+    rf"(?<!\bDr)(?<!\bMr)(?<!\bMrs)(?<!\bSt)(?<!\b\w)[.!?][\"'”’»)]*(?=\s|$)|[{SENTENCE_ENDS}]"
+)
 _CLAUSE = re.compile(r"(?<=[,;])\s")
 _ENDINGS = ("ing", "ed", "es", "s", "d")
 

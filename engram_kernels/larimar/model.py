@@ -23,6 +23,7 @@ from ..hf.modeling import (
     ModelOutput,
     PreTrainedModel,
 )
+from ..hf.pooling import pooled
 from ..memory.encoder import load_encoder
 from ..memory.episodic import EpisodicMemory
 from . import files
@@ -116,7 +117,8 @@ class LarimarModel(HubFolder, PreTrainedModel, GenerationMixin):
         """Put together an encoder and a decoder, each a name, which is then not stored, or a model.
 
         Args:
-            encoder: `"minilm"`, a Hub name, a folder, or an encoder of transformers.
+            encoder: `"minilm"`, a Hub name or a folder, whose files may say its pooling; or an encoder of
+                transformers.
             decoder: `"smollm2"`, a Hub name, a folder, or a causal language model.
             **options: of `LarimarConfig`.
         """
@@ -125,6 +127,9 @@ class LarimarModel(HubFolder, PreTrainedModel, GenerationMixin):
             for kind, base in (("encoder", encoder), ("decoder", decoder))
             if isinstance(base, str)
         }
+        if isinstance(encoder, str):
+            loaded = load_encoder(encoder)
+            encoder, options = loaded.model, {"pooling": loaded.pooling, **options}
         encoder, decoder = _bases(encoder, decoder)
         config = LarimarConfig(encoder.config.to_dict(), decoder.config.to_dict(), **names, **options)
         return cls(config, encoder, decoder)
@@ -146,7 +151,7 @@ class LarimarModel(HubFolder, PreTrainedModel, GenerationMixin):
         return self
 
     def encode(self, texts: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Latents of texts: the mean of the encoder's last hidden states, of length 1.
+        """Latents of texts: the encoder's last hidden states, pooled as `config.pooling` says, of length 1.
 
         Args:
             texts: token ids `[..., length]` of the encoder's tokenizer, or latents `[..., latent]`, which are
@@ -163,9 +168,8 @@ class LarimarModel(HubFolder, PreTrainedModel, GenerationMixin):
         states = self.encoder(
             input_ids=texts.reshape(-1, length), attention_mask=mask.reshape(-1, length)
         ).last_hidden_state
-        # In fp32, of length 1: a sum has its mean's direction.
-        total = torch.where(mask.reshape(-1, length, 1).bool(), states.float(), 0).sum(1)
-        latents = nn.functional.normalize(total, dim=-1).to(states.dtype)
+        latents = pooled(states, mask.reshape(-1, length), self.config.pooling)
+        latents = nn.functional.normalize(latents, dim=-1).to(states.dtype)
         return latents.view(*texts.shape[:-1], -1)
 
     @torch.no_grad()

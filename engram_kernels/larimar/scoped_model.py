@@ -66,9 +66,12 @@ class ScopedModel(HubFolder):
             The ids.
 
         Raises:
+            TypeError: one text in place of a list.
             ValueError: numbers of prompts, targets and ids that differ.
             EngramError: an id that is taken; nothing is written then.
         """
+        check.several("prompts", prompts)
+        check.several("targets", targets)
         check.expect(len(prompts) == len(targets), "targets", f"{len(prompts)}, one a prompt", len(targets))
         ids = list(prompts if ids is None else ids)
         texts = [f"{prompt} {target}" for prompt, target in zip(prompts, targets, strict=True)]
@@ -96,6 +99,7 @@ class ScopedModel(HubFolder):
         Returns:
             What follows each prompt.
         """
+        check.several("prompts", prompts)
         prompts = list(prompts)
         queries = self.encoder.encode(prompts)
         inside = self._scope(queries)

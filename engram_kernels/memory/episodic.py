@@ -118,6 +118,7 @@ class EpisodicMemory(MemoryState, MemoryRecall, MemoryFolder):
         )
         return self.labels.index(memory)
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def add_memory(self, label: str | None = None) -> int:
         """Add an empty memory to the others, such as one for a new user, and return its number.
@@ -137,6 +138,7 @@ class EpisodicMemory(MemoryState, MemoryRecall, MemoryFolder):
         self._kept.clear()
         return self.batch - 1
 
+    @torch.inference_mode(False)
     def grow(self, slots: int, m0: str | Tensor = "random", seed: int = 0) -> EpisodicMemory:
         """Give the memory other slots, and write every fact of the ledger to them anew.
 

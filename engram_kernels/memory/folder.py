@@ -98,13 +98,14 @@ class MemoryFolder(HubFolder):
             self.generate_model_card().save(folder / "README.md")
 
     @classmethod
+    @torch.inference_mode(False)
     def _read_folder(cls: type[Memory], folder: Path) -> Memory:
         saved = files.read(folder)
         try:
             # Of one memory, so that nothing is allocated that is replaced at once.
             memory = cls(**{**saved.settings, "batch": 1, "labels": None}, m0="identity")
             memory.labels = saved.settings["labels"]
-            memory._stale = torch.zeros(saved.settings["batch"], dtype=torch.bool)
+            memory._stale = torch.zeros(saved.settings["batch"], dtype=torch.bool, device="cpu")
         except (TypeError, ValueError) as error:
             raise files.refused(folder, error) from error
         for name, tensor in saved.state.items():

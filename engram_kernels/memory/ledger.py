@@ -13,6 +13,7 @@ from torch import Tensor
 from .. import _checks as check
 from .._hashing import tensor_bytes
 from ..errors import EngramError
+from ..hf.scripts import is_whole
 from .rows import Rows
 
 Id = str | int
@@ -34,6 +35,12 @@ class Entry(NamedTuple):
     value: Tensor
     text: str | None = None
     metadata: Mapping[str, Any] | None = None
+
+    def __repr__(self) -> str:
+        """Without the latents, which are hundreds of numbers each."""
+        said = f"{self.text!r}, " if self.text is not None else ""
+        known = f", metadata={self.metadata!r}" if self.metadata is not None else ""
+        return f"Entry({said}memory={self.memory}, rows={len(self.value)}{known})"
 
 
 class Ledger:
@@ -163,6 +170,7 @@ def checked_texts(texts: Sequence[str | None] | None, facts: int) -> list[str | 
     for text in texts:
         is_text = text is None or isinstance(text, str)
         check.expect(is_text, "texts", "texts or None", type(text).__name__, TypeError)
+        check.expect(is_whole(text or ""), "texts", "whole characters", check.excerpt(text or ""))
     return texts
 
 
@@ -178,11 +186,12 @@ def checked_metadata(
         is_mapping = known is None or isinstance(known, Mapping)
         check.expect(is_mapping, "metadata", "mappings or None", type(known).__name__, TypeError)
     try:
-        return json.loads(
-            json.dumps([None if known is None else dict(known) for known in metadata], allow_nan=False)
-        )
+        content = [None if known is None else dict(known) for known in metadata]
+        written = json.dumps(content, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise TypeError(f"metadata: expected what JSON can hold ({error})") from None
+    check.expect(is_whole(written), "metadata", "whole characters", "half of one")
+    return json.loads(written)
 
 
 def checked_parts(parts: Sequence[int] | None, rows: Rows) -> list[int]:
@@ -247,6 +256,7 @@ def _distinct(ids: Sequence[Id]) -> list[Id]:
     for name in ids:
         is_id = isinstance(name, (str, int)) and not isinstance(name, bool)
         check.expect(is_id, "ids", "texts or integers", type(name).__name__, TypeError)
+        check.expect(is_whole(str(name)), "ids", "whole characters", repr(name))
         check.expect(name not in seen, "ids", "different ones", f"{name!r} twice")
         seen.add(name)
     return ids

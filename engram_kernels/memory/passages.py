@@ -6,8 +6,10 @@ import re
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 
+from ..hf.scripts import SENTENCE_ENDS
+
 # A sentence with what follows its end, quotes, brackets and blanks; or a line.
-_SENTENCE = re.compile(r".+?(?:[.!?…]+[\"'”’»)\]]*(?=\s)\s*|[。！？]+|\n+|\Z)", re.DOTALL)
+_SENTENCE = re.compile(rf".+?(?:[.!?…]+[\"'”’»)\]]*(?=\s)\s*|[{SENTENCE_ENDS}]+\s*|\n+|\Z)", re.DOTALL)
 # A word with the blanks behind it; of scripts without blanks, some characters.
 _WORD = re.compile(r"\s*\S{1,40}\s*")
 

@@ -48,6 +48,8 @@ class MemoryRecall:
     batch: int
     latent: int
     number: Callable[[int | str | None], int | None]
+    _once: Callable[[str, Callable[[], float]], float]
+    _plain: Callable[[], torch.autocast]
 
     @torch.no_grad()
     def recall(
@@ -92,7 +94,8 @@ class MemoryRecall:
         keys, owners = _keys([entry for _, entry in facts])
         ranked = []
         for block in queries.split(_BLOCK):
-            cosines = normalize(block.to(keys), dim=-1) @ keys.mT
+            with self._plain():
+                cosines = normalize(block.to(keys), dim=-1) @ keys.mT
             scores = cosines.new_full((len(block), len(facts)), -1.0)
             scores.scatter_reduce_(1, owners.expand_as(cosines), cosines, "amax")
             # Equal keys get equal scores but for the product's rounding.
@@ -119,8 +122,11 @@ class MemoryRecall:
             memory: the number or the label of the memory.
         """
         number = number_of(self.number(memory), self.batch)
+        return self._once(f"threshold {number}", lambda: self._threshold(number))
+
+    def _threshold(self, number: int) -> float:
         entries = [entry for _, entry in self.ledger.items() if entry.memory == number]
-        others = _nearest_others(*_keys(entries)) if len(entries) > 1 else torch.zeros(0)
+        others = _nearest_others(*_keys(entries)) if len(entries) > 1 else torch.zeros(0, device="cpu")
         absent = (float(others.sum()) + PRIOR_KEYS * PRIOR) / (len(others) + PRIOR_KEYS)
         return absent + STEP * (1 - absent)
 
@@ -128,7 +134,8 @@ class MemoryRecall:
 def _keys(entries: Sequence[Entry]) -> tuple[Tensor, Tensor]:
     """All keys of facts, of length 1, [R, C] in fp32, and the number of the fact of each, [R]."""
     keys = torch.cat([entry.key for entry in entries]).float()
-    owners = torch.arange(len(entries)).repeat_interleave(torch.tensor([len(e.key) for e in entries]))
+    counts = torch.tensor([len(entry.key) for entry in entries], device="cpu")
+    owners = torch.arange(len(entries), device="cpu").repeat_interleave(counts)
     return normalize(keys, dim=-1), owners.to(keys.device)
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from .. import _checks as check
+from ..hf.scripts import is_whole
 from ..ops import memory_accumulate_, memory_address
 from ..ops.waiting import raises_at_once
 from . import solution
@@ -16,6 +18,8 @@ from .addressing import addressing_matrix
 from .ledger import Ledger, rows_of_entries
 from .ridge import LOO, RIDGE, checked_ridge, choose_ridge
 from .rows import Rows
+
+Kept = TypeVar("Kept")
 
 STATE_DTYPES = (torch.float64, torch.float32)
 
@@ -36,6 +40,7 @@ def checked_labels(labels: Sequence[str | None] | None, batch: int) -> list[str 
     given = [label for label in labels if label is not None]
     for label in given:
         check.expect(isinstance(label, str), "labels", "texts or None", type(label).__name__, TypeError)
+        check.expect(is_whole(label), "labels", "whole characters", repr(label))
     check.expect(len(set(given)) == len(given), "labels", "different ones", given)
     return labels
 
@@ -72,6 +77,16 @@ class MemoryState(nn.Module):
         self._ridge = checked_ridge(ridge, state_dtype)
         self.labels = checked_labels(labels, batch)
         self.ledger = Ledger()
+        with torch.inference_mode(False):
+            self._register(slots, latent, batch, m0, seed, state_dtype)
+        self._kept: dict[str, Any] = {}
+        # Under "loo", the memories whose ridge is to be chosen anew.
+        self._stale = torch.ones(batch, dtype=torch.bool, device="cpu")
+        self._warned = False
+
+    def _register(
+        self, slots: int, latent: int, batch: int, m0: str | Tensor, seed: int, state_dtype: torch.dtype
+    ) -> None:
         prior, inverse = addressing_matrix(m0, slots, latent, seed)
         state = {"dtype": state_dtype, "device": prior.device}
         number = {"dtype": torch.int64, "device": prior.device}
@@ -84,10 +99,6 @@ class MemoryState(nn.Module):
         self.register_buffer("ridges", torch.full((batch,), initial, **state))
         self.register_buffer("m0", prior.to(state_dtype))
         self.register_buffer("m0_pinv", inverse.to(state_dtype))
-        self._kept: dict[str, Tensor] = {}
-        # Under "loo", the memories whose ridge is to be chosen anew.
-        self._stale = torch.ones(batch, dtype=torch.bool, device="cpu")
-        self._warned = False
 
     @property
     def ridge(self) -> float | str:
@@ -246,7 +257,7 @@ class MemoryState(nn.Module):
     def _plain(self) -> torch.autocast:
         return solution.without_autocast(self.gram)
 
-    def _once(self, name: str, compute: Callable[[], Tensor]) -> Tensor:
+    def _once(self, name: str, compute: Callable[[], Kept]) -> Kept:
         if name not in self._kept:
             # Kept for later, when the caller may want gradients through a reading.
             with torch.inference_mode(False), torch.no_grad(), self._plain():

@@ -73,6 +73,21 @@ def test_edit_reports_and_saves(engram, folder, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["edit", "report.json"]
 
 
+def test_a_target_that_may_have_suffixes(engram, folder, tmp_path, monkeypatch):
+    """The edit is made so, and so are the answers looked at."""
+    from engram_kernels.editing import EditResult, reach
+
+    looked, reached = [], reach.reached
+    monkeypatch.setattr(reach, "reached", lambda *given: looked.extend(given[1]) or reached(*given))
+    status, _, err = engram(
+        "edit", "--model", folder, "--corpus", folder / "corpus.txt", *FACT, "--device", "cpu", "--suffixes",
+        "--save", tmp_path / "edit",
+    )  # fmt: skip
+    assert status == 0, err
+    assert EditResult.from_pretrained(tmp_path / "edit").records[0].edit.suffixes
+    assert len(looked) == 3 and all(row.going is None for row in looked)
+
+
 @pytest.mark.parametrize("option", ["--paraphrase", "--control"])
 def test_what_is_asked_fits_into_the_context(engram, folder, option):
     """Whatever is edited: a text that is asked only would be read beyond what the model knows."""

@@ -68,6 +68,23 @@ def engram(engram, monkeypatch, folder):
 LEARN = ("--base", "base", "--tuned", "tuned", "--data", "rows", "--device", "cpu", "--batch-size", "8")
 
 
+def test_a_fine_tuned_model_may_have_more_tokens(engram, tmp_path):
+    """Such as one for padding."""
+    from transformers import AutoModelForCausalLM
+
+    more = AutoModelForCausalLM.from_pretrained("tuned")
+    more.resize_token_embeddings(more.config.vocab_size + 3, mean_resizing=False)
+    more.save_pretrained(tmp_path / "more")
+    grafts = []
+    for i, tuned in enumerate(("tuned", tmp_path / "more")):
+        out = ("--out", tmp_path / str(i), "--recipe", "largest", "--test", "rows", "--sparsity", "1e-3")
+        status, printed, _ = engram("localize", *LEARN, *WORDS, *out, "--tuned", tuned)
+        assert status == 0
+        grafts.append(Graft.from_pretrained(tmp_path / str(i)))
+    assert "The fine-tuned model has 3 tokens more than the base, which are left out." in printed
+    assert grafts[0].overlap(grafts[1]).jaccard == 1 and grafts[0].metrics == grafts[1].metrics
+
+
 def test_localize_learns_tests_and_saves(engram, tmp_path):
     out, picture = tmp_path / "skill", tmp_path / "skill.png"
     status, printed, err = engram(

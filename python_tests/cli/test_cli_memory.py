@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from datetime import datetime, timedelta, timezone
 from functools import partial
 
@@ -398,7 +399,7 @@ def test_tags(engram, tmp_path):
     write(engram, place, tmp_path, text, "--tag", "museums", "--tag", "art", "--encoder", "encoder")
     assert facts_of(engram, place)["1"]["tags"] == ["art", "spain", "museums"]
     assert list(facts_of(engram, place, "--tag", "spain", "--tag", "art")) == ["1"]
-    assert [fact["id"] for fact in ask(engram, place, "x", "--tag", "spain")["facts"]] == ["1"]
+    assert [fact["id"] for fact in ask(engram, place, "The Prado", "--tag", "spain")["facts"]] == ["1"]
     status, out, _ = engram("ask", place, "x", "--tag", "none")
     assert status == 0 and "There is no such fact." in out
     _, out, _ = engram("list", place)
@@ -460,3 +461,20 @@ def test_a_memory_that_is_nearly_full_says_so_and_grows(engram, tmp_path):
     (tmp_path / "more").write_text("".join(f"The tower number {i} is in Rome.\n" for i in range(22)))
     _, _, err = engram("write", place, "--facts", tmp_path / "more")
     assert err.startswith("Warning: memory: 30 rows in 32 slots: ") and "--user" in err
+
+
+def test_an_encoder_that_was_changed_since_is_refused(engram, folder, tmp_path):
+    """Such as one that was trained on: latents of both would be compared, and what is found were chance."""
+    encoder, place = tmp_path / "encoder", tmp_path / "m"
+    shutil.copytree(folder / "encoder", encoder)
+    assert engram("write", place, "--facts", "facts", "--encoder", encoder)[0] == 0
+    before = content(place)
+    small_encoder(seed=1).save_pretrained(encoder)
+    engram("list", place)  # which takes what saving has printed
+    message = f"encoder: expected the one that made {str(place)!r}, got {str(encoder)!r}, which makes other"
+    refused(engram("write", place, "--facts", "more"), f"--{message}")
+    refused(engram("update", place, "--id", "1", "The Louvre is in Oslo."), message)
+    refused(engram("ask", place, "Where is the Louvre?"), message)
+    assert content(place) == before
+    small_encoder().save_pretrained(encoder)
+    assert engram("write", place, "--facts", "more")[0] == 0

@@ -138,3 +138,53 @@ def test_a_graft_is_shown_in_a_few_lines():
         "      base 'smollm2', recipe 'rounds')"
     )
     assert "None" in repr(plain([], []))
+
+
+def test_a_difference_of_state_dicts_has_tied_weights_once():
+    base = model_zoo.small_model("gpt2")
+    other = tuned(base)
+    graft = Graft.from_difference(base.state_dict(), other.state_dict())
+    assert set(graft.indices) == set(dict(base.named_parameters())) < set(base.state_dict())
+    before = {name: weight.clone() for name, weight in base.state_dict().items()}
+    with graft.apply(base):
+        assert all(
+            torch.equal(weight, other.state_dict()[name]) for name, weight in base.state_dict().items()
+        )
+    assert all(torch.equal(weight, before[name]) for name, weight in base.state_dict().items())
+    untied = other.state_dict() | {"lm_head.weight": other.lm_head.weight + 1}
+    with pytest.raises(
+        EngramError, match=r"^ft: expected one tensor as 'transformer\.wte\.weight' and as 'lm_head\.weight'"
+    ):
+        Graft.from_difference(base.state_dict(), untied)
+
+
+def test_a_difference_of_state_dicts_may_lie_in_a_buffer():
+    """Such as the bias by which a router chooses experts."""
+    base = model_zoo.small_model()
+    base.model.layers[1].register_buffer("router_bias", torch.zeros(4))
+    other = tuned(base)
+    other.model.layers[1].router_bias += 1
+    graft = Graft.from_difference(base.state_dict(), other.state_dict())
+    with graft.apply(base):
+        assert base.model.layers[1].router_bias.tolist() == [1, 1, 1, 1]
+    assert base.model.layers[1].router_bias.tolist() == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"w": torch.ones(3)}, r"ft: expected \[2\] of torch\.float32 in 'w', got \[3\] of torch\.float32$"),
+        ({"w": torch.ones(2).bfloat16()}, r"ft: expected .* in 'w', got \[2\] of torch\.bfloat16$"),
+        (
+            {"seen": torch.tensor(4)},
+            r"ft: expected in 'seen', which holds torch\.int64, what pre has, got others$",
+        ),
+    ],
+)
+def test_a_difference_names_the_tensor_that_does_not_fit(change, message):
+    """Such as the embeddings of a model that was given more tokens."""
+    pre = {"w": torch.zeros(2), "seen": torch.tensor(3)}
+    ft = {"w": torch.ones(2), "seen": torch.tensor(3)}
+    assert set(Graft.from_difference(pre, ft).shapes) == {"w"}
+    with pytest.raises(EngramError, match=f"^{message}"):
+        Graft.from_difference(pre, ft | change)

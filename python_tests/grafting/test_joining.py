@@ -95,10 +95,9 @@ def test_trim_keeps_the_largest(dtype):
         assert int(kept.sum()) == count and torch.equal(got[kept], change[kept])
         assert change[kept].abs().min() >= change[~kept].abs().max()
     assert trim(torch.tensor([1.0, -1.0, 1.0, 0.5]), 0.5).tolist() == [1.0, -1.0, 0.0, 0.0]
-    with pytest.raises(
-        ValueError, match=r"density: expected a share of 7 entries that is one or more, got 0\.1"
-    ):
-        trim(torch.ones(7), 0.1)
+    # A share of less than one is one.
+    assert trim(torch.tensor([1.0, -3.0, 2.0]), 0.1).tolist() == [0.0, -3.0, 0.0]
+    assert trim(torch.tensor(3.0), 0.1).item() == 3.0 and trim(torch.ones(0), 0.1).numel() == 0
 
 
 def test_ties_by_hand():
@@ -174,6 +173,18 @@ BAD = {
     "epsilon": ([W], {"method": "della", "density": 0.1}, ValueError, r"epsilon: expected one with 0\.1 ± "),
     "seed": ([W], {"seed": "0"}, TypeError, "seed: expected an integer, got str"),
     "missing": ([{}], {}, EngramError, "tuned: expected a tensor 'w' in number 0, got none"),
+    "a NaN": (
+        [W, {"w": torch.tensor([1.0, torch.nan, 1.0])}],
+        {"method": "task_arithmetic"},
+        EngramError,
+        "tuned: expected finite weights, got NaN or infinity in 'w' of number 1",
+    ),
+    "eight bits": (
+        [{"w": torch.ones(3).to(torch.float8_e4m3fn)}],
+        {},
+        EngramError,
+        r"tuned: expected plain weights, got torch\.float8_e4m3fn in 'w' of number 0",
+    ),
     "shape": (
         [{"w": torch.ones(4)}],
         {},
@@ -212,6 +223,16 @@ def test_grafts_are_joined_as_the_models_with_them_are(method):
     assert merged.recipe["method"] == method and merged.recipe["weights"] == weights
     for name, at in merged.indices.items():  # nothing is set that the base has already
         assert bool((merged.values[name] != base[name].flatten()[at.long()]).all())
+
+
+def test_grafts_of_few_entries_a_tensor_are_thinned_out():
+    model = model_zoo.small_model()
+    grafts = [some_graft(model, seed, count=30) for seed in (1, 2)]
+    assert min(at.numel() for graft in grafts for at in graft.indices.values()) == 1
+    merged = Graft.merge(grafts, "ties", base=model, density=0.2)
+    assert 0 < merged.size < sum(graft.size for graft in grafts)
+    with merged.apply(model):
+        pass
 
 
 def test_bad_merges_of_grafts():

@@ -53,6 +53,21 @@ def test_a_reader_follows_and_goes_back(tmp_path):
         reader.pull(2)
 
 
+def test_state_dicts_of_tied_weights_are_written_once(tmp_path):
+    base = model_zoo.small_model("gpt2")
+    model = copy.deepcopy(base)
+    writer = DeltaWriter(tmp_path / "deltas", model.state_dict())
+    with torch.no_grad():
+        model.lm_head.weight[0] += 1
+    assert writer.write(model.state_dict()).tensors == 1
+    before = weights(base)
+    reader = DeltaReader(tmp_path / "deltas", base)
+    reader.pull()
+    assert not changed(weights(model), base)
+    reader.rollback(0)
+    assert not changed(before, base)
+
+
 def test_weights_are_served_in_another_dtype(tmp_path):
     base, states = trained(tmp_path / "deltas", dtype=torch.bfloat16)
     DeltaReader(tmp_path / "deltas", base).pull()

@@ -12,7 +12,7 @@ from grafting_helpers import language_batches, tuned
 
 import engram_kernels as ek
 from engram_kernels import EngramError
-from engram_kernels.grafting import Graft, graftable_parameters, localize
+from engram_kernels.grafting import DeltaReader, DeltaWriter, Graft, graftable_parameters, localize
 from engram_kernels.grafting.tuned import tuned_tensors
 
 
@@ -124,6 +124,67 @@ def test_models_saved_without_their_prefix(tmp_path, family):
     assert equal(found, {name: named(other)[name] for name in names})
 
 
+def test_of_a_folders_files_those_are_read_that_transformers_loads(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    model = model_zoo.small_model()
+    folder, other = tmp_path / "tuned", tuned(model)
+    other.save_pretrained(folder)
+    # An average kept beside it, and an index that is left of an earlier save.
+    average = {name: tensor + 1 for name, tensor in load_file(folder / "model.safetensors").items()}
+    save_file(average, folder / "model_ema.safetensors")
+    assert equal(read(folder, model), named(other))
+    index = {"weight_map": dict.fromkeys(average, "model-00001-of-00001.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert equal(read(folder, model), named(other))
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    assert equal(read(folder, model), named(other))
+    (folder / "model.safetensors.index.json").unlink()
+    with pytest.raises(
+        EngramError, match=r"^tuned: expected safetensors .*in several files, one of them model_ema"
+    ):
+        read(folder, model)
+
+
+@pytest.mark.parametrize("wrap", [lambda x: torch.compile(x, backend="eager"), torch.nn.DataParallel])
+def test_wrappers_are_looked_through(tmp_path, wrap):
+    """Also in a state dict that was taken with one around, and in the file that it was saved to."""
+    from safetensors.torch import save_file
+
+    model = model_zoo.small_model()
+    other = tuned(model)
+    state = wrap(other).state_dict()
+    assert not state.keys() & named(other).keys()
+    save_file({name: weight.clone() for name, weight in state.items()}, tmp_path / "tuned.safetensors")
+    for source in (
+        wrap(other),
+        state,
+        tmp_path / "tuned.safetensors",
+        torch.nn.DataParallel(wrap(other)).state_dict(),
+    ):
+        assert equal(read(source, model), named(other))
+    graft = Graft.from_difference(wrap(model).state_dict(), state)
+    with graft.apply(model):
+        assert equal(named(model), named(other))
+    writer = DeltaWriter(tmp_path / "deltas", wrap(model))
+    writer.write(state)
+    writer.write(wrap(other))
+    DeltaReader(tmp_path / "deltas", model).pull()
+    assert equal(named(model), named(other))
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_models_of_an_older_format_are_read(tmp_path, family):
+    model = model_zoo.small_model(family)
+    other = tuned(model)
+    other.config.save_pretrained(tmp_path)
+    torch.save(other.state_dict(), tmp_path / "pytorch_model.bin")
+    assert equal(read(tmp_path, model), named(other))
+    (tmp_path / "pytorch_model.bin").unlink()
+    with pytest.raises(EngramError, match=r"^tuned: expected weights at .*, got .*pytorch_model\.bin"):
+        read(tmp_path, model)
+
+
 def test_what_a_checkpoint_lacks_is_not_made_up(tmp_path):
     model = model_zoo.small_model("gpt2")
     tuned(model).base_model.save_pretrained(tmp_path / "tuned")
@@ -159,6 +220,25 @@ def test_quantised_files_are_refused(tmp_path):
     save_file(tensors, tmp_path / "tuned.safetensors")
     with pytest.raises(EngramError, match=r"^tuned: expected plain weights, got torch\.float8_e4m3fn in "):
         read(tmp_path / "tuned.safetensors", model)
+
+
+def test_weights_of_a_quantising_class_are_refused():
+    quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+    model = model_zoo.small_model()
+    graft, quantised = (
+        Graft.from_difference(model.state_dict(), tuned(model).state_dict()),
+        copy.deepcopy(model),
+    )
+    quantization.quantize_(quantised, quantization.Int8WeightOnlyConfig())
+    message = r": expected plain weights, got Int8Tensor.* in 'model\.layers\.0\.self_attn\.q_proj\.weight'$"
+    for whose, act in (
+        ("model", lambda: graft.apply(quantised)),
+        ("model", lambda: graft.apply(quantised, force=True)),
+        ("model", lambda: localize(quantised, model, recipe="largest")),
+        ("ft_model", lambda: localize(model, quantised, recipe="largest")),
+    ):
+        with pytest.raises(EngramError, match=f"^{whose}{message}"):
+            act()
 
 
 # -- something must have changed -----------------------------------------------------------------------------

@@ -1,11 +1,14 @@
 """Sentences from a memory: what is told, what is quoted, and where nothing is known."""
 
+import copy
+import warnings
+
 import pytest
 import torch
 from larimar_helpers import LATENT, sentence_encoder
 from model_zoo import byte_level_tokenizer, small_model
 
-from engram_kernels.larimar import Answerer
+from engram_kernels.larimar import Answerer, ReadAloud
 from engram_kernels.larimar.answering import UNKNOWN, begin_alike
 from engram_kernels.larimar.coverage import coverage, excerpts
 from engram_kernels.larimar.grounding import first_sentence, grounded, has_sentence
@@ -45,6 +48,8 @@ def answerer():
         ('It is "The Lantern." And more.', 'It is "The Lantern."'),
         ("At 22:47 or 1.5 times\nmore. Text", "At 22:47 or 1.5 times"),
         ("終わりです。次", "終わりです。"),
+        ("यह पुल है। वह नदी है।", "यह पुल है।"),
+        ("هل هذا جسر؟ نعم", "هل هذا جسر؟"),
         ("  no end", "no end"),
     ],
 )
@@ -101,6 +106,15 @@ def test_coverage_is_the_least_of_the_largest_cosines():
 def test_a_long_text_is_told_in_excerpts():
     sentences = [f"Sentence number {i} of a story that is long enough to be cut." for i in range(8)]
     assert excerpts(" ".join(sentences)) == [" ".join(sentences[i : i + 2]) for i in range(7)]
+    hindi = [f"यह कहानी का वाक्य {i} है, जो काटने के लिए काफ़ी लंबा है।" for i in range(12)]
+    assert excerpts(" ".join(hindi)) == [" ".join(hindi[i : i + 2]) for i in range(11)]
+    # A table, and lines without an end or without blanks.
+    lines = [f"room {i}, the piano tuner, {i} o'clock" for i in range(40)]
+    assert excerpts("\n".join(lines)) == [" ".join(lines[i : i + 2]) for i in range(39)]
+    for long in ("nobody knows " * 500, "日" * 5000):
+        found = excerpts(long)
+        assert all(len(excerpt) <= 801 for excerpt in found) and len(found) > 10
+        assert "".join("".join(found[::2]).split()) in "".join(long.split())
     assert excerpts("Short. It is. Really.") == ["Short. It is. Really."] and excerpts("x" * 500) == [
         "x" * 500
     ]
@@ -185,9 +199,27 @@ def test_each_user_has_answers_of_their_own():
     assert told(none, "The tower is in Rome.", "So.")[0].source == "model"
 
 
+def test_another_encoder_than_the_memorys_is_warned_of(answerer):
+    memory, encoder = EpisodicMemory(LATENT, LATENT, encoder="minilm"), copy.copy(answerer.encoder)
+    others = memory, encoder, answerer.decoder, answerer.tokenizer
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Answerer(*others)  # without a name it may be the same one
+        encoder.name = "minilm"
+        Answerer(*others)
+    encoder.name = "bge"
+    for kind in (Answerer, ReadAloud):
+        with pytest.warns(
+            UserWarning, match="^encoder: expected 'minilm', which made the memory's latents, got"
+        ):
+            kind(*others)
+
+
 def test_an_empty_question_is_refused(answerer):
     with pytest.raises(ValueError, match="question: expected some text"):
         answerer("  ")
+    with pytest.raises(TypeError, match=r"^questions: expected a list of texts, got one text$"):
+        answerer.answer("Why?")
 
 
 @torch.no_grad()

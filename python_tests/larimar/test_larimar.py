@@ -211,3 +211,12 @@ def test_configuration_is_checked():
         LarimarConfig(hidden=-1)
     with pytest.raises(TypeError, match="config: expected configurations of encoder and decoder"):
         LarimarModel(LarimarConfig())
+
+
+def test_checkpointing_that_drops_the_cache_is_refused():
+    model = small_larimar(train_decoder=True)
+    ids, mask, readout = padded_batch()
+    model.decoder.gradient_checkpointing_enable()
+    assert model.eval()(input_ids=ids, attention_mask=mask, readout=readout).logits.isfinite().all()
+    with pytest.raises(ek.EngramError, match=r"^decoder: expected no gradient checkpointing"):
+        model.train()(input_ids=ids, attention_mask=mask, readout=readout, labels=ids)

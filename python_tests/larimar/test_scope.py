@@ -86,3 +86,16 @@ def test_answers_from_memory_and_from_the_bare_decoder():
     scoped.forget(["a name"])
     with pytest.raises(ValueError, match="targets: expected 2, one a prompt, got 1"):
         scoped.write(prompts[:2], ["Rome"])
+
+
+def test_one_text_in_place_of_a_list_is_refused():
+    """It would be answered letter by letter."""
+    larimar = scoped_model()
+    for name, act in (
+        ("prompts", lambda: larimar.answer("Where?")),
+        ("prompts", lambda: larimar.write("abc", ["x"] * 3)),
+        ("targets", lambda: larimar.write(["a", "b", "c"], "abc")),
+    ):
+        with pytest.raises(TypeError, match=f"^{name}: expected a list of texts, got one text$"):
+            act()
+    assert not larimar.model.memory.ids

@@ -119,3 +119,13 @@ def test_bad_input():
     }.items():
         with pytest.raises(ValueError, match=message):
             make()
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_padding_of_zeros_is_read_in_half_precision(rule, dtype):
+    layer = RidgeMemory(8, num_heads=2, head_dim=4, rule=rule).to(dtype)
+    x = torch.randn(1, 7, 8).to(dtype)
+    x[:, :3] = 0
+    out, _ = layer(x)
+    assert out.isfinite().all() and not out[:, :3].any()

@@ -524,3 +524,20 @@ def test_large_latents_are_read_by_content():
     memory = EpisodicMemory(K, C, ridge=1e158)
     memory.write(values)
     assert memory.read(values).norm() > 0.5 * values.norm()
+
+
+def test_a_memory_made_in_inference_mode_is_one_for_later_too(tmp_path):
+    with torch.inference_mode():
+        made = EpisodicMemory(K, C, labels=["a"])
+        made.write(latents(3, C), ids=range(3))
+        made.save_pretrained(tmp_path / "memory")
+        read = EpisodicMemory.from_pretrained(tmp_path / "memory")
+        grown = EpisodicMemory.from_pretrained(tmp_path / "memory").grow(K + 1)
+        for memory in (made, read, grown):
+            memory.add_memory("b")
+    for memory in (made, read, grown):
+        memory.write(latents(2, C, seed=1), ids=[3, 4], memory="b")
+        memory.forget(ids=[0, 3])
+        queries = latents(1, C).requires_grad_()
+        memory.read(queries, memory="a").sum().backward()
+        assert queries.grad.any() and memory.ids == [1, 2, 4]

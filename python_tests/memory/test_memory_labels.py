@@ -41,6 +41,7 @@ def test_memories_are_found_by_label(tmp_path):
         (["a"], ValueError, "labels: expected 2, one for each memory, got 1"),
         (["a", "a"], ValueError, "labels: expected different ones"),
         (["a", 1], TypeError, "labels: expected texts or None, got int"),
+        (["a", "\udcff"], ValueError, "labels: expected whole characters"),
     ],
 )
 def test_bad_labels(labels, error, message):

@@ -5,6 +5,7 @@ import torch
 from memory_helpers import C, K, latents
 
 from engram_kernels.memory import EpisodicMemory
+from engram_kernels.memory import recall as recalling
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -33,6 +34,25 @@ def test_facts_are_ranked_by_their_nearest_key():
     assert memory.recall(keys[2:3])[0][0].known
     only = memory.recall(queries, where=lambda name, entry: entry.text == "C")
     assert [[fact.name for fact in found] for found in only] == [["b"]] * 5
+
+
+def test_a_default_device_of_the_caller_is_not_the_memory_s(tmp_path):
+    memory, keys = EpisodicMemory(K, C), latents(4, C)
+    with torch.device("meta"):
+        memory.write(keys, ids=list("abcd"))
+        memory.save_pretrained(tmp_path / "kept")
+        read = EpisodicMemory.from_pretrained(tmp_path / "kept")
+        assert [fact.name for (fact, *_) in read.recall(keys)] == list("abcd")
+
+
+def test_what_is_recalled_is_shown_without_its_latents():
+    memory, keys = EpisodicMemory(K, C), latents(2, C)
+    memory.write(keys, ids=["a", "b"], texts=["The Louvre", None], metadata=[None, {"page": 3}])
+    fact = memory.recall(keys)[0][0]._replace(score=1.0)
+    assert (
+        repr(fact) == "Recalled(name='a', entry=Entry('The Louvre', memory=0, rows=1), score=1.0, known=True)"
+    )
+    assert repr(memory.ledger["b"]) == "Entry(memory=0, rows=1, metadata={'page': 3})"
 
 
 def test_of_equally_near_facts_the_newest_is_first():
@@ -102,6 +122,10 @@ def test_a_fact_of_several_rows_is_one_fact(tmp_path):
         ({"metadata": [{"x": {1}}] * 6}, TypeError, "metadata: expected what JSON can hold"),
         ({"metadata": [{"x": float("nan")}] * 6}, TypeError, "metadata: expected what JSON can hold"),
         ({"metadata": [{}] * 6, "ids": None}, ValueError, "metadata: expected ids with them"),
+        # Bytes that are no UTF-8 come so from a command line, and no file would take them.
+        ({"ids": [*"abcde", "\udcff"]}, ValueError, "ids: expected whole characters"),
+        ({"texts": [None, "\udcff", *"abcd"]}, ValueError, "texts: expected whole characters"),
+        ({"metadata": [{"x": ["\udcff"]}] * 6}, ValueError, "metadata: expected whole characters"),
     ],
 )
 def test_bad_facts_change_nothing(arguments, error, message):
@@ -109,3 +133,35 @@ def test_bad_facts_change_nothing(arguments, error, message):
     with pytest.raises(error, match=rf"^{message}"):
         memory.write(latents(2, 3, C), **{"ids": range(6), **arguments})
     assert len(memory) == len(memory.ledger) == 0 and not memory.gram.any()
+
+
+def test_the_threshold_is_computed_once_until_something_changes(monkeypatch):
+    memory, calls = EpisodicMemory(K, C), []
+
+    def counted(*arguments):
+        calls.append(arguments)
+        return others(*arguments)
+
+    others = recalling._nearest_others
+    monkeypatch.setattr(recalling, "_nearest_others", counted)
+    memory.write(latents(4, C), ids=range(4))
+    first = memory.threshold()
+    assert memory.recall(latents(2, C))[0] and memory.threshold() == first and len(calls) == 1
+    memory.forget(ids=[0])
+    changed = memory.threshold()
+    memory.write(latents(1, C), ids=[0])
+    assert changed != first and memory.threshold() == pytest.approx(first) and len(calls) == 3
+
+
+def test_scores_are_fp32_where_autocast_is_on():
+    memory, queries = EpisodicMemory(K, C), latents(3, C, seed=1)
+    memory.write(latents(7, C), ids=range(7))
+    expected = memory.recall(queries), memory.threshold()
+    memory.forget(ids=[6])
+    memory.write(latents(7, C)[6:], ids=[6])
+    with torch.autocast("cpu", torch.bfloat16):
+        found = memory.recall(queries), memory.threshold()
+    assert found[1] == expected[1]
+    assert [[fact.score for fact in facts] for facts in found[0]] == [
+        [fact.score for fact in facts] for facts in expected[0]
+    ]

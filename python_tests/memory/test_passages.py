@@ -38,6 +38,11 @@ def test_scripts_without_blanks_are_cut_too():
     assert "".join(found) == text and all(len(passage) <= 50 for passage in found) and len(found) == 3
 
 
+def test_sentences_end_as_their_script_ends_them():
+    assert passages("यह पुल है। वह नदी है। वह घर है।", words, 6, 0) == ["यह पुल है। वह नदी है।", "वह घर है।"]
+    assert passages("هل هذا جسر؟ هذا نهر۔ نعم", words, 4, 0) == ["هل هذا جسر؟", "هذا نهر۔ نعم"]
+
+
 @given(
     st.text("ab. \n!?。", min_size=1, max_size=120).filter(str.strip), st.integers(1, 12), st.integers(0, 6)
 )
