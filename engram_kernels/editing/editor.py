@@ -169,7 +169,7 @@ class Editor:
 
         | method | layers | batch | ridge λ | source |
         |---|---|---|---|---|
-        | `"engram"` | 1 | 100 | 0 | this package: ROME under a key that every text answers to |
+        | `"engram"` | 2 | 100 | 0 | this package: ROME under a key that every text answers to |
         | `"rome"` | 1 | 1 | 0 | Meng et al. 2022, arXiv 2202.05262 |
         | `"emmet"` | 1 | all | 0 | Gupta et al. 2024, arXiv 2403.14236 |
         | `"memit"` | 5 | all | 20 | Meng et al. 2023, arXiv 2210.07229 |

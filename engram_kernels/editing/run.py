@@ -15,7 +15,7 @@ from .._progress import Progress
 from .._ranks import ALONE, Ranks
 from ..covariance import Covariance
 from ..errors import EngramError
-from ..hf.fingerprints import weights_checksums
+from ..hf.fingerprints import note_edited, weights_checksums
 from ..hf.layers import adapter_settings
 from ..hf.placement import input_device
 from ..hf.projection import searched_projection
@@ -24,7 +24,7 @@ from .edit import Edit
 from .health import Health, HealthCheck, spread, warn
 from .methods import Method
 from .reach import Reached, reached
-from .saving.history import facts_in, note
+from .saving.history import Standing, changes, facts_in, note
 from .saving.journal import Journal
 from .saving.result import SHOWN, EditResult
 from .search.batching import EncodedEdit, encode_edit, encode_held, other_rows
@@ -180,7 +180,7 @@ class Run:
         try:
             for number, batch in enumerate(self.batches):
                 before = list(map(Snapshot, self.projections)) if self.plan.stop_on else []
-                self._hold(batch, values)
+                self._hold(batch, writes)
                 if method.values == "gradient":
                     found, written = self._by_gradients(number, batch, operators, streams, journal)
                 else:
@@ -205,6 +205,7 @@ class Run:
             self._check_any()
             for module, projection in zip(edited, self.projections, strict=True):
                 module.edited_checksum = matrix_checksum(projection)
+                note_edited(module.base_checksum, module.edited_checksum)
             self.ranks.check_same("model", [module.edited_checksum for module in edited])
             made = sorted(values)
             places = {number: place for place, number in enumerate(made)}
@@ -258,18 +259,18 @@ class Run:
     def _reached(self, rows: Sequence[Row], numbers: Sequence[int]) -> list[Reached]:
         return reached(self.model, rows, [self.edits[number].prompt_text for number in numbers])
 
-    def _hold(self, batch: Sequence[int], made: Mapping[int, Value]) -> None:
+    def _hold(self, batch: Sequence[int], writes: Sequence[Write]) -> None:
         """Add to the edits of a batch what the model was told before about their subjects, and says now."""
         module = self.projections[-1].name
-        changes = [(fact.edit, fact.changes.get(module)) for fact in self._earlier]
-        changes += [(self.edits[number], value.change) for number, value in made.items()]
+        made = [Standing(self.edits[number], *one) for number, one in changes(writes).items()]
         for number in batch:
             edit = self.edits[number]
-            known = [(fact, change) for fact, change in changes if fact.subject == edit.subject]
-            self._said[number] = said = [fact for fact, _ in known if fact != edit and self._says(fact)]
+            known = [fact for fact in (*self._earlier, *made) if fact.edit.subject == edit.subject]
+            told = [fact.edit for fact in known if fact.edit != edit]
+            self._said[number] = said = [fact for fact in told if self._says(fact)]
             kept = [fact for fact in said if not _contradict(fact, edit)]
             held = encode_held(self.model, self.tokenizer, kept, self._prefixes)
-            there = [change.cpu() for _, change in known if change is not None]
+            there = [fact.change for fact in known if fact.module == module]
             offset = torch.stack(there).sum(0) if there else None
             self.encoded[number] = replace(
                 self.encoded[number], held=held, offset=offset, facts=1 + len(kept)

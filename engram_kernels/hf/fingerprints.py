@@ -25,6 +25,13 @@ IRRELEVANT = frozenset({
 
 # By parameter or buffer: its state when it was read, and its checksums.
 _known: WeakIdKeyDictionary = WeakIdKeyDictionary()
+# By the checksum of a matrix that edits wrote in this process: of what it was before the first of them.
+_unedited: dict[str, str] = {}
+
+
+def note_edited(before: str, after: str) -> None:
+    """Remember that edits made the matrix of one checksum into that of another."""
+    _unedited[after] = _unedited.get(before, before)
 
 
 def weights_checksums(model: nn.Module) -> dict[str, str]:
@@ -32,10 +39,11 @@ def weights_checksums(model: nn.Module) -> dict[str, str]:
     return dict(part for parts in _checksums(model, named_tensors(model)).values() for part in parts)
 
 
-def states_fingerprint(model: nn.Module, projection: Projection) -> str:
+def states_fingerprint(model: nn.Module, projection: Projection, unedited: bool = False) -> str:
     """A digest of the configuration and of every tensor on which a projection's inputs depend.
 
-    It outlives edits of that projection, of the layers above it and of the head. A tensor that was read
+    It outlives edits of that projection, of the layers above it and of the head; `unedited`: also those of
+    the layers below, whose matrices count as what they were before (`note_edited`). A tensor that was read
     before is not read again until it is replaced or written; only writes through `.data` go unseen.
     """
     model = unwrapped(model)
@@ -51,6 +59,7 @@ def states_fingerprint(model: nn.Module, projection: Projection) -> str:
         digest.update(repr(adapter).encode())
     for tensor in feeding.values():
         for part, checksum in _known[tensor][1]:
+            checksum = _unedited.get(checksum, checksum) if unedited else checksum
             digest.update(f"{part} {checksum}".encode())
     return digest.hexdigest()
 

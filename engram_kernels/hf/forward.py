@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import os
-import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -85,33 +83,6 @@ def target_predictions(
         (mine[: len(mine) - after], top.tolist())
         for mine, top in zip(chosen.split(sizes), likeliest, strict=True)
     ]
-
-
-_FORCED = "TRANSFORMERS_SDPA_FORCE_GQA"
-_lock = threading.Lock()
-_inside = 0
-
-
-@contextmanager
-def grouped_queries(device: torch.device) -> Iterator[None]:
-    """Attention with fewer keys than queries reads each key where it is, instead of a copy for every query.
-
-    On a CPU torch does so under a mask too; transformers asks for it by this variable only. The first thread
-    in sets it, unless the user has, and the last one out takes it away.
-    """
-    global _inside
-    with _lock:
-        ours = device.type == "cpu" and (_inside > 0 or _FORCED not in os.environ)
-        if ours:
-            _inside += 1
-            os.environ[_FORCED] = "1"
-    try:
-        yield
-    finally:
-        with _lock:
-            _inside -= ours
-            if ours and not _inside:
-                os.environ.pop(_FORCED, None)
 
 
 @contextmanager

@@ -86,7 +86,7 @@ def test_modules_of_different_ranks(make, tmp_path):
 def test_stack_does_the_writes_one_after_the_other(make, tmp_path):
     editor = make()
     base = weights(editor.model)
-    results = [editor.edit(EDITS[0]), editor.edit(EDITS[1], layers=2), editor.edit(EDITS[2])]
+    results = [editor.edit(edit, layers=layer) for edit, layer in zip(EDITS, (1, 2, 1), strict=False)]
     edited = weights(editor.model)
     both = EditResult.merge(results)
     assert [r.edit for r in both.records] == EDITS[:3] and not both.applied
@@ -160,7 +160,7 @@ def test_removing_of_more_edits_than_half_the_dimensions(make, count, tmp_path):
 def test_removing_an_edit_of_a_sequence_leaves_its_write_out(make):
     editor = make()
     base = weights(editor.model)
-    result = editor.edit(EDITS[:3], batch=1)
+    result = editor.edit(EDITS[:3], layers=1, batch=1)
     kept = [result.writes[0], result.writes[2]]
     result.remove(1)
     assert [write.edits for write in result.writes] == [(0,), (1,)]

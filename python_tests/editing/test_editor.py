@@ -40,7 +40,7 @@ def make(cache):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_edit_changes_one_matrix_and_reverts_bit_for_bit(make, family, dtype):
+def test_edit_changes_its_matrices_and_reverts_bit_for_bit(make, family, dtype):
     editor = make(family, dtype)
     before = weights(editor.model)
     result = editor.edit(TOWER)
@@ -48,7 +48,7 @@ def test_edit_changes_one_matrix_and_reverts_bit_for_bit(make, family, dtype):
     (record,) = result.records
     assert record.probability_after > record.probability_before
     assert record.losses[-1] < record.losses[0]
-    assert [edited.layer for edited in result.edited_modules] == [1]
+    assert [edited.layer for edited in result.edited_modules] == [0, 1]
     result.revert()
     assert changed(before, editor.model) == []
     result.revert()
@@ -71,7 +71,7 @@ def test_answer_to_the_key_changes_as_found(make, family, monkeypatch):
     one = make(family)
     projection = output_projection(one.model, 1)
     before = projection.matrix.clone()
-    result = one.edit(TOWER)
+    result = one.edit(TOWER, layers=1)
     (value,) = found
     (write,) = result.writes
     change = write.keys[0] @ (projection.matrix - before).T
@@ -92,7 +92,8 @@ def test_original_rome_writes_the_bare_key(make, monkeypatch):
 
 def test_repr_is_a_few_lines(make):
     editor = make()
-    result = editor.edit([*EDITS, Edit("Rome", "{} is in", "Japan"), Edit("Paris", "{} is in", "Japan")])
+    edits = [*EDITS, Edit("Rome", "{} is in", "Japan"), Edit("Paris", "{} is in", "Japan")]
+    result = editor.edit(edits, layers=1)
     lines = repr(result).split("\n")
     assert lines[0] == (
         "EditResult(edits=5, skipped=0, applied=True, modules=['model.layers.1.mlp.down_proj'])"
@@ -318,7 +319,7 @@ def test_bad_directories(make, tmp_path):
 def test_saved_edit_is_validated(make, tmp_path):
     from safetensors.torch import load_file, save_file
 
-    with make().edit(EDITS, batch=1) as result:
+    with make().edit(EDITS, layers=1, batch=1) as result:
         result.save_pretrained(tmp_path / "edit")
     report = read_sealed(tmp_path / "edit" / "edit.json")
     (edited,) = report["edited_modules"]

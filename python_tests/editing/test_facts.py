@@ -375,8 +375,8 @@ def test_changes_of_one_subject_are_measured_together(make, searched):
     options = ValueOptions(steps=30, learning_rate=0.3, weight_decay=0.0, clamp=0.5, relative=True)
     editor = make(value=options, contexts=())
     projection = output_projection(editor.model, 1)
-    (first,) = editor.edit(CITY).writes
-    editor.edit(MAKER)
+    (first,) = editor.edit(CITY, layers=1).writes
+    editor.edit(MAKER, layers=1)
     assert searched[0].offset is None and searched[0].facts == 1
     torch.testing.assert_close(searched[1].offset, first.residuals[0])
     assert searched[1].facts == 2
@@ -463,9 +463,10 @@ def test_records_and_paraphrases_are_kept_in_files(make, tmp_path):
 def test_the_default_write_is_of_rank_one_an_edit(make):
     editor = make()
     with editor.edit([Edit(TOWER, "{} is in", "Rome", ["To see {}, go to"]), LOUVRE]) as result:
-        (module,) = result.modules
-        left, right = result.factors(module)
-        assert left.shape[1] == right.shape[0] == 2
+        assert len(result.modules) == 2
+        for module in result.modules:
+            left, right = result.factors(module)
+            assert left.shape[1] == right.shape[0] == 2
         result.remove(0)
         assert [record.edit for record in result.records] == [LOUVRE]
 

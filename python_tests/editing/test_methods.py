@@ -470,7 +470,7 @@ def test_conflicts_are_refused_or_the_last_wins(make):
 def test_in_sequence_the_last_of_two_conflicting_edits_holds(make):
     editor = make(value=ValueOptions(steps=20, learning_rate=0.05, weight_decay=0.0))
     for preserve in (False, True):
-        with editor.edit([CONFLICTING[0], CONFLICTING[2]], batch=1, preserve=preserve) as result:
+        with editor.edit([CONFLICTING[0], CONFLICTING[2]], 1, batch=1, preserve=preserve) as result:
             _, second = result.writes
             update = second.left @ second.right
             torch.testing.assert_close(second.keys @ update.T, second.residuals, rtol=1e-3, atol=1e-4)
@@ -569,4 +569,5 @@ def test_original_rome_has_one_layer(make):
 def test_default_layers_of_a_shallow_model(make):
     assert make().layers("memit") == (0, 1, 2, 3)
     assert make().layers("engram-forms") == (0, 1, 2)
-    assert make().layers() == (1,)
+    assert make().layers() == (0, 1)
+    assert make().layers("rome") == (1,)

@@ -23,7 +23,7 @@ from mutations import flip
 from safetensors.torch import load_file, save_file
 
 from engram_kernels.covariance import Covariance
-from engram_kernels.editing import Edit, Editor, ValueOptions, load_npz, save_npz
+from engram_kernels.editing import Edit, Editor, EditResult, ValueOptions, load_npz, save_npz
 from engram_kernels.editing.search.prefixes import sample_prefixes
 from engram_kernels.editing.statistics import corpus, moments, statistics
 from engram_kernels.errors import EngramError
@@ -275,19 +275,72 @@ def test_statistics_and_prefixes_do_not_depend_on_where_they_are_called(tokenize
     assert prefixes == plain.prefixes()
 
 
-def test_statistics_in_memory_follow_the_weights_below(tokenizer, tmp_path):
-    # Without the decay: on so small a model no change is worth its cost, and the best one is none.
+def change_below(editor):
+    """An edit of layer 0 that changes it: on so small a model no change is worth the decay's cost."""
     value = ValueOptions(weight_decay=0.0)
-    editor = editor_of(tokenizer, tmp_path, contexts=(), value=value)
+    other = Editor(editor.model, editor.tokenizer, corpus=model_zoo.TEXTS, cache_dir=editor.cache, tokens=300,
+                   contexts=(), value=value)  # fmt: skip
+    return other.edit(Edit("Rome", "{} is in", "Paris"), layers=0)
+
+
+def moment_files(tmp_path):
+    return {file.name for file in (tmp_path / "moments").glob("*.safetensors")}
+
+
+def test_statistics_in_memory_follow_the_weights_below(tokenizer, tmp_path):
+    editor = editor_of(tokenizer, tmp_path)
     first = editor.covariance(1)
-    with editor.edit(Edit("Rome", "{} is in", "Paris"), layers=0):
-        second = editor.covariance(1)
-        assert not torch.equal(second.inverse(), first.inverse())
-        assert editor.covariance(1) is second
-    assert torch.equal(editor.covariance(1).inverse(), first.inverse())
+    with torch.no_grad():
+        editor.model.model.layers[0].mlp.down_proj.weight[0] *= 2
+    second = editor.covariance(1)
+    assert not torch.equal(second.inverse(), first.inverse())
+    assert editor.covariance(1) is second
     with editor.edit(Edit("Rome", "{} is in", "Paris"), layers=1):
-        third = editor.covariance(1)
-    assert editor.covariance(1) is third
+        assert editor.covariance(1) is second
+    with torch.no_grad():
+        editor.model.model.layers[0].mlp.down_proj.weight[0] /= 2
+    assert torch.equal(editor.covariance(1).inverse(), first.inverse())
+
+
+def test_statistics_are_those_without_the_edits_below(tokenizer, tmp_path):
+    editor = editor_of(tokenizer, tmp_path)
+    first = editor.covariance(1)
+    kept = moment_files(tmp_path)
+    with change_below(editor) as result:
+        assert editor.covariance(1) is first
+        # Another editor of the edited model finds the unedited one's on disk.
+        other = Editor(editor.model, tokenizer, corpus=model_zoo.TEXTS, cache_dir=tmp_path, tokens=300)
+        assert torch.equal(other.covariance(1).inverse(), first.inverse())
+        with change_below(editor):
+            assert editor.covariance(1) is first
+        result.save_pretrained(tmp_path / "edit")
+    layer_0 = moment_files(tmp_path) - kept
+    again = editor_of(tokenizer, tmp_path)
+    EditResult.from_pretrained(tmp_path / "edit").apply(again.model)
+    assert torch.equal(again.covariance(1).inverse(), first.inverse())
+    assert moment_files(tmp_path) == kept | layer_0
+
+
+def test_statistics_of_an_edited_model_are_kept_under_its_own_name(tokenizer, tmp_path):
+    editor = editor_of(tokenizer, tmp_path / "edited")
+    with change_below(editor):
+        edited = editor.covariance(1)
+        assert editor.covariance(1) is edited
+    plain = editor.covariance(1)
+    assert torch.equal(plain.inverse(), editor_of(tokenizer, tmp_path / "plain").covariance(1).inverse())
+    assert not torch.equal(plain.inverse(), edited.inverse())
+
+
+def test_statistics_after_edits_that_were_forced_on_other_weights_are_collected(tokenizer, tmp_path):
+    editor = editor_of(tokenizer, tmp_path)
+    first = editor.covariance(1)
+    with change_below(editor) as result:
+        pass
+    weight = editor.model.model.layers[0].mlp.down_proj.weight
+    with torch.no_grad():
+        weight[0] *= 2
+    with result.apply(editor.model, force=True):
+        assert not torch.equal(editor.covariance(1).inverse(), first.inverse())
 
 
 def test_inputs_that_are_not_finite(tokenizer, tmp_path):

@@ -4,7 +4,6 @@ import copy
 import dataclasses
 import itertools
 import math
-import os
 
 import pytest
 
@@ -24,7 +23,6 @@ from engram_kernels.editing.search.partial_forward import record
 from engram_kernels.editing.search.room import bytes_of, edits_that_fit
 from engram_kernels.editing.search.values import ValueOptions, find_values, value_groups
 from engram_kernels.errors import EngramError
-from engram_kernels.hf.forward import grouped_queries
 from engram_kernels.hf.layers import decoder_layers
 from engram_kernels.hf.projection import output_projection
 from engram_kernels.hf.tokens import Row
@@ -500,23 +498,6 @@ def test_gradients_flags_and_hooks_are_as_before(tokenizer):
     assert [parameter.requires_grad for parameter in model.parameters()] == before
     assert [module.__dict__.get("forward") for module in model.modules()] == forwards
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-
-
-def test_grouped_queries_leave_the_environment_as_it_was(monkeypatch):
-    """Also where one thread goes in while another is within, and where the user has set the variable."""
-    cpu, name = torch.device("cpu"), "TRANSFORMERS_SDPA_FORCE_GQA"
-    monkeypatch.delenv(name, raising=False)
-    first, second = grouped_queries(cpu), grouped_queries(cpu)
-    first.__enter__()
-    second.__enter__()
-    first.__exit__(None, None, None)
-    assert os.environ[name] == "1"
-    second.__exit__(None, None, None)
-    assert name not in os.environ
-    monkeypatch.setenv(name, "0")
-    with grouped_queries(cpu):
-        assert os.environ[name] == "0"
-    assert os.environ[name] == "0"
 
 
 def test_a_search_that_runs_out_of_memory_goes_on_in_halves(cache, monkeypatch):

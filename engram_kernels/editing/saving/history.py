@@ -17,11 +17,13 @@ class Standing(NamedTuple):
 
     Attributes:
         edit: the fact.
-        changes: by the name of a module, `δ [out]`: by how much its answer to the subject was to change.
+        change: `δ [out]`: by how much the answers to the subject were to change, of all layers together.
+        module: the last of those that were written.
     """
 
     edit: Edit
-    changes: dict[str, Tensor]
+    change: Tensor
+    module: str
 
 
 # By model the lists that results keep: one that is reverted empties its own.
@@ -30,13 +32,19 @@ _FACTS: WeakKeyDictionary[nn.Module, list[list[Standing]]] = WeakKeyDictionary()
 
 def note(model: nn.Module, records: Sequence[EditRecord], writes: Sequence[Write]) -> list[Standing]:
     """Remember that facts stand in a model now; what leaves the list that is returned does so no longer."""
-    standing = [Standing(record.edit, {}) for record in records]
-    for write in writes:
-        for place, number in enumerate(write.edits):
-            changes = standing[number].changes
-            changes[write.module] = changes.get(write.module, 0) + write.residuals[place]
+    standing = [Standing(records[number].edit, *one) for number, one in changes(writes).items()]
     _FACTS.setdefault(model, []).append(standing)
     return standing
+
+
+def changes(writes: Sequence[Write]) -> dict[int, tuple[Tensor, str]]:
+    """By the number of an edit, what all layers together were to change, and the last one's module."""
+    found: dict[int, tuple[Tensor, str]] = {}
+    for write in writes:
+        for place, number in enumerate(write.edits):
+            before = found[number][0] if number in found else 0
+            found[number] = before + write.residuals[place], write.module
+    return found
 
 
 def facts_in(model: nn.Module) -> list[Standing]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from ... import _checks as check
 from ..._io import new_directory
 from ...errors import EngramError
+from ...hf.fingerprints import note_edited
 from ...hf.hub import HubFolder
 from ...hf.placement import unwrapped
 from ...hf.projection import output_projection
@@ -149,6 +150,8 @@ class EditResult(HubFolder):
             self._write()
             if not force:
                 self._check_outcome(recorded)
+                for edited in self.edited_modules:
+                    note_edited(edited.base_checksum, edited.edited_checksum)
         except BaseException:
             self._restore()
             self._originals = {}

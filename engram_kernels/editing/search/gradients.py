@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 from ... import _checks as check
 from ...errors import EngramError
-from ...hf.forward import grouped_queries, logits_at
+from ...hf.attention import fast_attention
+from ...hf.forward import logits_at
 from ...hf.hooks import capture
 from ...hf.placement import input_device
 from ...hf.projection import Projection
@@ -102,7 +103,8 @@ def layer_gradients(
     rows = [(number, row) for number, one in enumerate(encoded) for row in one.rows]
     rows.sort(key=lambda pair: len(pair[1].ids))
     parts = []
-    with only_states_learn(model), grouped_queries(device), torch.set_grad_enabled(backward):
+    fast = fast_attention(device, projections[-1].matrix.dtype)
+    with only_states_learn(model), fast, torch.set_grad_enabled(backward):
         for start in range(0, len(rows), ROWS):
             parts.append(_Pass(projections, encoded, rows[start : start + ROWS], tokens, device))
             parts[-1].run(model, backward)

@@ -15,7 +15,7 @@ import torch
 from ... import _checks as check
 from ..._progress import Progress
 from ...errors import EngramError
-from ...hf.forward import grouped_queries
+from ...hf.attention import fast_attention
 from ...hf.offload import weights_read_again
 from ...hf.placement import input_device
 from ...hf.projection import Projection, is_plain
@@ -183,8 +183,9 @@ def find_values(
         _search, model, projection, list(encoded), options, progress or (lambda *_: None)
     )
     wide = _widened(model) if options.widen else {}
+    dtype = torch.float32 if wide else projection.matrix.dtype
     with (
-        only_states_learn(model), swapped_weights(model, wide), grouped_queries(device),
+        only_states_learn(model), swapped_weights(model, wide), fast_attention(device, dtype),
         weights_read_again(model),
     ):  # fmt: skip
         if options.incremental:

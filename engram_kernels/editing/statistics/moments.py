@@ -30,6 +30,10 @@ CHECKPOINT_SECONDS = 30.0
 class Moments:
     """The second moments of a model's keys, and the covariances made of them.
 
+    A layer's moment is that of the model without the edits that this process made below it, if it is in
+    memory or on disk, as ROME's and MEMIT's code takes those of the unedited model. Else it is of the model
+    as it is.
+
     One pass over the corpus, up to the deepest layer, computes what several layers lack. Now and then it
     writes its sums (8 `in`² bytes a layer) to the cache: a pass that was cut off goes on from there, to the
     same bits.
@@ -79,7 +83,7 @@ class Moments:
         self._stream: corpora.TokenStream | None = None
         # By their number, the tokens and what tells them from others.
         self._sources: dict[int, tuple[torch.Tensor | None, str]] = {}
-        # By layer: the name of its moment, and what it gave.
+        # By layer: the name of its moment (`_names`), and what it gave.
         self._computed: dict[int, tuple[str, Covariance]] = {}
         self._given: dict[int, Covariance] = {}
 
@@ -107,15 +111,17 @@ class Moments:
                 groups.setdefault(count, []).append(projection)
         for count, group in groups.items():
             ids, source = self._source(count)
-            keys = {projection.layer: self._key(projection, source) for projection in group}
-            self.ranks.check_same("model", keys)
+            names = {projection.layer: self._names(projection, source) for projection in group}
+            self.ranks.check_same("model", names)
             known = self.ranks.everyone.each(
-                lambda: {layer: key for layer, (key, _) in self._computed.items()}
+                lambda: {layer: name for layer, (name, _) in self._computed.items()}
             )
-            missing = [one for one in group if any(has.get(one.layer) != keys[one.layer] for has in known)]
-            for layer, moment, seen in self._moments(missing, keys, ids, count, anew):
+            missing = [
+                one for one in group if any(has.get(one.layer) not in names[one.layer] for has in known)
+            ]
+            for layer, name, moment, seen in self._moments(missing, names, ids, count, anew):
                 covariance = Covariance.from_second_moment(moment, seen, self.ridge, overwrite=True)
-                self._computed[layer] = keys[layer], covariance
+                self._computed[layer] = name, covariance
         return {
             layer: self._placed(projection) if layer in self._given else self._computed[layer][1]
             for layer, projection in projections.items()
@@ -149,25 +155,27 @@ class Moments:
     def _moments(
         self,
         projections: list[Projection],
-        keys: dict[int, str],
+        names: dict[int, tuple[str, str]],
         ids: torch.Tensor | None,
         count: int,
         anew: bool,
-    ) -> Iterator[tuple[int, torch.Tensor, int]]:
-        """`(layer, moment, number of tokens)` of each: what is on disk first, then the rest."""
-        files = {layer: self.folder / f"{key}.safetensors" for layer, key in keys.items()}
+    ) -> Iterator[tuple[int, str, torch.Tensor, int]]:
+        """`(layer, name, moment, number of tokens)` of each: what is on disk first, then the rest."""
         missing = []
         for projection in projections:
-            cached = self._cached(files[projection.layer], projection, anew)
-            if cached is None:
-                missing.append(projection)
+            for name in dict.fromkeys(names[projection.layer]):
+                cached = self._cached(self._file(name), projection, anew)
+                if cached is not None:
+                    yield projection.layer, name, *cached
+                    break
             else:
-                yield projection.layer, *cached
+                missing.append(projection)
         if not missing:
             return
         self.ranks.own(lambda: writable_directory(self.folder, "cache_dir"))
         # Named for all that were asked for: some may be finished when the next run comes.
-        named = sorted(keys[projection.layer] for projection in projections)
+        own = {projection.layer: names[projection.layer][1] for projection in projections}
+        named = sorted(own.values())
         # Of several ranks each keeps the sums of its own part.
         part = [f"{self.ranks.rank}/{self.ranks.size}"] if self.ranks.size > 1 else []
         joint = hashlib.sha256(" ".join([*named, str(statistics.BATCH), *part]).encode())
@@ -177,10 +185,11 @@ class Moments:
         sums, seen = self.ranks.own(lambda: self._pass(missing, ids, count, checkpoint))
         for moment in sums.values():
             self.ranks.sum_(moment)
+        files = {layer: self._file(own[layer]) for layer in sums}
         self.ranks.decided(lambda: self._save(files, sums, seen))
         checkpoint.remove()
         for projection in missing:
-            yield projection.layer, sums.pop(projection.layer), seen
+            yield projection.layer, own[projection.layer], sums.pop(projection.layer), seen
 
     def _cached(self, path: Path, projection: Projection, anew: bool) -> tuple[torch.Tensor, int] | None:
         """What the first rank has on disk, on all of them."""
@@ -247,8 +256,12 @@ class Moments:
             self._sources[count] = ids, hashlib.sha256(tensor_bytes(ids)).hexdigest()
         return self._sources[count]
 
-    def _key(self, projection: Projection, source: str) -> str:
-        """The name of a moment on disk: what it depends on, digested."""
-        fingerprint = states_fingerprint(self.model, projection)
-        text = f"{fingerprint} {projection.name} {source} {statistics.CHUNK}"
-        return hashlib.sha256(text.encode()).hexdigest()[:32]
+    def _file(self, name: str) -> Path:
+        return self.folder / f"{name}.safetensors"
+
+    def _names(self, projection: Projection, source: str) -> tuple[str, str]:
+        """Of a moment without this process's edits, and with them: what it depends on, digested."""
+        states = (states_fingerprint(self.model, projection, unedited) for unedited in (True, False))
+        texts = (f"{state} {projection.name} {source} {statistics.CHUNK}" for state in states)
+        without, within = (hashlib.sha256(text.encode()).hexdigest()[:32] for text in texts)
+        return without, within

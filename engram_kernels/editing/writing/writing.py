@@ -83,9 +83,11 @@ def write_values(
         bare = torch.stack([value.keys[0] for value in values]) if bare_denominator else None
         return [_write(projection, encoded, keys, bare, residuals, operators, edits)]
     last = projections[-1]
-    before, writes = None, []
+    before, shares, writes = None, None, []
     for number, projection in enumerate(projections):
-        keys, hidden = _combined_states(model, projection, last, encoded, key, operators, ranks)
+        keys, hidden, shares = _combined_states(
+            model, projection, last, encoded, key, operators, ranks, shares
+        )
         before = hidden if before is None else before
         missing = (residuals.to(hidden) - (hidden - before)) / (len(projections) - number)
         keys, missing = keys.to(projection.matrix.device), missing.to(projection.matrix.device)
@@ -94,22 +96,33 @@ def write_values(
 
 
 def _combined_states(
-    model: nn.Module, projection: Projection, last: Projection, encoded, key, operators, ranks: Ranks
-) -> tuple[Tensor, Tensor]:
-    """The edits' keys `[edits, in]` and their states above the last layer `[edits, width]`.
+    model: nn.Module,
+    projection: Projection,
+    last: Projection,
+    encoded: Sequence[EncodedEdit],
+    key: MeanKey | SpreadKey,
+    operators: Mapping[int, LayerOperator],
+    ranks: Ranks,
+    shares: Sequence[Tensor] | None,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """The edits' keys `[edits, in]`, their states above the last layer `[edits, width]`, and texts' shares.
 
-    Those of all texts are many times as large, and are in memory for some edits at a time.
+    What the states change by from layer to layer is seen with the same shares of the texts: those of the
+    first layer, or `shares`. States of all texts are many times as large, and are in memory for some edits at
+    a time.
     """
-    found: tuple[list[Tensor], list[Tensor]] = ([], [])
+    keys, hidden, kept = [], [], []
     operator = operators[projection.layer]
     for start in range(0, len(encoded), EDITS):
         piece = encoded[start : start + EDITS]
         own, above = subject_states(model, projection, last, piece, ranks)
-        for one, mine, over in zip(piece, own, above, strict=True):
-            combined, shares = _combined(model, projection, one, mine, key, operator, ranks)
-            found[0].append(combined)
-            found[1].append(shares.to(over) @ over[: len(shares)])
-    return torch.stack(found[0]), torch.stack(found[1])
+        for number, (one, mine, over) in enumerate(zip(piece, own, above, strict=True), start):
+            combined, share = _combined(model, projection, one, mine, key, operator, ranks)
+            share = share.to(over) if shares is None else shares[number]
+            keys.append(combined)
+            hidden.append(share @ over[: len(share)])
+            kept.append(share)
+    return torch.stack(keys), torch.stack(hidden), kept
 
 
 def _combined(
