@@ -180,8 +180,8 @@ class Editor:
 
         Args:
             edits: the facts.
-            layers: indices of the decoder layers, lowest first; None: the one at 0.2 of the depth, and those
-                around it over which the method spreads.
+            layers: indices of the decoder layers, lowest first; None: those around a share of the depth, 0.2
+                of the published methods, over which the method spreads.
             method: one of these, or settings of your own, such as
                 `replace(METHODS["encore"], moment=100.0)`.
             ridge: `λ`: how much of each change is given up for smaller writes; None: the method's.

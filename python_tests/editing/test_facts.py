@@ -460,6 +460,17 @@ def test_records_and_paraphrases_are_kept_in_files(make, tmp_path):
     assert kept["took"] is False and len(kept["reached"]) == 2
 
 
+def test_changes_of_one_subject_are_of_all_layers_together(make, searched):
+    """And the same, whether its facts come in one call or in several."""
+    options = ValueOptions(steps=30, learning_rate=0.3, weight_decay=0.0, clamp=0.5, relative=True)
+    editor = make(value=options, contexts=())
+    with editor.edit(CITY, layers=[0, 1]) as first, editor.edit(MAKER, layers=[0, 1]):
+        torch.testing.assert_close(searched[1].offset, sum(write.residuals[0] for write in first.writes))
+        apart = weights(editor.model)
+    with editor.edit([CITY, MAKER], layers=[0, 1]):
+        assert changed(apart, editor.model) == []
+
+
 def test_the_default_write_is_of_rank_one_an_edit(make):
     editor = make()
     with editor.edit([Edit(TOWER, "{} is in", "Rome", ["To see {}, go to"]), LOUVRE]) as result:

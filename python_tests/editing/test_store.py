@@ -131,7 +131,7 @@ def test_one_corpus_pass_and_one_moment_file_a_layer(tmp_path, passes):
 
 def test_remove_is_as_if_never_made(tmp_path):
     """Of the values as they were found: what is written is the ridge solution of the others."""
-    store = open_store(tmp_path / "store", method=JOINT)
+    store = open_store(tmp_path / "store", method=JOINT, layers=1)
     store.add(EDITS[:3])
     store.add(EDITS[3:6])
     before = weights(store.model)
@@ -203,7 +203,7 @@ def test_export_of_a_smaller_rank(tmp_path):
     """The adapter of that rank that changes the answers to the edits' keys most alike."""
     from safetensors.torch import load_file
 
-    with open_store(tmp_path / "kept") as store:
+    with open_store(tmp_path / "kept", layers=1) as store:
         store.add(EDITS[:5])
         result = store.result()
         left, right = result.factors(result.modules[0])
@@ -345,7 +345,7 @@ def test_bad_stores(tmp_path):
 
 
 def test_spoilt_statistics_are_refused_by_name(tmp_path):
-    open_store(tmp_path).add(EDITS[0])
+    open_store(tmp_path, layers=1).add(EDITS[0])
     (path,) = (tmp_path / "statistics").rglob("*.safetensors")
     flip(path, -1)
     model = model_zoo.small_model("llama")

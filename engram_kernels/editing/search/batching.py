@@ -16,7 +16,7 @@ from ..edit import Edit
 from .forms import forms_of, shortened
 from .names import other_names
 
-# Of an edit whose prompts are long: in about all of its texts, of which fourteen short ones have some
+# Of an edit whose prompts are long: in about all of its texts, of which ten short ones have some
 # hundreds, and before other names, which are read up to the written layer alone.
 TOKENS, NAMES_TOKENS = 4096, 16384
 
