@@ -169,7 +169,7 @@ class Editor:
 
         | method | layers | batch | ridge λ | source |
         |---|---|---|---|---|
-        | `"engram"` | 2 | 100 | 0 | this package: ROME under a key that every text answers to |
+        | `"engram"` | 3 | 100 | 0 | this package: ROME under a key that every text answers to |
         | `"rome"` | 1 | 1 | 0 | Meng et al. 2022, arXiv 2202.05262 |
         | `"emmet"` | 1 | all | 0 | Gupta et al. 2024, arXiv 2403.14236 |
         | `"memit"` | 5 | all | 20 | Meng et al. 2023, arXiv 2210.07229 |
@@ -180,8 +180,8 @@ class Editor:
 
         Args:
             edits: the facts.
-            layers: indices of the decoder layers, lowest first; None: those around a share of the depth, 0.2
-                of the published methods, over which the method spreads.
+            layers: indices of the decoder layers, lowest first; None: the one at 0.2 of the depth, and those
+                around it over which the method spreads.
             method: one of these, or settings of your own, such as
                 `replace(METHODS["encore"], moment=100.0)`.
             ridge: `λ`: how much of each change is given up for smaller writes; None: the method's.
