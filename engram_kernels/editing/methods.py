@@ -99,7 +99,7 @@ METHODS = {
             steps=16, learning_rate=1.6, clamp=6.0, after_weight=0.25, end_weight=0.25, stop_probability=0.9,
             relative=True,
         ),
-        source="this package: `engram` over three layers, searched in the forms in which people ask",
+        source="this package: `engram`, searched in the forms in which people ask",
     ),
     "rome": Method(batch=1, source="Meng et al. 2022, arXiv 2202.05262"),
     "r-rome": Method(batch=1, source="Gupta et al. 2024, arXiv 2403.07175"),

@@ -42,7 +42,7 @@ def test_add_list_remove_export_verify(engram, folder):
     status, out, err = engram("add", "kept", "--facts", "facts.jsonl", *BASE)
     assert status == 0 and "kept: 3 edits of base." in out, err
     status, out, _ = engram("list", "kept")
-    assert status == 0 and "Zürich is in Rome" in out and "3 edits of layers 0, 1." in out
+    assert status == 0 and "Zürich is in Rome" in out and "3 edits of layers 0, 1, 2." in out
     status, out, err = engram("verify", "kept", *BASE)
     assert status == 0 and "bit for bit" in out, err
     status, out, err = engram("remove", "kept", "--id", 2, *BASE)

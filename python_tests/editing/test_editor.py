@@ -48,7 +48,7 @@ def test_edit_changes_its_matrices_and_reverts_bit_for_bit(make, family, dtype):
     (record,) = result.records
     assert record.probability_after > record.probability_before
     assert record.losses[-1] < record.losses[0]
-    assert [edited.layer for edited in result.edited_modules] == [0, 1]
+    assert [edited.layer for edited in result.edited_modules] == [0, 1, 2]
     result.revert()
     assert changed(before, editor.model) == []
     result.revert()

@@ -474,7 +474,7 @@ def test_changes_of_one_subject_are_of_all_layers_together(make, searched):
 def test_the_default_write_is_of_rank_one_an_edit(make):
     editor = make()
     with editor.edit([Edit(TOWER, "{} is in", "Rome", ["To see {}, go to"]), LOUVRE]) as result:
-        assert len(result.modules) == 2
+        assert len(result.modules) == 3
         for module in result.modules:
             left, right = result.factors(module)
             assert left.shape[1] == right.shape[0] == 2

@@ -568,6 +568,5 @@ def test_original_rome_has_one_layer(make):
 
 def test_default_layers_of_a_shallow_model(make):
     assert make().layers("memit") == (0, 1, 2, 3)
-    assert make().layers("engram-forms") == (0, 1, 2)
-    assert make().layers() == (0, 1)
+    assert make().layers() == make().layers("engram-forms") == (0, 1, 2)
     assert make().layers("rome") == (1,)
