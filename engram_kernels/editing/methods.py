@@ -86,7 +86,7 @@ class Method:
 METHODS = {
     # Joint: of 60 edits one after the other, later ones undo a quarter of the earlier.
     "engram": Method(
-        layers=3, batch=100, key_ridge=30.0, texts=10, shorten=True,
+        layers=3, batch=100, key_ridge=30.0, texts=14, shorten=True,
         value=ValueOptions(
             learning_rate=0.8, after_weight=0.25, end_weight=0.5, stop_probability=0.9, extensions=1,
             relative=True,

@@ -180,7 +180,7 @@ class Run:
         try:
             for number, batch in enumerate(self.batches):
                 before = list(map(Snapshot, self.projections)) if self.plan.stop_on else []
-                self._hold(batch, writes)
+                self._hold(batch, values, writes)
                 if method.values == "gradient":
                     found, written = self._by_gradients(number, batch, operators, streams, journal)
                 else:
@@ -259,10 +259,13 @@ class Run:
     def _reached(self, rows: Sequence[Row], numbers: Sequence[int]) -> list[Reached]:
         return reached(self.model, rows, [self.edits[number].prompt_text for number in numbers])
 
-    def _hold(self, batch: Sequence[int], writes: Sequence[Write]) -> None:
+    def _hold(self, batch: Sequence[int], values: Mapping[int, Value], writes: Sequence[Write]) -> None:
         """Add to the edits of a batch what the model was told before about their subjects, and says now."""
         module = self.projections[-1].name
-        made = [Standing(self.edits[number], *one) for number, one in changes(writes).items()]
+        made = [
+            Standing(self.edits[number], *one, values[number].initial_norm)
+            for number, one in changes(writes).items()
+        ]
         for number in batch:
             edit = self.edits[number]
             known = [fact for fact in (*self._earlier, *made) if fact.edit.subject == edit.subject]
@@ -270,10 +273,13 @@ class Run:
             self._said[number] = said = [fact for fact in told if self._says(fact)]
             kept = [fact for fact in said if not _contradict(fact, edit)]
             held = encode_held(self.model, self.tokenizer, kept, self._prefixes)
-            there = [fact.change for fact in known if fact.module == module]
-            offset = torch.stack(there).sum(0) if there else None
+            there = [fact for fact in known if fact.module == module]
             self.encoded[number] = replace(
-                self.encoded[number], held=held, offset=offset, facts=1 + len(kept)
+                self.encoded[number],
+                held=held,
+                offset=torch.stack([fact.change for fact in there]).sum(0) if there else None,
+                norm=there[0].norm if there else None,
+                facts=1 + len(kept),
             )
 
     def _says(self, fact: Edit) -> bool:

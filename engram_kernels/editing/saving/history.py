@@ -19,11 +19,13 @@ class Standing(NamedTuple):
         edit: the fact.
         change: `δ [out]`: by how much the answers to the subject were to change, of all layers together.
         module: the last of those that were written.
+        norm: `‖v₀‖`, of its answer before the edit.
     """
 
     edit: Edit
     change: Tensor
     module: str
+    norm: float
 
 
 # By model the lists that results keep: one that is reverted empties its own.
@@ -32,7 +34,10 @@ _FACTS: WeakKeyDictionary[nn.Module, list[list[Standing]]] = WeakKeyDictionary()
 
 def note(model: nn.Module, records: Sequence[EditRecord], writes: Sequence[Write]) -> list[Standing]:
     """Remember that facts stand in a model now; what leaves the list that is returned does so no longer."""
-    standing = [Standing(records[number].edit, *one) for number, one in changes(writes).items()]
+    standing = [
+        Standing(records[number].edit, *one, records[number].value_norm)
+        for number, one in changes(writes).items()
+    ]
     _FACTS.setdefault(model, []).append(standing)
     return standing
 

@@ -16,7 +16,7 @@ from ..edit import Edit
 from .forms import forms_of, shortened
 from .names import other_names
 
-# Of an edit whose prompts are long: in about all of its texts, of which ten short ones have some
+# Of an edit whose prompts are long: in about all of its texts, of which fourteen short ones have some
 # hundreds, and before other names, which are read up to the written layer alone.
 TOKENS, NAMES_TOKENS = 4096, 16384
 
@@ -31,7 +31,8 @@ class EncodedEdit:
         kl_prompt: "{subject} is a", the answer to which shall stay.
         held: rows of earlier facts about the subject, which shall hold.
         texts: how many of `rewriting` belong to each prompt, the first one's first.
-        offset: `[out]`, what earlier edits changed the projection's answer to the subject by; None: nothing.
+        offset: `[out]`, what earlier edits changed for the subject, of all layers together; None: nothing.
+        norm: `‖v₀‖` of the first of them, before any change; None: of this one, as there is none.
         facts: how many facts about the subject shall hold, this one and earlier ones.
         others: rows of its prompts about other names (`other_rows`), which its write shall spare; a tenth of
             a megabyte, so they are made for the write and not kept.
@@ -43,6 +44,7 @@ class EncodedEdit:
     held: list[Row] = field(default_factory=list)
     texts: tuple[int, ...] = ()
     offset: torch.Tensor | None = field(default=None, compare=False)
+    norm: float | None = None
     facts: int = 1
     others: list[Row] = field(default_factory=list)
 

@@ -210,7 +210,7 @@ def _search(
         reason = f"cannot start from recorded states ({type(error).__name__}: {error})"
         raise UnfitError(reason) from error
     starts = recorded.values[batch.bare.to(recorded.values.device)]
-    # What earlier edits changed for the subject counts as change, and not as what a change is measured by.
+    # What earlier edits changed for the subject counts as change.
     zero = torch.zeros_like(starts[0])
     offsets = torch.stack(
         [one.offset.to(zero) if options.relative and one.offset is not None else zero for one in encoded]
@@ -222,8 +222,9 @@ def _search(
     # The last row of an edit is its KL prompt.
     sizes = [one.size for one in encoded]
     if options.relative:
-        pairs = zip(recorded.values.split(sizes), offsets, strict=True)
-        norms = torch.stack([(own[:-1] - offset).norm(dim=-1).mean() for own, offset in pairs])
+        means = [own[:-1].norm(dim=-1).mean().item() for own in recorded.values.split(sizes)]
+        # A change is measured by the values as they were before any edit of the subject.
+        norms = norms.new_tensor([one.norm or mean for one, mean in zip(encoded, means, strict=True)])
     deltas = [torch.zeros_like(start, requires_grad=True) for start in starts]
     scales = norms / starts.shape[-1] ** 0.5 if options.relative else torch.ones_like(norms)
     groups = [
