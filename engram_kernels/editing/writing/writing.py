@@ -76,18 +76,16 @@ def write_values(
         operator = operators[projection.layer]
         keys = torch.stack(
             [
-                _combined(model, projection, one, value.keys, key, operator, ranks)[0]
+                _combined(model, projection, one, value.keys, key, operator, ranks)
                 for one, value in zip(encoded, values, strict=True)
             ]
         )
         bare = torch.stack([value.keys[0] for value in values]) if bare_denominator else None
         return [_write(projection, encoded, keys, bare, residuals, operators, edits)]
     last = projections[-1]
-    before, shares, writes = None, None, []
+    before, writes = None, []
     for number, projection in enumerate(projections):
-        keys, hidden, shares = _combined_states(
-            model, projection, last, encoded, key, operators, ranks, shares
-        )
+        keys, hidden = _combined_states(model, projection, last, encoded, key, operators, ranks)
         before = hidden if before is None else before
         missing = (residuals.to(hidden) - (hidden - before)) / (len(projections) - number)
         keys, missing = keys.to(projection.matrix.device), missing.to(projection.matrix.device)
@@ -96,33 +94,25 @@ def write_values(
 
 
 def _combined_states(
-    model: nn.Module,
-    projection: Projection,
-    last: Projection,
-    encoded: Sequence[EncodedEdit],
-    key: MeanKey | SpreadKey,
-    operators: Mapping[int, LayerOperator],
-    ranks: Ranks,
-    shares: Sequence[Tensor] | None,
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """The edits' keys `[edits, in]`, their states above the last layer `[edits, width]`, and texts' shares.
+    model: nn.Module, projection: Projection, last: Projection, encoded, key, operators, ranks: Ranks
+) -> tuple[Tensor, Tensor]:
+    """The edits' keys `[edits, in]` and their states above the last layer `[edits, width]`.
 
-    What the states change by from layer to layer is seen with the same shares of the texts: those of the
-    first layer, or `shares`. States of all texts are many times as large, and are in memory for some edits at
-    a time.
+    The states are means over the texts, under a `SpreadKey` plain ones: all texts shall answer alike, and its
+    own shares are others in every layer. Those of all texts are many times as large, and are in memory for
+    some edits at a time.
     """
-    keys, hidden, kept = [], [], []
+    mean = key if isinstance(key, MeanKey) else MeanKey()
     operator = operators[projection.layer]
+    found: tuple[list[Tensor], list[Tensor]] = ([], [])
     for start in range(0, len(encoded), EDITS):
         piece = encoded[start : start + EDITS]
         own, above = subject_states(model, projection, last, piece, ranks)
-        for number, (one, mine, over) in enumerate(zip(piece, own, above, strict=True), start):
-            combined, share = _combined(model, projection, one, mine, key, operator, ranks)
-            share = share.to(over) if shares is None else shares[number]
-            keys.append(combined)
-            hidden.append(share @ over[: len(share)])
-            kept.append(share)
-    return torch.stack(keys), torch.stack(hidden), kept
+        for one, mine, over in zip(piece, own, above, strict=True):
+            shares = mean.weights(_texts(one, mine, key), operator.current).to(over)
+            found[0].append(_combined(model, projection, one, mine, key, operator, ranks))
+            found[1].append(shares @ over[: len(shares)])
+    return torch.stack(found[0]), torch.stack(found[1])
 
 
 def _combined(
@@ -130,19 +120,21 @@ def _combined(
     projection: Projection,
     encoded: EncodedEdit,
     keys: Tensor,
-    key,
+    key: MeanKey | SpreadKey,
     operator: LayerOperator,
     ranks: Ranks,
-) -> tuple[Tensor, Tensor]:
-    """The one key of an edit `[in]` out of its texts' `[texts, in]`, and the weights of these, of sum 1."""
-    # The mean is not of earlier facts, and spares nothing.
-    mean = isinstance(key, MeanKey)
-    known = keys = keys[: len(encoded.rewriting if mean else encoded.rows)]
-    others = None if mean else ranks.own(lambda: other_keys(model, projection, encoded))
+) -> Tensor:
+    """The one key of an edit `[in]` out of its texts' `[texts, in]`."""
+    known = keys = _texts(encoded, keys, key)
+    others = None if isinstance(key, MeanKey) else ranks.own(lambda: other_keys(model, projection, encoded))
     if others is not None:
         known = torch.cat([keys, others])
-    shares = key.weights(keys, operator.current, others).to(keys)
-    return shares @ known, shares[: len(keys)] / shares[: len(keys)].sum()
+    return key.weights(keys, operator.current, others).to(keys) @ known
+
+
+def _texts(encoded: EncodedEdit, keys: Tensor, key: MeanKey | SpreadKey) -> Tensor:
+    """The keys of the texts that count: to the mean earlier facts do not."""
+    return keys[: len(encoded.rewriting if isinstance(key, MeanKey) else encoded.rows)]
 
 
 def _write(projection: Projection, encoded, keys, bare_keys, residuals, operators, edits) -> Write:
