@@ -210,10 +210,12 @@ def test_an_edits_state_is_a_mean_of_its_texts_whatever_its_key_spares(make):
         encode_edit(model, tokenizer, EDITS[0], editor.prefixes()),
         others=other_rows(model, tokenizer, EDITS[0]),
     )
-    (keys,), _ = subject_states(model, projection, projection, [encoded])
-    operator = LayerOperator(METHODS["engram"], editor.covariance(1))
-    _, shares = writing_module._combined(model, projection, encoded, keys, SpreadKey(1.0), operator, ALONE)
-    assert shares.shape == (len(keys),) and shares.sum().item() == pytest.approx(1)
+    _, (above,) = subject_states(model, projection, projection, [encoded])
+    operators = {1: LayerOperator(METHODS["engram"], editor.covariance(1))}
+    _, (state,) = writing_module._combined_states(
+        model, projection, projection, [encoded], SpreadKey(1.0), operators, ALONE
+    )
+    torch.testing.assert_close(state, above.mean(0))
 
 
 def test_one_layer_with_a_ridge_gives_up_a_little(make, monkeypatch):

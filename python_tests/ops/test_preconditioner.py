@@ -92,11 +92,12 @@ def test_preserve(kind, count, weight):
     dense, keys = operator.matrix(), draw(count, WIDTH)
     expected = preserved(dense, keys, weight)
     found = operator.preserve(keys, weight)
-    # What Q itself is known to, beside which little of it may be left.
-    own = 4 * torch.finfo(torch.float64).eps * float(dense.norm() / expected.norm())
-    assert error(found.matrix(), expected) < max(2e-11, own)
+    # What Q itself is known to, beside which little of it may be left. Processors sum in other orders: of two
+    # the one came to 2.1e-11 where the other stayed below 2e-11, and to 4.5 eps of the norms' ratio.
+    own = 8 * torch.finfo(torch.float64).eps * float(dense.norm() / expected.norm())
+    assert error(found.matrix(), expected) < max(4e-11, own)
     probe = draw(5, WIDTH)
-    assert error(found.apply(probe), probe @ expected) < max(2e-11, 8 * own)
+    assert error(found.apply(probe), probe @ expected) < max(4e-11, 4 * own)
     assert torch.equal(operator.matrix(), dense)
 
 
