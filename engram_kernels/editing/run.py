@@ -24,7 +24,7 @@ from .edit import Edit
 from .health import Health, HealthCheck, spread, warn
 from .methods import Method
 from .reach import Reached, reached
-from .saving.history import Standing, changes, facts_in, note
+from .saving.history import facts_in, note, standing
 from .saving.journal import Journal
 from .saving.result import SHOWN, EditResult
 from .search.batching import EncodedEdit, encode_edit, encode_held, other_rows
@@ -262,10 +262,14 @@ class Run:
     def _hold(self, batch: Sequence[int], values: Mapping[int, Value], writes: Sequence[Write]) -> None:
         """Add to the edits of a batch what the model was told before about their subjects, and says now."""
         module = self.projections[-1].name
-        made = [
-            Standing(self.edits[number], *one, values[number].initial_norm)
-            for number, one in changes(writes).items()
-        ]
+        subjects = {self.edits[number].subject for number in batch}
+        alike = {
+            i: (self.edits[i], one.initial_norm)
+            for i, one in values.items()
+            if self.edits[i].subject in subjects
+        }
+        # Most batches have none, and all writes need not be searched for them.
+        made = standing(alike, writes) if alike else []
         for number in batch:
             edit = self.edits[number]
             known = [fact for fact in (*self._earlier, *made) if fact.edit.subject == edit.subject]

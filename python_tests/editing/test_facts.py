@@ -17,6 +17,7 @@ from engram_kernels import EngramError
 from engram_kernels.editing import Edit, EditResult
 from engram_kernels.editing import run as run_module
 from engram_kernels.editing.methods import METHODS
+from engram_kernels.editing.saving.history import facts_in
 from engram_kernels.editing.search import batching, names
 from engram_kernels.editing.search.batching import encode_edit, encode_held
 from engram_kernels.editing.search.forms import forms_of, shortened
@@ -406,6 +407,17 @@ def test_facts_of_one_subject_in_one_call(make, searched):
     } == {CITY: 0, LOUVRE: 0, MAKER: 3}
     (skipped,) = result.skipped
     assert (skipped.number, skipped.reason) == (3, "it is the same as edit 0")
+
+
+def test_what_stands_in_the_model_is_in_the_order_of_the_edits(make):
+    """And not of their writes: what is removed is forgotten, and no other."""
+    editor = make()
+    with editor.edit([CITY, MAKER, LOUVRE], layers=[0, 1]) as result:
+        assert [write.edits for write in result.writes] == [(0, 2), (0, 2), (1,), (1,)]
+        assert [fact.edit for fact in facts_in(editor.model)] == [CITY, MAKER, LOUVRE]
+        result.remove(1)
+        assert [fact.edit for fact in facts_in(editor.model)] == [CITY, LOUVRE]
+    assert facts_in(editor.model) == []
 
 
 PARIS = Edit(TOWER, CITY.prompt, "Paris")

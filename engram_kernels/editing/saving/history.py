@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -34,24 +34,23 @@ _FACTS: WeakKeyDictionary[nn.Module, list[list[Standing]]] = WeakKeyDictionary()
 
 def note(model: nn.Module, records: Sequence[EditRecord], writes: Sequence[Write]) -> list[Standing]:
     """Remember that facts stand in a model now; what leaves the list that is returned does so no longer."""
-    standing = [
-        Standing(records[number].edit, *one, records[number].value_norm)
-        for number, one in changes(writes).items()
-    ]
-    _FACTS.setdefault(model, []).append(standing)
-    return standing
+    made = {number: (record.edit, record.value_norm) for number, record in enumerate(records)}
+    facts = standing(made, writes)
+    _FACTS.setdefault(model, []).append(facts)
+    return facts
 
 
-def changes(writes: Sequence[Write]) -> dict[int, tuple[Tensor, str]]:
-    """By the number of an edit, what all layers together were to change, and the last one's module."""
-    found: dict[int, tuple[Tensor, str]] = {}
+def standing(made: Mapping[int, tuple[Edit, float]], writes: Sequence[Write]) -> list[Standing]:
+    """What writes made of some facts, in their order; by number, each fact and its `‖v₀‖`."""
+    changes: dict[int, tuple[Tensor, str]] = {}
     for write in writes:
         for place, number in enumerate(write.edits):
-            before = found[number][0] if number in found else 0
-            found[number] = before + write.residuals[place], write.module
-    return found
+            if number in made:
+                before = changes[number][0] if number in changes else 0
+                changes[number] = before + write.residuals[place], write.module
+    return [Standing(edit, *changes[number], norm) for number, (edit, norm) in made.items()]
 
 
 def facts_in(model: nn.Module) -> list[Standing]:
     """The facts that were written into a model and not taken back, the oldest first."""
-    return [fact for standing in _FACTS.get(model, []) for fact in standing]
+    return [fact for facts in _FACTS.get(model, []) for fact in facts]

@@ -222,9 +222,9 @@ def _search(
     # The last row of an edit is its KL prompt.
     sizes = [one.size for one in encoded]
     if options.relative:
-        means = [own[:-1].norm(dim=-1).mean().item() for own in recorded.values.split(sizes)]
         # A change is measured by the values as they were before any edit of the subject.
-        norms = norms.new_tensor([one.norm or mean for one, mean in zip(encoded, means, strict=True)])
+        pairs = zip(encoded, recorded.values.split(sizes), strict=True)
+        norms = norms.new_tensor([one.norm or own[:-1].norm(dim=-1).mean().item() for one, own in pairs])
     deltas = [torch.zeros_like(start, requires_grad=True) for start in starts]
     scales = norms / starts.shape[-1] ** 0.5 if options.relative else torch.ones_like(norms)
     groups = [
